@@ -1,0 +1,171 @@
+//! The kernel's connection tracking table by ctnetlink: entries, changes, events.
+
+pub mod decode;
+mod entry;
+mod event;
+mod request;
+pub mod uapi;
+
+use netlink_sys::protocols::NETLINK_NETFILTER;
+use nix::errno::Errno;
+
+use crate::error::{Cause, Error, Op, Result};
+use crate::flow::FourTuple;
+use crate::netlink::{Connection, KernelSocket, Transport};
+
+pub use entry::{
+    Entry, EntryKey, HelperName, SeqAdj, Status, SynProxy, Tcp, TcpState, Zone,
+};
+pub use event::{Drained, Event, EventKind, Listener};
+pub use request::{Change, Filter, Insert};
+
+/// Reads and changes the conntrack table of one network namespace.
+#[derive(Debug)]
+pub struct Conntrack<T = KernelSocket> {
+    connection: Connection<T>,
+}
+
+/// Size of the table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TableSize {
+    /// Entries of this namespace.
+    pub entries: u32,
+    /// `nf_conntrack_max`, where the kernel tells it (since 5.17).
+    pub maximum: Option<u32>,
+}
+
+impl Conntrack<KernelSocket> {
+    /// Opens a socket in the network namespace of the calling thread and asks for the table's
+    /// size, so that a missing privilege or module is found here.
+    ///
+    /// # Errors
+    /// `CAP_NET_ADMIN` is missing, or the kernel has no ctnetlink.
+    pub fn open() -> Result<Self> {
+        let op = Op::new("open conntrack netlink");
+        let socket = KernelSocket::open(op, NETLINK_NETFILTER).map_err(|error| {
+            match error.errno() {
+                Some(Errno::EPROTONOSUPPORT) => module_missing(op, "nfnetlink"),
+                _ => error,
+            }
+        })?;
+        let mut this = Self::new(socket);
+        this.size()?;
+        Ok(this)
+    }
+
+    /// Netlink port of this socket: events that its requests cause carry it.
+    pub fn port(&self) -> u32 {
+        self.connection.transport().port()
+    }
+}
+
+impl<T: Transport> Conntrack<T> {
+    /// A conversation over any transport.
+    pub fn new(transport: T) -> Self {
+        Self { connection: Connection::new(transport) }
+    }
+
+    /// Size of the table.
+    ///
+    /// # Errors
+    /// As [`Conntrack::open`].
+    pub fn size(&mut self) -> Result<TableSize> {
+        let request = request::stats();
+        let mut size = None;
+        self.connection
+            .query(&request, |frame| {
+                let (entries, maximum) =
+                    decode::stats(frame.payload).map_err(|e| request.op.malformed(e))?;
+                size = Some(TableSize { entries, maximum });
+                Ok(())
+            })
+            .map_err(explain)?;
+        size.ok_or_else(|| request.op.malformed("acknowledged without a count"))
+    }
+
+    /// Streams the TCP entries of a family (`AF_INET`, `AF_INET6`) that pass `filter` into a
+    /// fresh `A`; equivalent to `conntrack -L -f FAMILY -p tcp`.
+    ///
+    /// `take` must test again what it wants: kernels before 5.8 do not filter.
+    ///
+    /// # Errors
+    /// The kernel refused, or a message was lost or malformed.
+    pub fn entries<A: Default>(
+        &mut self,
+        family: u8,
+        filter: Filter,
+        mut take: impl FnMut(&mut A, Entry),
+    ) -> Result<A> {
+        let request = request::dump(family, filter);
+        self.connection
+            .dump(&request, |all, frame| {
+                let entry = decode::entry(frame.payload).map_err(|e| request.op.malformed(e))?;
+                entry.into_iter().for_each(|entry| take(all, entry));
+                Ok(())
+            })
+            .map_err(explain)
+    }
+
+    /// The entries that have these tuples, in either direction, in the order asked; `None` where
+    /// there is none. Equivalent to `conntrack -G`.
+    ///
+    /// # Errors
+    /// A broken conversation or a refusal. An unanswered question is never `None`.
+    pub fn get(&mut self, keys: &[(FourTuple, Zone)]) -> Result<Vec<Option<Entry>>> {
+        let requests: Vec<_> = keys.iter().map(|(flow, zone)| request::get(*flow, *zone)).collect();
+        let mut found = vec![None; keys.len()];
+        let outcomes = self.connection.batch(&requests, |index, frame| {
+            let op = requests.get(index).map_or(Op::new("conntrack get"), |request| request.op);
+            let entry = decode::entry(frame.payload).map_err(|error| op.malformed(error))?;
+            if let (Some(slot), Some((flow, _))) = (found.get_mut(index), keys.get(index)) {
+                *slot = entry.filter(|entry| entry.orig == *flow || entry.reply == *flow);
+            }
+            Ok(())
+        })?;
+        for outcome in outcomes {
+            match outcome {
+                Err(error) if !error.is_absent() => return Err(explain(error)),
+                _ => {}
+            }
+        }
+        Ok(found)
+    }
+
+    /// Makes changes, many in one send, and returns one result for each, in order.
+    ///
+    /// # Errors
+    /// The outer error is a broken conversation: look at the table again.
+    pub fn change(&mut self, changes: &[Change]) -> Result<Vec<Result<()>>> {
+        let mut requests = Vec::with_capacity(changes.len());
+        for change in changes {
+            change.write(&mut requests);
+        }
+        let mut outcomes = self.connection.batch(&requests, |_, _| Ok(()))?.into_iter();
+        let mut results = Vec::with_capacity(changes.len());
+        for change in changes {
+            if matches!(change, Change::Replace { .. }) {
+                // A delete that found nothing is fine, and any other failure shows in the insert.
+                outcomes.next();
+            }
+            results.push(outcomes.next().unwrap_or(Ok(())));
+        }
+        Ok(results)
+    }
+}
+
+/// Turns the kernel's bare refusals into what to do about them.
+fn explain(error: Error) -> Error {
+    match error.errno() {
+        // nfnetlink answers so when nobody has registered the subsystem.
+        Some(Errno::EINVAL) if error.op.verb == "conntrack stats" => {
+            module_missing(error.op, "nf_conntrack_netlink")
+        }
+        _ => error,
+    }
+}
+
+fn module_missing(op: Op, module: &str) -> Error {
+    op.failed(Cause::Unavailable(format!(
+        "the kernel lacks {module}; load it: modprobe {module}"
+    )))
+}

@@ -1,0 +1,126 @@
+//! The vocabulary that both kernel tables share: endpoints and directed four-tuples. No I/O.
+
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+use std::str::FromStr;
+
+/// A TCP endpoint. Its address is canonical: an IPv4 address never hides in `::ffff:a.b.c.d`.
+///
+/// A dual-stack socket reports its IPv4 peers as v4-mapped while conntrack has plain IPv4; both
+/// must compare equal here.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Endpoint {
+    addr: IpAddr,
+    port: u16,
+}
+
+impl Endpoint {
+    /// An endpoint with its address made canonical.
+    pub fn new(addr: IpAddr, port: u16) -> Self {
+        Self { addr: addr.to_canonical(), port }
+    }
+
+    /// The canonical address.
+    pub fn addr(&self) -> IpAddr {
+        self.addr
+    }
+
+    /// The TCP port in host byte order.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+}
+
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        SocketAddr::new(self.addr, self.port).fmt(f)
+    }
+}
+
+impl fmt::Debug for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl FromStr for Endpoint {
+    type Err = std::net::AddrParseError;
+
+    /// Reads `192.0.2.1:80` or `[2001:db8::1]:80`.
+    ///
+    /// # Errors
+    /// Anything else.
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let addr: SocketAddr = text.parse()?;
+        Ok(Self::new(addr.ip(), addr.port()))
+    }
+}
+
+/// A directed TCP four-tuple: who sends to whom.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct FourTuple {
+    /// The sender.
+    pub src: Endpoint,
+    /// The receiver.
+    pub dst: Endpoint,
+}
+
+impl FourTuple {
+    /// The tuple from `src` to `dst`.
+    pub fn new(src: Endpoint, dst: Endpoint) -> Self {
+        Self { src, dst }
+    }
+
+    /// The same pair seen from the other side.
+    #[must_use]
+    pub fn inverse(self) -> Self {
+        Self { src: self.dst, dst: self.src }
+    }
+
+    /// Whether both addresses are IPv4.
+    pub fn is_ipv4(&self) -> bool {
+        self.src.addr.is_ipv4() && self.dst.addr.is_ipv4()
+    }
+
+    /// Address family as both netlink families spell it: `AF_INET` (2) or `AF_INET6` (10).
+    pub fn family(&self) -> u8 {
+        if self.is_ipv4() { AF_INET } else { AF_INET6 }
+    }
+}
+
+/// `AF_INET` as it stands in netlink messages.
+pub const AF_INET: u8 = 2;
+/// `AF_INET6` as it stands in netlink messages.
+pub const AF_INET6: u8 = 10;
+
+impl fmt::Display for FourTuple {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} > {}", self.src, self.dst)
+    }
+}
+
+impl fmt::Debug for FourTuple {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_v4_mapped_endpoint_equals_the_plain_one() {
+        let mapped: Endpoint = "[::ffff:192.0.2.1]:80".parse().unwrap();
+        let plain: Endpoint = "192.0.2.1:80".parse().unwrap();
+        assert_eq!(mapped, plain);
+        assert_eq!(mapped.to_string(), "192.0.2.1:80");
+    }
+
+    #[test]
+    fn ipv6_endpoints_are_written_with_brackets() {
+        let end: Endpoint = "[2001:db8::1]:443".parse().unwrap();
+        assert_eq!(end.to_string(), "[2001:db8::1]:443");
+        assert!("2001:db8::1".parse::<Endpoint>().is_err());
+    }
+}

@@ -1,0 +1,5 @@
+//! What else the host tells: routes, sysctls, network namespaces.
+
+pub mod netns;
+pub mod route;
+pub mod sysctl;

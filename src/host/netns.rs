@@ -1,0 +1,97 @@
+//! Network namespaces: finding them by name or path, and working inside one.
+//!
+//! A namespace belongs to a thread. Whoever works in another one gets a thread of its own, so
+//! that no runtime thread ever moves.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::thread;
+
+use nix::sched::{CloneFlags, setns};
+
+use crate::error::{Error, Op, Result};
+
+/// Where `ip netns add` keeps names.
+const RUN_NETNS: &str = "/run/netns";
+
+/// A network namespace to work in.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Namespace {
+    /// The one that the program was started in.
+    Own,
+    /// A name of `ip netns`, or a path such as `/proc/PID/ns/net`.
+    Named(String),
+}
+
+impl Namespace {
+    /// How logs, tables and JSON call it.
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Own => "",
+            Self::Named(name) => name,
+        }
+    }
+
+    fn path(name: &str) -> PathBuf {
+        if name.contains('/') { PathBuf::from(name) } else { Path::new(RUN_NETNS).join(name) }
+    }
+
+    /// Runs `work` inside the namespace and returns what it returns.
+    ///
+    /// # Errors
+    /// The namespace does not exist (a usage error), or may not be entered.
+    pub fn run<R: Send>(&self, work: impl FnOnce() -> Result<R> + Send) -> Result<R> {
+        match self {
+            Self::Own => work(),
+            Self::Named(name) => {
+                let file = open(name)?;
+                thread::scope(|scope| {
+                    scope
+                        .spawn(|| {
+                            enter(&file)?;
+                            work()
+                        })
+                        .join()
+                        .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+                })
+            }
+        }
+    }
+
+    /// Moves the calling thread, which must be the caller's own, into the namespace for good.
+    ///
+    /// # Errors
+    /// As [`Namespace::run`].
+    pub fn enter(&self) -> Result<()> {
+        match self {
+            Self::Own => Ok(()),
+            Self::Named(name) => enter(&open(name)?),
+        }
+    }
+
+    /// Checks that the namespace exists.
+    ///
+    /// # Errors
+    /// It does not: a usage error that names it.
+    pub fn check(&self) -> Result<()> {
+        match self {
+            Self::Own => Ok(()),
+            Self::Named(name) => open(name).map(drop),
+        }
+    }
+}
+
+fn open(name: &str) -> Result<File> {
+    let path = Namespace::path(name);
+    File::open(&path).map_err(|error| {
+        Error::usage(
+            "--netns",
+            format!("unknown network namespace '{name}': cannot open {}: {error}", path.display()),
+        )
+    })
+}
+
+fn enter(file: &File) -> Result<()> {
+    setns(file, CloneFlags::CLONE_NEWNET)
+        .map_err(|errno| Op::new("enter network namespace").io(errno.into()))
+}

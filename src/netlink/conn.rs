@@ -1,0 +1,272 @@
+//! Requests and their answers over one [`Transport`].
+
+use netlink_packet_core::{
+    NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NLMSG_DONE,
+    NLMSG_ERROR, NLMSG_NOOP, NLMSG_OVERRUN, NetlinkBuffer,
+};
+
+use super::frame::{Frame, NLMSG_HDRLEN, frames};
+use super::transport::{Transport, receive_failure};
+use crate::error::{Cause, Op, Result};
+
+/// Messages in one send. Each gets at most two answers, so the receive buffer always has room.
+const BATCH: usize = 64;
+
+/// How often an interrupted dump is begun anew.
+const DUMP_ATTEMPTS: u32 = 5;
+
+/// One message to the kernel.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// What it asks, for error messages.
+    pub op: Op,
+    /// `nlmsg_type`.
+    pub kind: u16,
+    /// `nlmsg_flags` beyond `NLM_F_REQUEST` and what the way of sending adds.
+    pub flags: u16,
+    /// Everything after the netlink header.
+    pub body: Vec<u8>,
+    /// Travels in the same send as the request behind it: the two run back to back.
+    pub joined: bool,
+}
+
+impl Request {
+    fn write(&self, out: &mut Vec<u8>, flags: u16, seq: u32) -> Result<()> {
+        let start = out.len();
+        let length = NLMSG_HDRLEN + self.body.len();
+        out.resize(start + NLMSG_HDRLEN, 0);
+        out.extend_from_slice(&self.body);
+        out.resize(start + length.next_multiple_of(4), 0);
+        let message = out.get_mut(start..).unwrap_or_default();
+        let mut header = NetlinkBuffer::new(message);
+        header.set_length(u32::try_from(length).map_err(|e| self.op.malformed(e))?);
+        header.set_message_type(self.kind);
+        header.set_flags(NLM_F_REQUEST | self.flags | flags);
+        header.set_sequence_number(seq);
+        Ok(())
+    }
+}
+
+/// A conversation with one kernel subsystem.
+#[derive(Debug)]
+pub struct Connection<T> {
+    transport: T,
+    seq: u32,
+    outgoing: Vec<u8>,
+    incoming: Vec<u8>,
+    interrupted_dumps: u64,
+}
+
+impl<T: Transport> Connection<T> {
+    /// A conversation over `transport`.
+    pub fn new(transport: T) -> Self {
+        Self { transport, seq: 0, outgoing: Vec::new(), incoming: Vec::new(), interrupted_dumps: 0 }
+    }
+
+    /// The transport below.
+    pub fn transport(&self) -> &T {
+        &self.transport
+    }
+
+    /// Dumps that the kernel marked as inconsistent and that were begun anew.
+    pub fn interrupted_dumps(&self) -> u64 {
+        self.interrupted_dumps
+    }
+
+    /// Sends one request and waits for its acknowledgement.
+    ///
+    /// # Errors
+    /// The kernel's refusal, or a broken conversation.
+    pub fn execute(&mut self, request: &Request) -> Result<()> {
+        self.query(request, |_| Ok(()))
+    }
+
+    /// Sends one request; `answer` sees each message that comes before the acknowledgement.
+    ///
+    /// # Errors
+    /// The kernel's refusal, the error of `answer`, or a broken conversation.
+    pub fn query(
+        &mut self,
+        request: &Request,
+        mut answer: impl FnMut(Frame<'_>) -> Result<()>,
+    ) -> Result<()> {
+        let outcomes = self.batch(std::slice::from_ref(request), |_, frame| answer(frame))?;
+        outcomes.into_iter().next().unwrap_or(Ok(()))
+    }
+
+    /// Sends many requests, many in one send, and returns one result for each, in order.
+    ///
+    /// The kernel runs them in order; one that fails does not stop the rest. `answer` sees each
+    /// message that answers request `i`.
+    ///
+    /// # Errors
+    /// The outer error is a broken conversation: how far the kernel came is then unknown, and
+    /// what counts is to look again.
+    pub fn batch(
+        &mut self,
+        requests: &[Request],
+        mut answer: impl FnMut(usize, Frame<'_>) -> Result<()>,
+    ) -> Result<Vec<Result<()>>> {
+        let mut outcomes = Vec::with_capacity(requests.len());
+        let mut rest = requests;
+        while !rest.is_empty() {
+            let (now, later) = rest.split_at(batch_length(rest));
+            self.send_batch(now, outcomes.len(), &mut outcomes, &mut answer)?;
+            rest = later;
+        }
+        Ok(outcomes)
+    }
+
+    fn send_batch(
+        &mut self,
+        requests: &[Request],
+        base: usize,
+        outcomes: &mut Vec<Result<()>>,
+        answer: &mut impl FnMut(usize, Frame<'_>) -> Result<()>,
+    ) -> Result<()> {
+        let Some(op) = requests.first().map(|request| request.op) else { return Ok(()) };
+        let first = self.seq.wrapping_add(1);
+        self.outgoing.clear();
+        for request in requests {
+            self.seq = self.seq.wrapping_add(1);
+            request.write(&mut self.outgoing, NLM_F_ACK, self.seq)?;
+        }
+        self.transport.send(&self.outgoing).map_err(|error| op.io(error))?;
+
+        let mut refused: Option<crate::error::Error> = None;
+        let mut done = 0;
+        while done < requests.len() {
+            self.transport
+                .recv(&mut self.incoming)
+                .map_err(|error| op.failed(receive_failure(error)))?;
+            for frame in frames(&self.incoming) {
+                let frame = frame.map_err(|error| op.malformed(error))?;
+                let Some(index) = answer_index(frame.seq, first, requests.len(), op)? else {
+                    continue;
+                };
+                // Answers come in order: one for a later request means that one was lost.
+                if index != done {
+                    return Err(op.failed(Cause::Overrun));
+                }
+                let op = requests.get(index).map_or(op, |request| request.op);
+                match frame.kind {
+                    NLMSG_NOOP => {}
+                    NLMSG_OVERRUN => return Err(op.failed(Cause::Overrun)),
+                    NLMSG_DONE => return Err(op.malformed("end of a dump that nobody asked for")),
+                    NLMSG_ERROR => {
+                        let cause = frame.acknowledgement().map_err(|e| op.malformed(e))?;
+                        outcomes.push(match (cause, refused.take()) {
+                            (Some(cause), _) => Err(op.failed(cause)),
+                            (None, Some(error)) => Err(error),
+                            (None, None) => Ok(()),
+                        });
+                        done += 1;
+                    }
+                    _ => {
+                        if let Err(error) = answer(base + index, frame) {
+                            refused.get_or_insert(error);
+                        }
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs a dump and folds its messages into a fresh `A`.
+    ///
+    /// Streaming: a message is seen once, inside the receive buffer. When the kernel says that
+    /// the table changed under the dump (`NLM_F_DUMP_INTR`) it is begun anew with another fresh
+    /// `A`, and counted.
+    ///
+    /// # Errors
+    /// The kernel's refusal, the error of `take`, lost or malformed messages: never a short list.
+    pub fn dump<A: Default>(
+        &mut self,
+        request: &Request,
+        mut take: impl FnMut(&mut A, Frame<'_>) -> Result<()>,
+    ) -> Result<A> {
+        for _ in 0..DUMP_ATTEMPTS {
+            let mut all = A::default();
+            if self.dump_once(request, |frame| take(&mut all, frame))? {
+                return Ok(all);
+            }
+            self.interrupted_dumps += 1;
+        }
+        Err(request.op.failed(Cause::Interrupted { attempts: DUMP_ATTEMPTS }))
+    }
+
+    /// One pass; `false` when the kernel marked it as inconsistent.
+    fn dump_once(
+        &mut self,
+        request: &Request,
+        mut take: impl FnMut(Frame<'_>) -> Result<()>,
+    ) -> Result<bool> {
+        let op = request.op;
+        self.seq = self.seq.wrapping_add(1);
+        self.outgoing.clear();
+        request.write(&mut self.outgoing, NLM_F_DUMP, self.seq)?;
+        self.transport.send(&self.outgoing).map_err(|error| op.io(error))?;
+
+        let mut consistent = true;
+        let mut refused = None;
+        loop {
+            self.transport
+                .recv(&mut self.incoming)
+                .map_err(|error| op.failed(receive_failure(error)))?;
+            for frame in frames(&self.incoming) {
+                let frame = frame.map_err(|error| op.malformed(error))?;
+                if answer_index(frame.seq, self.seq, 1, op)?.is_none() {
+                    continue;
+                }
+                consistent &= frame.flags & NLM_F_DUMP_INTR == 0;
+                let cause = match frame.kind {
+                    NLMSG_NOOP => continue,
+                    NLMSG_OVERRUN => Some(Cause::Overrun),
+                    NLMSG_ERROR => frame.acknowledgement().map_err(|e| op.malformed(e))?,
+                    NLMSG_DONE => frame.done_status().map_err(|e| op.malformed(e))?,
+                    _ => {
+                        // Read on after a message that cannot be used, so that the rest of the
+                        // dump does not lie in the way of the next request.
+                        if refused.is_none() {
+                            refused = take(frame).err();
+                        }
+                        continue;
+                    }
+                };
+                return match (cause, refused) {
+                    (Some(cause), _) => Err(op.failed(cause)),
+                    (None, Some(error)) => Err(error),
+                    (None, None) => Ok(consistent),
+                };
+            }
+        }
+    }
+}
+
+/// Which of `count` requests from sequence number `first` on a message answers.
+///
+/// `None` is a late answer to a request that was given up.
+///
+/// # Errors
+/// A sequence number that was never sent.
+fn answer_index(seq: u32, first: u32, count: usize, op: Op) -> Result<Option<usize>> {
+    let distance = seq.wrapping_sub(first);
+    match usize::try_from(distance) {
+        Ok(index) if index < count => Ok(Some(index)),
+        _ if distance > u32::MAX / 2 => Ok(None),
+        _ => Err(op.malformed(format!("sequence number {seq} where {first} was asked"))),
+    }
+}
+
+/// How many of `requests` go into the next send; joined ones stay together.
+fn batch_length(requests: &[Request]) -> usize {
+    let mut length = requests.len().min(BATCH);
+    while length < requests.len()
+        && length > 1
+        && requests.get(length - 1).is_some_and(|request| request.joined)
+    {
+        length -= 1;
+    }
+    length
+}

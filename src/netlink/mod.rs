@@ -1,0 +1,14 @@
+//! Bytes to and from the kernel: framing, request and acknowledgement, dumps, batches.
+//!
+//! This layer knows nothing of conntrack or sockets; it knows sequence numbers, `NLM_F_*` flags,
+//! extended acknowledgements and every way in which an answer can go missing. A list that it
+//! returns is whole, or it is an error.
+
+mod conn;
+mod frame;
+pub mod script;
+mod transport;
+
+pub use conn::{Connection, Request};
+pub use frame::{Frame, frames};
+pub use transport::{KernelSocket, Transport};

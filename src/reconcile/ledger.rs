@@ -1,0 +1,139 @@
+//! What ctkeep remembers: the entries it answers for, and how each connection's entry looked.
+//!
+//! Keyed by the socket's cookie, never by the tuple alone: a port that is used again does not
+//! inherit anything.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::time::Instant;
+
+use super::snapshot::Snapshot;
+use crate::conntrack::{Entry, EntryKey, Zone};
+use crate::flow::FourTuple;
+use crate::sockdiag::{Cookie, Socket, State};
+
+/// An entry that ctkeep answers for.
+#[derive(Clone, Copy, Debug)]
+pub struct Held {
+    /// The socket that it is held for, as last seen.
+    pub socket: Socket,
+    /// What finds the entry.
+    pub key: EntryKey,
+    /// Since when it is held.
+    pub since: Instant,
+}
+
+/// The memory of one network namespace.
+#[derive(Clone, Debug, Default)]
+pub struct Ledger {
+    held: HashMap<Cookie, Held>,
+    flows: HashMap<FourTuple, Cookie>,
+    seen: HashMap<Cookie, (FourTuple, Entry)>,
+    tracked: HashSet<u16>,
+    zones: BTreeSet<Zone>,
+}
+
+impl Ledger {
+    /// Whether the entry of this very socket is held.
+    pub fn holds(&self, socket: &Socket) -> bool {
+        self.held.get(&socket.cookie).is_some_and(|held| held.socket.flow() == socket.flow())
+    }
+
+    /// Whether an entry of this connection, seen from the server, is held for some socket.
+    pub fn holds_flow(&self, flow: FourTuple) -> bool {
+        self.flows.contains_key(&flow)
+    }
+
+    /// The interface that the socket of a held entry is bound to, 0 for none.
+    pub fn interface(&self, flow: FourTuple) -> u32 {
+        self.flows
+            .get(&flow)
+            .and_then(|cookie| self.held.get(cookie))
+            .map_or(0, |held| held.socket.interface)
+    }
+
+    /// All held entries.
+    pub fn held(&self) -> impl Iterator<Item = &Held> {
+        self.held.values()
+    }
+
+    /// The last entry seen for this very socket.
+    pub fn last_entry(&self, socket: &Socket) -> Option<Entry> {
+        let (flow, entry) = self.seen.get(&socket.cookie)?;
+        (*flow == socket.flow()).then_some(*entry)
+    }
+
+    /// Whether some connection of this local port had an entry when the port was last looked at.
+    pub fn is_tracked(&self, port: u16) -> bool {
+        self.tracked.contains(&port)
+    }
+
+    /// The zones in which entries of the scope were seen; the default zone always among them.
+    pub fn zones(&self) -> impl Iterator<Item = Zone> {
+        let default = Zone::default();
+        std::iter::once(default).chain(self.zones.iter().copied().filter(move |z| *z != default))
+    }
+
+    /// Takes note of what a snapshot shows.
+    ///
+    /// Of an ESTABLISHED connection only what a plain entry would get wrong: there are many.
+    pub fn note(&mut self, snapshot: &Snapshot) {
+        self.zones.extend(snapshot.zones.iter().copied());
+        for view in &snapshot.views {
+            if let (Some(socket), Some(entry)) = (view.socket, view.entry)
+                && (socket.state != State::Established || !entry.is_plain())
+            {
+                self.remember(&socket, entry);
+            }
+        }
+    }
+
+    /// Remembers how the entry of a socket looked.
+    pub fn remember(&mut self, socket: &Socket, entry: Entry) {
+        self.seen.insert(socket.cookie, (socket.flow(), entry));
+    }
+
+    /// Forgets how the entries of sockets other than these looked.
+    pub fn retain_seen(&mut self, alive: impl IntoIterator<Item = Cookie>) {
+        let alive: HashSet<_> = alive.into_iter().collect();
+        let held = &self.held;
+        self.seen.retain(|cookie, _| alive.contains(cookie) || held.contains_key(cookie));
+    }
+
+    /// Ports of which some connection has an entry now; replaces what was known.
+    pub fn set_tracked(&mut self, ports: HashSet<u16>) {
+        self.tracked = ports;
+    }
+
+    /// Answers for `entry` from now on.
+    pub fn hold(&mut self, socket: Socket, entry: Entry, now: Instant) {
+        let since = self.held.get(&socket.cookie).map_or(now, |held| held.since);
+        self.flows.insert(socket.flow(), socket.cookie);
+        self.held.insert(socket.cookie, Held { socket, key: entry.key(), since });
+        self.seen.insert(socket.cookie, (socket.flow(), entry));
+    }
+
+    /// Answers no longer for the entry of this connection.
+    pub fn drop_flow(&mut self, flow: FourTuple) {
+        if let Some(cookie) = self.flows.remove(&flow) {
+            self.held.remove(&cookie);
+            self.seen.remove(&cookie);
+        }
+    }
+
+    /// Drops what a snapshot shows to be over: no socket, or another one with the same tuple.
+    ///
+    /// Where the entry of a socket that is gone is still alive the hold stays: it must be
+    /// released first.
+    pub fn settle(&mut self, snapshot: &Snapshot) {
+        for view in &snapshot.views {
+            let Some(cookie) = self.flows.get(&view.flow) else { continue };
+            let over = match view.socket {
+                Some(socket) => socket.cookie != *cookie,
+                None => !matches!(view.entry_side(), Some((_, state)) if !state.is_closing()),
+            };
+            if over {
+                self.drop_flow(view.flow);
+            }
+        }
+    }
+}

@@ -1,0 +1,13 @@
+//! Makes conntrack follow the sockets: what is wrong, what to do, and doing it.
+//!
+//! [`observe`] reads, [`plan`] decides from values alone, [`confirm`] makes sure by exact
+//! look-ups, [`apply`] changes the table; [`ledger`] remembers what is held.
+
+pub mod apply;
+pub mod confirm;
+pub mod ledger;
+pub mod observe;
+pub mod plan;
+pub mod policy;
+pub mod recount;
+pub mod snapshot;

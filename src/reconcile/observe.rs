@@ -1,0 +1,198 @@
+//! Reads both tables into a [`Snapshot`]: whole, or connection by connection.
+
+use std::collections::{HashMap, HashSet};
+
+use super::ledger::Ledger;
+use super::policy::{Policy, Scope};
+use super::snapshot::{Direction, Snapshot, View};
+use crate::conntrack::{Conntrack, Entry, Filter, Zone};
+use crate::error::Result;
+use crate::flow::{AF_INET, AF_INET6, FourTuple};
+use crate::netlink::{KernelSocket, Transport};
+use crate::sockdiag::{Lookup, SockDiag, State, States};
+
+/// Up to this many ports the kernel filters a dump by port; each port costs a walk of the table.
+const FILTERED_PORTS: usize = 2;
+
+/// Both tables of one network namespace.
+#[derive(Debug)]
+pub struct Tables<T = KernelSocket> {
+    /// The entries.
+    pub conntrack: Conntrack<T>,
+    /// The sockets.
+    pub sockets: SockDiag<T>,
+}
+
+impl Tables<KernelSocket> {
+    /// Opens both in the network namespace of the calling thread.
+    ///
+    /// # Errors
+    /// A missing privilege or module, named.
+    pub fn open() -> Result<Self> {
+        let conntrack = Conntrack::open()?;
+        let mut sockets = SockDiag::open()?;
+        sockets.probe()?;
+        Ok(Self { conntrack, sockets })
+    }
+}
+
+impl<T: Transport> Tables<T> {
+    /// The scope at this moment.
+    ///
+    /// # Errors
+    /// The kernel refused, or an answer was lost.
+    pub fn scope(&mut self, policy: &Policy) -> Result<Scope> {
+        // With ports named there is nothing to ask.
+        let listeners =
+            if policy.ports.is_empty() { self.sockets.listeners()? } else { Vec::new() };
+        Ok(policy.scope(&listeners))
+    }
+
+    /// Every connection of the scope that has a socket in one of `states`, an entry, or both.
+    ///
+    /// Dumps of two tables at two moments: a disagreement in it is only a suspicion.
+    ///
+    /// # Errors
+    /// The kernel refused, or an answer was lost.
+    pub fn whole(&mut self, scope: &Scope, policy: &Policy, states: States) -> Result<Snapshot> {
+        let mut entries: HashMap<FourTuple, Entry> = HashMap::new();
+        for filter in filters(scope) {
+            for family in [AF_INET, AF_INET6] {
+                let part = self.conntrack.entries(family, filter, |part: &mut Vec<_>, entry| {
+                    part.extend(places(entry, scope, policy).map(|flow| (flow, entry)));
+                })?;
+                for (flow, entry) in part {
+                    let kept = entries.entry(flow).or_insert(entry);
+                    if rank(flow, &entry) > rank(flow, kept) {
+                        *kept = entry;
+                    }
+                }
+            }
+        }
+        let mut views = Vec::new();
+        let mut matched = HashSet::new();
+        for socket in self.sockets.sockets(states)? {
+            let flow = socket.flow();
+            if scope.contains(policy, flow) {
+                let entry = entries.remove(&flow);
+                matched.extend(entry.map(|entry| entry.key()));
+                views.push(View { flow, socket: Some(socket), entry });
+            }
+        }
+        entries.retain(|_, entry| !matched.contains(&entry.key()));
+        views.extend(
+            entries.into_iter().map(|(flow, entry)| View { flow, socket: None, entry: Some(entry) }),
+        );
+        views.sort_unstable_by_key(|view| view.flow);
+        Ok(Snapshot::new(views))
+    }
+
+    /// The half-closed connections of the scope, and those whose entries are held.
+    ///
+    /// One dump of CLOSE_WAIT sockets, then one question for each: its cost grows with them,
+    /// not with the tables.
+    ///
+    /// # Errors
+    /// The kernel refused, or an answer was lost.
+    pub fn half_closed(
+        &mut self,
+        scope: &Scope,
+        policy: &Policy,
+        ledger: &Ledger,
+    ) -> Result<Snapshot> {
+        let mut sockets = self.sockets.sockets(States::from_iter([State::CloseWait]))?;
+        sockets.retain(|socket| {
+            ledger.holds(socket)
+                || policy.states.contains(socket.state) && scope.contains(policy, socket.flow())
+        });
+        // A dump does not prove absence: held ones that it lacks are asked for one by one.
+        let found: HashSet<_> = sockets.iter().map(|s| s.cookie).collect();
+        let absent: Vec<_> = ledger
+            .held()
+            .filter(|held| !found.contains(&held.socket.cookie))
+            .map(|held| held.socket)
+            .collect();
+        let mut asked: Vec<_> =
+            sockets.iter().map(|socket| (Lookup::from(socket), Some(*socket))).collect();
+        let answers = self.sockets.lookup(&absent.iter().map(Lookup::from).collect::<Vec<_>>())?;
+        asked.extend(absent.iter().map(Lookup::from).zip(answers));
+        let lookups: Vec<_> = asked.iter().map(|(lookup, _)| *lookup).collect();
+        let entries = self.entries_of(&lookups, ledger)?;
+        let views = asked
+            .into_iter()
+            .zip(entries)
+            .map(|((lookup, socket), entry)| View { flow: lookup.flow, socket, entry })
+            .collect();
+        Ok(Snapshot::new(views))
+    }
+
+    /// These connections, exactly: each entry by its tuple, then each socket by its tuple.
+    ///
+    /// In this order, so that an entry that closes because its server closes is never taken for
+    /// one that was fooled: the socket changes first.
+    ///
+    /// # Errors
+    /// A broken conversation. An unanswered question never looks like an absent socket.
+    pub fn exactly(&mut self, lookups: &[Lookup], ledger: &Ledger) -> Result<Snapshot> {
+        let entries = self.entries_of(lookups, ledger)?;
+        let sockets = self.sockets.lookup(lookups)?;
+        let views = lookups
+            .iter()
+            .zip(sockets)
+            .zip(entries)
+            .map(|((lookup, socket), entry)| View { flow: lookup.flow, socket, entry })
+            .collect();
+        Ok(Snapshot::new(views))
+    }
+
+    /// The entries of these connections, in every zone that is known.
+    fn entries_of(
+        &mut self,
+        connections: &[Lookup],
+        ledger: &Ledger,
+    ) -> Result<Vec<Option<Entry>>> {
+        let mut found: Vec<Option<Entry>> = vec![None; connections.len()];
+        for zone in ledger.zones() {
+            let missing: Vec<usize> = found
+                .iter()
+                .enumerate()
+                .filter_map(|(index, entry)| entry.is_none().then_some(index))
+                .collect();
+            let keys: Vec<(FourTuple, Zone)> = missing
+                .iter()
+                .filter_map(|index| connections.get(*index))
+                .map(|lookup| (lookup.flow, zone))
+                .collect();
+            for (index, entry) in missing.into_iter().zip(self.conntrack.get(&keys)?) {
+                if let Some(slot) = found.get_mut(index) {
+                    *slot = entry;
+                }
+            }
+        }
+        Ok(found)
+    }
+}
+
+fn filters(scope: &Scope) -> Vec<Filter> {
+    if scope.ports.len() > FILTERED_PORTS {
+        return vec![Filter::Tcp];
+    }
+    scope
+        .ports
+        .iter()
+        .flat_map(|port| [Filter::AnsweredFrom(*port), Filter::BegunFrom(*port)])
+        .collect()
+}
+
+/// The connections of the scope, seen from the server, that an entry can belong to: by its answers,
+/// or, reversed, by its first packet. Both when the peer's port is in scope too.
+fn places(entry: Entry, scope: &Scope, policy: &Policy) -> impl Iterator<Item = FourTuple> {
+    [entry.reply, entry.orig].into_iter().filter(|flow| scope.contains(policy, *flow))
+}
+
+/// Where two zones have an entry of one connection: the one that a limiter counts goes first.
+fn rank(flow: FourTuple, entry: &Entry) -> (bool, bool) {
+    let view = View { flow, socket: None, entry: Some(*entry) };
+    let right_way = matches!(view.entry_side(), Some((Direction::FromPeer, _)));
+    (right_way, view.is_counted())
+}

@@ -1,0 +1,280 @@
+//! Decides, from values alone, what must be done so that conntrack follows the sockets.
+//!
+//! No clock, no I/O, no log: the table of docs/reconcile.md as a function, which
+//! tests/plan_table.rs walks cell by cell.
+
+use std::collections::{BTreeSet, HashSet};
+use std::fmt;
+
+use super::ledger::Ledger;
+use super::policy::{Policy, Scope};
+use super::snapshot::{Direction, Snapshot, View};
+use crate::conntrack::{Entry, TcpState, Zone};
+use crate::sockdiag::State;
+
+/// What is done about a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum ActionKind {
+    /// Lengthen the entry's timeout.
+    Extend,
+    /// Take an entry that conntrack believes closed back to life.
+    Revive,
+    /// Put a forgotten entry back.
+    Reinsert,
+    /// Turn an entry round that was picked up in the wrong direction.
+    Reverse,
+    /// Give an entry back whose socket is gone.
+    Release,
+}
+
+impl ActionKind {
+    /// The action's name in plans, logs and metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Extend => "extend",
+            Self::Revive => "revive",
+            Self::Reinsert => "reinsert",
+            Self::Reverse => "reverse",
+            Self::Release => "release",
+        }
+    }
+
+    /// Whether the limiter may have thrown the connection out before it.
+    pub fn needs_recount(self) -> bool {
+        matches!(self, Self::Revive | Self::Reinsert | Self::Reverse)
+    }
+}
+
+impl fmt::Display for ActionKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// What the planner makes of one connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Verdict {
+    /// Something must be done.
+    Act(ActionKind, Reason),
+    /// Nothing to do, and why.
+    Leave(Rest),
+}
+
+/// Why something must be done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Reason {
+    /// The socket is open and no entry is left.
+    EntryMissing,
+    /// The socket is open and conntrack believes that it closes or has closed.
+    EntryClosed(TcpState),
+    /// The entry would expire before the lease is renewed.
+    EntryExpiring,
+    /// The entry takes the server for the client.
+    EntryReversed,
+    /// The socket of a held entry is gone.
+    SocketGone,
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::EntryMissing => f.write_str("socket open, entry missing"),
+            Self::EntryClosed(state) => write!(f, "socket open, entry in {state}"),
+            Self::EntryExpiring => f.write_str("socket open, entry about to expire"),
+            Self::EntryReversed => f.write_str("entry picked up in the wrong direction"),
+            Self::SocketGone => f.write_str("socket gone"),
+        }
+    }
+}
+
+/// Why nothing is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Rest {
+    /// Both tables agree.
+    Agree,
+    /// The handshake or its refusal is under way.
+    Handshake,
+    /// This host opened the connection.
+    Outgoing,
+    /// The socket is open in a state that is not guarded; conntrack sees its packets itself.
+    NotGuarded,
+    /// No entry, and no sign that this connection was ever tracked.
+    Untracked,
+    /// An entry that no socket backs: counted, but not ours to take away.
+    OverCount,
+    /// No socket and no live entry.
+    Over,
+}
+
+impl fmt::Display for Rest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Agree => "both tables agree",
+            Self::Handshake => "the handshake is under way",
+            Self::Outgoing => "this host opened the connection",
+            Self::NotGuarded => "the socket is in no guarded state or not in scope",
+            Self::Untracked => "no sign that this connection was ever tracked",
+            Self::OverCount => "an entry without a socket",
+            Self::Over => "the connection is over",
+        })
+    }
+}
+
+/// One cell of the table: all that a decision depends on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cell {
+    /// State of the socket, `None` when an exact look-up shows none.
+    pub socket: Option<State>,
+    /// Whether that state is guarded and the connection in scope.
+    pub guarded: bool,
+    /// The entry.
+    pub entry: Option<(Direction, TcpState)>,
+    /// The entry's timeout is below half of the lease.
+    pub expiring: bool,
+    /// ctkeep answers for the entry.
+    pub held: bool,
+    /// There is evidence that the connection is tracked.
+    pub tracked: bool,
+}
+
+/// The table.
+pub fn decide(cell: Cell) -> Verdict {
+    use ActionKind::*;
+    use Verdict::*;
+
+    match (cell.socket, cell.entry) {
+        (_, Some((Direction::Outgoing, _))) => Leave(Rest::Outgoing),
+        (None, entry) => without_socket(entry, cell.held),
+        (Some(_), _) if !cell.guarded => Leave(Rest::NotGuarded),
+        (Some(_), None) if cell.tracked => Act(Reinsert, Reason::EntryMissing),
+        (Some(_), None) => Leave(Rest::Untracked),
+        (Some(_), Some((Direction::Reversed, _))) => Act(Reverse, Reason::EntryReversed),
+        (Some(_), Some((Direction::FromPeer, state))) if state.is_closing() => {
+            Act(Revive, Reason::EntryClosed(state))
+        }
+        // An idle ESTABLISHED connection is the kernel's to forget, as its timeout says.
+        (Some(State::Established), Some((_, TcpState::Established))) if !cell.held => {
+            Leave(Rest::Agree)
+        }
+        // The server's last ACK of the handshake may still be on its way through conntrack.
+        (
+            Some(State::Established),
+            Some((_, TcpState::None | TcpState::SynSent | TcpState::SynRecv | TcpState::SynSent2)),
+        ) => Leave(Rest::Handshake),
+        (Some(_), Some(_)) if cell.expiring => Act(Extend, Reason::EntryExpiring),
+        (Some(_), Some(_)) => Leave(Rest::Agree),
+    }
+}
+
+fn without_socket(entry: Option<(Direction, TcpState)>, held: bool) -> Verdict {
+    match entry {
+        None => Verdict::Leave(Rest::Over),
+        Some((Direction::FromPeer, state)) if state.is_closing() => Verdict::Leave(Rest::Over),
+        Some(_) if held => Verdict::Act(ActionKind::Release, Reason::SocketGone),
+        Some((
+            Direction::FromPeer,
+            TcpState::None | TcpState::SynSent | TcpState::SynRecv | TcpState::SynSent2,
+        )) => Verdict::Leave(Rest::Handshake),
+        Some(_) => Verdict::Leave(Rest::OverCount),
+    }
+}
+
+/// One thing to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Action {
+    /// What.
+    pub kind: ActionKind,
+    /// Why.
+    pub reason: Reason,
+    /// The connection as it was seen.
+    pub view: View,
+    /// What an entry for it must look like: the one in place, else the last one seen, else a
+    /// plain one.
+    pub template: Entry,
+}
+
+/// What must be done, in the order of the snapshot.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// The actions.
+    pub actions: Vec<Action>,
+    /// Local ports on which the snapshot showed that tracking is on.
+    pub tracked: HashSet<u16>,
+    /// Zones that the snapshot showed.
+    pub zones: BTreeSet<Zone>,
+}
+
+/// Plans for a snapshot.
+pub fn plan(snapshot: &Snapshot, scope: &Scope, policy: &Policy, ledger: &Ledger) -> Plan {
+    let actions = snapshot
+        .views
+        .iter()
+        .filter_map(|view| match verdict(view, snapshot, scope, policy, ledger) {
+            Verdict::Act(kind, reason) => {
+                let template = template(view, snapshot, ledger);
+                Some(Action { kind, reason, view: *view, template })
+            }
+            Verdict::Leave(_) => None,
+        })
+        .collect();
+    Plan { actions, tracked: snapshot.tracked.clone(), zones: snapshot.zones.clone() }
+}
+
+/// The decision about one connection of a snapshot.
+pub fn verdict(
+    view: &View,
+    snapshot: &Snapshot,
+    scope: &Scope,
+    policy: &Policy,
+    ledger: &Ledger,
+) -> Verdict {
+    decide(cell(view, snapshot, scope, policy, ledger))
+}
+
+/// The cell that a connection stands in.
+pub fn cell(
+    view: &View,
+    snapshot: &Snapshot,
+    scope: &Scope,
+    policy: &Policy,
+    ledger: &Ledger,
+) -> Cell {
+    let socket = view.socket;
+    let held = match socket {
+        Some(socket) => ledger.holds(&socket),
+        None => ledger.holds_flow(view.flow),
+    };
+    let seen = socket.and_then(|socket| ledger.last_entry(&socket));
+    // What this host opened stays so when its entry is forgotten.
+    let entry = view.entry_side().or_else(|| {
+        let last = View { entry: seen, ..*view };
+        last.entry_side().filter(|(direction, _)| *direction == Direction::Outgoing)
+    });
+    let in_scope = scope.contains(policy, view.flow) || held;
+    Cell {
+        socket: socket.map(|socket| socket.state),
+        guarded: in_scope && socket.is_some_and(|socket| policy.states.contains(socket.state)),
+        entry,
+        expiring: view
+            .entry
+            .and_then(|entry| entry.timeout)
+            .is_some_and(|timeout| timeout < policy.renew_below()),
+        held,
+        tracked: policy.force
+            || seen.is_some()
+            || snapshot.tracked.contains(&view.flow.src.port())
+            || ledger.is_tracked(view.flow.src.port()),
+    }
+}
+
+/// What an entry for this connection must look like.
+fn template(view: &View, snapshot: &Snapshot, ledger: &Ledger) -> Entry {
+    let last = view.socket.and_then(|socket| ledger.last_entry(&socket));
+    let right_way = |entry: &Entry| entry.reply == view.flow;
+    view.entry.filter(right_way).or(last.filter(right_way)).unwrap_or_else(|| {
+        // A reversed entry tells its zone; else the zone that siblings are in, if it is one.
+        let sibling = (snapshot.zones.len() == 1).then(|| snapshot.zones.first().copied());
+        let zone = view.entry.map(|entry| entry.zone).or(sibling.flatten()).unwrap_or_default();
+        Entry::plain(view.flow.inverse(), zone)
+    })
+}

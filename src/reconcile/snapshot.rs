@@ -1,0 +1,77 @@
+//! What both tables say about each connection, as plain values.
+
+use std::collections::{BTreeSet, HashSet};
+
+use crate::conntrack::{Entry, TcpState, Zone};
+use crate::flow::FourTuple;
+use crate::sockdiag::Socket;
+
+/// One connection as both tables show it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct View {
+    /// From the server to its peer: the socket's own tuple, and the reply tuple of its entry.
+    pub flow: FourTuple,
+    /// The server's socket.
+    pub socket: Option<Socket>,
+    /// The conntrack entry.
+    pub entry: Option<Entry>,
+}
+
+/// In which direction an entry runs, seen from the server's socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Direction {
+    /// The peer opened the connection: the limiter counts it for the peer.
+    FromPeer,
+    /// Conntrack picked the connection up at a packet of the server (`nf_conntrack_tcp_loose`)
+    /// and takes the server for the client: the limiter does not count it for the peer.
+    Reversed,
+    /// This host opened the connection: none of our business.
+    Outgoing,
+}
+
+impl View {
+    /// Direction and state of the entry.
+    pub fn entry_side(&self) -> Option<(Direction, TcpState)> {
+        let entry = self.entry?;
+        let state = entry.state()?;
+        let direction = if entry.reply == self.flow {
+            Direction::FromPeer
+        } else if entry.is_picked_up() {
+            Direction::Reversed
+        } else {
+            Direction::Outgoing
+        };
+        Some((direction, state))
+    }
+
+    /// Whether a limiter counts the entry for the peer.
+    pub fn is_counted(&self) -> bool {
+        matches!(self.entry_side(), Some((Direction::FromPeer, state)) if state.is_counted())
+    }
+}
+
+/// Both tables at one moment, as far as they concern the scope.
+#[derive(Clone, Debug, Default)]
+pub struct Snapshot {
+    /// The connections.
+    pub views: Vec<View>,
+    /// Local ports of which some connection has an entry: tracking is on there.
+    pub tracked: HashSet<u16>,
+    /// Zones that entries of the scope were found in.
+    pub zones: BTreeSet<Zone>,
+}
+
+impl Snapshot {
+    /// A snapshot of these connections.
+    pub fn new(views: Vec<View>) -> Self {
+        let mut tracked = HashSet::new();
+        let mut zones = BTreeSet::new();
+        for view in &views {
+            if let Some(entry) = view.entry {
+                tracked.insert(view.flow.src.port());
+                zones.insert(entry.zone);
+            }
+        }
+        Self { views, tracked, zones }
+    }
+}

@@ -1,0 +1,53 @@
+#!/bin/sh
+# Installs the programs that the live tests and the demonstration drive. Does nothing, and needs no
+# privilege, when all of them are present.
+set -eu
+
+# Where Debian keeps them; not in everybody's PATH.
+PATH=$PATH:/usr/sbin:/sbin
+
+packages=
+need() { # PROGRAM PACKAGE
+    command -v "$1" >/dev/null 2>&1 && return
+    case " $packages " in
+    *" $2 "*) ;;
+    *) packages="${packages:+$packages }$2" ;;
+    esac
+}
+
+need iptables iptables
+need ip6tables iptables
+need nft nftables
+need conntrack conntrack
+need ip iproute2
+need ss iproute2
+need sysctl procps
+need setpriv util-linux
+need unshare util-linux
+
+if [ -z "$packages" ]; then
+    exit 0
+fi
+
+install="apt-get install --no-install-recommends $packages"
+if [ ! -e /etc/debian_version ]; then
+    echo "missing programs; Debian's packages of them are called: $packages" >&2
+    exit 1
+fi
+if [ "$(id -u)" -ne 0 ]; then
+    echo "missing programs; install them with: sudo $install" >&2
+    exit 1
+fi
+
+echo "installing: $packages" >&2
+export DEBIAN_FRONTEND=noninteractive
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+# One package a word.
+# shellcheck disable=SC2086
+if ! { apt-get update -qq && apt-get install -y -qq --no-install-recommends $packages; } \
+    >"$log" 2>&1 </dev/null; then
+    cat "$log" >&2
+    echo "failed: $install" >&2
+    exit 1
+fi
