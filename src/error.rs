@@ -184,10 +184,8 @@ mod tests {
 
     #[test]
     fn an_error_names_the_operation_the_connection_and_the_kernels_word() {
-        let flow = FourTuple::new(
-            "192.0.2.7:4000".parse().unwrap(),
-            "192.0.2.1:80".parse().unwrap(),
-        );
+        let flow =
+            FourTuple::new("192.0.2.7:4000".parse().unwrap(), "192.0.2.1:80".parse().unwrap());
         let error = Op::on("conntrack insert", flow)
             .failed(Cause::Kernel { errno: Errno::ENOMEM, word: Some("table full".into()) });
         assert_eq!(

@@ -1,10 +1,31 @@
-//! ctkeep keeps conntrack in step with the kernel's sockets.
+//! ctkeep keeps half-closed TCP connections counted.
+//!
+//! connlimit and `ct count` count *conntrack entries*; what a server pays for are *sockets*. A
+//! client that half-closes leaves the server's socket in CLOSE_WAIT for as long as the application
+//! likes, while conntrack forgets the connection at a stray RST, a repeated FIN, or a timeout. This
+//! program reads both tables and makes conntrack follow the sockets: during, and only during, the
+//! life of the socket.
+//!
+//! From the bottom up (imports only ever go down):
+//!
+//! - [`flow`] and [`Error`]: endpoints, four-tuples, and the one error.
+//! - [`netlink`]: bytes to and from the kernel; a list is whole or an error.
+//! - [`conntrack`], [`sockdiag`]: the two tables, one typed request for each thing asked; [`host`]:
+//!   routes, settings, namespaces.
+//! - [`reconcile`]: observe, plan (pure), confirm by exact look-up, apply, recount; the ledger of
+//!   what is held.
+//! - [`audit`]: the report of one look.
+//! - [`daemon`] and [`cli`]: a worker for each namespace, and the commands.
+
+pub mod audit;
+pub mod cli;
+pub mod conntrack;
+pub mod daemon;
 mod error;
 pub mod flow;
-pub mod netlink;
-pub mod conntrack;
-pub mod sockdiag;
-pub mod reconcile;
 pub mod host;
-pub mod daemon;
+pub mod netlink;
+pub mod reconcile;
+pub mod sockdiag;
+
 pub use error::{Cause, Error, Op, Result};

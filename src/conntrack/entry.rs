@@ -97,9 +97,8 @@ impl Entry {
     ///
     /// `tcp_new()` in `nf_conntrack_proto_tcp.c` sets the flag in both directions only then.
     pub fn is_picked_up(&self) -> bool {
-        self.tcp.is_some_and(|tcp| {
-            tcp.flags.iter().all(|flags| flags & IP_CT_TCP_FLAG_BE_LIBERAL != 0)
-        })
+        self.tcp
+            .is_some_and(|tcp| tcp.flags.iter().all(|flags| flags & IP_CT_TCP_FLAG_BE_LIBERAL != 0))
     }
 }
 

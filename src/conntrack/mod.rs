@@ -13,9 +13,7 @@ use crate::error::{Cause, Error, Op, Result};
 use crate::flow::FourTuple;
 use crate::netlink::{Connection, KernelSocket, Transport};
 
-pub use entry::{
-    Entry, EntryKey, HelperName, SeqAdj, Status, SynProxy, Tcp, TcpState, Zone,
-};
+pub use entry::{Entry, EntryKey, HelperName, SeqAdj, Status, SynProxy, Tcp, TcpState, Zone};
 pub use event::{Drained, Event, EventKind, Listener};
 pub use request::{Change, Filter, Insert};
 
@@ -42,12 +40,11 @@ impl Conntrack<KernelSocket> {
     /// `CAP_NET_ADMIN` is missing, or the kernel has no ctnetlink.
     pub fn open() -> Result<Self> {
         let op = Op::new("open conntrack netlink");
-        let socket = KernelSocket::open(op, NETLINK_NETFILTER).map_err(|error| {
-            match error.errno() {
+        let socket =
+            KernelSocket::open(op, NETLINK_NETFILTER).map_err(|error| match error.errno() {
                 Some(Errno::EPROTONOSUPPORT) => module_missing(op, "nfnetlink"),
                 _ => error,
-            }
-        })?;
+            })?;
         let mut this = Self::new(socket);
         this.size()?;
         Ok(this)
@@ -165,7 +162,5 @@ fn explain(error: Error) -> Error {
 }
 
 fn module_missing(op: Op, module: &str) -> Error {
-    op.failed(Cause::Unavailable(format!(
-        "the kernel lacks {module}; load it: modprobe {module}"
-    )))
+    op.failed(Cause::Unavailable(format!("the kernel lacks {module}; load it: modprobe {module}")))
 }

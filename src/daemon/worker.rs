@@ -106,8 +106,7 @@ impl<'a> Worker<'a> {
             }
         };
         let tables = Tables::open()?;
-        let recounter =
-            if settings.dry_run { None } else { Recounter::open(settings.recount)? };
+        let recounter = if settings.dry_run { None } else { Recounter::open(settings.recount)? };
         tracing::info!(
             recount = if recounter.is_some() { "loopback" } else { "off" },
             tcp_loose = sysctl::conntrack("nf_conntrack_tcp_loose"),
@@ -362,7 +361,8 @@ impl<'a> Worker<'a> {
         if say {
             tracing::warn!(%error, retry_in = ?rest, "conntrack table full");
         }
-        let last_said = if say { now } else { self.full_table.as_ref().map_or(now, |f| f.last_said) };
+        let last_said =
+            if say { now } else { self.full_table.as_ref().map_or(now, |f| f.last_said) };
         self.full_table = Some(FullTable { until: now + rest, rest, last_said });
     }
 

@@ -108,12 +108,9 @@ fn first_step(action: &Action, lease: Duration, recount: bool) -> Change {
         ActionKind::Revive => last_step(action, lease),
         ActionKind::Reverse => Change::Replace { old: key, id, new: insert },
         ActionKind::Reinsert => Change::Insert(insert),
-        ActionKind::Release => Change::Update {
-            key,
-            state: TcpState::Close,
-            status: None,
-            timeout: CLOSE_TIMEOUT,
-        },
+        ActionKind::Release => {
+            Change::Update { key, state: TcpState::Close, status: None, timeout: CLOSE_TIMEOUT }
+        }
     }
 }
 

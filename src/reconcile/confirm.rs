@@ -40,7 +40,9 @@ pub fn confirm<T: Transport>(
         .iter()
         .map(|action| match action.view.socket {
             Some(socket) => Lookup::from(&socket),
-            None => Lookup { flow: action.view.flow, interface: ledger.interface(action.view.flow) },
+            None => {
+                Lookup { flow: action.view.flow, interface: ledger.interface(action.view.flow) }
+            }
         })
         .collect();
     let mut snapshot = tables.exactly(&lookups, ledger)?;

@@ -80,9 +80,11 @@ impl<T: Transport> Tables<T> {
             }
         }
         entries.retain(|_, entry| !matched.contains(&entry.key()));
-        views.extend(
-            entries.into_iter().map(|(flow, entry)| View { flow, socket: None, entry: Some(entry) }),
-        );
+        views.extend(entries.into_iter().map(|(flow, entry)| View {
+            flow,
+            socket: None,
+            entry: Some(entry),
+        }));
         views.sort_unstable_by_key(|view| view.flow);
         Ok(Snapshot::new(views))
     }

@@ -53,7 +53,8 @@ impl Policy {
     /// Whether connections of this peer are in scope.
     pub fn admits(&self, peer: IpAddr) -> bool {
         let within = |nets: &[IpNet]| nets.iter().any(|net| net.contains(&peer));
-        let wanted = if self.sources.is_empty() { !peer.is_loopback() } else { within(&self.sources) };
+        let wanted =
+            if self.sources.is_empty() { !peer.is_loopback() } else { within(&self.sources) };
         wanted && !within(&self.exempt)
     }
 

@@ -97,9 +97,10 @@ impl Recounter {
         }
         let socket = match to {
             IpAddr::V4(_) => &self.ipv4,
-            IpAddr::V6(_) => self.ipv6.as_ref().ok_or_else(|| {
-                op.failed(Cause::Unavailable("no raw IPv6 socket".to_owned()))
-            })?,
+            IpAddr::V6(_) => self
+                .ipv6
+                .as_ref()
+                .ok_or_else(|| op.failed(Cause::Unavailable("no raw IPv6 socket".to_owned())))?,
         };
         let packet = nudge_packet(entry.orig).map_err(|error| op.malformed(error))?;
         let address = SockAddr::from(SocketAddr::new(to, 0));

@@ -104,8 +104,7 @@ impl<T: Transport> SockDiag<T> {
             let op = requests.get(index).map_or(Op::new("socket look-up"), |r| r.op);
             let socket = decode::socket(frame).map_err(|error| op.malformed(error))?;
             let asked = lookups.get(index);
-            if let (Some(socket), Some(asked), Some(slot)) =
-                (socket, asked, found.get_mut(index))
+            if let (Some(socket), Some(asked), Some(slot)) = (socket, asked, found.get_mut(index))
                 && socket.state != State::Listen
                 && socket.flow() == asked.flow
             {

@@ -1,0 +1,272 @@
+//! Takes the look: joins the tables, makes sure of every disagreement, names and adds up.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::time::SystemTime;
+
+use serde_json::{Value, json};
+
+use super::classes::Class;
+use super::processes::{Holder, holders};
+use super::sources::{Source, sources};
+use crate::conntrack::TcpState;
+use crate::error::Result;
+use crate::flow::FourTuple;
+use crate::host::route::Routes;
+use crate::reconcile::ledger::Ledger;
+use crate::reconcile::observe::Tables;
+use crate::reconcile::plan::cell;
+use crate::reconcile::policy::{Policy, Scope};
+use crate::reconcile::snapshot::{Snapshot, View};
+use crate::sockdiag::{Lookup, State, States};
+
+/// What is asked beyond the scope.
+#[derive(Clone, Copy, Debug)]
+pub struct Request {
+    /// The limit of the rules, where the administrator names it.
+    pub limit: Option<u32>,
+    /// Prefix length of IPv4 sources.
+    pub mask: u8,
+    /// Prefix length of IPv6 sources.
+    pub mask6: u8,
+    /// When the look is taken.
+    pub now: SystemTime,
+}
+
+/// One connection of the report.
+#[derive(Clone, Debug)]
+pub struct Connection {
+    /// Both tables' view, after an exact look-up where they disagree.
+    pub view: View,
+    /// How they stand to each other.
+    pub class: Class,
+    /// Who holds the socket; looked up for disagreements only.
+    pub holder: Option<Holder>,
+}
+
+/// The report of one namespace.
+#[derive(Clone, Debug)]
+pub struct Report {
+    netns: String,
+    kernel: String,
+    request: Request,
+    sockets: BTreeMap<State, usize>,
+    entries: BTreeMap<TcpState, usize>,
+    /// Every connection of the scope.
+    pub connections: Vec<Connection>,
+    /// Sources, those that hurt most first.
+    pub sources: Vec<Source>,
+}
+
+impl Report {
+    /// Looks at the namespace that the calling thread is in.
+    ///
+    /// # Errors
+    /// A missing privilege or module; a lost or malformed answer.
+    pub fn take(netns: &str, policy: &Policy, request: Request) -> Result<Self> {
+        let mut tables = Tables::open()?;
+        let scope = tables.scope(policy)?;
+        let listeners = tables.sockets.listeners()?;
+        let mut snapshot = tables.whole(&scope, policy, States::connected())?;
+        let mut ledger = Ledger::default();
+        ledger.note(&snapshot);
+        make_sure(&mut tables, &mut snapshot, &scope, policy, &ledger)?;
+        drop_foreign(&mut snapshot)?;
+
+        let mut sockets: BTreeMap<_, _> = State::ALL.map(|state| (state, 0)).into();
+        let mut entries: BTreeMap<_, _> = TcpState::ALL.map(|state| (state, 0)).into();
+        let in_scope = |port| scope.ports.contains(&port);
+        sockets.insert(
+            State::Listen,
+            listeners.iter().filter(|socket| in_scope(socket.local.port())).count(),
+        );
+        for view in &snapshot.views {
+            if let Some(socket) = view.socket {
+                *sockets.entry(socket.state).or_default() += 1;
+            }
+            if let Some(state) = view.entry.and_then(|entry| entry.state()) {
+                *entries.entry(state).or_default() += 1;
+            }
+        }
+        let connections = name(&snapshot, &scope, policy, &ledger);
+        Ok(Self {
+            netns: if netns.is_empty() { own_namespace() } else { netns.to_owned() },
+            kernel: nix::sys::utsname::uname()
+                .map(|name| name.release().to_string_lossy().into_owned())
+                .unwrap_or_default(),
+            request,
+            sockets,
+            entries,
+            sources: sources(snapshot.views.iter().copied(), request),
+            connections,
+        })
+    }
+
+    /// Whether the tables disagree anywhere.
+    pub fn has_disagreements(&self) -> bool {
+        self.connections.iter().any(|connection| connection.class != Class::Agree)
+    }
+
+    /// How many connections are in each class.
+    pub fn classes(&self) -> BTreeMap<Class, usize> {
+        let mut classes: BTreeMap<_, _> = Class::ALL.map(|class| (class, 0)).into();
+        for connection in &self.connections {
+            *classes.entry(connection.class).or_default() += 1;
+        }
+        classes
+    }
+
+    /// The limit asked for.
+    pub fn limit(&self) -> Option<u32> {
+        self.request.limit
+    }
+
+    /// Sockets by state.
+    pub fn sockets(&self) -> &BTreeMap<State, usize> {
+        &self.sockets
+    }
+
+    /// The report by its schema; `all` lists agreeing connections too, `top` cuts the sources.
+    pub fn to_json(&self, all: bool, top: Option<usize>) -> Value {
+        let connections: Vec<_> = self
+            .connections
+            .iter()
+            .filter(|connection| all || connection.class != Class::Agree)
+            .map(connection_json)
+            .collect();
+        let sources: Vec<_> = self
+            .sources
+            .iter()
+            .take(top.unwrap_or(usize::MAX))
+            .map(|source| {
+                json!({
+                    "source": source.net.to_string(),
+                    "sockets": named(source.sockets.iter().map(|(state, n)| (state.name(), *n))),
+                    "held": source.held,
+                    "counted": source.counted,
+                    "uncounted": source.uncounted,
+                    "stale": source.stale,
+                    "over_limit": source.over_limit,
+                })
+            })
+            .collect();
+        json!({
+            "schema": 1,
+            "generated_at": humantime::format_rfc3339_seconds(self.request.now).to_string(),
+            "kernel": self.kernel,
+            "netns": self.netns,
+            "limit": self.request.limit,
+            "mask": self.request.mask,
+            "mask6": self.request.mask6,
+            "summary": {
+                "sockets": named(self.sockets.iter().map(|(state, n)| (state.name(), *n))),
+                "entries": named(self.entries.iter().map(|(state, n)| (state.name(), *n))),
+                "classes": named(self.classes().into_iter().map(|(class, n)| (class.name(), n))),
+            },
+            "connections": connections,
+            "sources": sources,
+        })
+    }
+}
+
+fn named(counts: impl IntoIterator<Item = (&'static str, usize)>) -> Value {
+    Value::Object(counts.into_iter().map(|(name, n)| (name.to_owned(), n.into())).collect())
+}
+
+fn connection_json(connection: &Connection) -> Value {
+    let View { flow, socket, entry } = connection.view;
+    let holder = connection.holder.as_ref();
+    json!({
+        "local": flow.src.to_string(),
+        "remote": flow.dst.to_string(),
+        "socket_state": socket.map(|socket| socket.state.name()),
+        "entry_state": entry.and_then(|entry| entry.state()).map(TcpState::name),
+        "entry_timeout_seconds":
+            entry.and_then(|entry| entry.timeout).map(|timeout| timeout.as_secs()),
+        "zone": entry.map_or(0, |entry| entry.zone.id()),
+        "class": connection.class.name(),
+        "pid": holder.map(|holder| holder.pid),
+        "command": holder.map(|holder| &holder.command),
+        "processes": holder.map(|holder| holder.processes),
+        "inode": socket.map(|socket| socket.inode),
+        "uid": socket.map(|socket| socket.uid),
+        "recv_queue": socket.map(|socket| socket.recv_queue),
+        "send_queue": socket.map(|socket| socket.send_queue),
+    })
+}
+
+/// Looks at every suspected disagreement again, exactly: dumps of a moving table lie.
+fn make_sure(
+    tables: &mut Tables,
+    snapshot: &mut Snapshot,
+    scope: &Scope,
+    policy: &Policy,
+    ledger: &Ledger,
+) -> Result<()> {
+    let suspects: Vec<Lookup> = snapshot
+        .views
+        .iter()
+        .filter(|view| Class::of(cell(view, snapshot, scope, policy, ledger)) != Class::Agree)
+        .map(|view| Lookup {
+            flow: view.flow,
+            interface: view.socket.map_or(0, |socket| socket.interface),
+        })
+        .collect();
+    let exact = tables.exactly(&suspects, ledger)?;
+    let exact: HashMap<FourTuple, View> =
+        exact.views.into_iter().map(|view| (view.flow, view)).collect();
+    for view in &mut snapshot.views {
+        if let Some(exact) = exact.get(&view.flow) {
+            *view = *exact;
+        }
+    }
+    snapshot.views.retain(|view| view.socket.is_some() || view.entry.is_some());
+    Ok(())
+}
+
+/// Leaves out entries of connections that do not end on this host: their sockets are elsewhere.
+fn drop_foreign(snapshot: &mut Snapshot) -> Result<()> {
+    let mut routes = Routes::open()?;
+    let mut local = HashMap::new();
+    for view in snapshot.views.iter().filter(|view| view.socket.is_none()) {
+        let addr = view.flow.src.addr();
+        if !local.contains_key(&addr) {
+            local.insert(addr, routes.is_local(addr)?);
+        }
+    }
+    snapshot.views.retain(|view| {
+        view.socket.is_some() || local.get(&view.flow.src.addr()).copied().unwrap_or(false)
+    });
+    Ok(())
+}
+
+fn name(snapshot: &Snapshot, scope: &Scope, policy: &Policy, ledger: &Ledger) -> Vec<Connection> {
+    let mut connections: Vec<_> = snapshot
+        .views
+        .iter()
+        .map(|view| Connection {
+            view: *view,
+            class: Class::of(cell(view, snapshot, scope, policy, ledger)),
+            holder: None,
+        })
+        .collect();
+    let inode = |connection: &Connection| {
+        connection.view.socket.map(|socket| socket.inode).filter(|inode| *inode != 0)
+    };
+    let wanted: HashSet<u32> = connections
+        .iter()
+        .filter(|connection| connection.class != Class::Agree)
+        .filter_map(inode)
+        .collect();
+    let holders = holders(&wanted);
+    for connection in &mut connections {
+        connection.holder = inode(connection).and_then(|inode| holders.get(&inode).cloned());
+    }
+    connections
+}
+
+/// What `ip netns identify` cannot name has at least a number.
+fn own_namespace() -> String {
+    std::fs::read_link("/proc/thread-self/ns/net")
+        .map(|link| link.to_string_lossy().into_owned())
+        .unwrap_or_default()
+}

@@ -1,0 +1,336 @@
+//! What can be typed. Clap only: what it means is said where it is used.
+
+use std::collections::HashSet;
+use std::num::NonZeroU32;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
+use ipnet::IpNet;
+
+use crate::daemon::{EventSource, OnExit};
+use crate::error::{Error, Result};
+use crate::flow::Endpoint;
+use crate::host::netns::Namespace;
+use crate::reconcile::policy::Policy;
+use crate::reconcile::recount::Mode;
+use crate::sockdiag::State;
+
+/// Keeps half-closed TCP connections counted: makes conntrack, and with it connlimit and
+/// `ct count`, follow the kernel's sockets.
+#[derive(Debug, Parser)]
+#[command(name = "ctkeep", version, max_term_width = 100, arg_required_else_help = true)]
+pub(super) struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+
+    /// Log more: -v debug, -vv trace (CTKEEP_LOG takes a tracing filter)
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    pub verbose: u8,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Show where sockets and conntrack disagree; changes nothing
+    Audit(Audit),
+    /// Repair once what disagrees now
+    Reconcile(Reconcile),
+    /// Guard connections until told to stop
+    Run(Run),
+    /// Show what both tables say of one connection, and what ctkeep would do
+    Explain(Explain),
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Scope")]
+pub(super) struct Scope {
+    /// Local TCP port to guard (repeatable) [default: every listening port]
+    #[arg(long = "port", value_name = "PORT", value_delimiter = ',',
+          value_parser = clap::value_parser!(u16).range(1..))]
+    pub ports: Vec<u16>,
+
+    /// Socket states to guard
+    #[arg(long, value_name = "STATE", value_delimiter = ',', default_value = "close-wait,established",
+          value_parser = guarded_state())]
+    pub states: Vec<State>,
+
+    /// Only peers in this network (repeatable) [default: all but loopback]
+    #[arg(long = "source", value_name = "CIDR", value_delimiter = ',', value_parser = network)]
+    pub sources: Vec<IpNet>,
+
+    /// No peers in this network (repeatable); wins over --source
+    #[arg(long, value_name = "CIDR", value_delimiter = ',', value_parser = network)]
+    pub exempt: Vec<IpNet>,
+
+    /// Network namespace by its name or path (repeatable) [default: the one ctkeep runs in]
+    #[arg(long, value_name = "NAME|PATH", value_delimiter = ',')]
+    pub netns: Vec<String>,
+
+    /// Timeout given to held entries; renewed before half of it has passed
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = lease)]
+    pub lease: Duration,
+
+    /// Read options from this TOML file; flags win
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Audit {
+    #[command(flatten)]
+    pub scope: Scope,
+
+    #[command(flatten)]
+    pub output: Output,
+
+    /// The limit that the rules set for each source
+    #[arg(long, value_name = "N")]
+    pub limit: Option<NonZeroU32>,
+
+    /// Prefix length that IPv4 sources are counted by (connlimit-mask)
+    #[arg(long, value_name = "BITS", default_value_t = 32,
+          value_parser = clap::value_parser!(u8).range(0..=32))]
+    pub mask: u8,
+
+    /// Prefix length that IPv6 sources are counted by
+    #[arg(long, value_name = "BITS", default_value_t = 128,
+          value_parser = clap::value_parser!(u8).range(0..=128))]
+    pub mask6: u8,
+
+    /// Show only the N worst sources
+    #[arg(long, value_name = "N")]
+    pub top: Option<usize>,
+
+    /// List connections on which both tables agree too
+    #[arg(long)]
+    pub all: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Reconcile {
+    #[command(flatten)]
+    pub scope: Scope,
+
+    #[command(flatten)]
+    pub output: Output,
+
+    /// Print the plan and change nothing
+    #[arg(long)]
+    pub dry_run: bool,
+
+    /// Re-insert entries without a sign that the connection was ever tracked
+    #[arg(long)]
+    pub force: bool,
+
+    /// How the limiter is made to count a repaired connection again
+    #[arg(long, value_name = "ROUTE", default_value = "auto", value_parser = recount_mode())]
+    pub recount: Mode,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Explain {
+    /// The server's end of the connection: 192.0.2.1:80 or [2001:db8::1]:80
+    #[arg(value_name = "LOCAL")]
+    pub local: Endpoint,
+
+    /// The peer's end
+    #[arg(value_name = "REMOTE")]
+    pub remote: Endpoint,
+
+    #[command(flatten)]
+    pub scope: Scope,
+
+    #[command(flatten)]
+    pub output: Output,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Run {
+    #[command(flatten)]
+    pub scope: Scope,
+
+    /// From sweep to sweep over half-closed sockets
+    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = interval)]
+    pub sweep_interval: Duration,
+
+    /// From sweep to sweep over every socket of the scope
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = interval)]
+    pub deep_interval: Duration,
+
+    /// Where changes of entries are learned from
+    #[arg(long, value_name = "SOURCE", default_value = "auto", value_parser = event_source())]
+    pub events: EventSource,
+
+    /// How the limiter is made to count a repaired connection again
+    #[arg(long, value_name = "ROUTE", default_value = "auto", value_parser = recount_mode())]
+    pub recount: Mode,
+
+    /// What happens to held entries at the end
+    #[arg(long, value_name = "WHAT", default_value = "keep", value_parser = on_exit())]
+    pub on_exit: OnExit,
+
+    /// Observe, log and count; change nothing
+    #[arg(long)]
+    pub dry_run: bool,
+
+    /// Form of the log on stderr
+    #[arg(long, value_name = "FORM", value_enum, default_value_t = LogFormat::Text)]
+    pub log_format: LogFormat,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Output")]
+pub(super) struct Output {
+    /// Form of the output
+    #[arg(long, value_enum, default_value_t = Format::Table)]
+    pub format: Format,
+
+    /// Leave table headings out
+    #[arg(long)]
+    pub no_header: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum Format {
+    Table,
+    Json,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum LogFormat {
+    Text,
+    Json,
+}
+
+impl Scope {
+    /// The policy that these flags mean.
+    pub(super) fn policy(&self) -> Policy {
+        Policy {
+            ports: self.ports.iter().copied().collect::<HashSet<_>>(),
+            states: self.states.iter().copied().collect(),
+            sources: self.sources.clone(),
+            exempt: self.exempt.clone(),
+            lease: self.lease,
+            force: false,
+        }
+    }
+
+    /// The namespaces that they name, in order, each once and each known to exist.
+    ///
+    /// # Errors
+    /// One of them does not exist: a usage error.
+    pub(super) fn namespaces(&self) -> Result<Vec<Namespace>> {
+        let mut all = Vec::new();
+        for name in &self.netns {
+            let namespace = Namespace::Named(name.clone());
+            namespace.check()?;
+            if !all.contains(&namespace) {
+                all.push(namespace);
+            }
+        }
+        if all.is_empty() {
+            all.push(Namespace::Own);
+        }
+        Ok(all)
+    }
+
+    /// The one namespace of a command that looks at one.
+    ///
+    /// # Errors
+    /// There are several, or it does not exist: a usage error.
+    pub(super) fn namespace(&self) -> Result<Namespace> {
+        let mut all = self.namespaces()?;
+        match (all.pop(), all.is_empty()) {
+            (Some(namespace), true) => Ok(namespace),
+            _ => Err(Error::usage("--netns", "this command looks at one namespace at a time")),
+        }
+    }
+}
+
+/// States whose meaning conntrack can be fooled about: this host has not closed yet.
+fn guarded_state() -> impl TypedValueParser<Value = State> {
+    let parse = |text: String| match text.parse::<State>() {
+        Ok(state @ (State::CloseWait | State::Established)) => Ok(state),
+        Ok(state) => Err(format!(
+            "a socket in {state} cannot be guarded: only close-wait and established are open on \
+             the server's side"
+        )),
+        Err(error) => Err(error.to_string()),
+    };
+    clap::builder::StringValueParser::new().try_map(parse)
+}
+
+fn network(text: &str) -> std::result::Result<IpNet, String> {
+    if let Ok(addr) = text.parse::<std::net::IpAddr>() {
+        return Ok(IpNet::from(addr.to_canonical()));
+    }
+    text.parse::<IpNet>()
+        .map(|net| net.trunc())
+        .map_err(|_| "expected an address or a network such as 198.51.100.0/24".to_owned())
+}
+
+fn duration(text: &str) -> std::result::Result<Duration, String> {
+    if text.bytes().all(|byte| byte.is_ascii_digit()) && !text.is_empty() {
+        return Err(format!("a time needs a unit: {text}s"));
+    }
+    humantime::parse_duration(text).map_err(|error| format!("{error}; expected 30s, 1m, 500ms"))
+}
+
+fn interval(text: &str) -> std::result::Result<Duration, String> {
+    match duration(text)? {
+        time if time < Duration::from_millis(10) => Err("at least 10ms".to_owned()),
+        time if time > Duration::from_secs(86_400) => Err("at most 1day".to_owned()),
+        time => Ok(time),
+    }
+}
+
+/// Conntrack counts whole seconds, and a lease must outlive the sweeps that renew it.
+fn lease(text: &str) -> std::result::Result<Duration, String> {
+    match duration(text)? {
+        time if time < Duration::from_secs(2) => Err("at least 2s".to_owned()),
+        time if time > Duration::from_secs(86_400) => Err("at most 1day".to_owned()),
+        time => Ok(time),
+    }
+}
+
+fn recount_mode() -> impl TypedValueParser<Value = Mode> {
+    PossibleValuesParser::new(["auto", "loopback", "off"]).map(|name| match name.as_str() {
+        "loopback" => Mode::Loopback,
+        "off" => Mode::Off,
+        _ => Mode::Auto,
+    })
+}
+
+fn event_source() -> impl TypedValueParser<Value = EventSource> {
+    PossibleValuesParser::new(["auto", "ctnetlink", "off"]).map(|name| match name.as_str() {
+        "ctnetlink" => EventSource::Ctnetlink,
+        "off" => EventSource::Off,
+        _ => EventSource::Auto,
+    })
+}
+
+fn on_exit() -> impl TypedValueParser<Value = OnExit> {
+    PossibleValuesParser::new(["keep", "release"]).map(|name| match name.as_str() {
+        "release" => OnExit::Release,
+        _ => OnExit::Keep,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_bare_address_is_a_network_of_one() {
+        assert_eq!(network("198.51.100.7").unwrap().to_string(), "198.51.100.7/32");
+        assert_eq!(network("198.51.100.7/24").unwrap().to_string(), "198.51.100.0/24");
+        assert!(network("198.51.100.0/33").is_err());
+    }
+}

@@ -1,0 +1,140 @@
+//! The TOML file: every key is a long flag, every value what would be typed behind it.
+//!
+//! The file is read into the same parser as the flags, so there is one list of options, one check
+//! of their values and one set of messages. A flag on the command line replaces the file's value.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use clap::parser::ValueSource;
+use clap::{ArgAction, ArgMatches, Command, CommandFactory};
+use toml::de::{DeTable, DeValue};
+
+use super::args::Cli;
+use crate::error::Error;
+
+/// Why there are no arguments to work with.
+pub(super) enum Failure {
+    /// Clap's own message, on the command line's behalf.
+    Clap(clap::Error),
+    /// Something in the file, with its place.
+    File(Error),
+}
+
+impl From<clap::Error> for Failure {
+    fn from(error: clap::Error) -> Self {
+        Self::Clap(error)
+    }
+}
+
+/// Parses the arguments, and the file that `--config` names.
+pub(super) fn matches(args: impl IntoIterator<Item = OsString>) -> Result<ArgMatches, Failure> {
+    let mut args: Vec<OsString> = args.into_iter().collect();
+    let matches = Cli::command().try_get_matches_from(&args)?;
+    let Some((name, typed)) = matches.subcommand() else { return Ok(matches) };
+    let Ok(Some(path)) = typed.try_get_one::<PathBuf>("config") else { return Ok(matches) };
+    let text = fs::read_to_string(path)
+        .map_err(|error| Failure::File(usage(format!("{}: {error}", path.display()))))?;
+    let added = flags(&text, path, name, typed).map_err(Failure::File)?;
+    args.extend(added.into_iter().map(OsString::from));
+    Ok(Cli::command().try_get_matches_from(&args)?)
+}
+
+/// The file's options as flags of the subcommand `name`, without those that were typed.
+fn flags(text: &str, path: &Path, name: &str, typed: &ArgMatches) -> Result<Vec<String>, Error> {
+    let place = |offset: usize| {
+        let before = text.get(..offset).unwrap_or(text);
+        let line = before.matches('\n').count() + 1;
+        let column = before.rsplit('\n').next().map_or(0, |rest| rest.chars().count()) + 1;
+        format!("{}:{line}:{column}", path.display())
+    };
+    let table = DeTable::parse(text).map_err(|error| {
+        let at = place(error.span().map_or(0, |span| span.start));
+        usage(format!("{at}: {}", error.message()))
+    })?;
+    let cli = Cli::command();
+    let mut all = Vec::new();
+    for (key, value) in table.get_ref() {
+        let at = place(key.span().start);
+        let key: &str = key.get_ref();
+        let Some(command) = owner(&cli, name, key) else {
+            return Err(usage(format!("{at}: unknown option '{key}'; see ctkeep run --help")));
+        };
+        let written = written(&command, key, value.get_ref()).ok_or_else(|| {
+            usage(format!("{at}: '{key}' takes a text, a number or a list of them"))
+        })?;
+        // Tried alone, so that clap's message gets the place in the file.
+        let mut probe = vec!["ctkeep".to_owned(), command.get_name().to_owned()];
+        probe.extend(required(&command));
+        probe.extend(written.iter().cloned());
+        if let Err(error) = Cli::command().try_get_matches_from(probe) {
+            let text = error.to_string();
+            let line = text.lines().next().unwrap_or_default();
+            return Err(usage(format!("{at}: {}", line.trim_start_matches("error: "))));
+        }
+        let typed_here = argument(&command, key)
+            .and_then(|argument| typed.try_contains_id(argument).ok().map(|_| argument))
+            .is_some_and(|argument| typed.value_source(argument) == Some(ValueSource::CommandLine));
+        // Options of other commands are checked, and left to them.
+        if command.get_name() == name && !typed_here {
+            all.extend(written);
+        }
+    }
+    Ok(all)
+}
+
+/// The subcommand that has `--key`: `name` if it does, else any.
+fn owner(cli: &Command, name: &str, key: &str) -> Option<Command> {
+    let mut commands: Vec<_> = cli.get_subcommands().collect();
+    commands.sort_by_key(|command| command.get_name() != name);
+    commands.into_iter().find(|command| argument(command, key).is_some()).cloned()
+}
+
+/// The identifier of the argument `--key`; a file cannot name another file.
+fn argument<'a>(command: &'a Command, key: &str) -> Option<&'a str> {
+    command
+        .get_arguments()
+        .find(|argument| argument.get_long() == Some(key) && key != "config")
+        .map(|argument| argument.get_id().as_str())
+}
+
+/// Stand-ins for the positional arguments that a subcommand insists on.
+fn required(command: &Command) -> impl Iterator<Item = String> + '_ {
+    command.get_positionals().map(|_| "192.0.2.1:1".to_owned())
+}
+
+/// A value as it would be typed.
+fn written(command: &Command, key: &str, value: &DeValue<'_>) -> Option<Vec<String>> {
+    let switch = command
+        .get_arguments()
+        .find(|argument| argument.get_long() == Some(key))
+        .is_some_and(|argument| matches!(argument.get_action(), ArgAction::SetTrue));
+    if switch {
+        return match value {
+            DeValue::Boolean(true) => Some(vec![format!("--{key}")]),
+            DeValue::Boolean(false) => Some(Vec::new()),
+            _ => None,
+        };
+    }
+    match value {
+        DeValue::Array(values) => {
+            let values: Option<Vec<_>> =
+                values.iter().map(|value| scalar(value.get_ref())).collect();
+            Some(values?.into_iter().map(|value| format!("--{key}={value}")).collect())
+        }
+        value => Some(vec![format!("--{key}={}", scalar(value)?)]),
+    }
+}
+
+fn scalar(value: &DeValue<'_>) -> Option<String> {
+    match value {
+        DeValue::String(text) => Some(text.to_string()),
+        DeValue::Integer(number) => Some(number.to_string()),
+        _ => None,
+    }
+}
+
+fn usage(what: String) -> Error {
+    Error::usage("configuration", what)
+}

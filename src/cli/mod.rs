@@ -1,0 +1,117 @@
+//! The commands: what was typed becomes what it means, and an outcome becomes an exit code.
+
+mod args;
+mod audit;
+mod config;
+mod explain;
+mod reconcile;
+mod run;
+
+use std::io::{self, IsTerminal};
+use std::process::ExitCode;
+
+use clap::FromArgMatches;
+use tracing_subscriber::EnvFilter;
+
+use crate::error::{Cause, Error, Result};
+use args::{Cli, Command, LogFormat};
+
+/// How a command ended; the numbers are the program's contract.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Exit {
+    /// The tables agree, or the work is done.
+    Done = 0,
+    /// Disagreements were found.
+    Disagreement = 1,
+    /// Usage or configuration.
+    Usage = 2,
+    /// A privilege or kernel feature is missing.
+    Unavailable = 3,
+    /// Some repairs failed.
+    Incomplete = 4,
+    /// Anything else.
+    Internal = 70,
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        Self::from(exit as u8)
+    }
+}
+
+/// Runs the program with the arguments of the process.
+pub fn main() -> ExitCode {
+    let matches = match config::matches(std::env::args_os()) {
+        Ok(matches) => matches,
+        Err(config::Failure::Clap(error)) => error.exit(),
+        Err(config::Failure::File(error)) => return fail(&error),
+    };
+    let cli = match Cli::from_arg_matches(&matches) {
+        Ok(cli) => cli,
+        Err(error) => error.exit(),
+    };
+    start_log(&cli);
+    match dispatch(cli.command) {
+        Ok(exit) => exit.into(),
+        Err(error) => fail(&error),
+    }
+}
+
+fn dispatch(command: Command) -> Result<Exit> {
+    match command {
+        Command::Audit(args) => audit::run(&args),
+        Command::Reconcile(args) => reconcile::run(&args),
+        Command::Run(args) => run::run(args),
+        Command::Explain(args) => explain::run(&args),
+    }
+}
+
+/// Prints the error and what to do about it.
+fn fail(error: &Error) -> ExitCode {
+    if is_broken_pipe(error) {
+        return Exit::Done.into();
+    }
+    eprintln!("ctkeep: {error}");
+    if error.is_missing_privilege() {
+        eprintln!(
+            "ctkeep needs CAP_NET_ADMIN to read and change conntrack, and CAP_NET_RAW for recount.\n\
+             Run it as root, by its systemd unit (AmbientCapabilities=CAP_NET_ADMIN CAP_NET_RAW),\n\
+             or grant both: setcap cap_net_admin,cap_net_raw+ep /path/to/ctkeep"
+        );
+    }
+    exit_of(error).into()
+}
+
+fn exit_of(error: &Error) -> Exit {
+    if error.is_usage() {
+        Exit::Usage
+    } else if error.is_unavailable() {
+        Exit::Unavailable
+    } else {
+        Exit::Internal
+    }
+}
+
+fn is_broken_pipe(error: &Error) -> bool {
+    matches!(&*error.cause, Cause::Io(io) if io.kind() == io::ErrorKind::BrokenPipe)
+}
+
+/// Logs go to stderr: text on a terminal and for one-shot commands, as asked for the daemon.
+fn start_log(cli: &Cli) {
+    let level = match (cli.verbose, &cli.command) {
+        (0, Command::Run(_)) => "info",
+        (0, _) => "warn",
+        (1, _) => "debug",
+        _ => "trace",
+    };
+    let filter = EnvFilter::try_from_env("CTKEEP_LOG").unwrap_or_else(|_| EnvFilter::new(level));
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none())
+        .with_target(false);
+    match &cli.command {
+        Command::Run(args) if args.log_format == LogFormat::Json => log.json().init(),
+        _ => log.init(),
+    }
+}

@@ -1,0 +1,37 @@
+//! `ctkeep run`.
+
+use std::time::Duration;
+
+use super::Exit;
+use super::args::Run;
+use crate::daemon::{self, Settings};
+use crate::error::{Error, Result};
+
+pub(super) fn run(args: Run) -> Result<Exit> {
+    // Renewed when half is left, found at a sweep, by timeouts in whole seconds.
+    let least = args.sweep_interval * 2 + Duration::from_secs(1);
+    if args.scope.lease < least {
+        return Err(Error::usage(
+            "--lease",
+            format!(
+                "{} is too short for a sweep every {}: entries would expire between two sweeps; \
+                 at least {} is needed",
+                humantime::format_duration(args.scope.lease),
+                humantime::format_duration(args.sweep_interval),
+                humantime::format_duration(least),
+            ),
+        ));
+    }
+    let namespaces = args.scope.namespaces()?;
+    daemon::run(Settings {
+        policy: args.scope.policy(),
+        recount: args.recount,
+        events: args.events,
+        sweep_interval: args.sweep_interval,
+        deep_interval: args.deep_interval,
+        on_exit: args.on_exit,
+        dry_run: args.dry_run,
+        namespaces,
+    })?;
+    Ok(Exit::Done)
+}
