@@ -2,6 +2,7 @@
 //!
 //! The workers speak blocking netlink and never wait for the runtime; it serves signals.
 
+mod tally;
 mod worker;
 
 use std::sync::Arc;

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use super::tally::Tally;
 use super::{EventSource, Guard, OnExit, Settings, Stop};
 use crate::conntrack::{Change, Entry, Event, EventKind, Listener, TcpState};
 use crate::error::{Error, Op, Result};
@@ -147,6 +148,7 @@ struct Worker<'a> {
     second_look: Option<(Instant, Vec<Lookup>)>,
     full_table: Option<FullTable>,
     sweep_failing: bool,
+    tally: Tally,
     checked: Instant,
 }
 
@@ -203,6 +205,7 @@ impl<'a> Worker<'a> {
             second_look: None,
             full_table: None,
             sweep_failing: false,
+            tally: Tally::default(),
             checked: now,
         };
         if guard.is_for_others() {
@@ -219,7 +222,7 @@ impl<'a> Worker<'a> {
         if self.settings.dry_run || self.settings.recount == Mode::Off || self.recounter.is_some() {
             return Ok(());
         }
-        self.recounter = Recounter::open(self.settings.recount, &self.device)?;
+        self.recounter = Recounter::open(self.settings.recount, &self.device, Instant::now())?;
         for shortfall in self.recounter.iter().flat_map(Recounter::shortfalls) {
             tracing::warn!(reason = shortfall, "recount by less than wanted");
         }
@@ -285,6 +288,7 @@ impl<'a> Worker<'a> {
                     tracing::warn!(%error, "sweep failed, will be repeated");
                 }
                 self.sweep_failing = true;
+                self.tally.sweep_errors += 1;
                 self.next_sweep = Instant::now() + self.settings.sweep_interval;
                 Ok(())
             }
@@ -316,6 +320,7 @@ impl<'a> Worker<'a> {
                 "events were lost, sweeping at once"
             );
             self.next_deep = Instant::now();
+            self.tally.event_overruns += u64::from(drained.overrun);
         }
         if suspects.is_empty() {
             return Ok(());
@@ -326,11 +331,14 @@ impl<'a> Worker<'a> {
             .collect();
         let snapshot = self.tables.exactly(&lookups, &self.ledger)?;
         for view in &snapshot.views {
-            // A destroyed entry is known from its last event alone.
-            if let (Some(socket), Some(Some(entry))) = (view.socket, suspects.get(&view.flow))
-                && self.ledger.last_entry(&socket).is_none()
-            {
-                self.ledger.remember(&socket, *entry);
+            match (view.socket, suspects.get(&view.flow)) {
+                // A destroyed entry is known from its last event alone.
+                (Some(socket), Some(Some(entry))) if self.ledger.last_entry(&socket).is_none() => {
+                    self.ledger.remember(&socket, *entry);
+                }
+                // The event is older than the repair, or came in its midst.
+                (Some(socket), Some(None)) => self.ledger.distrust(&socket),
+                _ => {}
             }
         }
         self.repair(&snapshot, Trigger::Event)
@@ -347,7 +355,7 @@ impl<'a> Worker<'a> {
             Depth::Shallow => self.tables.half_closed(&self.scope, policy, &self.ledger)?,
             Depth::Deep => {
                 if let Some(recounter) = &mut self.recounter {
-                    recounter.refresh();
+                    recounter.refresh(began);
                 }
                 let open = States::from_iter([State::Established, State::CloseWait]);
                 let snapshot = self.tables.whole(&self.scope, policy, open)?;
@@ -362,6 +370,7 @@ impl<'a> Worker<'a> {
             self.ledger.settle(&snapshot);
         }
         self.repair(&snapshot, Trigger::Sweep)?;
+        self.tally.sweeps += 1;
         let now = Instant::now();
         self.next_sweep = now + self.settings.sweep_interval;
         if depth == Depth::Deep {
@@ -416,6 +425,7 @@ impl<'a> Worker<'a> {
         let took = began.elapsed();
         let mut again = Vec::new();
         for outcome in &outcomes {
+            self.tally.add(outcome);
             self.log_outcome(outcome, trigger, took);
             if outcome.action.kind.needs_recount()
                 && let Some(socket) = outcome.action.view.socket
@@ -482,6 +492,16 @@ impl<'a> Worker<'a> {
 
     /// Gives held entries back, if that is wanted; else they live out their lease.
     fn finish(&mut self) -> Result<()> {
+        tracing::info!(
+            actions = ?self.tally.actions,
+            errors = ?self.tally.errors,
+            recounts = ?self.tally.recounts,
+            late_repairs = self.tally.late_repairs,
+            sweeps = self.tally.sweeps,
+            sweep_errors = self.tally.sweep_errors,
+            event_overruns = self.tally.event_overruns,
+            "done so far"
+        );
         if self.settings.on_exit == OnExit::Keep || self.settings.dry_run {
             return Ok(());
         }
