@@ -16,6 +16,9 @@ use super::wire::Wire;
 /// its absence must be waited for in full.
 const ANSWER: Duration = Duration::from_millis(500);
 
+/// For an answer that must come.
+const PATIENCE: Duration = Duration::from_secs(10);
+
 /// An address that connections come from.
 pub struct Peer {
     wire: Arc<Wire>,
@@ -44,9 +47,23 @@ impl Peer {
     ///
     /// All SYNs leave back to back; the limiter judges them in order, so the first are admitted.
     pub fn open(&self, port: u16, count: usize) -> Vec<RawConn> {
+        self.open_within(ANSWER, port, count)
+    }
+
+    /// Opens `count` connections that nothing refuses, however busy the machine is.
+    ///
+    /// # Panics
+    /// When fewer are completed.
+    pub fn hold(&self, port: u16, count: usize) -> Vec<RawConn> {
+        let held = self.open_within(PATIENCE, port, count);
+        assert_eq!(held.len(), count, "connections of {} to port {port}", self.source);
+        held
+    }
+
+    fn open_within(&self, time: Duration, port: u16, count: usize) -> Vec<RawConn> {
         let mut pending: Vec<RawConn> = (0..count).map(|_| self.syn_only(port)).collect();
         let mut admitted = Vec::new();
-        let deadline = Instant::now() + ANSWER;
+        let deadline = Instant::now() + time;
         loop {
             let is_last = !self.wire.wait(deadline);
             self.wire.receive();
