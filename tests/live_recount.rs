@@ -486,3 +486,29 @@ fn counted_again_behind_a_syn_proxy() {
         lab.server.feed("iptables-restore", &syn_proxy(&[&limit]));
     });
 }
+
+/// The entry is lost, and the limiter with it; then an ACK of the client has conntrack pick the
+/// connection up: the right way round, and behind every limit that asks for a SYN.
+fn granted_after_a_pick_up(guarded: bool) -> Option<usize> {
+    let lab = Lab::new()?;
+    lab.connlimit(80, 3);
+    let _server = lab.serve("[::]:80");
+    let peer = lab.peer("198.51.100.7");
+    let mut conns = peer.hold(80, LIMIT);
+    conns.iter_mut().for_each(|conn| lab.half_close(conn));
+    wait_for("ACKs of the FINs", SOON, || conns.iter_mut().all(RawConn::await_ack));
+    lab.server.run("conntrack -D -p tcp");
+    peer.syn_only(80).rst(0);
+    conns.iter().for_each(RawConn::ack);
+    let picked_up =
+        conns.iter().filter(|conn| lab.entry_state(conn).as_deref() == Some("ESTABLISHED"));
+    assert_eq!(picked_up.count(), LIMIT);
+    let _daemon = guarded.then(|| lab.daemon(PROGRAM, &[]));
+    Some(peer.admitted(80, TRIES))
+}
+
+#[test]
+fn counted_again_after_an_ack_of_the_client_brought_the_entry_back() {
+    assert!(granted_after_a_pick_up(true).is_none_or(|granted| granted == 0));
+    assert!(granted_after_a_pick_up(false).is_none_or(|granted| granted == LIMIT));
+}
