@@ -63,7 +63,7 @@ pub fn entry(payload: &[u8]) -> Decoded<Option<Entry>> {
             CTA_ID => id = Some(parse_u32_be(value)?),
             // Sent only for a zone that counts in both directions; else it stands in a tuple.
             CTA_ZONE => zone = Zone::both(parse_u16_be(value)?),
-            // The kernel sends only as many bytes as there are labels in use.
+            // Old kernels send only as many bytes as they need, 6.18 always all sixteen.
             CTA_LABELS => {
                 let mut all = [0; NF_CT_LABELS_MAX_SIZE];
                 all.get_mut(..value.len())

@@ -543,6 +543,10 @@ impl Worker {
                 self.full_table = None;
                 log_action(action, trigger, "acted");
             }
+            // Routine: a sealed connection with traffic has it at every sweep.
+            Ok(()) if action.kind == ActionKind::Extend => {
+                tracing::debug!(flow = %action.view.flow.inverse(), "extended");
+            }
             Ok(()) => log_action(action, trigger, "acted"),
             Err(error) if error.is_table_full() => self.rest_inserts(error),
             Err(error) => tracing::warn!(
