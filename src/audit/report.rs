@@ -1,6 +1,5 @@
 //! Takes the look: joins the tables, makes sure of every disagreement, names and adds up.
 
-use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::SystemTime;
 
@@ -12,7 +11,6 @@ use super::sources::{Source, sources};
 use crate::conntrack::TcpState;
 use crate::error::Result;
 use crate::flow::FourTuple;
-use crate::host::route::Routes;
 use crate::reconcile::ledger::Ledger;
 use crate::reconcile::observe::Tables;
 use crate::reconcile::plan::cell;
@@ -71,7 +69,6 @@ impl Report {
         let mut ledger = Ledger::default();
         ledger.note(&snapshot);
         make_sure(&mut tables, &mut snapshot, &scope, policy, &ledger)?;
-        drop_foreign(&mut snapshot)?;
 
         let mut sockets: BTreeMap<_, _> = State::ALL.map(|state| (state, 0)).into();
         let mut entries: BTreeMap<_, _> = TcpState::ALL.map(|state| (state, 0)).into();
@@ -221,22 +218,6 @@ fn make_sure(
         }
     }
     snapshot.views.retain(|view| view.socket.is_some() || view.entry.is_some());
-    Ok(())
-}
-
-/// Leaves out entries of connections that do not end on this host: their sockets are elsewhere.
-fn drop_foreign(snapshot: &mut Snapshot) -> Result<()> {
-    let mut routes = Routes::open()?;
-    let mut local = HashMap::new();
-    for view in snapshot.views.iter().filter(|view| view.socket.is_none()) {
-        let addr = view.flow.src.addr();
-        if let Entry::Vacant(slot) = local.entry(addr) {
-            slot.insert(routes.is_local(addr)?);
-        }
-    }
-    snapshot.views.retain(|view| {
-        view.socket.is_some() || local.get(&view.flow.src.addr()).copied().unwrap_or(false)
-    });
     Ok(())
 }
 

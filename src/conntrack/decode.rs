@@ -73,7 +73,10 @@ pub fn entry(payload: &[u8]) -> Decoded<Option<Entry>> {
             }
             CTA_SEQ_ADJ_ORIG => seq_adj[0] = Some(sequence_adjustment(value)?),
             CTA_SEQ_ADJ_REPLY => seq_adj[1] = Some(sequence_adjustment(value)?),
-            CTA_SYNPROXY => synproxy = Some(syn_proxy(value)?),
+            // All zero on every entry that came in by ctnetlink: no proxy is in front of it.
+            CTA_SYNPROXY => {
+                synproxy = Some(syn_proxy(value)?).filter(|state| *state != SynProxy::default());
+            }
             _ => {}
         }
     }

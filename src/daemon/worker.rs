@@ -200,19 +200,19 @@ struct FullTable {
 impl Worker {
     fn open(settings: Arc<Settings>, guard: &Guard, present: &[Namespace]) -> Result<Self> {
         let mut sockets: Option<SockDiag> = None;
+        let mut homes = Vec::new();
         for namespace in present {
-            let part = if *namespace == guard.conntrack {
-                SockDiag::open()?
-            } else {
-                namespace.run(SockDiag::open)?
-            };
+            let open = || Ok((SockDiag::open()?, Routes::open()?));
+            let (part, home) =
+                if *namespace == guard.conntrack { open()? } else { namespace.run(open)? };
+            homes.push(home);
             sockets = Some(match sockets {
                 Some(sockets) => sockets.and(part),
                 None => part,
             });
         }
         let mut tables = match sockets {
-            Some(sockets) => Tables::with(sockets)?,
+            Some(sockets) => Tables::with(sockets, homes)?,
             None => Tables::open()?,
         };
         let scope = tables.scope(&settings.policy)?;
@@ -391,7 +391,7 @@ impl Worker {
                 }
                 let open = States::from_iter([State::Established, State::CloseWait]);
                 let snapshot = self.tables.whole(&self.scope, policy, open)?;
-                self.note_ghosts(&snapshot, began)?;
+                self.note_ghosts(&snapshot, began);
                 let alive = snapshot.views.iter().filter_map(|view| view.socket);
                 self.ledger.retain_seen(alive.map(|socket| socket.cookie));
                 snapshot
@@ -429,19 +429,11 @@ impl Worker {
     }
 
     /// Takes note of entries whose connection should end here and has no socket.
-    fn note_ghosts(&mut self, snapshot: &Snapshot, now: Instant) -> Result<()> {
-        let Some(grace) = self.settings.policy.reap else { return Ok(()) };
-        let mut routes = Routes::open()?;
-        let mut ghosts = Vec::new();
-        for view in snapshot.views.iter().filter(|view| view.socket.is_none()) {
-            if let Some(entry) = view.entry
-                && routes.is_local(view.flow.src.addr())?
-            {
-                ghosts.push(entry.key());
-            }
-        }
-        self.ledger.note_ghosts(ghosts, grace, now);
-        Ok(())
+    fn note_ghosts(&mut self, snapshot: &Snapshot, now: Instant) {
+        let Some(grace) = self.settings.policy.reap else { return };
+        let ghosts = snapshot.views.iter().filter(|view| view.socket.is_none());
+        let keys = ghosts.filter_map(|view| view.entry).map(|entry| entry.key());
+        self.ledger.note_ghosts(keys, grace, now);
     }
 
     /// Weighs how hard entries are fought over, and says when that changes the defence.
@@ -487,14 +479,14 @@ impl Worker {
         if planned.actions.is_empty() {
             return Ok(());
         }
+        let began = Instant::now();
+        let confirmed = confirm(&mut self.tables, &planned, &self.scope, policy, &self.ledger)?;
         if self.settings.dry_run {
-            for action in &planned.actions {
+            for action in confirmed.actions() {
                 log_action(action, trigger, "would act");
             }
             return Ok(());
         }
-        let began = Instant::now();
-        let confirmed = confirm(&mut self.tables, &planned, &self.scope, policy, &self.ledger)?;
         if confirmed.actions().iter().any(|action| action.kind.needs_recount()) {
             self.open_recounter()?;
         }

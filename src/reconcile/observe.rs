@@ -1,6 +1,8 @@
 //! Reads both tables into a [`Snapshot`]: whole, or connection by connection.
 
+use std::collections::hash_map::Entry::Vacant;
 use std::collections::{HashMap, HashSet};
+use std::net::IpAddr;
 
 use super::ledger::Ledger;
 use super::policy::{Policy, Scope};
@@ -8,6 +10,7 @@ use super::snapshot::{Direction, Snapshot, View};
 use crate::conntrack::{Conntrack, Entry, Filter, Zone};
 use crate::error::Result;
 use crate::flow::{AF_INET, AF_INET6, FourTuple};
+use crate::host::route::Routes;
 use crate::netlink::{KernelSocket, Transport};
 use crate::sockdiag::{Lookup, SockDiag, State, States};
 
@@ -21,6 +24,9 @@ pub struct Tables<T = KernelSocket> {
     pub conntrack: Conntrack<T>,
     /// The sockets.
     pub sockets: SockDiag<T>,
+    /// Routes of the namespaces that the sockets are in: what is local to one of them ends there.
+    /// Empty: every address is taken for one.
+    pub homes: Vec<Routes<T>>,
 }
 
 impl Tables<KernelSocket> {
@@ -29,17 +35,17 @@ impl Tables<KernelSocket> {
     /// # Errors
     /// A missing privilege or module, named.
     pub fn open() -> Result<Self> {
-        Self::with(SockDiag::open()?)
+        Self::with(SockDiag::open()?, vec![Routes::open()?])
     }
 
     /// Opens the conntrack table of the calling thread's namespace beside these sockets.
     ///
     /// # Errors
     /// As [`Tables::open`].
-    pub fn with(mut sockets: SockDiag) -> Result<Self> {
+    pub fn with(mut sockets: SockDiag, homes: Vec<Routes>) -> Result<Self> {
         let conntrack = Conntrack::open()?;
         sockets.probe()?;
-        Ok(Self { conntrack, sockets })
+        Ok(Self { conntrack, sockets, homes })
     }
 }
 
@@ -55,7 +61,8 @@ impl<T: Transport> Tables<T> {
         Ok(policy.scope(&listeners))
     }
 
-    /// Every connection of the scope that has a socket in one of `states`, an entry, or both.
+    /// Every connection of the scope that ends in one of our namespaces and has a socket in one of
+    /// `states`, an entry, or both.
     ///
     /// Dumps of two tables at two moments: a disagreement in it is only a suspicion.
     ///
@@ -87,6 +94,14 @@ impl<T: Transport> Tables<T> {
             }
         }
         entries.retain(|_, entry| !matched.contains(&entry.key()));
+        // The sockets of connections that end elsewhere are not missing here.
+        let mut home = HashMap::new();
+        for flow in entries.keys() {
+            if let Vacant(slot) = home.entry(flow.src.addr()) {
+                slot.insert(is_home(&mut self.homes, flow.src.addr())?);
+            }
+        }
+        entries.retain(|flow, _| home.get(&flow.src.addr()).copied().unwrap_or(false));
         views.extend(entries.into_iter().map(|(flow, entry)| View {
             flow,
             socket: None,
@@ -180,6 +195,15 @@ impl<T: Transport> Tables<T> {
         }
         Ok(found)
     }
+}
+
+fn is_home<T: Transport>(homes: &mut [Routes<T>], addr: IpAddr) -> Result<bool> {
+    for home in homes.iter_mut() {
+        if home.is_local(addr)? {
+            return Ok(true);
+        }
+    }
+    Ok(homes.is_empty())
 }
 
 fn filters(scope: &Scope) -> Vec<Filter> {
