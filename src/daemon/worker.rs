@@ -26,7 +26,7 @@ use crate::host::{instance, sysctl};
 use crate::nftables::Hook;
 use crate::reconcile::apply::{Outcome, apply};
 use crate::reconcile::confirm::confirm;
-use crate::reconcile::ledger::Ledger;
+use crate::reconcile::ledger::{Ledger, Shield};
 use crate::reconcile::observe::Tables;
 use crate::reconcile::plan::{Action, ActionKind, plan};
 use crate::reconcile::policy::Scope;
@@ -183,6 +183,8 @@ struct Worker {
     ledger: Ledger,
     next_sweep: Instant,
     next_deep: Instant,
+    /// A deep sweep on suspicion comes no sooner.
+    soonest_deep: Instant,
     second_look: Option<(Instant, Vec<Lookup>)>,
     full_table: Option<FullTable>,
     sweep_failing: bool,
@@ -236,6 +238,7 @@ impl Worker {
             ledger: Ledger::new(settings.defence),
             next_sweep: now,
             next_deep: now,
+            soonest_deep: now,
             second_look: None,
             full_table: None,
             sweep_failing: false,
@@ -367,7 +370,10 @@ impl Worker {
                     self.ledger.remember(&socket, *entry);
                 }
                 // Perhaps it closed the entry in the midst of its repair.
-                (Some(socket), Some(None)) if recent.contains(&view.flow) => {
+                (Some(socket), Some(None))
+                    if recent.contains(&view.flow)
+                        && self.ledger.shield(&socket) != Some(Shield::All) =>
+                {
                     self.ledger.distrust(&socket);
                 }
                 _ => {}
@@ -414,12 +420,17 @@ impl Worker {
         if depth == Depth::Deep && !self.inserts_rest() {
             self.ledger.set_tracked(snapshot.tracked.clone());
         }
+        if let Some(recounter) = &mut self.recounter {
+            recounter.lower_shields(&self.ledger)?;
+        }
         self.tally.sweeps += 1;
         let now = Instant::now();
         self.weigh(now)?;
         self.next_sweep = now + self.ledger.pressure().hurry(self.settings.sweep_interval);
         if depth == Depth::Deep {
             self.forget_closed_ports(&snapshot);
+            // On suspicion a tenth of a core.
+            self.soonest_deep = now + (now - began) * 9;
             // Under one hundredth of a core, however large the table is.
             let interval = self.ledger.pressure().hurry(self.settings.deep_interval);
             self.next_deep = now + interval.max((now - began) * 100);
@@ -500,15 +511,21 @@ impl Worker {
         )?;
         let took = began.elapsed();
         let mut again = Vec::new();
+        let mut fooled_open = false;
         for outcome in &outcomes {
             self.tally.add(outcome);
             self.log_outcome(outcome, trigger, took);
             if outcome.action.kind.needs_recount()
                 && let Some(socket) = outcome.action.view.socket
             {
+                // Nothing but a sample tells of connections that are fooled before their FIN.
+                fooled_open |= socket.state == State::Established;
                 self.ledger.pressure_mut().repaired(socket.remote.addr(), began);
                 again.push(Lookup::from(&socket));
             }
+        }
+        if fooled_open && trigger == Trigger::Event {
+            self.next_deep = self.next_deep.min(self.soonest_deep.max(Instant::now()));
         }
         if !again.is_empty() {
             let at = Instant::now() + SECOND_LOOK;
