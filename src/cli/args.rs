@@ -134,12 +134,13 @@ pub(super) struct Explain {
     // Not a doc comment: rustdoc takes the brackets for a link.
     #[arg(
         value_name = "LOCAL",
+        value_parser = endpoint,
         help = "The server's end of the connection: 192.0.2.1:80 or [2001:db8::1]:80"
     )]
     pub local: Endpoint,
 
     /// The peer's end
-    #[arg(value_name = "REMOTE")]
+    #[arg(value_name = "REMOTE", value_parser = endpoint)]
     pub remote: Endpoint,
 
     #[command(flatten)]
@@ -284,6 +285,13 @@ fn guarded_state() -> impl TypedValueParser<Value = State> {
         Err(error) => Err(error.to_string()),
     };
     clap::builder::StringValueParser::new().try_map(parse)
+}
+
+fn endpoint(text: &str) -> std::result::Result<Endpoint, String> {
+    match text.parse::<Endpoint>() {
+        Ok(endpoint) if endpoint.port() > 0 => Ok(endpoint),
+        _ => Err("expected an address with a port: 192.0.2.1:80 or [2001:db8::1]:80".to_owned()),
+    }
 }
 
 fn network(text: &str) -> std::result::Result<IpNet, String> {

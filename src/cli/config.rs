@@ -62,7 +62,12 @@ fn flags(text: &str, path: &Path, name: &str, typed: &ArgMatches) -> Result<Vec<
             return Err(usage(format!("{at}: unknown option '{key}'; see ctkeep run --help")));
         };
         let written = written(&command, key, value.get_ref()).ok_or_else(|| {
-            usage(format!("{at}: '{key}' takes a text, a number or a list of them"))
+            let what = if is_switch(&command, key) {
+                "true or false"
+            } else {
+                "a text, a number or a list"
+            };
+            usage(format!("{at}: '{key}' takes {what}"))
         })?;
         // Tried alone, so that clap's message gets the place in the file.
         let mut probe = vec!["ctkeep".to_owned(), command.get_name().to_owned()];
@@ -104,13 +109,16 @@ fn required(command: &Command) -> impl Iterator<Item = String> + '_ {
     command.get_positionals().map(|_| "192.0.2.1:1".to_owned())
 }
 
-/// A value as it would be typed.
-fn written(command: &Command, key: &str, value: &DeValue<'_>) -> Option<Vec<String>> {
-    let switch = command
+fn is_switch(command: &Command, key: &str) -> bool {
+    command
         .get_arguments()
         .find(|argument| argument.get_long() == Some(key))
-        .is_some_and(|argument| matches!(argument.get_action(), ArgAction::SetTrue));
-    if switch {
+        .is_some_and(|argument| matches!(argument.get_action(), ArgAction::SetTrue))
+}
+
+/// A value as it would be typed.
+fn written(command: &Command, key: &str, value: &DeValue<'_>) -> Option<Vec<String>> {
+    if is_switch(command, key) {
         return match value {
             DeValue::Boolean(true) => Some(vec![format!("--{key}")]),
             DeValue::Boolean(false) => Some(Vec::new()),

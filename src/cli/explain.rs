@@ -6,7 +6,7 @@ use super::Exit;
 use super::args::{Explain, Format};
 use crate::audit::render;
 use crate::conntrack::Entry;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::flow::FourTuple;
 use crate::reconcile::ledger::Ledger;
 use crate::reconcile::observe::Tables;
@@ -17,6 +17,9 @@ use crate::sockdiag::{Lookup, State, States};
 pub(super) fn run(args: &Explain) -> Result<Exit> {
     let policy = args.scope.policy();
     let flow = FourTuple::new(args.local, args.remote);
+    if flow.src.addr().is_ipv4() != flow.dst.addr().is_ipv4() {
+        return Err(Error::usage("explain", format!("{flow}: addresses of two families")));
+    }
     let (view, cell, in_scope) = args.scope.namespace()?.run(|| {
         let mut tables = Tables::open()?;
         let scope = tables.scope(&policy)?;

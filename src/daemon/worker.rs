@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::time::{ClockId, clock_gettime};
 use thread_priority::{
     RealtimeThreadSchedulePolicy, ThreadPriority, ThreadPriorityValue, ThreadSchedulePolicy,
     set_thread_priority_and_policy, thread_native_id,
@@ -32,7 +33,7 @@ use crate::reconcile::plan::{Action, ActionKind, plan};
 use crate::reconcile::policy::Scope;
 use crate::reconcile::recount::{Mode, Recounter};
 use crate::reconcile::snapshot::Snapshot;
-use crate::sockdiag::{Lookup, SockDiag, State, States};
+use crate::sockdiag::{Cookie, Lookup, SockDiag, Socket, State, States};
 
 /// The event of a packet can come before TCP has processed it, so a repaired connection is looked
 /// at again this much later.
@@ -185,6 +186,8 @@ struct Worker {
     next_deep: Instant,
     /// A deep sweep on suspicion comes no sooner.
     soonest_deep: Instant,
+    /// Half-closed sockets for which the last deep sweep found no entry either.
+    unaccounted: HashSet<Cookie>,
     second_look: Option<(Instant, Vec<Lookup>)>,
     full_table: Option<FullTable>,
     sweep_failing: bool,
@@ -239,6 +242,7 @@ impl Worker {
             next_sweep: now,
             next_deep: now,
             soonest_deep: now,
+            unaccounted: HashSet::new(),
             second_look: None,
             full_table: None,
             sweep_failing: false,
@@ -379,13 +383,16 @@ impl Worker {
                 _ => {}
             }
         }
+        self.hasten_deep_sweep(&snapshot);
         self.repair(&snapshot, Trigger::Event)
     }
 
     fn sweep(&mut self, depth: Depth) -> Result<()> {
         let began = Instant::now();
+        let worked = cpu_time();
         self.scope = self.tables.scope(&self.settings.policy)?;
-        self.ports_ever.extend(&self.scope.ports);
+        let listening = self.scope.ports.clone();
+        self.ports_ever.extend(&listening);
         // A server may stop listening and keep its connections.
         self.scope.ports.extend(&self.ports_ever);
         let policy = &self.settings.policy;
@@ -427,13 +434,18 @@ impl Worker {
         let now = Instant::now();
         self.weigh(now)?;
         self.next_sweep = now + self.ledger.pressure().hurry(self.settings.sweep_interval);
-        if depth == Depth::Deep {
-            self.forget_closed_ports(&snapshot);
-            // On suspicion a tenth of a core.
-            self.soonest_deep = now + (now - began) * 9;
-            // Under one hundredth of a core, however large the table is.
-            let interval = self.ledger.pressure().hurry(self.settings.deep_interval);
-            self.next_deep = now + interval.max((now - began) * 100);
+        match depth {
+            Depth::Deep => {
+                self.forget_closed_ports(&snapshot, &listening);
+                self.unaccounted = unaccounted(&snapshot).map(|socket| socket.cookie).collect();
+                let worked = cpu_time().saturating_sub(worked);
+                // On suspicion a tenth of a core.
+                self.soonest_deep = now + worked * 9;
+                // Under one hundredth of a core, however large the table is.
+                let interval = self.ledger.pressure().hurry(self.settings.deep_interval);
+                self.next_deep = now + interval.max(worked * 100);
+            }
+            Depth::Shallow => self.hasten_deep_sweep(&snapshot),
         }
         tracing::debug!(?depth, views = snapshot.views.len(), took = ?(now - began), "swept");
         Ok(())
@@ -468,15 +480,23 @@ impl Worker {
         Ok(())
     }
 
+    /// A half-closed socket without an entry in any zone that is known may have one in another
+    /// zone, or evidence that only a look at the whole table shows.
+    fn hasten_deep_sweep(&mut self, snapshot: &Snapshot) {
+        if unaccounted(snapshot).any(|socket| !self.unaccounted.contains(&socket.cookie)) {
+            self.next_deep = self.next_deep.min(self.soonest_deep);
+        }
+    }
+
     /// A port without listener and without open sockets is out of scope again.
-    fn forget_closed_ports(&mut self, snapshot: &Snapshot) {
+    fn forget_closed_ports(&mut self, snapshot: &Snapshot, listening: &HashSet<u16>) {
         let alive: HashSet<u16> = snapshot
             .views
             .iter()
             .filter(|view| view.socket.is_some())
             .map(|view| view.flow.src.port())
             .collect();
-        self.ports_ever.retain(|port| alive.contains(port));
+        self.ports_ever.retain(|port| alive.contains(port) || listening.contains(port));
     }
 
     /// Plans, makes sure, carries out, and arranges the second look.
@@ -525,7 +545,7 @@ impl Worker {
             }
         }
         if fooled_open && trigger == Trigger::Event {
-            self.next_deep = self.next_deep.min(self.soonest_deep.max(Instant::now()));
+            self.next_deep = self.next_deep.min(self.soonest_deep);
         }
         if !again.is_empty() {
             let at = Instant::now() + SECOND_LOOK;
@@ -624,6 +644,17 @@ impl Worker {
         self.tables.conntrack.change(&changes)?;
         Ok(())
     }
+}
+
+/// Half-closed sockets without an entry.
+fn unaccounted(snapshot: &Snapshot) -> impl Iterator<Item = Socket> {
+    let lacking = snapshot.views.iter().filter(|view| view.entry.is_none());
+    lacking.filter_map(|view| view.socket).filter(|socket| socket.state == State::CloseWait)
+}
+
+/// What this thread has cost so far: waiting, and being stopped, cost nothing.
+fn cpu_time() -> Duration {
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
 }
 
 /// The timeout that the kernel itself gives an entry in this state.

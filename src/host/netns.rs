@@ -4,13 +4,15 @@
 //! that no runtime thread ever moves.
 
 use std::fs::{self, File};
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 
+use nix::errno::Errno;
 use nix::sched::{CloneFlags, setns};
 
-use crate::error::{Error, Op, Result};
+use crate::error::{Cause, Error, Op, Result};
 
 /// Where `ip netns add` keeps names.
 const RUN_NETNS: &str = "/run/netns";
@@ -49,7 +51,7 @@ impl Namespace {
                 thread::scope(|scope| {
                     scope
                         .spawn(|| {
-                            enter(&file)?;
+                            enter(name, &file)?;
                             work()
                         })
                         .join()
@@ -66,7 +68,7 @@ impl Namespace {
     pub fn enter(&self) -> Result<()> {
         match self {
             Self::Own => Ok(()),
-            Self::Named(name) => enter(&open(name)?),
+            Self::Named(name) => enter(name, &open(name)?),
         }
     }
 
@@ -95,6 +97,9 @@ impl Namespace {
 fn open(name: &str) -> Result<File> {
     let path = Namespace::path(name);
     File::open(&path).map_err(|error| {
+        if error.kind() == io::ErrorKind::PermissionDenied {
+            return not_permitted(format!("cannot open {}: {error}", path.display()));
+        }
         Error::usage(
             "--netns",
             format!("unknown network namespace '{name}': cannot open {}: {error}", path.display()),
@@ -102,7 +107,16 @@ fn open(name: &str) -> Result<File> {
     })
 }
 
-fn enter(file: &File) -> Result<()> {
-    setns(file, CloneFlags::CLONE_NEWNET)
-        .map_err(|errno| Op::new("enter network namespace").io(errno.into()))
+fn enter(name: &str, file: &File) -> Result<()> {
+    setns(file, CloneFlags::CLONE_NEWNET).map_err(|errno| match errno {
+        Errno::EPERM => not_permitted(format!("'{name}' may not be entered")),
+        Errno::EINVAL => Error::usage("--netns", format!("'{name}' is no network namespace")),
+        _ => Op::new("enter network namespace").io(errno.into()),
+    })
+}
+
+fn not_permitted(what: String) -> Error {
+    Op::new("--netns").failed(Cause::Unavailable(format!(
+        "{what}; to work in another network namespace takes CAP_SYS_ADMIN"
+    )))
 }

@@ -24,7 +24,7 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    pub(super) fn start(namespace: &Namespace, program: &str, args: &[&str]) -> Self {
+    pub fn start(namespace: &Namespace, program: &str, args: &[&str]) -> Self {
         let mut command = Command::new(program);
         command.arg("run").args(args);
         let mut child = namespace

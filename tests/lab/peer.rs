@@ -19,6 +19,15 @@ const ANSWER: Duration = Duration::from_millis(500);
 /// How often a SYN is sent that must be answered.
 const ATTEMPTS: usize = 20;
 
+/// How long a probe's answer may take: for ever, as long as the machine is alive.
+const PROBE: Duration = Duration::from_secs(30);
+
+/// What is on its way when a probe is answered has been sent by another processor.
+const GRACE: Duration = Duration::from_millis(100);
+
+/// A port where nobody listens: TCPMUX.
+const PROBED_PORT: u16 = 1;
+
 /// An address that connections come from.
 pub struct Peer {
     wire: Arc<Wire>,
@@ -48,7 +57,18 @@ impl Peer {
     /// All SYNs leave back to back; the limiter judges them in order, so the first are admitted.
     pub fn open(&self, port: u16, count: usize) -> Vec<RawConn> {
         let pending = (0..count).map(|_| self.syn_only(port)).collect();
-        let (admitted, _) = self.answers(pending, ANSWER);
+        let (admitted, _) = self.answers(pending, ANSWER, None);
+        admitted
+    }
+
+    /// The same, without waiting in vain: what is not admitted when the server has answered a
+    /// later packet is refused, and on a busy machine nothing is refused before.
+    ///
+    /// That packet is a SYN with FIN to port 1: conntrack calls it invalid, so no entry comes of
+    /// it, and the server's TCP answers with an RST unless a rule drops it.
+    pub fn open_promptly(&self, port: u16, count: usize) -> Vec<RawConn> {
+        let pending = (0..count).map(|_| self.syn_only(port)).collect();
+        let (admitted, _) = self.answers(pending, PROBE, Some(self.send_probe()));
         admitted
     }
 
@@ -61,7 +81,7 @@ impl Peer {
         let mut pending: Vec<RawConn> = (0..count).map(|_| self.syn_only(port)).collect();
         let mut held = Vec::new();
         for _ in 0..ATTEMPTS {
-            let (mut completed, unanswered) = self.answers(pending, ANSWER);
+            let (mut completed, unanswered) = self.answers(pending, ANSWER, None);
             held.append(&mut completed);
             pending = unanswered;
             for conn in &pending {
@@ -72,15 +92,29 @@ impl Peer {
         held
     }
 
-    /// Waits for the answers to SYNs; returns the connections that were completed, and those
-    /// whose SYN had no answer.
+    fn send_probe(&self) -> SocketAddr {
+        let source = SocketAddr::new(self.source, self.next_port.fetch_add(1, Ordering::Relaxed));
+        self.send(&Segment {
+            source,
+            destination: SocketAddr::new(self.destination, PROBED_PORT),
+            seq: 0x1000_0000,
+            ack: 0,
+            flags: SYN | FIN,
+            payload: Vec::new(),
+        });
+        source
+    }
+
+    /// Waits for the answers to SYNs, or until shortly after that to a `probe`; returns the
+    /// connections that were completed, and those whose SYN had no answer.
     fn answers(
         &self,
         mut pending: Vec<RawConn>,
         patience: Duration,
+        mut probe: Option<SocketAddr>,
     ) -> (Vec<RawConn>, Vec<RawConn>) {
         let mut admitted = Vec::new();
-        let deadline = Instant::now() + patience;
+        let mut deadline = Instant::now() + patience;
         while !pending.is_empty() {
             let is_last = !self.wire.wait(deadline);
             self.wire.receive();
@@ -94,6 +128,10 @@ impl Peer {
             if is_last {
                 break;
             }
+            if probe.is_some_and(|source| !self.wire.take(source).is_empty()) {
+                probe = None;
+                deadline = Instant::now() + GRACE;
+            }
         }
         (admitted, pending)
     }
@@ -101,7 +139,7 @@ impl Peer {
     /// Completes what has been begun with [`Self::syn_only`]; what is not answered within
     /// `patience` counts as refused.
     pub fn complete(&self, pending: Vec<RawConn>, patience: Duration) -> Vec<RawConn> {
-        self.answers(pending, patience).0
+        self.answers(pending, patience, None).0
     }
 
     /// How many of `count` new connections are completed; they stay open.
@@ -227,6 +265,25 @@ impl RawConn {
     /// A SYN on this connection's own tuple, as a client that has forgotten it would send.
     pub fn syn(&self) {
         self.transmit(SYN, self.next_seq.wrapping_add(100_000), 0, &[]);
+    }
+
+    /// Opens the same tuple anew, when the server has closed and forgotten it; false when it is
+    /// refused. Sequence numbers go on far above those of before.
+    pub fn reopen(&mut self) -> bool {
+        let seq = self.next_seq.wrapping_add(100_000);
+        self.read();
+        (self.next_seq, self.fin_seq, self.seen) = (seq.wrapping_add(1), None, Seen::default());
+        self.transmit(SYN, seq, 0, &[]);
+        let deadline = Instant::now() + ANSWER;
+        loop {
+            let is_last = !self.wire.wait(deadline);
+            self.wire.receive();
+            match self.handshake() {
+                Handshake::Completed => return true,
+                Handshake::Pending if !is_last => {}
+                Handshake::Pending | Handshake::Refused => return false,
+            }
+        }
     }
 
     /// A segment of this connection with these flags, `offset` away from the next sequence

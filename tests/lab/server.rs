@@ -76,6 +76,11 @@ impl Server {
         self.order(&format!("send {}", data.len()), data);
     }
 
+    /// Closes the listening sockets and keeps the connections.
+    pub fn stop_listening(&mut self) {
+        self.order("deafen", &[]);
+    }
+
     /// Ends the process with SIGKILL; the kernel closes what it held.
     pub fn kill(mut self) {
         self.end();
@@ -187,6 +192,7 @@ impl Held {
         match order.split_once(' ') {
             None if order == "held" => return self.streams.len().to_string(),
             None if order == "close" => self.streams.drain(..).for_each(close),
+            None if order == "deafen" => self.listeners.clear(),
             None if order == "reset" => self.streams.drain(..).for_each(reset),
             Some(("send", length)) => {
                 let mut data = vec![0; length.parse().expect("a length")];

@@ -1,0 +1,304 @@
+//! Connections whose entry is gone, or runs the wrong way: put back where they were tracked, and
+//! nowhere else.
+
+mod lab;
+#[path = "lab/scene.rs"]
+mod scene;
+
+use std::thread;
+use std::time::Duration;
+
+use lab::{Lab, RawConn, wait_for};
+use scene::{CLIENT, CTKEEP, Contrast, LIMIT, Limiter, PORT, SOON, Scene, TRIES, contrast};
+
+/// Sweeps so often that a test need not wait long for one.
+const BRISK: [&str; 2] = ["--sweep-interval", "100ms"];
+
+/// Time for several of those.
+const SWEPT: Duration = Duration::from_millis(600);
+
+fn delete(scene: &Scene, conns: &[RawConn]) {
+    for conn in conns {
+        let (src, sport) = (conn.client.ip(), conn.client.port());
+        scene.lab.server.run(&format!("conntrack -D -p tcp --orig-src {src} --sport {sport}"));
+    }
+}
+
+fn flush(scene: &Scene, _: &[RawConn]) {
+    scene.lab.server.run("conntrack -F");
+}
+
+/// Half-closed connections lose their entries, then their places in the limiter, and are counted
+/// again: when the newcomers have left, nobody else gets in.
+fn assert_forgotten_is_recounted(
+    limiter: Limiter,
+    args: &[&str],
+    forget: impl Fn(&Scene, &[RawConn]) + Sync,
+) {
+    let args = [&BRISK[..], args].concat();
+    let result = contrast(limiter, CLIENT, &args, |scene| {
+        let conns = scene.half_closed();
+        // ctkeep has seen them: the sweep has passed by.
+        thread::sleep(SWEPT);
+        scene.freeze();
+        forget(scene, &conns);
+        let newcomers = scene.open(TRIES);
+        assert_eq!(newcomers.len(), LIMIT, "admitted in the place of those forgotten");
+        scene.thaw();
+        scene.await_repair("reinsert", &conns);
+        scene.end(&newcomers);
+        (scene.admitted(), scene.lab.sockets("close-wait"))
+    });
+    let Some(result) = result else { return };
+    assert_eq!(result, Contrast { without: (LIMIT, LIMIT), with: (0, LIMIT) });
+}
+
+#[test]
+fn entries_deleted_by_hand_are_put_back_and_counted() {
+    assert_forgotten_is_recounted(Limiter::Connlimit, &[], delete);
+}
+
+#[test]
+fn a_flushed_table_is_put_back_and_counted() {
+    assert_forgotten_is_recounted(Limiter::Connlimit, &[], flush);
+}
+
+#[test]
+fn a_flushed_table_is_put_back_and_counted_by_an_nft_set() {
+    assert_forgotten_is_recounted(Limiter::NftSet, &[], flush);
+}
+
+#[test]
+fn a_flushed_table_is_put_back_by_the_sweep_alone() {
+    assert_forgotten_is_recounted(Limiter::Connlimit, &["--events", "off"], flush);
+}
+
+/// The same for connections that are not half-closed: ctkeep has heard of their ends.
+#[test]
+fn established_connections_of_a_flushed_table_are_put_back() {
+    let result = contrast(Limiter::Connlimit, CLIENT, &["--events", "ctnetlink"], |scene| {
+        let conns = scene.established();
+        scene.freeze();
+        flush(scene, &conns);
+        let newcomers = scene.open(TRIES);
+        assert_eq!(newcomers.len(), LIMIT, "admitted in the place of those forgotten");
+        scene.end(&newcomers);
+        scene.thaw();
+        scene.await_repair("reinsert", &conns);
+        scene.admitted()
+    });
+    let Some(result) = result else { return };
+    assert_eq!(result, Contrast { without: LIMIT, with: 0 });
+}
+
+/// Of connections that it has not heard of again, it knows that their port was tracked, even when
+/// nothing shows that any more.
+#[test]
+fn established_connections_of_a_flushed_table_are_put_back_by_the_deep_sweep_alone() {
+    let play = |guarded: bool| {
+        let mut scene = Scene::new(Limiter::Connlimit)?;
+        let conns = scene.established();
+        if guarded {
+            scene.guard(&["--events", "off", "--deep-interval", "1s"]);
+        }
+        scene.freeze();
+        flush(&scene, &conns);
+        let newcomers = scene.open(TRIES);
+        assert_eq!(newcomers.len(), LIMIT, "admitted in the place of those forgotten");
+        scene.end(&newcomers);
+        flush(&scene, &conns);
+        scene.thaw();
+        scene.await_repair("reinsert", &conns);
+        Some(scene.admitted())
+    };
+    let Some(without) = play(false) else { return };
+    assert_eq!((without, play(true)), (LIMIT, Some(0)));
+}
+
+/// Five connections of one client, of every kind that would be repaired if they were tracked.
+fn untracked(lab: &Lab) -> Vec<RawConn> {
+    let mut conns = lab.peer(CLIENT).open_promptly(PORT, 5);
+    assert_eq!(conns.len(), 5, "nothing limits an untracked port");
+    for (index, conn) in conns.iter_mut().enumerate() {
+        if index > 0 {
+            lab.half_close(conn);
+        }
+        if index > 1 {
+            conn.rst(-5);
+        }
+        if index > 2 {
+            conn.fin_again();
+        }
+    }
+    conns
+}
+
+/// How many entries there are of connections from or to this port.
+fn entries_of(lab: &Lab, port: u16) -> usize {
+    let ends = |entry: &lab::Entry| [entry.orig.0.port(), entry.orig.1.port()].contains(&port);
+    lab.entries().iter().filter(|entry| ends(entry)).count()
+}
+
+/// Whatever ctkeep is told to do, short of force, it does nothing.
+fn assert_nothing_is_inserted(lab: &Lab) {
+    let conns = untracked(lab);
+    let daemon = lab.daemon(CTKEEP, &[&BRISK[..], &["--deep-interval", "300ms"]].concat());
+    for conn in &conns {
+        conn.rst(-5);
+    }
+    let newcomer = lab.peer(CLIENT).open_promptly(PORT, 1);
+    assert_eq!(newcomer.len(), 1);
+    thread::sleep(SWEPT);
+    assert_eq!(entries_of(lab, PORT), 0, "{}", daemon.log());
+    let (code, out, err) = lab.ctkeep(CTKEEP, &["reconcile"]);
+    assert_eq!((code, entries_of(lab, PORT)), (0, 0), "{out}{err}");
+    assert!(err.contains("--force"), "it says how: {err}");
+    let (status, log) = daemon.term();
+    assert!(status.success());
+    assert!(!log.contains("reinsert"), "{log}");
+
+    // The positive control: they are exactly what would be put back.
+    let (code, out, err) = lab.ctkeep(CTKEEP, &["reconcile", "--force"]);
+    assert_eq!((code, entries_of(lab, PORT)), (0, 6), "{out}{err}");
+}
+
+#[test]
+fn nothing_is_inserted_for_a_port_under_notrack() {
+    let Some(lab) = Lab::new() else { return };
+    lab.connlimit(443, 3);
+    lab.server.run("iptables -t raw -A PREROUTING -p tcp --dport 80 -j NOTRACK");
+    lab.server.run("iptables -t raw -A OUTPUT -p tcp --sport 80 -j NOTRACK");
+    let _server = lab.serve("[::]:80 [::]:443");
+    // Beside it a port that is tracked.
+    let tracked = lab.peer(CLIENT).open_promptly(443, 2);
+    assert_eq!((tracked.len(), entries_of(&lab, 443)), (2, 2));
+    assert_nothing_is_inserted(&lab);
+}
+
+#[test]
+fn nothing_is_inserted_where_no_rule_needs_conntrack() {
+    let Some(lab) = Lab::new() else { return };
+    let _server = lab.serve("[::]:80");
+    assert_nothing_is_inserted(&lab);
+}
+
+/// Lets conntrack forget these connections, the limiter throw them out, and the server send: its
+/// data makes conntrack pick them up again, with the server as the client.
+///
+/// Returns the connections that took their places.
+fn pick_up(
+    scene: &mut Scene,
+    conns: &[RawConn],
+    forget: impl Fn(&Scene, &[RawConn]),
+) -> Vec<RawConn> {
+    scene.lab.server.sysctl("net/netfilter/nf_conntrack_tcp_loose", "1");
+    forget(scene, conns);
+    wait_for("empty table", SOON, || scene.lab.entries().is_empty());
+    let newcomers = scene.open(TRIES);
+    assert_eq!(newcomers.len(), LIMIT, "admitted in the place of those forgotten");
+    scene.server.send_all(b"more of the page");
+    for conn in conns {
+        let reversed = (conn.server, conn.client);
+        wait_for("reversed entry", SOON, || {
+            scene.lab.entries().iter().any(|entry| entry.orig == reversed)
+        });
+    }
+    newcomers
+}
+
+/// What is left of a stale RST one second later, instead of ten.
+fn expire(scene: &Scene, conns: &[RawConn]) {
+    scene.lab.server.sysctl("net/netfilter/nf_conntrack_tcp_timeout_close", "1");
+    for conn in conns {
+        conn.rst(-5);
+    }
+}
+
+fn assert_reversed_is_turned_round(source: &str, forget: impl Fn(&Scene, &[RawConn]) + Sync) {
+    let result = contrast(Limiter::Connlimit, source, &[], |scene| {
+        let conns = scene.half_closed();
+        scene.freeze();
+        let newcomers = pick_up(scene, &conns, &forget);
+        scene.thaw();
+        if scene.daemon.is_some() {
+            scene.await_repair("reverse", &conns);
+        }
+        scene.end(&newcomers);
+        let right_way = conns.iter().filter(|conn| scene.is_counted(conn)).count();
+        (scene.admitted(), right_way)
+    });
+    let Some(result) = result else { return };
+    assert_eq!(result, Contrast { without: (LIMIT, 0), with: (0, LIMIT) });
+}
+
+#[test]
+fn reversed_entries_of_deleted_ones_are_turned_round_and_counted() {
+    assert_reversed_is_turned_round(CLIENT, flush);
+}
+
+#[test]
+fn reversed_entries_of_expired_ones_are_turned_round_and_counted() {
+    assert_reversed_is_turned_round(CLIENT, expire);
+}
+
+#[test]
+fn reversed_entries_over_ipv6_are_turned_round_and_counted() {
+    assert_reversed_is_turned_round("2001:db8:1::7", flush);
+}
+
+#[test]
+fn reversed_entries_older_than_ctkeep_are_turned_round_at_its_start() {
+    let Some(mut scene) = Scene::new(Limiter::Connlimit) else { return };
+    let conns = scene.half_closed();
+    let newcomers = pick_up(&mut scene, &conns, flush);
+    scene.guard(&[]);
+    scene.await_repair("reverse", &conns);
+    scene.end(&newcomers);
+    assert_eq!(scene.admitted(), 0);
+}
+
+/// Ten tries with a stale RST after each FIN, then a flushed table.
+fn assert_family_is_guarded(source: &str, listen: &str) {
+    let play = |guarded: bool| {
+        let lab = Lab::new()?;
+        lab.connlimit(PORT, 3);
+        let server = lab.serve(listen);
+        let peer = lab.peer(source);
+        let mut scene = Scene { lab, server, peer, daemon: None };
+        if guarded {
+            scene.guard(&["--port", "80"]);
+        }
+        let admitted = scene.attack(|scene, conn| {
+            conn.rst(-5);
+            scene.await_repair("revive", std::slice::from_ref(conn));
+        });
+        if guarded {
+            flush(&scene, &admitted);
+            scene.await_repair("reinsert", &admitted);
+            assert_eq!(scene.admitted(), 0, "after a flush");
+        }
+        Some(admitted.len())
+    };
+    let Some(without) = play(false) else { return };
+    assert_eq!((without, play(true)), (TRIES, Some(LIMIT)), "{source} to {listen}");
+}
+
+#[test]
+fn ipv6_clients_of_a_dual_stack_listener_are_guarded() {
+    assert_family_is_guarded("2001:db8:1::7", "[::]:80");
+}
+
+#[test]
+fn ipv4_clients_of_a_dual_stack_listener_are_guarded() {
+    assert_family_is_guarded(CLIENT, "[::]:80");
+}
+
+#[test]
+fn ipv4_clients_of_an_ipv4_listener_are_guarded() {
+    assert_family_is_guarded(CLIENT, "0.0.0.0:80");
+}
+
+#[test]
+fn ipv6_clients_of_an_address_are_guarded() {
+    assert_family_is_guarded("2001:db8:1::7", "[2001:db8::1]:80");
+}

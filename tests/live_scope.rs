@@ -1,0 +1,321 @@
+//! What is none of ctkeep's business stays as it is, byte for byte, whatever happens beside it.
+
+// A helper of a test that meets the unexpected ends by a panic.
+#![allow(clippy::indexing_slicing)]
+
+mod lab;
+#[path = "lab/scene.rs"]
+mod scene;
+
+use std::net::{SocketAddr, TcpStream};
+use std::thread;
+use std::time::Duration;
+
+use lab::{Entry, Lab, RawConn, Server, wait_for};
+use scene::{CLIENT, CTKEEP, LIMIT, Limiter, PORT, SOON, Scene, TRIES, host};
+use socket2::{Domain, Socket, Type};
+
+/// With [`EAGER`] time for many sweeps; timeouts show that a second has passed.
+const A_WHILE: Duration = Duration::from_millis(1300);
+
+/// Looks at everything as often as it can.
+const EAGER: [&str; 4] = ["--sweep-interval", "100ms", "--deep-interval", "300ms"];
+
+const OTHER: &str = "203.0.113.9";
+
+/// Makes entries tell what a delete and a new insert would lose: packets and bytes.
+fn enable_accounting(lab: &Lab) {
+    lab.server.sysctl("net/netfilter/nf_conntrack_acct", "1");
+}
+
+/// An entry as it can be compared: all but its timeout, and that.
+fn look(lab: &Lab, conn: (SocketAddr, SocketAddr)) -> Option<Entry> {
+    lab.entries().into_iter().find(|entry| entry.orig == conn)
+}
+
+fn of(conn: &RawConn) -> (SocketAddr, SocketAddr) {
+    (conn.client, conn.server)
+}
+
+/// The entries of these connections now and a while later are the same, and their timeouts have
+/// run on.
+fn assert_untouched(lab: &Lab, conns: &[(SocketAddr, SocketAddr)]) {
+    let before: Vec<_> = conns.iter().map(|conn| look(lab, *conn).expect("an entry")).collect();
+    thread::sleep(A_WHILE);
+    for (before, conn) in before.iter().zip(conns) {
+        let now = look(lab, *conn).expect("the same entry");
+        assert_eq!(now.line, before.line);
+        assert!(now.timeout < before.timeout, "{now:?} was {before:?}");
+    }
+}
+
+/// A scene in which a held connection shows that ctkeep is at work.
+fn busy_scene(args: &[&str]) -> Option<(Scene, RawConn)> {
+    let mut scene = Scene::new(Limiter::Connlimit)?;
+    enable_accounting(&scene.lab);
+    scene.guard(&[&EAGER[..], args].concat());
+    let mut conn = scene.open(1).pop().expect("a connection");
+    scene.lab.half_close(&mut conn);
+    assert!(conn.await_ack());
+    Some((scene, conn))
+}
+
+/// The positive control: of this one ctkeep takes care.
+fn assert_at_work(scene: &Scene, conn: &RawConn) {
+    conn.rst(-5);
+    scene.await_repair("revive", std::slice::from_ref(conn));
+}
+
+#[test]
+fn ordinary_established_connections_are_never_touched() {
+    let Some((scene, held)) = busy_scene(&[]) else { return };
+    let mut conns = scene.lab.peer(OTHER).open_promptly(PORT, LIMIT);
+    for conn in &mut conns {
+        conn.send(b"GET / HTTP/1.0\r\n");
+        assert!(conn.await_ack());
+    }
+    assert_at_work(&scene, &held);
+    assert_untouched(&scene.lab, &conns.iter().map(of).collect::<Vec<_>>());
+}
+
+/// Sixty seconds are more than half of the lease: there is no need to touch it yet.
+#[test]
+fn a_half_closed_connection_with_time_left_is_not_touched() {
+    let Some((scene, held)) = busy_scene(&["--lease", "20s"]) else { return };
+    assert_untouched(&scene.lab, &[of(&held)]);
+    assert_at_work(&scene, &held);
+}
+
+#[test]
+fn another_port_is_never_touched() {
+    let Some(lab) = Lab::new() else { return };
+    lab.connlimit(PORT, 3);
+    lab.connlimit(443, 3);
+    enable_accounting(&lab);
+    let server = lab.serve("[::]:80 [::]:443");
+    let peer = lab.peer(CLIENT);
+    let mut scene = Scene { lab, server, peer, daemon: None };
+    scene.guard(&[&EAGER[..], &["--port", "80"]].concat());
+    let mut held = scene.open(1).pop().expect("a connection");
+    scene.lab.half_close(&mut held);
+
+    let mut conns = scene.peer.open_promptly(443, LIMIT);
+    for conn in &mut conns {
+        scene.lab.half_close(conn);
+        conn.rst(-5);
+        scene.await_forgotten(conn);
+    }
+    assert_at_work(&scene, &held);
+    assert_untouched(&scene.lab, &conns.iter().map(of).collect::<Vec<_>>());
+    assert_eq!(scene.peer.open_promptly(443, TRIES).len(), LIMIT, "nobody counts these");
+    assert_eq!(scene.open(TRIES).len(), LIMIT - 1, "but that one");
+}
+
+/// Stale RSTs of `peers`; those of which the flag says so are revived, the others are left alone.
+fn assert_sources_are_told_apart(args: &[&str], peers: &[(&str, bool)]) {
+    let Some(mut scene) = Scene::new(Limiter::Connlimit) else { return };
+    enable_accounting(&scene.lab);
+    scene.guard(&[&EAGER[..], args].concat());
+    let mut conns = Vec::new();
+    for (source, guarded) in peers {
+        let peer = scene.lab.peer(source);
+        let mut ours = peer.open_promptly(PORT, LIMIT);
+        assert_eq!(ours.len(), LIMIT, "{source}");
+        for conn in &mut ours {
+            scene.lab.half_close(conn);
+            conn.rst(-5);
+        }
+        conns.push((peer, ours, *guarded));
+    }
+    for (_, ours, guarded) in &conns {
+        if *guarded {
+            scene.await_repair("revive", ours);
+        }
+    }
+    for (peer, ours, guarded) in &conns {
+        if !guarded {
+            assert_untouched(&scene.lab, &ours.iter().map(of).collect::<Vec<_>>());
+        }
+        let expected = if *guarded { 0 } else { LIMIT };
+        assert_eq!(peer.open_promptly(PORT, TRIES).len(), expected, "{}", ours[0].client);
+    }
+}
+
+#[test]
+fn exempt_sources_are_never_touched() {
+    assert_sources_are_told_apart(
+        &["--exempt", "203.0.113.0/24,2001:db8:1::/64"],
+        &[(CLIENT, true), (OTHER, false), ("2001:db8:1::7", false)],
+    );
+}
+
+#[test]
+fn only_the_sources_that_are_named_are_touched() {
+    assert_sources_are_told_apart(
+        &["--source", &host(CLIENT), "--source", "2001:db8:1::/64"],
+        &[(CLIENT, true), (OTHER, false), ("2001:db8:1::7", true)],
+    );
+}
+
+#[test]
+fn exempt_wins_over_source() {
+    assert_sources_are_told_apart(
+        &["--source", "0.0.0.0/0", "--exempt", OTHER],
+        &[(CLIENT, true), (OTHER, false)],
+    );
+}
+
+#[test]
+fn with_close_wait_alone_an_established_socket_is_left_alone() {
+    let Some((scene, held)) = busy_scene(&["--states", "close-wait"]) else { return };
+    let conn = scene.open(1).pop().expect("a connection");
+    scene.peer.send(&conn.segment(lab::FIN | lab::ACK, 1));
+    scene.peer.send(&conn.segment(lab::RST, -5));
+    scene.await_forgotten(&conn);
+    assert_untouched(&scene.lab, &[of(&conn)]);
+    assert_at_work(&scene, &held);
+}
+
+/// A connection that the server's host opened, from a port that is in scope, and that the other
+/// end has closed: in CLOSE_WAIT too, and none of the limiter's business.
+#[test]
+fn connections_that_this_host_opened_are_never_touched() {
+    const FROM: u16 = 8080;
+    let Some((scene, held)) = busy_scene(&["--port", "80,8080", "--lease", "5m"]) else { return };
+    let mut remote = Server::start(&scene.lab.client, "192.0.2.2:8443");
+    let (from, to) = (format!("192.0.2.1:{FROM}"), "192.0.2.2:8443");
+    let stream = scene.lab.server.within(|| {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("socket");
+        socket.set_reuse_address(true).expect("reuse address");
+        let [from, to] = [from.as_str(), to].map(|text| text.parse::<SocketAddr>().expect("parse"));
+        socket.bind(&from.into()).expect("bind");
+        socket.connect(&to.into()).expect("connect");
+        TcpStream::from(socket)
+    });
+    let tuple = (stream.local_addr().expect("local"), stream.peer_addr().expect("peer"));
+    wait_for("acceptance", SOON, || remote.held() == 1);
+    remote.close_all();
+    wait_for("CLOSE_WAIT", SOON, || scene.lab.sockets("close-wait") == 2);
+    wait_for("CLOSE_WAIT", SOON, || {
+        look(&scene.lab, tuple).is_some_and(|entry| entry.state == "CLOSE_WAIT")
+    });
+    assert_untouched(&scene.lab, &[tuple]);
+    assert_at_work(&scene, &held);
+
+    // Not even when its entry is lost.
+    scene.lab.server.run("conntrack -F");
+    scene.await_repair("reinsert", std::slice::from_ref(&held));
+    thread::sleep(A_WHILE);
+    assert_eq!(look(&scene.lab, tuple), None);
+    assert_eq!(look(&scene.lab, (tuple.1, tuple.0)), None);
+}
+
+/// One connection of each kind that asks for a repair, and one that does not.
+fn drifted() -> Option<(Scene, Vec<RawConn>)> {
+    let scene = Scene::new(Limiter::Connlimit)?;
+    enable_accounting(&scene.lab);
+    let mut conns = scene.half_closed();
+    conns[0].rst(-5);
+    conns[1].fin_again();
+    for conn in &conns[..2] {
+        scene.await_forgotten(conn);
+    }
+    conns.extend(scene.lab.peer(OTHER).open_promptly(PORT, 1));
+    Some((scene, conns))
+}
+
+/// Looks on while `action` runs: nothing in the table changes.
+fn assert_changes_nothing(scene: &Scene, action: impl FnOnce()) {
+    let lines = || -> Vec<String> {
+        let mut lines: Vec<_> = scene.lab.entries().into_iter().map(|entry| entry.line).collect();
+        lines.sort();
+        lines
+    };
+    let rules = || scene.lab.server.output("nft -s list ruleset");
+    let before = (lines(), rules(), scene.lab.server.output("ip -o link"));
+    let frames = scene.lab.client_sees(action);
+    assert_eq!((lines(), rules(), scene.lab.server.output("ip -o link")), before);
+    assert!(frames.is_empty(), "on the wire: {frames:?}");
+}
+
+#[test]
+fn looking_changes_nothing() {
+    let Some((scene, conns)) = drifted() else { return };
+    let (local, remote) = (conns[0].server.to_string(), conns[0].client.to_string());
+    for args in [
+        &["audit"][..],
+        &["audit", "--all", "--format", "json"],
+        &["explain", &local, &remote],
+        &["reconcile", "--dry-run"],
+        &["reconcile", "--dry-run", "--force", "--recount", "loopback"],
+    ] {
+        assert_changes_nothing(&scene, || {
+            let (code, out, err) = scene.ctkeep(args);
+            assert_eq!(code, 1, "{args:?} finds something: {out}{err}");
+        });
+    }
+    // The positive control: there was something to change.
+    let (code, out, err) = scene.ctkeep(&["reconcile"]);
+    assert_eq!((code, out.matches("revive").count()), (0, 2), "{out}{err}");
+}
+
+#[test]
+fn a_dry_run_changes_nothing_and_says_what_it_would_do() {
+    let Some((scene, conns)) = drifted() else { return };
+    assert_changes_nothing(&scene, || {
+        let daemon = scene.lab.daemon(CTKEEP, &[&EAGER[..], &["--dry-run"]].concat());
+        for conn in &conns[..2] {
+            let client = conn.client.to_string();
+            wait_for("its intention", SOON, || {
+                let log = daemon.log();
+                log.lines().any(|line| line.contains("revive") && line.contains(&client))
+            });
+        }
+        thread::sleep(A_WHILE);
+        let (status, log) = daemon.term();
+        assert!(status.success(), "{log}");
+        assert!(!log.contains(&conns[3].client.to_string()), "nothing about this one: {log}");
+    });
+    assert_eq!(scene.open(TRIES).len(), LIMIT - 1, "the limit is bypassed as ever");
+}
+
+/// The program runs in one namespace and works in another, by its path.
+#[test]
+fn another_namespace_is_guarded_from_outside() {
+    let Some(mut scene) = Scene::new(Limiter::Connlimit) else { return };
+    let path = scene.lab.server.path();
+    let conns = scene.half_closed();
+    for conn in &conns {
+        conn.rst(-5);
+        scene.await_forgotten(conn);
+    }
+    let newcomers = scene.open(TRIES);
+    assert_eq!(newcomers.len(), LIMIT, "the positive control");
+
+    let audit = [CTKEEP, "audit", "--netns", &path].join(" ");
+    let (code, out) = outside(&scene, &audit);
+    assert_eq!((code, out.matches("entry-closed").count()), (1, LIMIT + 1), "{out}");
+    let (code, out) = outside(&scene, &[CTKEEP, "audit"].join(" "));
+    assert_eq!((code, out.matches(CLIENT).count()), (0, 0), "its own has nothing: {out}");
+
+    scene.daemon = Some(lab::Daemon::start(&scene.lab.client, CTKEEP, &["--netns", &path]));
+    scene.await_repair("revive", &conns);
+    scene.end(&newcomers);
+    assert_eq!(scene.admitted(), 0);
+    let (status, log) = scene.daemon.take().expect("a daemon").term();
+    assert!(status.success(), "{log}");
+}
+
+/// Runs a command line in the client's namespace: exit code and stdout.
+fn outside(scene: &Scene, line: &str) -> (i32, String) {
+    let echo = format!("{line}; echo code $?");
+    let mut command = std::process::Command::new("sh");
+    command.args(["-c", &echo]);
+    let child = scene.lab.client.spawn_with(&command, |command| {
+        command.stdout(std::process::Stdio::piped());
+    });
+    let output = child.expect("a shell").wait_with_output().expect("its end");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let (text, code) = text.rsplit_once("code ").expect("the exit code");
+    (code.trim().parse().expect("a number"), text.to_owned())
+}
