@@ -1,5 +1,8 @@
 //! The command line as scripts and people meet it: exit codes, messages, JSON.
 
+// A helper of a test that meets the unexpected ends by a panic.
+#![allow(clippy::indexing_slicing)]
+
 mod lab;
 #[path = "lab/scene.rs"]
 mod scene;
