@@ -1,5 +1,6 @@
 //! Takes the look: joins the tables, makes sure of every disagreement, names and adds up.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::SystemTime;
 
@@ -229,8 +230,8 @@ fn drop_foreign(snapshot: &mut Snapshot) -> Result<()> {
     let mut local = HashMap::new();
     for view in snapshot.views.iter().filter(|view| view.socket.is_none()) {
         let addr = view.flow.src.addr();
-        if !local.contains_key(&addr) {
-            local.insert(addr, routes.is_local(addr)?);
+        if let Entry::Vacant(slot) = local.entry(addr) {
+            slot.insert(routes.is_local(addr)?);
         }
     }
     snapshot.views.retain(|view| {

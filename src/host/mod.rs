@@ -2,4 +2,5 @@
 
 pub mod netns;
 pub mod route;
+pub mod ruleset;
 pub mod sysctl;
