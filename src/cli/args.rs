@@ -166,6 +166,10 @@ pub(super) struct Run {
     #[arg(long, value_name = "ROUTE", default_value = "auto", value_parser = recount_mode())]
     pub recount: Mode,
 
+    /// Name of the helper device and nftables table that are made for recount
+    #[arg(long, value_name = "NAME", default_value = "ctkeep0", value_parser = device)]
+    pub device: String,
+
     /// What happens to held entries at the end
     #[arg(long, value_name = "WHAT", default_value = "keep", value_parser = on_exit())]
     pub on_exit: OnExit,
@@ -294,11 +298,22 @@ fn lease(text: &str) -> std::result::Result<Duration, String> {
     }
 }
 
+/// What the kernel takes as an interface name (`dev_valid_name()`).
+fn device(text: &str) -> std::result::Result<String, String> {
+    let valid = (1..=15).contains(&text.len())
+        && !matches!(text, "." | "..")
+        && text.bytes().all(|byte| byte.is_ascii_graphic() && !b"/:%".contains(&byte));
+    if valid { Ok(text.to_owned()) } else { Err("no name for an interface".to_owned()) }
+}
+
 fn recount_mode() -> impl TypedValueParser<Value = Mode> {
-    PossibleValuesParser::new(["auto", "loopback", "off"]).map(|name| match name.as_str() {
-        "loopback" => Mode::Loopback,
-        "off" => Mode::Off,
-        _ => Mode::Auto,
+    PossibleValuesParser::new(["auto", "ingress", "loopback", "off"]).map(|name| {
+        match name.as_str() {
+            "ingress" => Mode::Ingress,
+            "loopback" => Mode::Loopback,
+            "off" => Mode::Off,
+            _ => Mode::Auto,
+        }
     })
 }
 

@@ -17,6 +17,9 @@ use crate::reconcile::plan::{Action, Rest, Verdict, plan, verdict};
 use crate::reconcile::recount::{Mode, Recounter};
 use crate::sockdiag::{State, States};
 
+/// Beside the daemon's own, which may be there.
+const DEVICE: &str = "ctkeep1";
+
 pub(super) fn run(args: &Reconcile) -> Result<Exit> {
     let mut policy = args.scope.policy();
     policy.force = args.force;
@@ -25,7 +28,7 @@ pub(super) fn run(args: &Reconcile) -> Result<Exit> {
         let (done, untracked, outcomes) = namespace.run(|| {
             let mut tables = Tables::open()?;
             let mut recounter =
-                Recounter::open(if args.dry_run { Mode::Off } else { args.recount })?;
+                Recounter::open(if args.dry_run { Mode::Off } else { args.recount }, DEVICE)?;
             let scope = tables.scope(&policy)?;
             let open = States::from_iter([State::Established, State::CloseWait]);
             let snapshot = tables.whole(&scope, &policy, open)?;

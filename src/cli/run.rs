@@ -26,6 +26,7 @@ pub(super) fn run(args: Run) -> Result<Exit> {
     daemon::run(Settings {
         policy: args.scope.policy(),
         recount: args.recount,
+        device: args.device,
         events: args.events,
         sweep_interval: args.sweep_interval,
         deep_interval: args.deep_interval,

@@ -4,8 +4,8 @@ use std::fmt;
 use std::time::Duration;
 
 use super::uapi::{
-    IP_CT_TCP_FLAG_BE_LIBERAL, IPS_ASSURED, IPS_CONFIRMED, IPS_SEEN_REPLY, NF_CT_HELPER_NAME_LEN,
-    NF_CT_LABELS_MAX_SIZE,
+    IP_CT_TCP_FLAG_BE_LIBERAL, IP_CT_TCP_FLAG_SACK_PERM, IPS_ASSURED, IPS_CONFIRMED,
+    IPS_SEEN_REPLY, NF_CT_HELPER_NAME_LEN, NF_CT_LABELS_MAX_SIZE,
 };
 use crate::flow::FourTuple;
 
@@ -97,8 +97,17 @@ impl Entry {
     ///
     /// `tcp_new()` in `nf_conntrack_proto_tcp.c` sets the flag in both directions only then.
     pub fn is_picked_up(&self) -> bool {
-        self.tcp
-            .is_some_and(|tcp| tcp.flags.iter().all(|flags| flags & IP_CT_TCP_FLAG_BE_LIBERAL != 0))
+        self.has_flags(IP_CT_TCP_FLAG_BE_LIBERAL)
+    }
+
+    /// Whether this program inserted the entry, in this life or another: liberal like one that
+    /// was picked up, but without the SACK flag that the kernel always gives those.
+    pub fn is_ours(&self) -> bool {
+        self.is_picked_up() && !self.has_flags(IP_CT_TCP_FLAG_SACK_PERM)
+    }
+
+    fn has_flags(&self, wanted: u8) -> bool {
+        self.tcp.is_some_and(|tcp| tcp.flags.iter().all(|flags| flags & wanted == wanted))
     }
 }
 

@@ -110,22 +110,27 @@ impl<T: Transport> Conntrack<T> {
     /// A broken conversation or a refusal. An unanswered question is never `None`.
     pub fn get(&mut self, keys: &[(FourTuple, Zone)]) -> Result<Vec<Option<Entry>>> {
         let requests: Vec<_> = keys.iter().map(|(flow, zone)| request::get(*flow, *zone)).collect();
-        let mut found = vec![None; keys.len()];
+        // The outer `None`: not answered yet.
+        let mut answers: Vec<Option<Option<Entry>>> = vec![None; keys.len()];
         let outcomes = self.connection.batch(&requests, |index, frame| {
             let op = requests.get(index).map_or(Op::new("conntrack get"), |request| request.op);
             let entry = decode::entry(frame.payload).map_err(|error| op.malformed(error))?;
-            if let (Some(slot), Some((flow, _))) = (found.get_mut(index), keys.get(index)) {
-                *slot = entry.filter(|entry| entry.orig == *flow || entry.reply == *flow);
+            if let (Some((flow, _)), Some(answer)) = (keys.get(index), answers.get_mut(index)) {
+                *answer = Some(entry.filter(|entry| entry.orig == *flow || entry.reply == *flow));
             }
             Ok(())
         })?;
-        for outcome in outcomes {
-            match outcome {
-                Err(error) if !error.is_absent() => return Err(explain(error)),
-                _ => {}
-            }
-        }
-        Ok(found)
+        outcomes
+            .into_iter()
+            .zip(answers)
+            .zip(&requests)
+            .map(|((outcome, answer), request)| match (outcome, answer) {
+                (Ok(()), Some(entry)) => Ok(entry),
+                (Ok(()), None) => Err(request.op.malformed("acknowledged without an entry")),
+                (Err(error), _) if error.is_absent() => Ok(None),
+                (Err(error), _) => Err(explain(error)),
+            })
+            .collect()
     }
 
     /// Makes changes, many in one send, and returns one result for each, in order.

@@ -135,9 +135,11 @@ impl Insert {
     }
 
     /// Always liberal both ways: the windows are not known to a new entry, and without the flag
-    /// the rest of the stream would be INVALID.
+    /// the rest of the stream would be INVALID. Never with the SACK flag, which matters only to
+    /// windows: that tells our entries from those that conntrack picks up by itself
+    /// ([`Entry::is_ours`]).
     fn tcp(&self) -> DefaultNla {
-        const KEPT: u8 = IP_CT_TCP_FLAG_WINDOW_SCALE | IP_CT_TCP_FLAG_SACK_PERM;
+        const KEPT: u8 = IP_CT_TCP_FLAG_WINDOW_SCALE;
         let (flags, mask) = match self.like.tcp {
             Some(tcp) => (tcp.flags.map(|flags| flags & KEPT), KEPT),
             None => ([0; 2], 0),

@@ -47,6 +47,8 @@ pub struct Settings {
     pub policy: Policy,
     /// How the limiter is made to count again.
     pub recount: recount::Mode,
+    /// Name of the helper device and of the nftables table.
+    pub device: String,
     /// Event source.
     pub events: EventSource,
     /// From sweep to sweep over half-closed sockets.

@@ -12,7 +12,7 @@ use crate::conntrack::{Change, Entry, Event, EventKind, Listener, TcpState};
 use crate::error::{Error, Op, Result};
 use crate::flow::FourTuple;
 use crate::host::netns::Namespace;
-use crate::host::sysctl;
+use crate::host::{instance, sysctl};
 use crate::reconcile::apply::{Outcome, apply};
 use crate::reconcile::confirm::confirm;
 use crate::reconcile::ledger::Ledger;
@@ -36,6 +36,7 @@ const FULL_TABLE_REST: (Duration, Duration) = (Duration::from_secs(1), Duration:
 /// Guards one namespace until told to stop.
 pub(super) fn run(namespace: &Namespace, settings: &Settings, stop: &Stop) -> Result<()> {
     namespace.enter()?;
+    let _only_one = if settings.dry_run { None } else { Some(instance::claim("ctkeep")?) };
     let _span = tracing::info_span!("namespace", name = namespace.name()).entered();
     let mut worker = Worker::open(settings)?;
     worker.sweep(Depth::Deep)?;
@@ -106,9 +107,18 @@ impl<'a> Worker<'a> {
             }
         };
         let tables = Tables::open()?;
-        let recounter = if settings.dry_run { None } else { Recounter::open(settings.recount)? };
+        let recounter = if settings.dry_run {
+            None
+        } else {
+            Recounter::open(settings.recount, &settings.device)?
+        };
+        for shortfall in recounter.iter().flat_map(Recounter::shortfalls) {
+            tracing::warn!(reason = shortfall, "recount by less than wanted");
+        }
+        let routes = recounter.as_ref().map(Recounter::routes).unwrap_or_default();
         tracing::info!(
-            recount = if recounter.is_some() { "loopback" } else { "off" },
+            recount = ?routes.iter().map(|route| route.name()).collect::<Vec<_>>(),
+            seal = recounter.as_ref().is_some_and(Recounter::can_seal),
             tcp_loose = sysctl::conntrack("nf_conntrack_tcp_loose"),
             "opened"
         );
@@ -348,6 +358,9 @@ impl<'a> Worker<'a> {
         }
         if let Some(Err(error)) = &outcome.recount {
             tracing::warn!(flow = %action.view.flow.inverse(), %error, "recount failed");
+        }
+        if let Some(Err(error)) = &outcome.seal {
+            tracing::warn!(flow = %action.view.flow.inverse(), %error, "seal failed");
         }
         tracing::trace!(?took, "repaired");
     }

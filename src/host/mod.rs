@@ -1,5 +1,6 @@
 //! What else the host tells: routes, sysctls, network namespaces.
 
+pub mod instance;
 pub mod netns;
 pub mod route;
 pub mod ruleset;

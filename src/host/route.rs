@@ -30,21 +30,30 @@ impl Routes<KernelSocket> {
     }
 }
 
+/// Where packets to an address go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Destination {
+    /// They are delivered on this host.
+    Local,
+    /// They leave by the interface with this index.
+    Interface(u32),
+    /// There is no way, or it is forbidden.
+    Unreachable,
+}
+
 impl<T: Transport> Routes<T> {
-    /// Whether packets to `addr` are delivered on this host. Equivalent: `ip route get ADDR`.
+    /// Where packets to `addr` go, from the address `from` where rules ask for the source.
+    /// Equivalent: `ip route get ADDR from FROM`.
     ///
     /// # Errors
     /// A broken conversation.
-    pub fn is_local(&mut self, addr: IpAddr) -> Result<bool> {
-        let request = query(addr);
-        let mut local = false;
-        let answer = self.connection.query(&request, |frame| {
-            let route = RouteMessage::parse(frame.payload).map_err(|e| request.op.malformed(e))?;
-            local = route.header.kind == RouteType::Local;
-            Ok(())
-        });
-        match answer {
-            // No route, or one that forbids: not local.
+    pub fn destination(&mut self, addr: IpAddr, from: Option<IpAddr>) -> Result<Destination> {
+        match self.ask(addr, from) {
+            // A source that is no address of this host (the first destination of a translated
+            // connection) is refused.
+            Err(error) if from.is_some() && error.errno() == Some(Errno::EINVAL) => {
+                self.destination(addr, None)
+            }
             Err(error)
                 if matches!(
                     error.errno(),
@@ -57,15 +66,41 @@ impl<T: Transport> Routes<T> {
                     )
                 ) =>
             {
-                Ok(false)
+                Ok(Destination::Unreachable)
             }
-            Err(error) => Err(error),
-            Ok(()) => Ok(local),
+            answer => answer,
         }
+    }
+
+    /// Whether packets to `addr` are delivered on this host.
+    ///
+    /// # Errors
+    /// A broken conversation.
+    pub fn is_local(&mut self, addr: IpAddr) -> Result<bool> {
+        Ok(self.destination(addr, None)? == Destination::Local)
+    }
+
+    fn ask(&mut self, addr: IpAddr, from: Option<IpAddr>) -> Result<Destination> {
+        let request = query(addr, from);
+        let mut destination = Destination::Unreachable;
+        self.connection.query(&request, |frame| {
+            let route = RouteMessage::parse(frame.payload).map_err(|e| request.op.malformed(e))?;
+            let out = route.attributes.iter().find_map(|attribute| match attribute {
+                RouteAttribute::Oif(index) => Some(*index),
+                _ => None,
+            });
+            destination = match (route.header.kind, out) {
+                (RouteType::Local, _) => Destination::Local,
+                (RouteType::Unicast, Some(index)) => Destination::Interface(index),
+                _ => Destination::Unreachable,
+            };
+            Ok(())
+        })?;
+        Ok(destination)
     }
 }
 
-fn query(addr: IpAddr) -> Request {
+fn query(addr: IpAddr, from: Option<IpAddr>) -> Request {
     let (family, prefix) = match addr {
         IpAddr::V4(_) => (AddressFamily::Inet, 32),
         IpAddr::V6(_) => (AddressFamily::Inet6, 128),
@@ -77,6 +112,10 @@ fn query(addr: IpAddr) -> Request {
         ..RouteHeader::default()
     };
     message.attributes = vec![RouteAttribute::Destination(addr.into())];
+    if let Some(from) = from {
+        message.header.source_prefix_length = prefix;
+        message.attributes.push(RouteAttribute::Source(from.into()));
+    }
     let mut body = vec![0; message.buffer_len()];
     message.emit(&mut body);
     Request { op: Op::new("route look-up"), kind: RTM_GETROUTE, flags: 0, body, joined: false }

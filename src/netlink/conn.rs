@@ -173,6 +173,53 @@ impl<T: Transport> Connection<T> {
         Ok(())
     }
 
+    /// Sends `messages` between `begin` and `end`: the kernel carries out all of them or none
+    /// (`nfnetlink_rcv_batch()`).
+    ///
+    /// # Errors
+    /// The first refusal, or a broken conversation.
+    pub fn transaction(
+        &mut self,
+        begin: &Request,
+        messages: &[Request],
+        end: &Request,
+    ) -> Result<()> {
+        let op = begin.op;
+        self.outgoing.clear();
+        self.seq = self.seq.wrapping_add(1);
+        let first = self.seq;
+        begin.write(&mut self.outgoing, 0, first)?;
+        for message in messages {
+            self.seq = self.seq.wrapping_add(1);
+            message.write(&mut self.outgoing, NLM_F_ACK, self.seq)?;
+        }
+        self.seq = self.seq.wrapping_add(1);
+        end.write(&mut self.outgoing, 0, self.seq)?;
+        self.transport.send(&self.outgoing).map_err(|error| op.io(error))?;
+
+        let mut done = 0;
+        while done < messages.len() {
+            self.transport
+                .recv(&mut self.incoming)
+                .map_err(|error| op.failed(receive_failure(error)))?;
+            for frame in frames(&self.incoming) {
+                let frame = frame.map_err(|error| op.malformed(error))?;
+                if answer_index(frame.seq, first, messages.len() + 2, op)?.is_none()
+                    || frame.kind != NLMSG_ERROR
+                {
+                    continue;
+                }
+                // A refusal of any message, or of the whole, undoes all; the answers that may
+                // follow it are late ones to the next request.
+                if let Some(cause) = frame.acknowledgement().map_err(|e| op.malformed(e))? {
+                    return Err(op.failed(cause));
+                }
+                done += 1;
+            }
+        }
+        Ok(())
+    }
+
     /// Runs a dump and folds its messages into a fresh `A`.
     ///
     /// Streaming: a message is seen once, inside the receive buffer. When the kernel says that

@@ -62,12 +62,18 @@ impl Frame<'_> {
     /// # Errors
     /// A payload too short to hold the error number.
     pub(super) fn acknowledgement(&self) -> Result<Option<Cause>, DecodeError> {
+        self.status(self.copied_request())
+    }
+
+    /// The error number that begins the payload; `copied` tells how many bytes stand between it
+    /// and the kernel's attributes.
+    fn status(&self, copied: Option<usize>) -> Result<Option<Cause>, DecodeError> {
         let code = self.payload.get(..4).ok_or_else(|| too_short(self.payload.len()))?;
         match parse_i32(code)? {
             0 => Ok(None),
             code => Ok(Some(Cause::Kernel {
                 errno: Errno::from_raw(code.saturating_neg()),
-                word: self.extended_word(),
+                word: copied.and_then(|copied| self.extended_word(copied)),
             })),
         }
     }
@@ -79,20 +85,25 @@ impl Frame<'_> {
     pub(super) fn done_status(&self) -> Result<Option<Cause>, DecodeError> {
         match self.payload {
             [] => Ok(None),
-            _ => self.acknowledgement(),
+            // No copy of the request here (`netlink_dump_done()` in `af_netlink.c`).
+            _ => self.status(Some(0)),
         }
     }
 
-    /// The kernel's sentence behind the copied request header, if it sent one.
-    fn extended_word(&self) -> Option<String> {
+    /// Length of the request that an error carries a copy of: its header, or all of it.
+    fn copied_request(&self) -> Option<usize> {
+        if self.flags & NLM_F_CAPPED != 0 {
+            return Some(NLMSG_HDRLEN);
+        }
+        let length = parse_u32(self.payload.get(4..8)?).ok()?;
+        usize::try_from(length).ok()?.checked_next_multiple_of(4)
+    }
+
+    /// The kernel's sentence behind the error number and `copied` bytes, if it sent one.
+    fn extended_word(&self, copied: usize) -> Option<String> {
         if self.flags & NLM_F_ACK_TLVS == 0 {
             return None;
         }
-        let copied = if self.flags & NLM_F_CAPPED != 0 {
-            NLMSG_HDRLEN
-        } else {
-            usize::try_from(parse_u32(self.payload.get(4..8)?).ok()?).ok()?.next_multiple_of(4)
-        };
         let attributes = self.payload.get(4usize.checked_add(copied)?..)?;
         NlasIterator::new(attributes).map_while(Result::ok).find_map(|attribute| {
             (attribute.kind() == NLMSGERR_ATTR_MSG).then(|| {

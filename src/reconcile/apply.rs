@@ -29,6 +29,8 @@ pub struct Outcome {
     pub result: Result<()>,
     /// Whether the limiter was asked to count again, where that was part of it.
     pub recount: Option<Result<Route>>,
+    /// Whether the entry was made immune to stale RSTs, where that was part of it.
+    pub seal: Option<Result<()>>,
 }
 
 /// Carries out a confirmed plan; `ledger` learns what is held and what no longer is.
@@ -67,22 +69,28 @@ fn apply_chunk<T: Transport>(
     outcomes: &mut Vec<Outcome>,
 ) -> Result<()> {
     let recounts = recounter.is_some();
+    let seals = recounter.as_ref().is_some_and(Recounter::can_seal);
     let changes: Vec<_> =
-        actions.iter().map(|action| first_step(action, policy.lease, recounts)).collect();
+        actions.iter().map(|action| first_step(action, policy.lease, recounts, seals)).collect();
     let results = tables.conntrack.change(&changes)?;
 
     let mut chunk: Vec<Outcome> = actions
         .iter()
         .zip(results)
-        .map(|(action, result)| Outcome { action: *action, result, recount: None })
+        .map(|(action, result)| Outcome { action: *action, result, recount: None, seal: None })
         .collect();
     if let Some(recounter) = recounter {
         let mut last_steps = Vec::new();
         let mut nudged = Vec::new();
         for outcome in &mut chunk {
             if outcome.result.is_ok() && outcome.action.kind.needs_recount() {
-                outcome.recount = Some(recounter.nudge(&outcome.action.template));
-                last_steps.push(last_step(&outcome.action, policy.lease));
+                let entry = &outcome.action.template;
+                outcome.recount = Some(recounter.nudge(entry));
+                let seal = is_sealed(&outcome.action, seals).then(|| recounter.seal(entry));
+                let sealed = matches!(seal, Some(Ok(())));
+                outcome.seal = seal;
+                // After the seal: its packet has given the entry the kernel's own timeout.
+                last_steps.push(last_step(&outcome.action, policy.lease, sealed));
                 nudged.push(outcome);
             }
         }
@@ -95,17 +103,18 @@ fn apply_chunk<T: Transport>(
 }
 
 /// The change that an action begins with, and without a recount is.
-fn first_step(action: &Action, lease: Duration, recount: bool) -> Change {
+fn first_step(action: &Action, lease: Duration, recount: bool, seals: bool) -> Change {
     let entry = action.view.entry;
     let key = entry.map_or(action.template.key(), |entry| entry.key());
     let id = entry.and_then(|entry| entry.id);
     // Unassured, so that the limiter adds it at the nudge; without one, assured at once.
     let status = if recount { Status::FRESH } else { Status::ASSURED };
-    let insert = Insert { like: action.template, state: held_as(action), status, timeout: lease };
+    let state = held_as(action, is_sealed(action, seals));
+    let insert = Insert { like: action.template, state, status, timeout: lease };
     match action.kind {
         ActionKind::Extend => Change::Extend { key, timeout: lease },
         ActionKind::Revive if recount => Change::Replace { old: key, id, new: insert },
-        ActionKind::Revive => last_step(action, lease),
+        ActionKind::Revive => last_step(action, lease, false),
         ActionKind::Reverse => Change::Replace { old: key, id, new: insert },
         ActionKind::Reinsert => Change::Insert(insert),
         ActionKind::Release => {
@@ -115,19 +124,25 @@ fn first_step(action: &Action, lease: Duration, recount: bool) -> Change {
 }
 
 /// The change that makes a repaired entry an ordinary one.
-fn last_step(action: &Action, lease: Duration) -> Change {
+fn last_step(action: &Action, lease: Duration, sealed: bool) -> Change {
     Change::Update {
         key: action.template.key(),
-        state: held_as(action),
+        state: held_as(action, sealed),
         status: Some(Status::ASSURED),
         timeout: lease,
     }
 }
 
-/// The state that conntrack should see the connection in.
-fn held_as(action: &Action) -> TcpState {
+/// Whether the entry is made immune to stale RSTs: a peer that has sent one will send more.
+fn is_sealed(action: &Action, can_seal: bool) -> bool {
+    can_seal && action.kind == ActionKind::Revive
+}
+
+/// The state that conntrack should see the connection in. Only ESTABLISHED can be sealed.
+fn held_as(action: &Action, sealed: bool) -> TcpState {
     match action.view.socket.map(|socket| socket.state) {
         Some(State::Established) => TcpState::Established,
+        _ if sealed => TcpState::Established,
         _ => TcpState::CloseWait,
     }
 }

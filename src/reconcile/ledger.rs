@@ -107,7 +107,13 @@ impl Ledger {
     /// Answers for `entry` from now on.
     pub fn hold(&mut self, socket: Socket, entry: Entry, now: Instant) {
         let since = self.held.get(&socket.cookie).map_or(now, |held| held.since);
-        self.flows.insert(socket.flow(), socket.cookie);
+        // A tuple that is used again before its last holder was seen gone.
+        if let Some(cookie) = self.flows.insert(socket.flow(), socket.cookie)
+            && cookie != socket.cookie
+        {
+            self.held.remove(&cookie);
+            self.seen.remove(&cookie);
+        }
         self.held.insert(socket.cookie, Held { socket, key: entry.key(), since });
         self.seen.insert(socket.cookie, (socket.flow(), entry));
     }

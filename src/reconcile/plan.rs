@@ -129,7 +129,8 @@ pub struct Cell {
     pub guarded: bool,
     /// The entry.
     pub entry: Option<(Direction, TcpState)>,
-    /// The entry's timeout is below half of the lease.
+    /// The lease is due: the entry's timeout is below half of it, or, for one that we inserted,
+    /// beyond it.
     pub expiring: bool,
     /// ctkeep answers for the entry.
     pub held: bool,
@@ -240,10 +241,13 @@ pub fn cell(
     ledger: &Ledger,
 ) -> Cell {
     let socket = view.socket;
+    // What a former life inserted is ours to give back too.
+    let ours = view.entry.is_some_and(|entry| entry.is_ours());
     let held = match socket {
         Some(socket) => ledger.holds(&socket),
-        None => ledger.holds_flow(view.flow),
+        None => ours || ledger.holds_flow(view.flow),
     };
+    let half_closed = socket.is_some_and(|socket| socket.state == State::CloseWait);
     let seen = socket.and_then(|socket| ledger.last_entry(&socket));
     // What this host opened stays so when its entry is forgotten.
     let entry = view.entry_side().or_else(|| {
@@ -255,10 +259,11 @@ pub fn cell(
         socket: socket.map(|socket| socket.state),
         guarded: in_scope && socket.is_some_and(|socket| policy.states.contains(socket.state)),
         entry,
-        expiring: view
-            .entry
-            .and_then(|entry| entry.timeout)
-            .is_some_and(|timeout| timeout < policy.renew_below()),
+        expiring: view.entry.and_then(|entry| entry.timeout).is_some_and(|timeout| {
+            timeout < policy.renew_below()
+                // A packet can lengthen a sealed entry to days; without us it must not last.
+                || ours && half_closed && timeout > policy.lease
+        }),
         held,
         tracked: policy.force
             || seen.is_some()

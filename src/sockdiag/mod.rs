@@ -99,26 +99,30 @@ impl<T: Transport> SockDiag<T> {
     /// A broken conversation. An unanswered look-up is never `None`.
     pub fn lookup(&mut self, lookups: &[Lookup]) -> Result<Vec<Option<Socket>>> {
         let requests: Vec<_> = lookups.iter().map(request::lookup).collect();
-        let mut found = vec![None; lookups.len()];
+        // The outer `None`: not answered yet.
+        let mut answers: Vec<Option<Option<Socket>>> = vec![None; lookups.len()];
         let outcomes = self.connection.batch(&requests, |index, frame| {
             let op = requests.get(index).map_or(Op::new("socket look-up"), |r| r.op);
             let socket = decode::socket(frame).map_err(|error| op.malformed(error))?;
-            let asked = lookups.get(index);
-            if let (Some(socket), Some(asked), Some(slot)) = (socket, asked, found.get_mut(index))
-                && socket.state != State::Listen
-                && socket.flow() == asked.flow
-            {
-                *slot = Some(socket);
+            if let (Some(asked), Some(answer)) = (lookups.get(index), answers.get_mut(index)) {
+                *answer =
+                    Some(socket.filter(|socket| {
+                        socket.state != State::Listen && socket.flow() == asked.flow
+                    }));
             }
             Ok(())
         })?;
-        for outcome in outcomes {
-            match outcome {
-                Err(error) if !error.is_absent() => return Err(error),
-                _ => {}
-            }
-        }
-        Ok(found)
+        outcomes
+            .into_iter()
+            .zip(answers)
+            .zip(&requests)
+            .map(|((outcome, answer), request)| match (outcome, answer) {
+                (Ok(()), Some(socket)) => Ok(socket),
+                (Ok(()), None) => Err(request.op.malformed("acknowledged without a socket")),
+                (Err(error), _) if error.is_absent() => Ok(None),
+                (Err(error), _) => Err(error),
+            })
+            .collect()
     }
 
     /// Proves that the kernel answers `tcp_diag` requests at all.

@@ -1,0 +1,237 @@
+//! Makes the limiter take a connection back that it has thrown out, and keeps it there.
+//!
+//! connlimit and `ct count` keep lists of tuples; a tuple gets onto a list only when a packet of
+//! an entry that is not yet assured reaches the rule. So a repaired entry is first inserted
+//! unassured, then a *nudge* passes the rules: a SYN of the connection's own tuple that TCP drops
+//! in silence. A *seal* then shows conntrack one packet of the server, after which stale RSTs leave
+//! an ESTABLISHED entry alone. docs/recount.md draws the paths.
+
+mod ingress;
+mod loopback;
+mod packet;
+mod traffic;
+mod veil;
+
+use std::collections::HashMap;
+use std::fmt;
+use std::net::IpAddr;
+
+use nix::errno::Errno;
+
+use self::ingress::Ingress;
+use self::loopback::RawSockets;
+use self::packet::Silencer;
+use self::veil::{Marks, Veil};
+use crate::conntrack::Entry;
+use crate::error::{Cause, Error, Op, Result};
+use crate::host::route::{Destination, Routes};
+
+/// How the limiter is made to count again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mode {
+    /// By ingress where it can be had, else by loopback.
+    #[default]
+    Auto,
+    /// By the interface of the client.
+    Ingress,
+    /// By the loopback device.
+    Loopback,
+    /// Not at all: entries are repaired in place.
+    Off,
+}
+
+/// The way that a nudge takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Route {
+    /// In by the interface that the client is reached by.
+    Ingress,
+    /// Out of a raw socket and in by the loopback device.
+    Loopback,
+}
+
+impl Route {
+    /// The route's name in logs and metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ingress => "ingress",
+            Self::Loopback => "loopback",
+        }
+    }
+}
+
+impl fmt::Display for Route {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// Addresses whose destination is remembered between two refreshes.
+const REMEMBERED: usize = 65_536;
+
+/// Sends nudges and seals in one network namespace.
+#[derive(Debug)]
+pub struct Recounter {
+    raw: RawSockets,
+    ingress: Option<Ingress>,
+    loopback: bool,
+    veil: Option<Veil>,
+    marks: Marks,
+    routes: Routes,
+    remembered: HashMap<(IpAddr, Option<IpAddr>), Destination>,
+    shortfalls: Vec<String>,
+}
+
+impl Recounter {
+    /// Opens what the mode needs, in the network namespace of the calling thread. `name` is that
+    /// of the helper device and of the nftables table.
+    ///
+    /// # Errors
+    /// `CAP_NET_RAW` is missing; in the mode [`Mode::Ingress`] also whatever that route lacks.
+    pub fn open(mode: Mode, name: &str) -> Result<Option<Self>> {
+        if mode == Mode::Off {
+            return Ok(None);
+        }
+        let marks = Marks::draw();
+        let mut this = Self {
+            raw: RawSockets::open()?,
+            ingress: None,
+            loopback: mode != Mode::Ingress,
+            veil: None,
+            marks,
+            routes: Routes::open()?,
+            remembered: HashMap::new(),
+            shortfalls: Vec::new(),
+        };
+        match Veil::open(name, marks) {
+            Ok(veil) => this.veil = Some(veil),
+            Err(error) if mode == Mode::Ingress => return Err(missing(error)),
+            Err(error) => this.shortfalls.push(error.to_string()),
+        }
+        // Without the veil a rule that rejects would answer the client.
+        if mode != Mode::Loopback && this.veil.is_some() {
+            match Ingress::open(name) {
+                Ok(ingress) => this.ingress = Some(ingress),
+                Err(error) if mode == Mode::Ingress => return Err(missing(error)),
+                Err(error) => this.shortfalls.push(error.to_string()),
+            }
+        }
+        Ok(Some(this))
+    }
+
+    /// The routes that a nudge is tried by, in this order.
+    pub fn routes(&self) -> Vec<Route> {
+        let ingress = self.ingress.is_some().then_some(Route::Ingress);
+        ingress.into_iter().chain(self.loopback.then_some(Route::Loopback)).collect()
+    }
+
+    /// Whether entries can be sealed.
+    pub fn can_seal(&self) -> bool {
+        self.veil.is_some()
+    }
+
+    /// What could not be had, in words.
+    pub fn shortfalls(&self) -> &[String] {
+        &self.shortfalls
+    }
+
+    /// Forgets how addresses are reached; they are asked for again.
+    pub fn refresh(&mut self) {
+        self.remembered.clear();
+    }
+
+    /// Sends one nudge for the connection of `entry`, which a look-up has just shown to be alive.
+    ///
+    /// # Errors
+    /// No route reaches the rules for this connection; the last one's reason.
+    pub(super) fn nudge(&mut self, entry: &Entry) -> Result<Route> {
+        let op = Op::on("recount", entry.orig);
+        let mut failed = None;
+        for route in self.routes() {
+            let sent = match route {
+                Route::Ingress => self.nudge_by_ingress(op, entry),
+                Route::Loopback => self.nudge_by_loopback(op, entry),
+            };
+            match sent {
+                Ok(()) => return Ok(route),
+                Err(error) => failed = Some(error),
+            }
+        }
+        Err(failed.unwrap_or_else(|| op.failed(Cause::Unavailable("no route".to_owned()))))
+    }
+
+    fn nudge_by_ingress(&mut self, op: Op, entry: &Entry) -> Result<()> {
+        let (client, server) = (entry.orig.src.addr(), entry.orig.dst.addr());
+        let target = match self.destination(client, Some(server))? {
+            Destination::Interface(index) => index,
+            Destination::Local => {
+                return Err(op.failed(Cause::Unavailable("the client is on this host".to_owned())));
+            }
+            Destination::Unreachable => {
+                return Err(op.failed(Cause::Unavailable("no route to the client".to_owned())));
+            }
+        };
+        let packet = packet::nudge(entry.orig, self.marks.nudge, Silencer::Md5Option)
+            .ok_or_else(|| op.malformed("addresses of two families"))?;
+        match &mut self.ingress {
+            Some(ingress) => ingress.send(op, &packet, target),
+            None => Err(op.failed(Cause::Unavailable("no helper device".to_owned()))),
+        }
+    }
+
+    fn nudge_by_loopback(&mut self, op: Op, entry: &Entry) -> Result<()> {
+        let to = entry.orig.dst.addr();
+        // Anything else would leave this host.
+        if self.destination(to, None)? != Destination::Local {
+            return Err(op.failed(Cause::Unavailable(format!(
+                "{to} is no address of this host: the loopback route does not reach its rules"
+            ))));
+        }
+        let packet = packet::nudge(entry.orig, self.marks.nudge, Silencer::WrongChecksum)
+            .ok_or_else(|| op.malformed("addresses of two families"))?;
+        self.raw.send(&packet, to).map_err(|error| op.io(error))
+    }
+
+    /// Shows conntrack one ACK of the server, so that stale RSTs leave the entry alone.
+    ///
+    /// # Errors
+    /// There is no veil that keeps it on this host, or the send failed.
+    pub(super) fn seal(&mut self, entry: &Entry) -> Result<()> {
+        let op = Op::on("seal", entry.orig);
+        let Some(marks) = self.veil.as_ref().map(Veil::marks) else {
+            return Err(op.failed(Cause::Unavailable("no nftables table of our own".to_owned())));
+        };
+        let packet = packet::seal(entry.reply, marks.seal)
+            .ok_or_else(|| op.malformed("addresses of two families"))?;
+        match self.raw.send(&packet, entry.reply.dst.addr()) {
+            // The veil's verdict, after conntrack has seen it.
+            Err(error) if error.raw_os_error() == Some(Errno::EPERM as i32) => Ok(()),
+            Err(error) => Err(op.io(error)),
+            Ok(()) => {
+                // Somebody took the table away: no more seals, they would leave this host.
+                self.veil = None;
+                self.ingress = None;
+                Err(op.failed(Cause::Unavailable("our nftables table is gone".to_owned())))
+            }
+        }
+    }
+
+    fn destination(&mut self, addr: IpAddr, from: Option<IpAddr>) -> Result<Destination> {
+        if let Some(known) = self.remembered.get(&(addr, from)) {
+            return Ok(*known);
+        }
+        let destination = self.routes.destination(addr, from)?;
+        if self.remembered.len() >= REMEMBERED {
+            self.remembered.clear();
+        }
+        self.remembered.insert((addr, from), destination);
+        Ok(destination)
+    }
+}
+
+/// A route that was asked for by name and cannot be had.
+fn missing(error: Error) -> Error {
+    if error.is_unavailable() {
+        return error;
+    }
+    error.op.failed(Cause::Unavailable(error.cause.to_string()))
+}

@@ -1,0 +1,92 @@
+//! Traffic control of our own device by rtnetlink: `clsact`, and one filter for each target.
+
+use netlink_packet_core::{Emitable, NLM_F_CREATE, NLM_F_EXCL};
+use netlink_packet_route::tc::{
+    TcAction, TcActionAttribute, TcActionGeneric, TcActionMirrorOption, TcActionOption,
+    TcActionType, TcAttribute, TcFilterU32, TcFilterU32Option, TcHandle, TcHeader, TcMessage,
+    TcMirror, TcMirrorActionType, TcOption, TcU32Key, TcU32Selector, TcU32SelectorFlags,
+};
+use netlink_sys::protocols::NETLINK_ROUTE;
+
+use crate::error::{Op, Result};
+use crate::netlink::{Connection, KernelSocket, Request};
+
+const RTM_NEWQDISC: u16 = 36;
+const RTM_NEWTFILTER: u16 = 44;
+/// `ETH_P_ALL` in network order, with priority 1 above it.
+const PRIORITY_AND_PROTOCOL: u32 = 1 << 16 | (0x0003_u16.to_be() as u32);
+/// The last four bytes of the source address, from the start of the IP header.
+const SOURCE_MAC_TAIL: i32 = -6;
+
+/// Speaks rtnetlink about queueing disciplines and filters.
+#[derive(Debug)]
+pub(super) struct TrafficControl {
+    connection: Connection<KernelSocket>,
+}
+
+impl TrafficControl {
+    pub(super) fn open() -> Result<Self> {
+        let socket = KernelSocket::open(Op::new("open traffic control netlink"), NETLINK_ROUTE)?;
+        Ok(Self { connection: Connection::new(socket) })
+    }
+
+    /// `tc qdisc add dev DEVICE clsact`
+    pub(super) fn add_clsact(&mut self, device: u32) -> Result<()> {
+        let header = TcHeader {
+            handle: TcHandle { major: u16::MAX, minor: 0 },
+            parent: TcHandle::CLSACT,
+            ..header(device)
+        };
+        let message = TcMessage::from_parts(header, vec![TcAttribute::Kind("clsact".to_owned())]);
+        self.send("add clsact", RTM_NEWQDISC, &message)
+    }
+
+    /// `tc filter add dev DEVICE ingress protocol all pref 1 u32 match u32 TARGET 0xffffffff at -6
+    /// action mirred ingress redirect ifindex TARGET`
+    pub(super) fn redirect(&mut self, device: u32, target: u32) -> Result<()> {
+        let mut key = TcU32Key::default();
+        key.mask = u32::MAX;
+        key.val = target;
+        key.off = SOURCE_MAC_TAIL;
+        let mut selector = TcU32Selector::default();
+        selector.flags = TcU32SelectorFlags::Terminal;
+        selector.nkeys = 1;
+        selector.keys = vec![key];
+
+        let mut mirror = TcMirror::default();
+        mirror.generic = TcActionGeneric::default();
+        mirror.generic.action = TcActionType::Stolen;
+        mirror.eaction = TcMirrorActionType::IngressRedir;
+        mirror.ifindex = target;
+        let mut action = TcAction::default();
+        action.attributes = vec![
+            TcActionAttribute::Kind("mirred".to_owned()),
+            TcActionAttribute::Options(vec![TcActionOption::Mirror(TcActionMirrorOption::Parms(
+                mirror,
+            ))]),
+        ];
+        let header = TcHeader {
+            parent: TcHandle { major: u16::MAX, minor: TcHandle::MIN_INGRESS },
+            info: PRIORITY_AND_PROTOCOL,
+            ..header(device)
+        };
+        let options = vec![
+            TcOption::U32(TcFilterU32Option::Selector(selector)),
+            TcOption::U32(TcFilterU32Option::Action(vec![action])),
+        ];
+        let attributes =
+            vec![TcAttribute::Kind(TcFilterU32::KIND.to_owned()), TcAttribute::Options(options)];
+        self.send("add redirect filter", RTM_NEWTFILTER, &TcMessage::from_parts(header, attributes))
+    }
+
+    fn send(&mut self, verb: &'static str, kind: u16, message: &TcMessage) -> Result<()> {
+        let mut body = vec![0; message.buffer_len()];
+        message.emit(&mut body);
+        let flags = NLM_F_CREATE | NLM_F_EXCL;
+        self.connection.execute(&Request { op: Op::new(verb), kind, flags, body, joined: false })
+    }
+}
+
+fn header(device: u32) -> TcHeader {
+    TcHeader { index: i32::try_from(device).unwrap_or(0), ..TcHeader::default() }
+}

@@ -1,0 +1,177 @@
+//! A host that exists only in a test: both tables as lists, and the kernel's rules for changing
+//! one of them.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::time::Duration;
+
+use ctkeep::conntrack::{Conntrack, Entry, Status, Tcp, TcpState, Zone};
+use ctkeep::flow::{Endpoint, FourTuple};
+use ctkeep::reconcile::observe::Tables;
+use ctkeep::sockdiag::{SockDiag, Socket, State};
+
+use super::{
+    CT_DELETE, CT_GET, CT_GET_STATS, CT_NEW, EEXIST, EINVAL, ENOENT, NLM_F_CREATE, Played, Request,
+    attribute, attributes, descend, entry_message, message, obliging, socket_message, u32_at,
+};
+
+/// Both tables. Change them at will between two requests.
+#[derive(Clone, Debug, Default)]
+pub struct Host {
+    pub sockets: Vec<Socket>,
+    pub entries: Vec<Entry>,
+    /// How many requests changed the table.
+    pub changes: usize,
+}
+
+pub type Shared = Rc<RefCell<Host>>;
+
+impl Host {
+    /// The host, and ctkeep's view of it.
+    pub fn open(self) -> (Shared, Tables<Played>) {
+        let host = Rc::new(RefCell::new(self));
+        let (for_entries, for_sockets) = (host.clone(), host.clone());
+        let conntrack = obliging(move |request| for_entries.borrow_mut().entries(request));
+        let sockets = obliging(move |request| for_sockets.borrow().sockets(request));
+        let tables =
+            Tables { conntrack: Conntrack::new(conntrack), sockets: SockDiag::new(sockets) };
+        (host, tables)
+    }
+
+    /// `struct inet_diag_req_v2`: a dump by family and states, or one socket by its tuple.
+    fn sockets(&self, request: &Request) -> Result<Vec<Vec<u8>>, i32> {
+        let body = &request.body;
+        let (family, states) = (body[0], u32_at(body, 4));
+        if request.is_dump() {
+            let wanted = |socket: &&Socket| {
+                (socket.local.addr().is_ipv4() == (family == 2))
+                    && states & (1 << socket.state as u8) != 0
+            };
+            let found = self.sockets.iter().filter(wanted);
+            return Ok(found.map(|socket| socket_message(request.seq, socket)).collect());
+        }
+        let port = |at: usize| u16::from_be_bytes([body[at], body[at + 1]]);
+        let end = |at: usize, port| match family {
+            2 => Endpoint::new(<[u8; 4]>::try_from(&body[at..at + 4]).unwrap().into(), port),
+            _ => Endpoint::new(<[u8; 16]>::try_from(&body[at..at + 16]).unwrap().into(), port),
+        };
+        let asked = FourTuple::new(end(12, port(8)), end(28, port(10)));
+        let exact = self.sockets.iter().find(|s| s.flow() == asked && s.state != State::Listen);
+        // The kernel falls back to whoever listens on the port.
+        let listener = |s: &&Socket| s.state == State::Listen && s.local.port() == asked.src.port();
+        let socket = exact.or_else(|| self.sockets.iter().find(listener)).ok_or(ENOENT)?;
+        Ok(vec![socket_message(request.seq, socket)])
+    }
+
+    fn entries(&mut self, request: &Request) -> Result<Vec<Vec<u8>>, i32> {
+        let body = &request.body[4..];
+        match request.kind {
+            CT_GET if request.is_dump() => {
+                let family = request.body[0];
+                // As a kernel before 5.8, which knows no filter.
+                let wanted = |e: &&Entry| family == 0 || e.orig.family() == family;
+                let found = self.entries.iter().filter(wanted);
+                Ok(found.map(|entry| entry_message(request.seq, entry)).collect())
+            }
+            CT_GET => {
+                let index = self.find(body).ok_or(ENOENT)?;
+                Ok(vec![entry_message(request.seq, &self.entries[index])])
+            }
+            CT_GET_STATS => {
+                let count = self.entries.len() as u32;
+                let payload = [vec![0; 4], attribute(1, &count.to_be_bytes())].concat();
+                Ok(vec![message(CT_GET_STATS, 0, request.seq, &payload)])
+            }
+            CT_NEW => {
+                self.changes += 1;
+                match self.find(body) {
+                    Some(_) if request.flags & NLM_F_CREATE != 0 => Err(EEXIST),
+                    None if request.flags & NLM_F_CREATE == 0 => Err(ENOENT),
+                    Some(index) => {
+                        update(&mut self.entries[index], body);
+                        Ok(Vec::new())
+                    }
+                    None => {
+                        let orig = tuple(descend(body, &[1]).unwrap());
+                        let mut entry = Entry::plain(orig, zone(body));
+                        entry.id = Some(self.changes as u32);
+                        update(&mut entry, body);
+                        self.entries.push(entry);
+                        Ok(Vec::new())
+                    }
+                }
+            }
+            CT_DELETE => {
+                self.changes += 1;
+                let index = self.find(body).ok_or(ENOENT)?;
+                let id = descend(body, &[12]).map(big_endian);
+                if id.is_some_and(|id| self.entries[index].id != Some(id)) {
+                    return Err(ENOENT);
+                }
+                self.entries.remove(index);
+                Ok(Vec::new())
+            }
+            _ => Err(EINVAL),
+        }
+    }
+
+    /// The kernel finds an entry by either of its tuples, in its zone.
+    fn find(&self, body: &[u8]) -> Option<usize> {
+        let asked = descend(body, &[1]).or_else(|| descend(body, &[2]))?;
+        let (asked, zone) = (tuple(asked), zone(body));
+        let has = |e: &Entry| e.zone == zone && (e.orig == asked || e.reply == asked);
+        self.entries.iter().position(has)
+    }
+}
+
+fn update(entry: &mut Entry, body: &[u8]) {
+    for (kind, value) in attributes(body) {
+        match kind {
+            // Bits are set, never cleared.
+            3 => {
+                let old = entry.status.map_or(0, |status| status.0);
+                entry.status = Some(Status(old | big_endian(value)));
+            }
+            4 => {
+                let state = TcpState::from_kernel(descend(value, &[1, 1]).unwrap()[0]).unwrap();
+                let flag = |kind| descend(value, &[1, kind]).map(|pair| pair[0]);
+                let old = entry.tcp.map_or([0, 0], |tcp| tcp.flags);
+                entry.tcp = Some(Tcp {
+                    state,
+                    wscale: entry.tcp.map_or([0, 0], |tcp| tcp.wscale),
+                    flags: [flag(4).unwrap_or(old[0]), flag(5).unwrap_or(old[1])],
+                });
+            }
+            7 => entry.timeout = Some(Duration::from_secs(big_endian(value).into())),
+            8 => entry.mark = Some(big_endian(value)),
+            _ => {}
+        }
+    }
+}
+
+fn zone(body: &[u8]) -> Zone {
+    let id = |path: &[u16]| {
+        descend(body, path).map_or(0, |value| u16::from_be_bytes([value[0], value[1]]))
+    };
+    match id(&[18]) {
+        0 => Zone { orig: id(&[1, 3]), reply: id(&[2, 3]) },
+        both => Zone::both(both),
+    }
+}
+
+fn tuple(nested: &[u8]) -> FourTuple {
+    let addr = |v4, v6| match (descend(nested, &[1, v4]), descend(nested, &[1, v6])) {
+        (Some(bytes), _) => <[u8; 4]>::try_from(bytes).unwrap().into(),
+        (_, Some(bytes)) => <[u8; 16]>::try_from(bytes).unwrap().into(),
+        _ => panic!("a tuple without address"),
+    };
+    let port = |kind| {
+        let bytes = descend(nested, &[2, kind]).expect("a port");
+        u16::from_be_bytes([bytes[0], bytes[1]])
+    };
+    FourTuple::new(Endpoint::new(addr(1, 3), port(2)), Endpoint::new(addr(2, 4), port(3)))
+}
+
+fn big_endian(value: &[u8]) -> u32 {
+    u32::from_be_bytes(value.try_into().unwrap())
+}
