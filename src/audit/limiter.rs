@@ -52,6 +52,17 @@ pub enum Before {
     Ports(Ports),
 }
 
+impl Before {
+    /// Its name in JSON.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Loopback => "loopback",
+            Self::Established => "established",
+            Self::Ports(_) => "ports",
+        }
+    }
+}
+
 /// All that the rules say about limits.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Limiter {
@@ -85,6 +96,18 @@ impl Limiter {
             walk.chain(chain, &Match::default(), DEPTH);
         }
         found
+    }
+
+    /// Prefix length that all limits by source of one family count by, where they agree.
+    pub fn prefix(&self, ipv4: bool) -> Option<u8> {
+        let mut found = self
+            .rules
+            .iter()
+            .filter(|rule| rule.family.covers(ipv4))
+            .filter(|rule| rule.matches.ipv4.is_none_or(|wanted| wanted == ipv4))
+            .filter_map(LimitRule::source_prefix);
+        let first = found.next()?;
+        found.all(|prefix| prefix == first).then_some(first)
     }
 
     /// Whether the connections of this local port are kept out of conntrack.
@@ -214,7 +237,8 @@ impl Walk<'_> {
 
     fn limit(&mut self, chain: &Chain, rule: &Rule, limit: Limit, matches: Match) {
         let mut before: Vec<Before> = Vec::new();
-        for earlier in self.before.iter().filter(|earlier| !earlier.narrowed) {
+        let reaches = |earlier: &&Match| !earlier.ports.and(&matches.ports).is_empty();
+        for earlier in self.before.iter().filter(|earlier| !earlier.narrowed).filter(reaches) {
             let kind = if earlier.is_loopback() {
                 Before::Loopback
             } else if earlier.is_established() {
@@ -225,10 +249,7 @@ impl Walk<'_> {
                 && (earlier.states.is_none() || earlier.is_opening())
                 && (!earlier.syn || matches.is_opening())
             {
-                match earlier.ports.and(&matches.ports) {
-                    ports if ports.is_empty() => continue,
-                    ports => Before::Ports(ports),
-                }
+                Before::Ports(earlier.ports.and(&matches.ports))
             } else {
                 continue;
             };

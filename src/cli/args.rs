@@ -84,19 +84,17 @@ pub(super) struct Audit {
     #[command(flatten)]
     pub output: Output,
 
-    /// The limit that the rules set for each source
+    /// The limit for each source [default: what the rules say]
     #[arg(long, value_name = "N")]
     pub limit: Option<NonZeroU32>,
 
-    /// Prefix length that IPv4 sources are counted by (connlimit-mask)
-    #[arg(long, value_name = "BITS", default_value_t = 32,
-          value_parser = clap::value_parser!(u8).range(0..=32))]
-    pub mask: u8,
+    /// Prefix length that IPv4 sources are counted by [default: that of the rules, else 32]
+    #[arg(long, value_name = "BITS", value_parser = clap::value_parser!(u8).range(0..=32))]
+    pub mask: Option<u8>,
 
-    /// Prefix length that IPv6 sources are counted by
-    #[arg(long, value_name = "BITS", default_value_t = 128,
-          value_parser = clap::value_parser!(u8).range(0..=128))]
-    pub mask6: u8,
+    /// Prefix length that IPv6 sources are counted by [default: that of the rules, else 128]
+    #[arg(long, value_name = "BITS", value_parser = clap::value_parser!(u8).range(0..=128))]
+    pub mask6: Option<u8>,
 
     /// Show only the N worst sources
     #[arg(long, value_name = "N")]

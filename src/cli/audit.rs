@@ -5,7 +5,7 @@ use std::time::SystemTime;
 use super::Exit;
 use super::args::{Audit, Format};
 use crate::audit::render;
-use crate::audit::report::{Report, Request};
+use crate::audit::report::{Report, Request, Seen};
 use crate::error::Result;
 
 pub(super) fn run(args: &Audit) -> Result<Exit> {
@@ -20,7 +20,8 @@ pub(super) fn run(args: &Audit) -> Result<Exit> {
     };
     let mut exit = Exit::Done;
     for namespace in args.scope.namespaces()? {
-        let report = namespace.run(|| Report::take(namespace.name(), &policy, request))?;
+        let (seen, scope) = namespace.run(|| Seen::look(namespace.name(), &policy))?;
+        let report = Report::of(seen, &scope, &policy, request);
         if report.has_disagreements() {
             exit = Exit::Disagreement;
         }
