@@ -102,6 +102,9 @@ pub enum Cause {
     /// Something that the kernel or this process lacks; the text says what and what to do.
     #[error("{0}")]
     Unavailable(String),
+    /// A bound of our own was reached; the text says which.
+    #[error("{0}")]
+    Limited(String),
     /// What the administrator wrote cannot be used; the text names the place.
     #[error("{0}")]
     Usage(String),
@@ -173,6 +176,7 @@ impl Error {
             (Cause::Late { .. }, _) => "late",
             (Cause::Interrupted { .. }, _) => "interrupted",
             (Cause::Unavailable(_), _) => "unavailable",
+            (Cause::Limited(_), _) => "limited",
             _ => "other",
         }
     }

@@ -27,8 +27,8 @@ pub(super) fn run(args: &Reconcile) -> Result<Exit> {
     for namespace in args.scope.namespaces()? {
         let (done, untracked, outcomes) = namespace.run(|| {
             let mut tables = Tables::open()?;
-            let mut recounter =
-                Recounter::open(if args.dry_run { Mode::Off } else { args.recount }, DEVICE)?;
+            let mode = if args.dry_run { Mode::Off } else { args.recount };
+            let mut recounter = Recounter::open(mode, DEVICE, Instant::now())?;
             let scope = tables.scope(&policy)?;
             let open = States::from_iter([State::Established, State::CloseWait]);
             let snapshot = tables.whole(&scope, &policy, open)?;

@@ -2,6 +2,7 @@
 //!
 //! The workers speak blocking netlink and never wait for the runtime; it serves signals.
 
+mod tally;
 mod worker;
 
 use std::sync::Arc;
@@ -63,6 +64,40 @@ pub struct Settings {
     pub namespaces: Vec<Namespace>,
 }
 
+/// One conntrack table, and the namespaces whose sockets it tracks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Guard {
+    /// Where the table and the limiting rules are.
+    conntrack: Namespace,
+    /// Where the servers' sockets are.
+    sockets: Vec<Namespace>,
+}
+
+impl Guard {
+    /// Each namespace on its own; and, where others than the own one are named, their sockets
+    /// by the own table too: it tracks them when this host translates addresses for them.
+    fn all(namespaces: &[Namespace]) -> Vec<Self> {
+        let mut all: Vec<_> = namespaces
+            .iter()
+            .map(|namespace| Self {
+                conntrack: namespace.clone(),
+                sockets: vec![namespace.clone()],
+            })
+            .collect();
+        let others: Vec<_> =
+            namespaces.iter().filter(|namespace| **namespace != Namespace::Own).cloned().collect();
+        if !others.is_empty() {
+            all.push(Self { conntrack: Namespace::Own, sockets: others });
+        }
+        all
+    }
+
+    /// Whether the table is one that only passes the connections on.
+    fn is_for_others(&self) -> bool {
+        !self.sockets.contains(&self.conntrack)
+    }
+}
+
 /// Tells workers to end.
 #[derive(Debug)]
 pub(crate) struct Stop {
@@ -107,15 +142,14 @@ pub fn run(settings: Settings) -> Result<()> {
     let settings = Arc::new(settings);
 
     let mut workers = 0;
-    for namespace in &settings.namespaces {
-        let (settings, stop, ended, namespace) =
-            (settings.clone(), stop.clone(), ended.clone(), namespace.clone());
+    for guard in Guard::all(&settings.namespaces) {
+        let (settings, stop, ended) = (settings.clone(), stop.clone(), ended.clone());
         thread::Builder::new()
             .name("worker".to_owned())
             .spawn(move || {
-                let result = worker::run(&namespace, &settings, &stop);
+                let result = worker::run(&guard, &settings, &stop);
                 // The receiver outlives every worker.
-                let _ = ended.send((namespace, result));
+                let _ = ended.send(result);
             })
             .map_err(|error| op.io(error))?;
         workers += 1;
@@ -133,7 +167,7 @@ pub fn run(settings: Settings) -> Result<()> {
                 ending = endings.recv() => {
                     workers -= 1;
                     // One namespace that fails must not go unnoticed beside others that work.
-                    if let Some((_, Err(error))) = ending {
+                    if let Some(Err(error)) = ending {
                         stop.now();
                         if first.is_ok() {
                             first = Err(error);

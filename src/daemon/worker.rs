@@ -2,12 +2,14 @@
 
 use std::collections::{HashMap, HashSet};
 use std::os::fd::AsFd;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::{EventSource, OnExit, Settings, Stop};
+use super::tally::Tally;
+use super::{EventSource, Guard, OnExit, Settings, Stop};
 use crate::conntrack::{Change, Entry, Event, EventKind, Listener, TcpState};
 use crate::error::{Error, Op, Result};
 use crate::flow::FourTuple;
@@ -19,9 +21,9 @@ use crate::reconcile::ledger::Ledger;
 use crate::reconcile::observe::Tables;
 use crate::reconcile::plan::{Action, ActionKind, plan};
 use crate::reconcile::policy::Scope;
-use crate::reconcile::recount::Recounter;
+use crate::reconcile::recount::{Mode, Recounter};
 use crate::reconcile::snapshot::Snapshot;
-use crate::sockdiag::{Lookup, State, States};
+use crate::sockdiag::{Lookup, SockDiag, State, States};
 
 /// The event of a packet can come before TCP has processed it, so a repaired connection is looked
 /// at again this much later.
@@ -33,12 +35,57 @@ const DRAIN: usize = 4096;
 /// How long inserts rest after the table was found full, at first and at most.
 const FULL_TABLE_REST: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 
-/// Guards one namespace until told to stop.
-pub(super) fn run(namespace: &Namespace, settings: &Settings, stop: &Stop) -> Result<()> {
-    namespace.enter()?;
-    let _only_one = if settings.dry_run { None } else { Some(instance::claim("ctkeep")?) };
-    let _span = tracing::info_span!("namespace", name = namespace.name()).entered();
-    let mut worker = Worker::open(settings)?;
+/// How long to wait for a namespace that has vanished to come back, from look to look.
+const COME_BACK: Duration = Duration::from_secs(1);
+
+/// Guards one conntrack table until told to stop, however often its namespaces come and go.
+pub(super) fn run(guard: &Guard, settings: &Settings, stop: &Stop) -> Result<()> {
+    let names: Vec<_> = guard.sockets.iter().map(Namespace::name).collect();
+    let span =
+        tracing::info_span!("guard", conntrack = guard.conntrack.name(), sockets = names.join(","));
+    let _entered = span.enter();
+    while !stop.is_wanted() {
+        let present: Vec<_> =
+            guard.sockets.iter().filter(|name| name.identity().is_some()).cloned().collect();
+        if present.is_empty() {
+            sleep(stop, COME_BACK)?;
+            continue;
+        }
+        // On a thread of its own, which would else keep a dead namespace alive.
+        let ended = thread::scope(|scope| {
+            let span = &span;
+            scope
+                .spawn(move || span.in_scope(|| guard_present(guard, &present, settings, stop)))
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })?;
+        if ended == Ended::NamespacesChanged {
+            tracing::warn!("a namespace has come or gone, starting anew");
+        }
+    }
+    Ok(())
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ended {
+    Stopped,
+    NamespacesChanged,
+}
+
+/// Guards with the namespaces that are there, until one comes or goes.
+fn guard_present(
+    guard: &Guard,
+    present: &[Namespace],
+    settings: &Settings,
+    stop: &Stop,
+) -> Result<Ended> {
+    let identities = || guard.sockets.iter().map(Namespace::identity).collect::<Vec<_>>();
+    let begun_with = identities();
+    guard.conntrack.enter()?;
+    // Several daemons may serve containers of one host, each with its own share of them.
+    let alone = !settings.dry_run && !guard.is_for_others();
+    let _only_one = if alone { Some(instance::claim("ctkeep")?) } else { None };
+    let mut worker = Worker::open(settings, guard, present)?;
     worker.sweep(Depth::Deep)?;
     tracing::info!(
         ports = worker.scope.ports.len(),
@@ -49,8 +96,26 @@ pub(super) fn run(namespace: &Namespace, settings: &Settings, stop: &Stop) -> Re
     while !stop.is_wanted() {
         worker.wait(stop)?;
         worker.turn()?;
+        if worker.is_due_to_check_namespaces() && identities() != begun_with {
+            return Ok(Ended::NamespacesChanged);
+        }
     }
-    worker.finish()
+    worker.finish()?;
+    Ok(Ended::Stopped)
+}
+
+fn sleep(stop: &Stop, time: Duration) -> Result<()> {
+    let mut fds = [PollFd::new(stop.wake().as_fd(), PollFlags::POLLIN)];
+    wait_for(&mut fds, time)
+}
+
+fn wait_for(fds: &mut [PollFd<'_>], time: Duration) -> Result<()> {
+    // Rounded up: waking before the deadline would spin.
+    let time = time + Duration::from_micros(999);
+    match poll(fds, PollTimeout::try_from(time).unwrap_or(PollTimeout::MAX)) {
+        Ok(_) | Err(Errno::EINTR) => Ok(()),
+        Err(errno) => Err(Op::new("wait for events").io(errno.into())),
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,6 +137,7 @@ struct Worker<'a> {
     settings: &'a Settings,
     tables: Tables,
     recounter: Option<Recounter>,
+    device: String,
     listener: Option<Listener>,
     scope: Scope,
     /// Ports that had a listener in this run and may still have connections.
@@ -82,6 +148,8 @@ struct Worker<'a> {
     second_look: Option<(Instant, Vec<Lookup>)>,
     full_table: Option<FullTable>,
     sweep_failing: bool,
+    tally: Tally,
+    checked: Instant,
 }
 
 /// Inserts rest until `until`.
@@ -92,7 +160,7 @@ struct FullTable {
 }
 
 impl<'a> Worker<'a> {
-    fn open(settings: &'a Settings) -> Result<Self> {
+    fn open(settings: &'a Settings, guard: &Guard, present: &[Namespace]) -> Result<Self> {
         // Before the first dump, so that nothing happens unseen between the two.
         let listener = match settings.events {
             EventSource::Off => None,
@@ -106,27 +174,28 @@ impl<'a> Worker<'a> {
                 Some(listener)
             }
         };
-        let tables = Tables::open()?;
-        let recounter = if settings.dry_run {
-            None
-        } else {
-            Recounter::open(settings.recount, &settings.device)?
-        };
-        for shortfall in recounter.iter().flat_map(Recounter::shortfalls) {
-            tracing::warn!(reason = shortfall, "recount by less than wanted");
+        let mut sockets: Option<SockDiag> = None;
+        for namespace in present {
+            let part = if *namespace == guard.conntrack {
+                SockDiag::open()?
+            } else {
+                namespace.run(SockDiag::open)?
+            };
+            sockets = Some(match sockets {
+                Some(sockets) => sockets.and(part),
+                None => part,
+            });
         }
-        let routes = recounter.as_ref().map(Recounter::routes).unwrap_or_default();
-        tracing::info!(
-            recount = ?routes.iter().map(|route| route.name()).collect::<Vec<_>>(),
-            seal = recounter.as_ref().is_some_and(Recounter::can_seal),
-            tcp_loose = sysctl::conntrack("nf_conntrack_tcp_loose"),
-            "opened"
-        );
+        let tables = match sockets {
+            Some(sockets) => Tables::with(sockets)?,
+            None => Tables::open()?,
+        };
         let now = Instant::now();
-        Ok(Self {
+        let mut this = Self {
             settings,
             tables,
-            recounter,
+            recounter: None,
+            device: settings.device.clone(),
             listener,
             scope: Scope::default(),
             ports_ever: HashSet::new(),
@@ -136,7 +205,45 @@ impl<'a> Worker<'a> {
             second_look: None,
             full_table: None,
             sweep_failing: false,
-        })
+            tally: Tally::default(),
+            checked: now,
+        };
+        if guard.is_for_others() {
+            // Nothing is put into a namespace that may have nothing to do with it.
+            this.device = format!("ctkeep{}", std::process::id());
+        } else {
+            this.open_recounter()?;
+        }
+        Ok(this)
+    }
+
+    /// Makes what recount needs, and says what that is.
+    fn open_recounter(&mut self) -> Result<()> {
+        if self.settings.dry_run || self.settings.recount == Mode::Off || self.recounter.is_some() {
+            return Ok(());
+        }
+        self.recounter = Recounter::open(self.settings.recount, &self.device, Instant::now())?;
+        for shortfall in self.recounter.iter().flat_map(Recounter::shortfalls) {
+            tracing::warn!(reason = shortfall, "recount by less than wanted");
+        }
+        let routes = self.recounter.as_ref().map(Recounter::routes).unwrap_or_default();
+        tracing::info!(
+            recount = ?routes.iter().map(|route| route.name()).collect::<Vec<_>>(),
+            seal = self.recounter.as_ref().is_some_and(Recounter::can_seal),
+            tcp_loose = sysctl::conntrack("nf_conntrack_tcp_loose"),
+            "opened"
+        );
+        Ok(())
+    }
+
+    /// Whether a second has passed since the last look at the namespaces.
+    fn is_due_to_check_namespaces(&mut self) -> bool {
+        let now = Instant::now();
+        let due = now - self.checked >= COME_BACK;
+        if due {
+            self.checked = now;
+        }
+        due
     }
 
     /// Sleeps until there is something to do.
@@ -145,17 +252,11 @@ impl<'a> Worker<'a> {
         if let Some((at, _)) = &self.second_look {
             deadline = deadline.min(*at);
         }
-        // Rounded up: waking before the deadline would spin.
-        let left = deadline.saturating_duration_since(Instant::now()) + Duration::from_micros(999);
-        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
         let mut fds = vec![PollFd::new(stop.wake().as_fd(), PollFlags::POLLIN)];
         if let Some(listener) = &self.listener {
             fds.push(PollFd::new(listener.as_fd(), PollFlags::POLLIN));
         }
-        match poll(&mut fds, timeout) {
-            Ok(_) | Err(Errno::EINTR) => Ok(()),
-            Err(errno) => Err(Op::new("wait for events").io(errno.into())),
-        }
+        wait_for(&mut fds, deadline.saturating_duration_since(Instant::now()))
     }
 
     /// One turn of the loop. Only what makes further work senseless is an error; a failed sweep
@@ -187,6 +288,7 @@ impl<'a> Worker<'a> {
                     tracing::warn!(%error, "sweep failed, will be repeated");
                 }
                 self.sweep_failing = true;
+                self.tally.sweep_errors += 1;
                 self.next_sweep = Instant::now() + self.settings.sweep_interval;
                 Ok(())
             }
@@ -218,6 +320,7 @@ impl<'a> Worker<'a> {
                 "events were lost, sweeping at once"
             );
             self.next_deep = Instant::now();
+            self.tally.event_overruns += u64::from(drained.overrun);
         }
         if suspects.is_empty() {
             return Ok(());
@@ -228,11 +331,14 @@ impl<'a> Worker<'a> {
             .collect();
         let snapshot = self.tables.exactly(&lookups, &self.ledger)?;
         for view in &snapshot.views {
-            // A destroyed entry is known from its last event alone.
-            if let (Some(socket), Some(Some(entry))) = (view.socket, suspects.get(&view.flow))
-                && self.ledger.last_entry(&socket).is_none()
-            {
-                self.ledger.remember(&socket, *entry);
+            match (view.socket, suspects.get(&view.flow)) {
+                // A destroyed entry is known from its last event alone.
+                (Some(socket), Some(Some(entry))) if self.ledger.last_entry(&socket).is_none() => {
+                    self.ledger.remember(&socket, *entry);
+                }
+                // The event is older than the repair, or came in its midst.
+                (Some(socket), Some(None)) => self.ledger.distrust(&socket),
+                _ => {}
             }
         }
         self.repair(&snapshot, Trigger::Event)
@@ -249,7 +355,7 @@ impl<'a> Worker<'a> {
             Depth::Shallow => self.tables.half_closed(&self.scope, policy, &self.ledger)?,
             Depth::Deep => {
                 if let Some(recounter) = &mut self.recounter {
-                    recounter.refresh();
+                    recounter.refresh(began);
                 }
                 let open = States::from_iter([State::Established, State::CloseWait]);
                 let snapshot = self.tables.whole(&self.scope, policy, open)?;
@@ -264,6 +370,7 @@ impl<'a> Worker<'a> {
             self.ledger.settle(&snapshot);
         }
         self.repair(&snapshot, Trigger::Sweep)?;
+        self.tally.sweeps += 1;
         let now = Instant::now();
         self.next_sweep = now + self.settings.sweep_interval;
         if depth == Depth::Deep {
@@ -304,6 +411,9 @@ impl<'a> Worker<'a> {
         }
         let began = Instant::now();
         let confirmed = confirm(&mut self.tables, &planned, &self.scope, policy, &self.ledger)?;
+        if confirmed.actions().iter().any(|action| action.kind.needs_recount()) {
+            self.open_recounter()?;
+        }
         let outcomes = apply(
             &mut self.tables,
             &mut self.recounter,
@@ -315,6 +425,7 @@ impl<'a> Worker<'a> {
         let took = began.elapsed();
         let mut again = Vec::new();
         for outcome in &outcomes {
+            self.tally.add(outcome);
             self.log_outcome(outcome, trigger, took);
             if outcome.action.kind.needs_recount()
                 && let Some(socket) = outcome.action.view.socket
@@ -381,6 +492,16 @@ impl<'a> Worker<'a> {
 
     /// Gives held entries back, if that is wanted; else they live out their lease.
     fn finish(&mut self) -> Result<()> {
+        tracing::info!(
+            actions = ?self.tally.actions,
+            errors = ?self.tally.errors,
+            recounts = ?self.tally.recounts,
+            late_repairs = self.tally.late_repairs,
+            sweeps = self.tally.sweeps,
+            sweep_errors = self.tally.sweep_errors,
+            event_overruns = self.tally.event_overruns,
+            "done so far"
+        );
         if self.settings.on_exit == OnExit::Keep || self.settings.dry_run {
             return Ok(());
         }

@@ -3,7 +3,8 @@
 //! A namespace belongs to a thread. Whoever works in another one gets a thread of its own, so
 //! that no runtime thread ever moves.
 
-use std::fs::File;
+use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 
@@ -67,6 +68,16 @@ impl Namespace {
             Self::Own => Ok(()),
             Self::Named(name) => enter(&open(name)?),
         }
+    }
+
+    /// What tells the namespace from another one that takes its name later: device and inode of
+    /// its file. `None` when there is none by this name.
+    pub fn identity(&self) -> Option<(u64, u64)> {
+        let path = match self {
+            Self::Own => PathBuf::from("/proc/thread-self/ns/net"),
+            Self::Named(name) => Self::path(name),
+        };
+        fs::metadata(path).ok().map(|file| (file.dev(), file.ino()))
     }
 
     /// Checks that the namespace exists.

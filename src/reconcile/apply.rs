@@ -9,7 +9,7 @@ use super::plan::{Action, ActionKind};
 use super::policy::Policy;
 use super::recount::{Recounter, Route};
 use crate::conntrack::{Change, Insert, Status, TcpState};
-use crate::error::Result;
+use crate::error::{Cause, Op, Result};
 use crate::netlink::Transport;
 use crate::sockdiag::State;
 
@@ -48,7 +48,7 @@ pub fn apply<T: Transport>(
 ) -> Result<Vec<Outcome>> {
     let mut outcomes = Vec::with_capacity(confirmed.actions().len());
     for actions in confirmed.actions().chunks(CHUNK) {
-        apply_chunk(tables, recounter, actions, policy, &mut outcomes)?;
+        apply_chunk(tables, recounter, actions, policy, &mut outcomes, now)?;
     }
     for outcome in outcomes.iter().filter(|outcome| outcome.result.is_ok()) {
         let Action { kind, view, template, .. } = outcome.action;
@@ -67,11 +67,14 @@ fn apply_chunk<T: Transport>(
     actions: &[Action],
     policy: &Policy,
     outcomes: &mut Vec<Outcome>,
+    now: Instant,
 ) -> Result<()> {
-    let recounts = recounter.is_some();
-    let seals = recounter.as_ref().is_some_and(Recounter::can_seal);
-    let changes: Vec<_> =
-        actions.iter().map(|action| first_step(action, policy.lease, recounts, seals)).collect();
+    let ways: Vec<_> = actions.iter().map(|action| way(action, recounter.as_mut(), now)).collect();
+    let changes: Vec<_> = actions
+        .iter()
+        .zip(&ways)
+        .map(|(action, way)| first_step(action, *way, policy.lease))
+        .collect();
     let results = tables.conntrack.change(&changes)?;
 
     let mut chunk: Vec<Outcome> = actions
@@ -79,45 +82,82 @@ fn apply_chunk<T: Transport>(
         .zip(results)
         .map(|(action, result)| Outcome { action: *action, result, recount: None, seal: None })
         .collect();
-    if let Some(recounter) = recounter {
-        let mut last_steps = Vec::new();
-        let mut nudged = Vec::new();
-        for outcome in &mut chunk {
-            if outcome.result.is_ok() && outcome.action.kind.needs_recount() {
-                let entry = &outcome.action.template;
+    let mut last_steps = Vec::new();
+    let mut nudged = Vec::new();
+    for (outcome, way) in chunk.iter_mut().zip(ways) {
+        let entry = &outcome.action.template;
+        match (way, recounter.as_mut()) {
+            (Way::Recount { seal }, Some(recounter)) if outcome.result.is_ok() => {
                 outcome.recount = Some(recounter.nudge(entry));
-                let seal = is_sealed(&outcome.action, seals).then(|| recounter.seal(entry));
-                let sealed = matches!(seal, Some(Ok(())));
-                outcome.seal = seal;
+                outcome.seal = seal.then(|| recounter.seal(entry));
+                let sealed = matches!(outcome.seal, Some(Ok(())));
                 // After the seal: its packet has given the entry the kernel's own timeout.
                 last_steps.push(last_step(&outcome.action, policy.lease, sealed));
                 nudged.push(outcome);
             }
+            (Way::InPlace { out_of_nudges: true }, _) => {
+                let op = Op::on("recount", entry.orig);
+                let what = "nudged too often, repaired in place".to_owned();
+                outcome.recount = Some(Err(op.failed(Cause::Limited(what))));
+            }
+            _ => {}
         }
-        for (outcome, result) in nudged.into_iter().zip(tables.conntrack.change(&last_steps)?) {
-            outcome.result = result;
-        }
+    }
+    for (outcome, result) in nudged.into_iter().zip(tables.conntrack.change(&last_steps)?) {
+        outcome.result = result;
     }
     outcomes.append(&mut chunk);
     Ok(())
 }
 
-/// The change that an action begins with, and without a recount is.
-fn first_step(action: &Action, lease: Duration, recount: bool, seals: bool) -> Change {
+/// How a repair is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    /// By changing the entry where it is; the limiter counts it if it still has it.
+    InPlace {
+        /// A recount was wanted.
+        out_of_nudges: bool,
+    },
+    /// By a new entry that a nudge takes past the limiter.
+    Recount {
+        /// And that is made immune to stale RSTs: a peer that has sent one will send more.
+        seal: bool,
+    },
+}
+
+fn way(action: &Action, recounter: Option<&mut Recounter>, now: Instant) -> Way {
+    match recounter {
+        Some(recounter) if action.kind.needs_recount() => {
+            if recounter.admit(&action.template, now) {
+                Way::Recount { seal: recounter.can_seal() && action.kind == ActionKind::Revive }
+            } else {
+                Way::InPlace { out_of_nudges: true }
+            }
+        }
+        _ => Way::InPlace { out_of_nudges: false },
+    }
+}
+
+/// The change that a repair begins with, and in place is.
+fn first_step(action: &Action, way: Way, lease: Duration) -> Change {
     let entry = action.view.entry;
     let key = entry.map_or(action.template.key(), |entry| entry.key());
     let id = entry.and_then(|entry| entry.id);
-    // Unassured, so that the limiter adds it at the nudge; without one, assured at once.
-    let status = if recount { Status::FRESH } else { Status::ASSURED };
-    let state = held_as(action, is_sealed(action, seals));
+    let (status, sealed) = match way {
+        // Unassured, so that the limiter adds it at the nudge.
+        Way::Recount { seal } => (Status::FRESH, seal),
+        Way::InPlace { .. } => (Status::ASSURED, false),
+    };
+    let state = held_as(action, sealed);
     let insert = Insert { like: action.template, state, status, timeout: lease };
-    match action.kind {
-        ActionKind::Extend => Change::Extend { key, timeout: lease },
-        ActionKind::Revive if recount => Change::Replace { old: key, id, new: insert },
-        ActionKind::Revive => last_step(action, lease, false),
-        ActionKind::Reverse => Change::Replace { old: key, id, new: insert },
-        ActionKind::Reinsert => Change::Insert(insert),
-        ActionKind::Release => {
+    match (action.kind, way) {
+        (ActionKind::Extend, _) => Change::Extend { key, timeout: lease },
+        (ActionKind::Revive, Way::InPlace { .. }) => last_step(action, lease, false),
+        (ActionKind::Revive | ActionKind::Reverse, _) => {
+            Change::Replace { old: key, id, new: insert }
+        }
+        (ActionKind::Reinsert, _) => Change::Insert(insert),
+        (ActionKind::Release, _) => {
             Change::Update { key, state: TcpState::Close, status: None, timeout: CLOSE_TIMEOUT }
         }
     }
@@ -131,11 +171,6 @@ fn last_step(action: &Action, lease: Duration, sealed: bool) -> Change {
         status: Some(Status::ASSURED),
         timeout: lease,
     }
-}
-
-/// Whether the entry is made immune to stale RSTs: a peer that has sent one will send more.
-fn is_sealed(action: &Action, can_seal: bool) -> bool {
-    can_seal && action.kind == ActionKind::Revive
 }
 
 /// The state that conntrack should see the connection in. Only ESTABLISHED can be sealed.

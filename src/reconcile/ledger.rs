@@ -28,6 +28,7 @@ pub struct Ledger {
     held: HashMap<Cookie, Held>,
     flows: HashMap<FourTuple, Cookie>,
     seen: HashMap<Cookie, (FourTuple, Entry)>,
+    distrusted: HashSet<Cookie>,
     tracked: HashSet<u16>,
     zones: BTreeSet<Zone>,
 }
@@ -54,6 +55,19 @@ impl Ledger {
     /// All held entries.
     pub fn held(&self) -> impl Iterator<Item = &Held> {
         self.held.values()
+    }
+
+    /// Takes note that conntrack closed the entry of this socket while it was being repaired: it
+    /// looks well now, but the limiter may have thrown it out in between.
+    pub fn distrust(&mut self, socket: &Socket) {
+        if self.holds(socket) {
+            self.distrusted.insert(socket.cookie);
+        }
+    }
+
+    /// Whether the entry of this socket must be repaired again, however it looks.
+    pub fn distrusts(&self, socket: &Socket) -> bool {
+        self.distrusted.contains(&socket.cookie)
     }
 
     /// The last entry seen for this very socket.
@@ -111,9 +125,9 @@ impl Ledger {
         if let Some(cookie) = self.flows.insert(socket.flow(), socket.cookie)
             && cookie != socket.cookie
         {
-            self.held.remove(&cookie);
-            self.seen.remove(&cookie);
+            self.forget(cookie);
         }
+        self.distrusted.remove(&socket.cookie);
         self.held.insert(socket.cookie, Held { socket, key: entry.key(), since });
         self.seen.insert(socket.cookie, (socket.flow(), entry));
     }
@@ -121,9 +135,14 @@ impl Ledger {
     /// Answers no longer for the entry of this connection.
     pub fn drop_flow(&mut self, flow: FourTuple) {
         if let Some(cookie) = self.flows.remove(&flow) {
-            self.held.remove(&cookie);
-            self.seen.remove(&cookie);
+            self.forget(cookie);
         }
+    }
+
+    fn forget(&mut self, cookie: Cookie) {
+        self.held.remove(&cookie);
+        self.seen.remove(&cookie);
+        self.distrusted.remove(&cookie);
     }
 
     /// Drops what a snapshot shows to be over: no socket, or another one with the same tuple.

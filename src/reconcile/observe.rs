@@ -29,8 +29,15 @@ impl Tables<KernelSocket> {
     /// # Errors
     /// A missing privilege or module, named.
     pub fn open() -> Result<Self> {
+        Self::with(SockDiag::open()?)
+    }
+
+    /// Opens the conntrack table of the calling thread's namespace beside these sockets.
+    ///
+    /// # Errors
+    /// As [`Tables::open`].
+    pub fn with(mut sockets: SockDiag) -> Result<Self> {
         let conntrack = Conntrack::open()?;
-        let mut sockets = SockDiag::open()?;
         sockets.probe()?;
         Ok(Self { conntrack, sockets })
     }

@@ -255,6 +255,13 @@ pub fn cell(
         last.entry_side().filter(|(direction, _)| *direction == Direction::Outgoing)
     });
     let in_scope = scope.contains(policy, view.flow) || held;
+    let distrusted = socket.is_some_and(|socket| ledger.distrusts(&socket));
+    let entry = match entry {
+        Some((Direction::FromPeer, _)) if distrusted => {
+            Some((Direction::FromPeer, TcpState::Close))
+        }
+        entry => entry,
+    };
     Cell {
         socket: socket.map(|socket| socket.state),
         guarded: in_scope && socket.is_some_and(|socket| policy.states.contains(socket.state)),

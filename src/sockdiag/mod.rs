@@ -16,10 +16,11 @@ use crate::netlink::{Connection, KernelSocket, Transport};
 
 pub use socket::{Cookie, Socket, State, States, UnknownState};
 
-/// Asks the kernel about TCP sockets of one network namespace.
+/// Asks the kernel about TCP sockets of one network namespace, or of several that share a
+/// conntrack table (containers behind a host's address translation).
 #[derive(Debug)]
 pub struct SockDiag<T = KernelSocket> {
-    connection: Connection<T>,
+    connections: Vec<Connection<T>>,
 }
 
 impl SockDiag<KernelSocket> {
@@ -51,7 +52,14 @@ impl From<&Socket> for Lookup {
 impl<T: Transport> SockDiag<T> {
     /// A conversation over any transport.
     pub fn new(transport: T) -> Self {
-        Self { connection: Connection::new(transport) }
+        Self { connections: vec![Connection::new(transport)] }
+    }
+
+    /// Asks the other one's namespaces too.
+    #[must_use]
+    pub fn and(mut self, other: Self) -> Self {
+        self.connections.extend(other.connections);
+        self
     }
 
     /// Every TCP socket of both families that is in one of `states`, each once.
@@ -79,16 +87,21 @@ impl<T: Transport> SockDiag<T> {
 
     fn dump(&mut self, family: u8, states: States) -> Result<Vec<Socket>> {
         let request = request::dump(family, states);
-        let result = self.connection.dump(&request, |all: &mut Vec<Socket>, frame| {
-            all.extend(decode::socket(frame).map_err(|error| request.op.malformed(error))?);
-            Ok(())
-        });
-        match result {
-            // A kernel without IPv6 has no handler for its sockets, and no such sockets.
-            Err(error) if family == AF_INET6 && error.is_absent() => Ok(Vec::new()),
-            Err(error) if error.is_absent() => Err(module_missing(request.op)),
-            other => other,
+        let mut all = Vec::new();
+        for connection in &mut self.connections {
+            let result = connection.dump(&request, |part: &mut Vec<Socket>, frame| {
+                part.extend(decode::socket(frame).map_err(|error| request.op.malformed(error))?);
+                Ok(())
+            });
+            match result {
+                Ok(part) => all.extend(part),
+                // A kernel without IPv6 has no handler for its sockets, and no such sockets.
+                Err(error) if family == AF_INET6 && error.is_absent() => {}
+                Err(error) if error.is_absent() => return Err(module_missing(request.op)),
+                Err(error) => return Err(error),
+            }
         }
+        Ok(all)
     }
 
     /// The sockets of exactly these connections, in the order asked; `None` where there is none.
@@ -98,31 +111,24 @@ impl<T: Transport> SockDiag<T> {
     /// # Errors
     /// A broken conversation. An unanswered look-up is never `None`.
     pub fn lookup(&mut self, lookups: &[Lookup]) -> Result<Vec<Option<Socket>>> {
-        let requests: Vec<_> = lookups.iter().map(request::lookup).collect();
-        // The outer `None`: not answered yet.
-        let mut answers: Vec<Option<Option<Socket>>> = vec![None; lookups.len()];
-        let outcomes = self.connection.batch(&requests, |index, frame| {
-            let op = requests.get(index).map_or(Op::new("socket look-up"), |r| r.op);
-            let socket = decode::socket(frame).map_err(|error| op.malformed(error))?;
-            if let (Some(asked), Some(answer)) = (lookups.get(index), answers.get_mut(index)) {
-                *answer =
-                    Some(socket.filter(|socket| {
-                        socket.state != State::Listen && socket.flow() == asked.flow
-                    }));
+        let mut found = vec![None; lookups.len()];
+        for connection in &mut self.connections {
+            let missing: Vec<(usize, Lookup)> = found
+                .iter()
+                .zip(lookups)
+                .enumerate()
+                .filter(|(_, (socket, _))| socket.is_none())
+                .map(|(index, (_, lookup))| (index, *lookup))
+                .collect();
+            let asked: Vec<_> = missing.iter().map(|(_, lookup)| *lookup).collect();
+            let answers = lookup_in(connection, &asked)?;
+            for ((index, _), socket) in missing.into_iter().zip(answers) {
+                if let Some(slot) = found.get_mut(index) {
+                    *slot = socket;
+                }
             }
-            Ok(())
-        })?;
-        outcomes
-            .into_iter()
-            .zip(answers)
-            .zip(&requests)
-            .map(|((outcome, answer), request)| match (outcome, answer) {
-                (Ok(()), Some(socket)) => Ok(socket),
-                (Ok(()), None) => Err(request.op.malformed("acknowledged without a socket")),
-                (Err(error), _) if error.is_absent() => Ok(None),
-                (Err(error), _) => Err(error),
-            })
-            .collect()
+        }
+        Ok(found)
     }
 
     /// Proves that the kernel answers `tcp_diag` requests at all.
@@ -132,6 +138,38 @@ impl<T: Transport> SockDiag<T> {
     pub fn probe(&mut self) -> Result<()> {
         self.dump(AF_INET, States::from_iter([State::Listen])).map(drop)
     }
+}
+
+/// The sockets of these connections in one namespace.
+fn lookup_in<T: Transport>(
+    connection: &mut Connection<T>,
+    lookups: &[Lookup],
+) -> Result<Vec<Option<Socket>>> {
+    let requests: Vec<_> = lookups.iter().map(request::lookup).collect();
+    // The outer `None`: not answered yet.
+    let mut answers: Vec<Option<Option<Socket>>> = vec![None; lookups.len()];
+    let outcomes = connection.batch(&requests, |index, frame| {
+        let op = requests.get(index).map_or(Op::new("socket look-up"), |r| r.op);
+        let socket = decode::socket(frame).map_err(|error| op.malformed(error))?;
+        if let (Some(asked), Some(answer)) = (lookups.get(index), answers.get_mut(index)) {
+            *answer = Some(
+                socket
+                    .filter(|socket| socket.state != State::Listen && socket.flow() == asked.flow),
+            );
+        }
+        Ok(())
+    })?;
+    outcomes
+        .into_iter()
+        .zip(answers)
+        .zip(&requests)
+        .map(|((outcome, answer), request)| match (outcome, answer) {
+            (Ok(()), Some(socket)) => Ok(socket),
+            (Ok(()), None) => Err(request.op.malformed("acknowledged without a socket")),
+            (Err(error), _) if error.is_absent() => Ok(None),
+            (Err(error), _) => Err(error),
+        })
+        .collect()
 }
 
 fn module_missing(op: Op) -> Error {

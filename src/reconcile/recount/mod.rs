@@ -6,6 +6,7 @@
 //! in silence. A *seal* then shows conntrack one packet of the server, after which stale RSTs leave
 //! an ESTABLISHED entry alone. docs/recount.md draws the paths.
 
+mod budget;
 mod ingress;
 mod loopback;
 mod packet;
@@ -15,9 +16,11 @@ mod veil;
 use std::collections::HashMap;
 use std::fmt;
 use std::net::IpAddr;
+use std::time::Instant;
 
 use nix::errno::Errno;
 
+use self::budget::Budget;
 use self::ingress::Ingress;
 use self::loopback::RawSockets;
 use self::packet::Silencer;
@@ -78,6 +81,7 @@ pub struct Recounter {
     marks: Marks,
     routes: Routes,
     remembered: HashMap<(IpAddr, Option<IpAddr>), Destination>,
+    budget: Budget,
     shortfalls: Vec<String>,
 }
 
@@ -87,7 +91,7 @@ impl Recounter {
     ///
     /// # Errors
     /// `CAP_NET_RAW` is missing; in the mode [`Mode::Ingress`] also whatever that route lacks.
-    pub fn open(mode: Mode, name: &str) -> Result<Option<Self>> {
+    pub fn open(mode: Mode, name: &str, now: Instant) -> Result<Option<Self>> {
         if mode == Mode::Off {
             return Ok(None);
         }
@@ -100,6 +104,7 @@ impl Recounter {
             marks,
             routes: Routes::open()?,
             remembered: HashMap::new(),
+            budget: Budget::new(now),
             shortfalls: Vec::new(),
         };
         match Veil::open(name, marks) {
@@ -135,8 +140,14 @@ impl Recounter {
     }
 
     /// Forgets how addresses are reached; they are asked for again.
-    pub fn refresh(&mut self) {
+    pub fn refresh(&mut self, now: Instant) {
         self.remembered.clear();
+        self.budget.prune(now);
+    }
+
+    /// Whether the connection of `entry` may be nudged now; counts as one nudge.
+    pub(super) fn admit(&mut self, entry: &Entry, now: Instant) -> bool {
+        self.budget.take(entry.orig, now)
     }
 
     /// Sends one nudge for the connection of `entry`, which a look-up has just shown to be alive.
