@@ -116,12 +116,28 @@ pub fn report(report: &Report, all: bool, top: Option<usize>, no_header: bool) -
     trim_ends(&out)
 }
 
+/// Findings, each with what to do about it.
+pub fn findings(findings: &[Finding], no_header: bool) -> String {
+    let mut rows = table(&["FINDING", "VERDICT", "WHAT"], no_header);
+    for finding in findings {
+        rows.add_row(vec![
+            finding.id.to_owned(),
+            finding.verdict.to_string(),
+            with_advice(&finding.what, &finding.advice),
+        ]);
+    }
+    trim_ends(&rows.to_string())
+}
+
+fn with_advice(what: &str, advice: &str) -> String {
+    if advice.is_empty() { what.to_owned() } else { format!("{what}\n-> {advice}") }
+}
+
 /// The layers, each with what is wrong in it; where nothing is, its first figure.
 fn layers(layers: &Layers, no_header: bool) -> Table {
     let mut rows = table(&["LAYER", "VERDICT", "WHAT"], no_header);
     let mut add = |layer: &str, verdict: Verdict, what: &str, advice: &str| {
-        let arrow = if advice.is_empty() { String::new() } else { format!("\n-> {advice}") };
-        rows.add_row(vec![layer.to_owned(), verdict.to_string(), format!("{what}{arrow}")]);
+        rows.add_row(vec![layer.to_owned(), verdict.to_string(), with_advice(what, advice)]);
     };
     let mut findings = |layer: &str, findings: &[Finding], all: bool| {
         let has_trouble = findings.iter().any(|finding| finding.verdict != Verdict::Ok);

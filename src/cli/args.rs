@@ -40,6 +40,12 @@ pub(super) enum Command {
     Run(Run),
     /// Show what both tables say of one connection, and what ctkeep would do
     Explain(Explain),
+    /// Examine whether this host is set up so that limits work; changes nothing
+    Doctor(Doctor),
+    /// Write a completion script for a shell to stdout
+    Completions(Completions),
+    /// Write the manual page to stdout
+    Man,
 }
 
 #[derive(Debug, Args)]
@@ -141,6 +147,22 @@ pub(super) struct Explain {
 
     #[command(flatten)]
     pub output: Output,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Doctor {
+    #[command(flatten)]
+    pub scope: Scope,
+
+    #[command(flatten)]
+    pub output: Output,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Completions {
+    /// The shell that will read it
+    #[arg(value_enum)]
+    pub shell: clap_complete::Shell,
 }
 
 #[derive(Debug, Args)]
