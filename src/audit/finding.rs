@@ -4,6 +4,43 @@ use std::fmt;
 
 use serde::Serialize;
 
+/// Every identifier there is; docs/doctor.md has a section for each.
+pub const IDENTIFIERS: [&str; 33] = [
+    "kernel",
+    "privilege-net-admin",
+    "privilege-net-raw",
+    "privilege-ptrace",
+    "kernel-feature",
+    "table-full",
+    "table-dropped",
+    "buckets-few",
+    "loose-pickup",
+    "conntrack-events",
+    "close-wait-timeout",
+    "lease",
+    "rules-unread",
+    "no-limit",
+    "limit",
+    "limit-shadowed",
+    "limit-without-syn",
+    "limit-forwarded",
+    "port-untracked",
+    "source-over-limit",
+    "syncookies-off",
+    "syn-backlog",
+    "syncookies-sent",
+    "syn-dropped",
+    "listen-queue-full",
+    "listen-overflows",
+    "half-closed-held",
+    "recount-route",
+    "recount-unreachable",
+    "seal",
+    "receive-buffer",
+    "open-files",
+    "daemon",
+];
+
 /// How bad a finding is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -42,21 +79,38 @@ pub struct Finding {
 impl Finding {
     /// As it should be.
     pub fn ok(id: &'static str, what: impl Into<String>) -> Self {
-        Self { id, verdict: Verdict::Ok, what: what.into(), advice: String::new() }
+        Self::new(id, Verdict::Ok, what.into(), String::new())
     }
 
     /// Works, and could be better.
     pub fn warn(id: &'static str, what: impl Into<String>, advice: impl Into<String>) -> Self {
-        Self { id, verdict: Verdict::Warn, what: what.into(), advice: advice.into() }
+        Self::new(id, Verdict::Warn, what.into(), advice.into())
     }
 
     /// Does not work.
     pub fn bad(id: &'static str, what: impl Into<String>, advice: impl Into<String>) -> Self {
-        Self { id, verdict: Verdict::Bad, what: what.into(), advice: advice.into() }
+        Self::new(id, Verdict::Bad, what.into(), advice.into())
+    }
+
+    fn new(id: &'static str, verdict: Verdict, what: String, advice: String) -> Self {
+        debug_assert!(IDENTIFIERS.contains(&id), "{id} has no section in docs/doctor.md");
+        Self { id, verdict, what, advice }
     }
 }
 
 /// The worst verdict of these; `Ok` of none.
 pub fn worst<'a>(findings: impl IntoIterator<Item = &'a Finding>) -> Verdict {
     findings.into_iter().map(|finding| finding.verdict).max().unwrap_or(Verdict::Ok)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_identifier_has_its_section_and_no_section_lacks_one() {
+        let page = include_str!("../../docs/doctor.md");
+        let sections: Vec<_> = page.lines().filter_map(|line| line.strip_prefix("## ")).collect();
+        assert_eq!(sections, IDENTIFIERS);
+    }
 }

@@ -10,4 +10,5 @@ pub mod limiter;
 pub mod processes;
 pub mod render;
 pub mod report;
+pub mod saved;
 pub mod sources;

@@ -109,6 +109,14 @@ pub(super) struct Audit {
     /// List connections on which both tables agree too
     #[arg(long)]
     pub all: bool,
+
+    /// Read sockets from this file, as `ss -tanoie` prints them, instead of the kernel
+    #[arg(long, value_name = "FILE", requires = "conntrack", conflicts_with = "netns")]
+    pub sockets: Option<PathBuf>,
+
+    /// Read entries from this file, as `conntrack -L -o extended` prints them
+    #[arg(long, value_name = "FILE", requires = "sockets", conflicts_with = "netns")]
+    pub conntrack: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

@@ -70,10 +70,10 @@ mod tests {
     fn right_checksum(flow: FourTuple, tcp: &etherparse::TcpSlice<'_>) -> u16 {
         match (flow.src.addr(), flow.dst.addr()) {
             (IpAddr::V4(src), IpAddr::V4(dst)) => {
-                tcp.calc_checksum_ipv4_raw(src.octets(), dst.octets()).unwrap()
+                tcp.calc_checksum_ipv4(src.octets(), dst.octets()).unwrap()
             }
             (IpAddr::V6(src), IpAddr::V6(dst)) => {
-                tcp.calc_checksum_ipv6_raw(src.octets(), dst.octets()).unwrap()
+                tcp.calc_checksum_ipv6(src.octets(), dst.octets()).unwrap()
             }
             _ => unreachable!(),
         }
