@@ -25,6 +25,7 @@ mod error;
 pub mod flow;
 pub mod host;
 pub mod netlink;
+pub mod nflog;
 pub mod nftables;
 pub mod reconcile;
 pub mod sockdiag;

@@ -61,8 +61,555 @@ mod entries {
         entry
     }
 
-    fn tcp(state: TcpState, wscale: [u8; 2], flags: [u8; 2]) -> Option<Tcp> {
-        Some(Tcp { state, wscale, flags })
+    /// Half-closed by a client without TCP options: conntrack has seen its FIN (0x04) and ACKs of
+    /// both (0x20).
+    const HALF_CLOSED: Tcp =
+        Tcp { state: TcpState::CloseWait, wscale: [0, 0], flags: [0x24, 0x20] };
+
+    /// Confirmed, assured, seen both ways; the rest is that the namespace has a nat table.
+    const SETTLED: u32 = 0x18e;
+
+    fn half_closed(from: u16, to: u16, id: u32) -> Entry {
+        let client = format!("198.51.100.7:{from}");
+        let server = format!("192.0.2.1:{to}");
+        Entry {
+            orig: flow(&client, &server),
+            reply: flow(&server, &client),
+            zone: Zone::default(),
+            status: Some(Status(SETTLED)),
+            timeout: seconds(59),
+            tcp: Some(HALF_CLOSED),
+            mark: Some(0),
+            id: Some(id),
+            labels: None,
+            helper: None,
+            seq_adj: None,
+            synproxy: None,
+        }
+    }
+
+    #[test]
+    fn a_half_closed_connection() {
+        assert_eq!(decoded("close-wait"), half_closed(20000, 80, 23748202));
+    }
+
+    #[test]
+    fn a_half_closed_connection_over_ipv6() {
+        let expected = Entry {
+            orig: flow("[2001:db8:1::7]:20001", "[2001:db8::1]:80"),
+            reply: flow("[2001:db8::1]:80", "[2001:db8:1::7]:20001"),
+            // No nat table for IPv6 here.
+            status: Some(Status(0x00e)),
+            ..half_closed(20001, 80, 1228810804)
+        };
+        assert_eq!(decoded("close-wait-ipv6"), expected);
+    }
+
+    #[test]
+    fn an_established_connection_with_window_scales_and_selective_acknowledgements() {
+        let expected = Entry {
+            orig: flow("192.0.2.2:36222", "192.0.2.1:80"),
+            reply: flow("192.0.2.1:80", "192.0.2.2:36222"),
+            timeout: seconds(431_999),
+            tcp: Some(Tcp { state: TcpState::Established, wscale: [10, 10], flags: [0x23, 0x23] }),
+            ..half_closed(0, 0, 4033209680)
+        };
+        assert_eq!(decoded("established"), expected);
+        assert!(!expected.is_picked_up() && expected.is_plain());
+    }
+
+    #[test]
+    fn a_connection_to_a_redirected_port() {
+        let expected = Entry {
+            reply: flow("192.0.2.1:80", "198.51.100.7:20002"),
+            // IPS_DST_NAT.
+            status: Some(Status(SETTLED | 0x20)),
+            ..half_closed(20002, 81, 2015906293)
+        };
+        let entry = decoded("redirected");
+        assert_eq!(entry, expected);
+        assert!(entry.is_translated() && !entry.is_plain());
+    }
+
+    #[test]
+    fn a_zone_of_both_directions() {
+        let expected = Entry { zone: Zone::both(5), ..half_closed(20003, 82, 1171030605) };
+        assert_eq!(decoded("zone"), expected);
+    }
+
+    #[test]
+    fn a_zone_of_the_original_direction_only() {
+        let zone = Zone { orig: 6, reply: 0 };
+        assert_eq!(decoded("zone-orig-only"), Entry { zone, ..half_closed(20004, 83, 631410600) });
+    }
+
+    #[test]
+    fn a_zone_of_the_reply_direction_only() {
+        let zone = Zone { orig: 0, reply: 7 };
+        let expected = Entry { zone, ..half_closed(20005, 84, 3707358619) };
+        assert_eq!(decoded("zone-reply-only"), expected);
+    }
+
+    #[test]
+    fn a_connection_mark() {
+        let expected = Entry { mark: Some(0xdead_beef), ..half_closed(20006, 85, 3768632965) };
+        assert_eq!(decoded("mark"), expected);
+    }
+
+    #[test]
+    fn a_connection_label() {
+        // Label 65: the second bit of the ninth byte.
+        let labels = Some([0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(decoded("labels"), Entry { labels, ..half_closed(20007, 86, 4191768194) });
+    }
+
+    #[test]
+    fn an_application_helper() {
+        let entry = decoded("helper");
+        assert_eq!(format!("{:?}", entry.helper), "Some(\"ftp\")");
+        let expected = Entry {
+            // IPS_HELPER.
+            status: Some(Status(SETTLED | 0x2000)),
+            ..half_closed(20008, 21, 3516208180)
+        };
+        assert_eq!(Entry { helper: None, ..entry }, expected);
+    }
+
+    #[test]
+    fn a_connection_behind_synproxy() {
+        let expected = Entry {
+            orig: flow("192.0.2.2:47692", "192.0.2.1:87"),
+            reply: flow("192.0.2.1:87", "192.0.2.2:47692"),
+            // IPS_SEQ_ADJUST.
+            status: Some(Status(SETTLED | 0x40)),
+            tcp: Some(Tcp { wscale: [10, 10], flags: [0x27, 0x23], ..HALF_CLOSED }),
+            seq_adj: Some([
+                SeqAdj::default(),
+                SeqAdj { correction_pos: 0, offset_before: 2400267060, offset_after: 2400267060 },
+            ]),
+            synproxy: Some(SynProxy { isn: 3001565156, its: 3916122, tsoff: 4182225471 }),
+            ..half_closed(0, 0, 1656293245)
+        };
+        assert_eq!(decoded("synproxy"), expected);
+    }
+
+    #[test]
+    fn an_entry_that_was_picked_up_at_a_packet_of_the_server() {
+        let expected = Entry {
+            orig: flow("192.0.2.1:8080", "198.51.100.7:20009"),
+            reply: flow("198.51.100.7:20009", "192.0.2.1:8080"),
+            status: Some(Status(0x188)),
+            timeout: seconds(299),
+            tcp: Some(Tcp {
+                state: TcpState::Established,
+                wscale: [0, 0],
+                // Selective acknowledgements and liberal windows, assumed for both.
+                flags: [0x0a, 0x0a],
+            }),
+            ..half_closed(0, 0, 1087248209)
+        };
+        assert_eq!(decoded("reversed"), expected);
+        assert!(expected.is_picked_up());
+    }
+
+    #[test]
+    fn an_entry_that_is_not_tcp_is_none() {
+        assert_eq!(decode::entry(&first_payload("entries/udp")).unwrap(), None);
+    }
+
+    #[test]
+    fn the_size_of_the_table() {
+        let expected = TableSize { entries: 13, maximum: Some(262_144) };
+        assert_eq!(Conntrack::new(replay("entries/stats")).size().unwrap(), expected);
+        assert_eq!(decode::stats(&first_payload("entries/stats")).unwrap(), (13, Some(262_144)));
+    }
+
+    #[test]
+    fn an_absent_entry_is_none() {
+        let key = (flow("192.0.2.1:80", "198.51.100.99:1"), Zone::default());
+        assert_eq!(Conntrack::new(replay("entries/absent")).get(&[key]).unwrap(), [None]);
+    }
+
+    #[test]
+    fn an_insert_of_what_is_there_is_refused() {
+        let like = Entry::plain(flow("198.51.100.7:20000", "192.0.2.1:80"), Zone::default());
+        let insert = Insert {
+            like,
+            state: TcpState::CloseWait,
+            status: Status::FRESH,
+            timeout: Duration::from_secs(60),
+        };
+        let mut table = Conntrack::new(replay("entries/insert-refused"));
+        let error = table.change(&[Change::Insert(insert)]).unwrap().remove(0).unwrap_err();
+        assert!(error.is_already_there(), "{error}");
+        assert_eq!(
+            error.to_string(),
+            "conntrack insert 198.51.100.7:20000 > 192.0.2.1:80: file exists (EEXIST)"
+        );
+    }
+}
+
+mod events {
+    use super::*;
+
+    /// The port of the socket that made the second and third event happen.
+    const OWN_PORT: u32 = 2463112422;
+
+    fn told(name: &str) -> Event {
+        let mut transport = replay(&format!("events/{name}"));
+        // The played kernel speaks only when spoken to.
+        transport.send(&[]).unwrap();
+        let mut events = Vec::new();
+        let drained = Listener::new(transport).drain(10, |event| events.push(event)).unwrap();
+        assert_eq!(drained, Drained::default());
+        assert_eq!(events.len(), 1, "{name}");
+        events.remove(0)
+    }
+
+    fn entry(state: TcpState, status: u32, timeout: u64) -> Entry {
+        let there = flow("198.51.100.7:20010", "192.0.2.1:80");
+        Entry {
+            status: Some(Status(status)),
+            timeout: seconds(timeout),
+            tcp: Some(Tcp { state, wscale: [0, 0], flags: [0x24, 0x20] }),
+            id: Some(2021424586),
+            ..Entry::plain(there, Zone::default())
+        }
+    }
+
+    #[test]
+    fn an_update_by_a_stale_rst() {
+        let entry = entry(TcpState::Close, 0x18e, 10);
+        assert_eq!(told("closed-by-rst"), Event { kind: EventKind::Update, entry, port: 0 });
+    }
+
+    #[test]
+    fn an_update_by_request_carries_the_port_of_the_request() {
+        let entry = Entry { mark: Some(0), ..entry(TcpState::CloseWait, 0x18e, 60) };
+        assert_eq!(told("updated"), Event { kind: EventKind::Update, entry, port: OWN_PORT });
+    }
+
+    #[test]
+    fn the_end_of_an_entry_tells_its_state_and_neither_flags_nor_scales() {
+        // IPS_DYING.
+        let alive = entry(TcpState::CloseWait, 0x18e | 0x200, 60);
+        let tcp = Some(Tcp { flags: [0, 0], ..alive.tcp.unwrap() });
+        let entry = Entry { tcp, ..alive };
+        assert_eq!(told("deleted"), Event { kind: EventKind::Destroy, entry, port: OWN_PORT });
+    }
+}
+
+mod sockets {
+    use super::*;
+
+    fn found(name: &str, server: &str, peer: &str) -> Option<Socket> {
+        let lookup = Lookup { flow: flow(server, peer), interface: 0 };
+        let name = format!("sockets/{name}");
+        SockDiag::new(replay(&name)).lookup(&[lookup]).unwrap().remove(0)
+    }
+
+    fn socket(local: &str, remote: &str, state: State, inode: u32, cookie: u64) -> Socket {
+        Socket {
+            local: played::endpoint(local),
+            remote: played::endpoint(remote),
+            state,
+            inode,
+            uid: 0,
+            cookie: Cookie(cookie),
+            interface: 0,
+            recv_queue: 0,
+            send_queue: 0,
+        }
+    }
+
+    /// One byte unread, which the FIN counts as; four sent and not yet acknowledged.
+    fn half_closed(local: &str, remote: &str, inode: u32, cookie: u64) -> Socket {
+        let socket = socket(local, remote, State::CloseWait, inode, cookie);
+        Socket { recv_queue: 1, send_queue: 4, ..socket }
+    }
+
+    #[test]
+    fn a_look_up_finds_the_socket() {
+        let (server, peer) = ("192.0.2.1:8080", "198.51.100.7:20009");
+        let expected = half_closed(server, peer, 420184, 0x2db6);
+        assert_eq!(found("look-up", server, peer), Some(expected));
+    }
+
+    #[test]
+    fn a_look_up_finds_the_ipv4_socket_of_a_dual_stack_listener() {
+        let (server, peer) = ("192.0.2.1:80", "198.51.100.7:20000");
+        let expected = half_closed(server, peer, 420055, 0x2db5);
+        assert_eq!(found("look-up-dual-stack", server, peer), Some(expected));
+    }
+
+    #[test]
+    fn a_look_up_finds_the_ipv6_socket() {
+        let (server, peer) = ("[2001:db8::1]:80", "[2001:db8:1::7]:20001");
+        let expected = half_closed(server, peer, 420070, 0x2db4);
+        assert_eq!(found("look-up-ipv6", server, peer), Some(expected));
+    }
+
+    #[test]
+    fn an_absent_socket_is_none_beside_a_listener_and_without() {
+        let peer = "198.51.100.99:1";
+        assert_eq!(found("absent-beside-a-listener", "192.0.2.1:80", peer), None);
+        assert_eq!(found("absent", "192.0.2.1:7", peer), None);
+    }
+
+    fn dumped(name: &str, states: States) -> Vec<Socket> {
+        SockDiag::new(replay(&format!("sockets/{name}"))).sockets(states).unwrap()
+    }
+
+    fn close_wait() -> [Socket; 3] {
+        [
+            ("192.0.2.1:8080", "198.51.100.7:20001", 421080, 0x3a4a),
+            ("192.0.2.1:80", "198.51.100.7:20000", 421076, 0x3a4c),
+            ("[2001:db8::1]:80", "[2001:db8:1::7]:20002", 421082, 0x3a4d),
+        ]
+        .map(|(local, remote, inode, cookie)| Socket {
+            send_queue: 0,
+            ..half_closed(local, remote, inode, cookie)
+        })
+    }
+
+    #[test]
+    fn a_dump_of_half_closed_sockets_of_both_families() {
+        let states = States::from_iter([State::CloseWait]);
+        assert_eq!(dumped("dump-of-close-wait", states), close_wait());
+    }
+
+    #[test]
+    fn a_dump_of_listeners() {
+        let expected = [
+            socket("0.0.0.0:8080", "0.0.0.0:0", State::Listen, 421073, 0x3a49),
+            socket("[::]:80", "[::]:0", State::Listen, 421072, 0x3a4b),
+        ]
+        // The length of its queue.
+        .map(|socket| Socket { send_queue: 4096, ..socket });
+        let states = States::from_iter([State::Listen]);
+        assert_eq!(dumped("dump-of-listeners", states), expected);
+        let listeners = SockDiag::new(replay("sockets/dump-of-listeners")).listeners().unwrap();
+        assert_eq!(listeners, expected);
+    }
+
+    #[test]
+    fn a_dump_of_everything_that_has_a_peer() {
+        let mut expected = close_wait().to_vec();
+        expected.extend([
+            // A request that waits for the third packet has no file.
+            socket("192.0.2.1:80", "198.51.100.9:20004", State::SynRecv, 0, 0x3a4e),
+            socket("192.0.2.1:80", "198.51.100.8:20003", State::Established, 420300, 0x3a4f),
+        ]);
+        assert_eq!(dumped("dump-of-the-connected", States::connected()), expected);
+    }
+}
+
+/// What ctkeep asks, byte by byte.
+mod requests {
+    use super::*;
+
+    /// Every send while `talk` runs; the kernel refuses everything.
+    fn sends(talk: impl FnOnce(Played)) -> Vec<Vec<u8>> {
+        let sends = Rc::new(RefCell::new(Vec::new()));
+        let seen = Rc::clone(&sends);
+        talk(script(move |datagram| {
+            seen.borrow_mut().push(datagram.to_vec());
+            let requests = played::requests(datagram);
+            let refusals =
+                requests.iter().map(|request| played::refusal(request.seq, played::ENOENT));
+            refusals.map(Reply::Datagram).collect()
+        }));
+        sends.take()
+    }
+
+    fn change(name: &str, words: &str, change: Change) {
+        let sends = sends(|transport| {
+            Conntrack::new(transport).change(&[change]).unwrap();
+        });
+        assert_golden(&format!("requests/{name}"), words, &sends);
+    }
+
+    const LEASE: Duration = Duration::from_secs(60);
+
+    fn client() -> FourTuple {
+        flow("198.51.100.7:4000", "192.0.2.1:80")
+    }
+
+    fn client_v6() -> FourTuple {
+        flow("[2001:db8:1::7]:4000", "[2001:db8::1]:80")
+    }
+
+    fn key(orig: FourTuple, zone: Zone) -> EntryKey {
+        EntryKey { zone, orig }
+    }
+
+    fn insert_like(like: Entry) -> Insert {
+        Insert { like, state: TcpState::CloseWait, status: Status::FRESH, timeout: LEASE }
+    }
+
+    fn plain() -> Entry {
+        Entry::plain(client(), Zone::default())
+    }
+
+    /// What a dump said of an entry.
+    fn captured(name: &str) -> Entry {
+        decode::entry(&first_payload(&format!("entries/{name}"))).unwrap().unwrap()
+    }
+
+    #[test]
+    fn extend() {
+        let key_v4 = key(client(), Zone::default());
+        change("extend", "timeout 60 s", Change::Extend { key: key_v4, timeout: LEASE });
+        let key_v6 = key(client_v6(), Zone::default());
+        // The kernel takes whole seconds: rounded up.
+        let timeout = Duration::from_millis(59_001);
+        change("extend-ipv6", "timeout 59.001 s", Change::Extend { key: key_v6, timeout });
+    }
+
+    #[test]
+    fn extend_in_a_zone() {
+        for (name, words, zone) in [
+            ("extend-in-zone", "zone 5", Zone::both(5)),
+            ("extend-in-zone-orig-only", "zone-orig 6", Zone { orig: 6, reply: 0 }),
+            ("extend-in-zone-reply-only", "zone-reply 7", Zone { orig: 0, reply: 7 }),
+        ] {
+            change(name, words, Change::Extend { key: key(client(), zone), timeout: LEASE });
+        }
+    }
+
+    #[test]
+    fn update() {
+        let key = key(client(), Zone::default());
+        let (state, timeout) = (TcpState::CloseWait, LEASE);
+        let status = Some(Status::ASSURED);
+        change("update", "close-wait, assured", Change::Update { key, state, status, timeout });
+        let (state, timeout, status) = (TcpState::Close, Duration::from_secs(10), None);
+        change("update-to-close", "release", Change::Update { key, state, status, timeout });
+    }
+
+    #[test]
+    fn insert() {
+        change("insert", "plain, fresh", Change::Insert(insert_like(plain())));
+        let like = Entry::plain(client_v6(), Zone::default());
+        change("insert-ipv6", "plain, fresh", Change::Insert(insert_like(like)));
+        let settled = Insert {
+            state: TcpState::Established,
+            status: Status::ASSURED,
+            ..insert_like(captured("established"))
+        };
+        change("insert-established", "with scales and flags", Change::Insert(settled));
+    }
+
+    #[test]
+    fn insert_of_a_translated_connection() {
+        let redirected = insert_like(captured("redirected"));
+        change("insert-redirected", "port 81 to 80", Change::Insert(redirected));
+        let both = Entry {
+            reply: flow("[2001:db8::80]:8080", "[2001:db8::2]:5000"),
+            ..Entry::plain(client_v6(), Zone::default())
+        };
+        change(
+            "insert-translated-ipv6",
+            "source and destination",
+            Change::Insert(insert_like(both)),
+        );
+    }
+
+    #[test]
+    fn insert_in_a_zone() {
+        for (name, captured_name) in [
+            ("insert-in-zone", "zone"),
+            ("insert-in-zone-orig-only", "zone-orig-only"),
+            ("insert-in-zone-reply-only", "zone-reply-only"),
+        ] {
+            let like = captured(captured_name);
+            change(name, captured_name, Change::Insert(insert_like(like)));
+        }
+    }
+
+    #[test]
+    fn insert_with_everything_that_an_entry_may_have() {
+        for name in ["mark", "labels", "helper", "synproxy"] {
+            let like = captured(name);
+            change(&format!("insert-with-{name}"), name, Change::Insert(insert_like(like)));
+        }
+    }
+
+    #[test]
+    fn replace_is_delete_and_insert_in_one_send() {
+        let old = key(client(), Zone::default());
+        let new = insert_like(plain());
+        change("replace", "delete and insert", Change::Replace { old, id: Some(0x1234_5678), new });
+    }
+
+    #[test]
+    fn delete() {
+        let key = key(client(), Zone::default());
+        change("delete", "by tuple", Change::Delete { key, id: None });
+        let id = Some(0x1234_5678);
+        change("delete-by-identity", "by tuple and id", Change::Delete { key, id });
+    }
+
+    #[test]
+    fn get() {
+        for (name, flow, zone) in [
+            ("get", client().inverse(), Zone::default()),
+            ("get-ipv6", client_v6().inverse(), Zone::default()),
+            ("get-in-zone", client().inverse(), Zone::both(5)),
+            ("get-in-zone-orig-only", client().inverse(), Zone { orig: 6, reply: 0 }),
+            ("get-in-zone-reply-only", client().inverse(), Zone { orig: 0, reply: 7 }),
+        ] {
+            let sends = sends(|transport| {
+                Conntrack::new(transport).get(&[(flow, zone)]).unwrap();
+            });
+            assert_golden(&format!("requests/{name}"), "entry of a tuple", &sends);
+        }
+    }
+
+    #[test]
+    fn size() {
+        let sends = sends(|transport| drop(Conntrack::new(transport).size().unwrap_err()));
+        assert_golden("requests/stats", "size of the table", &sends);
+    }
+
+    #[test]
+    fn dumps_of_entries_are_filtered_in_the_kernel() {
+        for (name, words, family, filter) in [
+            ("dump-tcp", "-p tcp", AF_INET, Filter::Tcp),
+            ("dump-tcp-ipv6", "-p tcp", AF_INET6, Filter::Tcp),
+            ("dump-answered-from", "--reply-port-src 80", AF_INET, Filter::AnsweredFrom(80)),
+            ("dump-begun-from", "--orig-port-src 80", AF_INET6, Filter::BegunFrom(80)),
+        ] {
+            let sends = sends(|transport| {
+                let answer = Conntrack::new(transport).entries(family, filter, |(): &mut (), _| ());
+                drop(answer.unwrap_err());
+            });
+            assert_golden(&format!("requests/{name}"), words, &sends);
+        }
+    }
+
+    #[test]
+    fn dumps_of_sockets_are_filtered_in_the_kernel() {
+        let sends = sends(|transport| {
+            let states = States::from_iter([State::CloseWait]);
+            drop(SockDiag::new(transport).sockets(states).unwrap_err());
+        });
+        assert_golden("requests/sockets-in-close-wait", "ss -t4 state close-wait", &sends);
+        let sends =
+            self::sends(|transport| drop(SockDiag::new(transport).listeners().unwrap_err()));
+        assert_golden("requests/listeners", "ss -tl4", &sends);
+    }
+
+    #[test]
+    fn look_ups_travel_together() {
+        let lookups = [
+            Lookup { flow: client().inverse(), interface: 0 },
+            Lookup { flow: client_v6().inverse(), interface: 3 },
+        ];
+        let sends = sends(|transport| {
+            assert_eq!(SockDiag::new(transport).lookup(&lookups).unwrap(), [None, None]);
+        });
+        assert_golden("requests/look-ups", "IPv4; IPv6 on interface 3", &sends);
     }
 }
 
@@ -309,7 +856,8 @@ mod capture {
         hex::write("entries/udp", &[&kernel(), &words], &[udp.unwrap()]);
 
         // The size of the table, and refusals.
-        record(&lab.server, "entries/stats", "conntrack -C", |table| table.size().unwrap());
+        let words = format!("conntrack -C: {}", lab.server.output("conntrack -C").trim());
+        record(&lab.server, "entries/stats", &words, |table| table.size().unwrap());
         let nobody = played::flow("192.0.2.1:80", "198.51.100.99:1");
         record(&lab.server, "entries/absent", "no such entry", |table| {
             assert_eq!(table.get(&[(nobody, none)]).unwrap(), [None]);

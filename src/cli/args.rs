@@ -190,6 +190,10 @@ pub(super) struct Run {
     #[arg(long, value_name = "SOURCE", default_value = "auto", value_parser = event_source())]
     pub events: EventSource,
 
+    /// NFLOG group that the event source nflog uses
+    #[arg(long, value_name = "N", default_value_t = 9815)]
+    pub nflog_group: u16,
+
     /// How the limiter is made to count a repaired connection again
     #[arg(long, value_name = "ROUTE", default_value = "auto", value_parser = recount_mode())]
     pub recount: Mode,
@@ -346,10 +350,13 @@ fn recount_mode() -> impl TypedValueParser<Value = Mode> {
 }
 
 fn event_source() -> impl TypedValueParser<Value = EventSource> {
-    PossibleValuesParser::new(["auto", "ctnetlink", "off"]).map(|name| match name.as_str() {
-        "ctnetlink" => EventSource::Ctnetlink,
-        "off" => EventSource::Off,
-        _ => EventSource::Auto,
+    PossibleValuesParser::new(["auto", "nflog", "ctnetlink", "off"]).map(|name| {
+        match name.as_str() {
+            "nflog" => EventSource::Nflog,
+            "ctnetlink" => EventSource::Ctnetlink,
+            "off" => EventSource::Off,
+            _ => EventSource::Auto,
+        }
     })
 }
 

@@ -28,6 +28,7 @@ pub(super) fn run(args: Run) -> Result<Exit> {
         recount: args.recount,
         device: args.device,
         events: args.events,
+        nflog_group: args.nflog_group,
         sweep_interval: args.sweep_interval,
         deep_interval: args.deep_interval,
         on_exit: args.on_exit,

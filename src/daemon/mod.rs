@@ -2,6 +2,7 @@
 //!
 //! The workers speak blocking netlink and never wait for the runtime; it serves signals.
 
+mod events;
 mod tally;
 mod worker;
 
@@ -25,6 +26,8 @@ pub enum EventSource {
     /// The cheapest source that works.
     #[default]
     Auto,
+    /// FINs and RSTs of half-closed connections, logged by an nftables table of our own.
+    Nflog,
     /// Conntrack's own events.
     Ctnetlink,
     /// None: the sweep alone.
@@ -52,6 +55,8 @@ pub struct Settings {
     pub device: String,
     /// Event source.
     pub events: EventSource,
+    /// NFLOG group of the source `nflog`.
+    pub nflog_group: u16,
     /// From sweep to sweep over half-closed sockets.
     pub sweep_interval: Duration,
     /// From sweep to sweep over every socket of the scope.

@@ -8,13 +8,15 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use super::events::Events;
 use super::tally::Tally;
-use super::{EventSource, Guard, OnExit, Settings, Stop};
-use crate::conntrack::{Change, Entry, Event, EventKind, Listener, TcpState};
+use super::{Guard, OnExit, Settings, Stop};
+use crate::conntrack::{Change, Entry, TcpState};
 use crate::error::{Error, Op, Result};
 use crate::flow::FourTuple;
 use crate::host::netns::Namespace;
 use crate::host::{instance, sysctl};
+use crate::nftables::Hook;
 use crate::reconcile::apply::{Outcome, apply};
 use crate::reconcile::confirm::confirm;
 use crate::reconcile::ledger::Ledger;
@@ -28,9 +30,6 @@ use crate::sockdiag::{Lookup, SockDiag, State, States};
 /// The event of a packet can come before TCP has processed it, so a repaired connection is looked
 /// at again this much later.
 const SECOND_LOOK: Duration = Duration::from_millis(3);
-
-/// Datagrams read before what they tell is repaired.
-const DRAIN: usize = 4096;
 
 /// How long inserts rest after the table was found full, at first and at most.
 const FULL_TABLE_REST: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
@@ -138,7 +137,7 @@ struct Worker<'a> {
     tables: Tables,
     recounter: Option<Recounter>,
     device: String,
-    listener: Option<Listener>,
+    events: Events,
     scope: Scope,
     /// Ports that had a listener in this run and may still have connections.
     ports_ever: HashSet<u16>,
@@ -161,19 +160,6 @@ struct FullTable {
 
 impl<'a> Worker<'a> {
     fn open(settings: &'a Settings, guard: &Guard, present: &[Namespace]) -> Result<Self> {
-        // Before the first dump, so that nothing happens unseen between the two.
-        let listener = match settings.events {
-            EventSource::Off => None,
-            EventSource::Auto | EventSource::Ctnetlink => {
-                let listener = Listener::open()?;
-                tracing::info!(
-                    source = "ctnetlink",
-                    receive_buffer = listener.receive_buffer(),
-                    "listening"
-                );
-                Some(listener)
-            }
-        };
         let mut sockets: Option<SockDiag> = None;
         for namespace in present {
             let part = if *namespace == guard.conntrack {
@@ -186,18 +172,28 @@ impl<'a> Worker<'a> {
                 None => part,
             });
         }
-        let tables = match sockets {
+        let mut tables = match sockets {
             Some(sockets) => Tables::with(sockets)?,
             None => Tables::open()?,
         };
+        let scope = tables.scope(&settings.policy)?;
+        let name = if guard.is_for_others() {
+            // Nothing of another daemon's in the same namespace has this name.
+            format!("ctkeep{}", std::process::id())
+        } else {
+            settings.device.clone()
+        };
+        // Before the first dump, so that nothing happens unseen between the two.
+        let hook = if guard.is_for_others() { Hook::Forward } else { Hook::Input };
+        let events = Events::open(settings, &format!("{name}-watch"), hook, &scope.ports)?;
         let now = Instant::now();
         let mut this = Self {
             settings,
             tables,
             recounter: None,
-            device: settings.device.clone(),
-            listener,
-            scope: Scope::default(),
+            device: name,
+            events,
+            scope,
             ports_ever: HashSet::new(),
             ledger: Ledger::default(),
             next_sweep: now,
@@ -208,10 +204,8 @@ impl<'a> Worker<'a> {
             tally: Tally::default(),
             checked: now,
         };
-        if guard.is_for_others() {
-            // Nothing is put into a namespace that may have nothing to do with it.
-            this.device = format!("ctkeep{}", std::process::id());
-        } else {
+        // A namespace that may have nothing to do with it gets a device only when it needs one.
+        if !guard.is_for_others() {
             this.open_recounter()?;
         }
         Ok(this)
@@ -253,9 +247,7 @@ impl<'a> Worker<'a> {
             deadline = deadline.min(*at);
         }
         let mut fds = vec![PollFd::new(stop.wake().as_fd(), PollFlags::POLLIN)];
-        if let Some(listener) = &self.listener {
-            fds.push(PollFd::new(listener.as_fd(), PollFlags::POLLIN));
-        }
+        fds.extend(self.events.fd().map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
         wait_for(&mut fds, deadline.saturating_duration_since(Instant::now()))
     }
 
@@ -296,31 +288,22 @@ impl<'a> Worker<'a> {
     }
 
     fn take_events(&mut self) -> Result<()> {
-        let Some(listener) = &mut self.listener else { return Ok(()) };
         let own = self.tables.conntrack.port();
-        let (scope, ports_ever, policy) = (&self.scope, &self.ports_ever, &self.settings.policy);
+        let (scope, policy) = (&self.scope, &self.settings.policy);
         let mut suspects: HashMap<FourTuple, Option<Entry>> = HashMap::new();
-        let drained = listener.drain(DRAIN, |event| {
-            if event.port == own || !is_suspicious(&event) {
-                return;
-            }
-            for flow in [event.entry.reply, event.entry.orig] {
-                let in_scope = scope.contains(policy, flow)
-                    || ports_ever.contains(&flow.src.port()) && policy.admits(flow.dst.addr());
-                if in_scope {
-                    let last = (event.kind == EventKind::Destroy).then_some(event.entry);
-                    suspects.insert(flow, last);
-                }
+        let lost = self.events.drain(own, |suspect| {
+            if scope.contains(policy, suspect.flow) {
+                suspects.insert(suspect.flow, suspect.destroyed);
             }
         })?;
-        if drained.overrun || drained.malformed > 0 {
+        if lost.overrun || lost.malformed > 0 {
             tracing::warn!(
-                overrun = drained.overrun,
-                malformed = drained.malformed,
+                overrun = lost.overrun,
+                malformed = lost.malformed,
                 "events were lost, sweeping at once"
             );
             self.next_deep = Instant::now();
-            self.tally.event_overruns += u64::from(drained.overrun);
+            self.tally.event_overruns += u64::from(lost.overrun);
         }
         if suspects.is_empty() {
             return Ok(());
@@ -330,14 +313,22 @@ impl<'a> Worker<'a> {
             .map(|flow| Lookup { flow: *flow, interface: self.ledger.interface(*flow) })
             .collect();
         let snapshot = self.tables.exactly(&lookups, &self.ledger)?;
+        let recent: HashSet<FourTuple> = self
+            .second_look
+            .iter()
+            .flat_map(|(_, lookups)| lookups)
+            .map(|lookup| lookup.flow)
+            .collect();
         for view in &snapshot.views {
             match (view.socket, suspects.get(&view.flow)) {
                 // A destroyed entry is known from its last event alone.
                 (Some(socket), Some(Some(entry))) if self.ledger.last_entry(&socket).is_none() => {
                     self.ledger.remember(&socket, *entry);
                 }
-                // The event is older than the repair, or came in its midst.
-                (Some(socket), Some(None)) => self.ledger.distrust(&socket),
+                // Perhaps it closed the entry in the midst of its repair.
+                (Some(socket), Some(None)) if recent.contains(&view.flow) => {
+                    self.ledger.distrust(&socket);
+                }
                 _ => {}
             }
         }
@@ -366,6 +357,13 @@ impl<'a> Worker<'a> {
             }
         };
         self.ledger.note(&snapshot);
+        let half_closed = snapshot
+            .views
+            .iter()
+            .filter(|view| view.socket.is_some_and(|socket| socket.state == State::CloseWait))
+            .map(|view| view.flow)
+            .collect();
+        self.events.follow(&self.scope.ports, half_closed)?;
         if depth == Depth::Shallow {
             self.ledger.settle(&snapshot);
         }
@@ -535,11 +533,6 @@ fn kernel_timeout(state: TcpState) -> Option<Duration> {
         TcpState::None => return None,
     };
     sysctl::conntrack(&format!("nf_conntrack_tcp_timeout_{name}")).map(Duration::from_secs)
-}
-
-/// Whether an event can mean that conntrack has been fooled.
-fn is_suspicious(event: &Event) -> bool {
-    event.kind == EventKind::Destroy || event.entry.state().is_some_and(TcpState::is_closing)
 }
 
 fn log_action(action: &Action, trigger: Trigger, message: &'static str) {

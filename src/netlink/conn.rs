@@ -68,6 +68,11 @@ impl<T: Transport> Connection<T> {
         &self.transport
     }
 
+    /// The transport, when the conversation is over.
+    pub fn into_transport(self) -> T {
+        self.transport
+    }
+
     /// Dumps that the kernel marked as inconsistent and that were begun anew.
     pub fn interrupted_dumps(&self) -> u64 {
         self.interrupted_dumps

@@ -1,4 +1,5 @@
-//! The few expressions that our rules are made of. Each works on register 1.
+//! The few expressions that our rules are made of. Each works on the first register, but for
+//! [`Expr::Load`], which builds keys of several fields.
 
 use netlink_packet_core::DefaultNla;
 
@@ -8,14 +9,21 @@ use super::{nested, nla, text, word};
 /// One step of a rule.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Expr {
+    /// Load the address family of the packet (1 byte). `meta nfproto`
+    NfProto,
     /// Load the layer 4 protocol number (1 byte). `meta l4proto`
     L4Proto,
-    /// Load bytes of the transport header. `@th,offset,length` (in bytes here)
-    Transport {
-        /// Bytes from the start of the header.
+    /// Load bytes of a header into the 4-byte register `register` (0 is the first) and on.
+    /// `@nh,offset,length` or `@th,offset,length` (in bytes here)
+    Load {
+        /// Which header.
+        header: Header,
+        /// Bytes from its start.
         offset: u32,
-        /// How many, at most 4.
+        /// How many.
         length: u32,
+        /// Where to.
+        register: u32,
     },
     /// Keep only these bits of what was loaded.
     Mask(Vec<u8>),
@@ -23,32 +31,63 @@ pub enum Expr {
     Equals(Vec<u8>),
     /// Go on only if what was loaded differs from this.
     Differs(Vec<u8>),
+    /// Go on only if what was loaded is an element of this set.
+    In(&'static str),
+    /// Go on only if what was loaded is no element of this set.
+    NotIn(&'static str),
+    /// Add what was loaded to this set; where it is full, do not go on.
+    Add(&'static str),
+    /// Send the packet's first bytes to this NFLOG group.
+    Log {
+        /// The group.
+        group: u16,
+        /// How many bytes.
+        snaplen: u32,
+    },
+    /// This chain is done with the packet.
+    Accept,
     /// Drop the packet.
     Drop,
 }
 
+/// A header of the packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Header {
+    /// IPv4 or IPv6.
+    Network,
+    /// TCP, ICMP, ...
+    Transport,
+}
+
 impl Expr {
+    /// Load bytes of the transport header into the first register.
+    pub fn transport(offset: u32, length: u32) -> Self {
+        Self::Load { header: Header::Transport, offset, length, register: 0 }
+    }
+
     /// As a list element of a rule.
     pub(super) fn element(&self) -> DefaultNla {
         let (name, data) = match self {
-            Self::L4Proto => (
-                "meta",
-                vec![word(NFTA_META_KEY, NFT_META_L4PROTO), word(NFTA_META_DREG, NFT_REG_1)],
-            ),
-            Self::Transport { offset, length } => (
-                "payload",
-                vec![
-                    word(NFTA_PAYLOAD_DREG, NFT_REG_1),
-                    word(NFTA_PAYLOAD_BASE, NFT_PAYLOAD_TRANSPORT_HEADER),
+            Self::NfProto => ("meta", meta(NFT_META_NFPROTO)),
+            Self::L4Proto => ("meta", meta(NFT_META_L4PROTO)),
+            Self::Load { header, offset, length, register } => {
+                let base = match header {
+                    Header::Network => NFT_PAYLOAD_NETWORK_HEADER,
+                    Header::Transport => NFT_PAYLOAD_TRANSPORT_HEADER,
+                };
+                let data = vec![
+                    word(NFTA_PAYLOAD_DREG, NFT_REG32_00 + register),
+                    word(NFTA_PAYLOAD_BASE, base),
                     word(NFTA_PAYLOAD_OFFSET, *offset),
                     word(NFTA_PAYLOAD_LEN, *length),
-                ],
-            ),
+                ];
+                ("payload", data)
+            }
             Self::Mask(mask) => (
                 "bitwise",
                 vec![
-                    word(NFTA_BITWISE_SREG, NFT_REG_1),
-                    word(NFTA_BITWISE_DREG, NFT_REG_1),
+                    word(NFTA_BITWISE_SREG, NFT_REG32_00),
+                    word(NFTA_BITWISE_DREG, NFT_REG32_00),
                     word(NFTA_BITWISE_LEN, u32::try_from(mask.len()).unwrap_or(0)),
                     value(NFTA_BITWISE_MASK, mask),
                     value(NFTA_BITWISE_XOR, &vec![0; mask.len()]),
@@ -56,21 +95,51 @@ impl Expr {
             ),
             Self::Equals(bytes) => ("cmp", compare(NFT_CMP_EQ, bytes)),
             Self::Differs(bytes) => ("cmp", compare(NFT_CMP_NEQ, bytes)),
-            Self::Drop => {
-                let verdict = nested(NFTA_DATA_VERDICT, &[word(NFTA_VERDICT_CODE, NF_DROP)]);
-                let data = vec![
-                    word(NFTA_IMMEDIATE_DREG, NFT_REG_VERDICT),
-                    nested(NFTA_IMMEDIATE_DATA, &[verdict]),
-                ];
-                ("immediate", data)
-            }
+            Self::In(set) => ("lookup", lookup(set, 0)),
+            Self::NotIn(set) => ("lookup", lookup(set, NFT_LOOKUP_F_INV)),
+            Self::Add(set) => (
+                "dynset",
+                vec![
+                    text(NFTA_DYNSET_SET_NAME, set),
+                    word(NFTA_DYNSET_OP, NFT_DYNSET_OP_ADD),
+                    word(NFTA_DYNSET_SREG_KEY, NFT_REG32_00),
+                ],
+            ),
+            Self::Log { group, snaplen } => (
+                "log",
+                vec![
+                    nla(NFTA_LOG_GROUP, &group.to_be_bytes()),
+                    word(NFTA_LOG_SNAPLEN, *snaplen),
+                    // Each packet at once.
+                    nla(NFTA_LOG_QTHRESHOLD, &1_u16.to_be_bytes()),
+                ],
+            ),
+            Self::Accept => ("immediate", verdict(NF_ACCEPT)),
+            Self::Drop => ("immediate", verdict(NF_DROP)),
         };
         nested(NFTA_LIST_ELEM, &[text(NFTA_EXPR_NAME, name), nested(NFTA_EXPR_DATA, &data)])
     }
 }
 
+fn meta(key: u32) -> Vec<DefaultNla> {
+    vec![word(NFTA_META_KEY, key), word(NFTA_META_DREG, NFT_REG32_00)]
+}
+
+fn lookup(set: &str, flags: u32) -> Vec<DefaultNla> {
+    vec![
+        text(NFTA_LOOKUP_SET, set),
+        word(NFTA_LOOKUP_SREG, NFT_REG32_00),
+        word(NFTA_LOOKUP_FLAGS, flags),
+    ]
+}
+
 fn compare(how: u32, bytes: &[u8]) -> Vec<DefaultNla> {
-    vec![word(NFTA_CMP_SREG, NFT_REG_1), word(NFTA_CMP_OP, how), value(NFTA_CMP_DATA, bytes)]
+    vec![word(NFTA_CMP_SREG, NFT_REG32_00), word(NFTA_CMP_OP, how), value(NFTA_CMP_DATA, bytes)]
+}
+
+fn verdict(code: u32) -> Vec<DefaultNla> {
+    let verdict = nested(NFTA_DATA_VERDICT, &[word(NFTA_VERDICT_CODE, code)]);
+    vec![word(NFTA_IMMEDIATE_DREG, NFT_REG_VERDICT), nested(NFTA_IMMEDIATE_DATA, &[verdict])]
 }
 
 fn value(kind: u16, bytes: &[u8]) -> DefaultNla {

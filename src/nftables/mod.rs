@@ -6,6 +6,8 @@
 mod expr;
 mod uapi;
 
+use std::time::Duration;
+
 use netlink_packet_core::{DefaultNla, Emitable, NLM_F_APPEND, NLM_F_CREATE};
 use netlink_packet_netfilter::{NetfilterHeader, NetfilterProtoFamily};
 use netlink_sys::protocols::NETLINK_NETFILTER;
@@ -14,8 +16,11 @@ use nix::errno::Errno;
 use crate::error::{Op, Result};
 use crate::netlink::{Connection, KernelSocket, Request, Transport};
 
-pub use expr::Expr;
+pub use expr::{Expr, Header};
 use uapi::*;
+
+/// Elements in one message: an attribute holds at most 64 KiB.
+const ELEMENTS: usize = 512;
 
 /// The packet hooks that our chains are in (`enum nf_inet_hooks`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,8 +28,36 @@ use uapi::*;
 pub enum Hook {
     /// Packets from the wire, before routing.
     Prerouting = 0,
+    /// Packets for this host's own sockets.
+    Input = 1,
+    /// Packets that this host passes on.
+    Forward = 2,
     /// Packets that this host sends.
     Output = 3,
+}
+
+/// A named set.
+#[derive(Clone, Debug)]
+pub struct Set {
+    /// Name in `nft list ruleset`.
+    pub name: &'static str,
+    /// Length of an element in bytes, each field of it padded to 4.
+    pub key_length: u32,
+    /// Most elements; what does not fit is not added.
+    pub size: u32,
+    /// Elements that rules add go after this time. Without it, rules add none.
+    pub timeout: Option<Duration>,
+    /// The elements to begin with.
+    pub elements: Vec<Vec<u8>>,
+}
+
+/// What a table is made of.
+#[derive(Clone, Debug, Default)]
+pub struct Layout {
+    /// Its sets.
+    pub sets: Vec<Set>,
+    /// Its chains.
+    pub chains: Vec<Chain>,
 }
 
 /// A base chain with its rules.
@@ -45,21 +78,26 @@ pub struct Chain {
 pub struct Table<T: Transport = KernelSocket> {
     connection: Connection<T>,
     name: String,
+    owned: bool,
 }
 
 impl Table<KernelSocket> {
-    /// Makes the table with its chains, in one transaction, in the network namespace of the
+    /// Makes the table with all that is in it, in one transaction, in the network namespace of the
     /// calling thread. What a dead process left under this name is replaced.
     ///
     /// # Errors
     /// `CAP_NET_ADMIN` or nf_tables is missing, or another process owns a table of this name.
-    pub fn create(name: &str, chains: &[Chain]) -> Result<Self> {
+    pub fn create(name: &str, layout: &Layout) -> Result<Self> {
         let op = Op::new("create nftables table");
         let socket = KernelSocket::open(op, NETLINK_NETFILTER)?;
-        let mut this = Self { connection: Connection::new(socket), name: name.to_owned() };
-        match this.build(op, chains, NFT_TABLE_F_OWNER) {
+        let connection = Connection::new(socket);
+        let mut this = Self { connection, name: name.to_owned(), owned: true };
+        match this.build(op, layout, NFT_TABLE_F_OWNER) {
             // Before 5.12 tables have no owner.
-            Err(error) if error.errno() == Some(Errno::EOPNOTSUPP) => this.build(op, chains, 0)?,
+            Err(error) if error.errno() == Some(Errno::EOPNOTSUPP) => {
+                this.owned = false;
+                this.build(op, layout, 0)?;
+            }
             result => result?,
         }
         Ok(this)
@@ -67,7 +105,7 @@ impl Table<KernelSocket> {
 }
 
 impl<T: Transport> Table<T> {
-    fn build(&mut self, op: Op, chains: &[Chain], flags: u32) -> Result<()> {
+    fn build(&mut self, op: Op, layout: &Layout, flags: u32) -> Result<()> {
         let table = text(NFTA_TABLE_NAME, &self.name);
         let flagged = [table.clone(), word(NFTA_TABLE_FLAGS, flags)];
         let mut messages = vec![
@@ -76,7 +114,13 @@ impl<T: Transport> Table<T> {
             message(op, NFT_MSG_DELTABLE, 0, &[table]),
             message(op, NFT_MSG_NEWTABLE, NLM_F_CREATE, &flagged),
         ];
-        for chain in chains {
+        for (id, set) in (1..).zip(&layout.sets) {
+            messages.push(self.new_set(op, set, id));
+            if !set.elements.is_empty() {
+                messages.push(self.elements(op, NFT_MSG_NEWSETELEM, set.name, &set.elements));
+            }
+        }
+        for chain in &layout.chains {
             let hook = [
                 word(NFTA_HOOK_HOOKNUM, chain.hook as u32),
                 nla(NFTA_HOOK_PRIORITY, &chain.priority.to_be_bytes()),
@@ -102,6 +146,71 @@ impl<T: Transport> Table<T> {
         self.transact(op, &messages)
     }
 
+    fn new_set(&self, op: Op, set: &Set, id: u32) -> Request {
+        let mut attributes = vec![
+            text(NFTA_SET_TABLE, &self.name),
+            text(NFTA_SET_NAME, set.name),
+            word(NFTA_SET_ID, id),
+            // Only `nft list` reads the type.
+            word(NFTA_SET_KEY_TYPE, 0),
+            word(NFTA_SET_KEY_LEN, set.key_length),
+            nested(NFTA_SET_DESC, &[word(NFTA_SET_DESC_SIZE, set.size)]),
+        ];
+        if let Some(timeout) = set.timeout {
+            let milliseconds = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
+            attributes.push(word(NFTA_SET_FLAGS, NFT_SET_EVAL | NFT_SET_TIMEOUT));
+            attributes.push(nla(NFTA_SET_TIMEOUT, &milliseconds.to_be_bytes()));
+        }
+        message(op, NFT_MSG_NEWSET, NLM_F_CREATE, &attributes)
+    }
+
+    fn elements(&self, op: Op, kind: u16, set: &str, elements: &[Vec<u8>]) -> Request {
+        let elements: Vec<_> = elements
+            .iter()
+            .map(|key| {
+                let key = nested(NFTA_SET_ELEM_KEY, &[nla(NFTA_DATA_VALUE, key)]);
+                nested(NFTA_LIST_ELEM, &[key])
+            })
+            .collect();
+        let attributes = [
+            text(NFTA_SET_ELEM_LIST_TABLE, &self.name),
+            text(NFTA_SET_ELEM_LIST_SET, set),
+            nested(NFTA_SET_ELEM_LIST_ELEMENTS, &elements),
+        ];
+        let flags = if kind == NFT_MSG_NEWSETELEM { NLM_F_CREATE } else { 0 };
+        message(op, kind, flags, &attributes)
+    }
+
+    /// Adds elements to a set; those that are there already stay.
+    ///
+    /// # Errors
+    /// The set is full, or the table is gone.
+    pub fn add(&mut self, set: &str, elements: &[Vec<u8>]) -> Result<()> {
+        self.change_elements(Op::new("add to nftables set"), NFT_MSG_NEWSETELEM, set, elements)
+    }
+
+    /// Takes elements out of a set.
+    ///
+    /// # Errors
+    /// One of them is not in it, or the table is gone.
+    pub fn remove(&mut self, set: &str, elements: &[Vec<u8>]) -> Result<()> {
+        self.change_elements(Op::new("remove from nftables set"), NFT_MSG_DELSETELEM, set, elements)
+    }
+
+    fn change_elements(
+        &mut self,
+        op: Op,
+        kind: u16,
+        set: &str,
+        elements: &[Vec<u8>],
+    ) -> Result<()> {
+        for elements in elements.chunks(ELEMENTS) {
+            let request = self.elements(op, kind, set, elements);
+            self.transact(op, &[request])?;
+        }
+        Ok(())
+    }
+
     fn transact(&mut self, op: Op, messages: &[Request]) -> Result<()> {
         let edge =
             |kind| Request { op, kind, flags: 0, body: header(0, NFNL_SUBSYS), joined: true };
@@ -113,6 +222,9 @@ impl<T: Transport> Table<T> {
 impl<T: Transport> Drop for Table<T> {
     fn drop(&mut self) {
         // An owned table goes with its socket; one without an owner must be taken away.
+        if self.owned {
+            return;
+        }
         let op = Op::new("delete nftables table");
         let delete = message(op, NFT_MSG_DELTABLE, 0, &[text(NFTA_TABLE_NAME, &self.name)]);
         let _ = self.transact(op, &[delete]);

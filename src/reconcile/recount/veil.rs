@@ -8,7 +8,7 @@ use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 
 use crate::error::Result;
-use crate::nftables::{Chain, Expr, Hook, Table};
+use crate::nftables::{Chain, Expr, Hook, Layout, Table};
 
 const IPPROTO_ICMP: u8 = 1;
 const IPPROTO_TCP: u8 = 6;
@@ -61,7 +61,8 @@ impl Veil {
     /// # Errors
     /// The kernel has no nf_tables, or another process owns a table of this name.
     pub(super) fn open(name: &str, marks: Marks) -> Result<Self> {
-        Ok(Self { _table: Table::create(name, &chains(marks))?, marks })
+        let layout = Layout { chains: chains(marks).into(), ..Layout::default() };
+        Ok(Self { _table: Table::create(name, &layout)?, marks })
     }
 
     pub(super) fn marks(&self) -> Marks {
@@ -73,14 +74,12 @@ fn chains(marks: Marks) -> [Chain; 2] {
     let answered = marks.nudge.wrapping_add(1).to_be_bytes().to_vec();
     let quoted = marks.nudge.to_be_bytes().to_vec();
     let is = |protocol: u8| [Expr::L4Proto, Expr::Equals(vec![protocol])];
-    let at = |offset: u32, bytes: &[u8]| {
-        [Expr::Transport { offset, length: 4 }, Expr::Equals(bytes.to_vec())]
-    };
+    let at = |offset: u32, bytes: &[u8]| [Expr::transport(offset, 4), Expr::Equals(bytes.to_vec())];
     let answer_of_tcp = [
         &is(IPPROTO_TCP)[..],
         &at(TCP_ACK, &answered),
         &[
-            Expr::Transport { offset: TCP_FLAGS, length: 1 },
+            Expr::transport(TCP_FLAGS, 1),
             Expr::Mask(vec![SYN_OR_RST]),
             Expr::Differs(vec![0]),
             Expr::Drop,

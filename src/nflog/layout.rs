@@ -1,0 +1,114 @@
+//! The table: which packets are logged.
+//!
+//! A packet without FIN or RST, or to another port, leaves at the third rule. Priority -150:
+//! conntrack (-200) has seen the packet, the filter rules have not.
+//!
+//! There is no `ct` expression here, on purpose: one would switch conntrack on in a namespace that
+//! has been living without. So a flood of stray FINs can fill the set of closing connections (at
+//! 87 000 a second); then what it would have told is found by the next sweep.
+
+use std::collections::HashSet;
+use std::net::IpAddr;
+use std::time::Duration;
+
+use crate::flow::FourTuple;
+use crate::nftables::{Chain, Expr, Header, Hook, Layout, Set};
+
+pub(super) const PORTS: &str = "ports";
+pub(super) const HELD4: &str = "held4";
+pub(super) const HELD6: &str = "held6";
+const CLOSING4: &str = "closing4";
+const CLOSING6: &str = "closing6";
+
+const PRIORITY: i32 = -150;
+
+/// How long a FIN is remembered; a sweep finds the connection long before.
+const FIN_MEMORY: Duration = Duration::from_secs(3);
+/// Closing connections that are remembered at once: this many in [`FIN_MEMORY`].
+const CLOSING: u32 = 262_144;
+/// Half-closed connections that are watched for longer.
+const HELD: u32 = 1 << 20;
+
+const IPPROTO_TCP: u8 = 6;
+const NFPROTO_IPV4: u8 = 2;
+const NFPROTO_IPV6: u8 = 10;
+const TCP_SOURCE_PORT: u32 = 0;
+const TCP_DESTINATION_PORT: u32 = 2;
+const TCP_FLAGS: u32 = 13;
+const FIN: u8 = 0x01;
+const RST: u8 = 0x04;
+
+pub(super) fn layout(hook: Hook, group: u16, ports: &HashSet<u16>) -> Layout {
+    let set = |name, key_length, size, timeout| Set {
+        name,
+        key_length,
+        size,
+        timeout,
+        elements: Vec::new(),
+    };
+    let sets = vec![
+        Set {
+            elements: ports.iter().map(|port| port_key(*port)).collect(),
+            ..set(PORTS, 2, u32::from(u16::MAX), None)
+        },
+        set(CLOSING4, 16, CLOSING, Some(FIN_MEMORY)),
+        set(CLOSING6, 40, CLOSING, Some(FIN_MEMORY)),
+        set(HELD4, 16, HELD, None),
+        set(HELD6, 40, HELD, None),
+    ];
+    let flags = |mask: u8| [Expr::transport(TCP_FLAGS, 1), Expr::Mask(vec![mask])];
+    let mut rules = vec![
+        vec![Expr::L4Proto, Expr::Differs(vec![IPPROTO_TCP]), Expr::Accept],
+        [&flags(FIN | RST)[..], &[Expr::Equals(vec![0]), Expr::Accept]].concat(),
+        vec![Expr::transport(TCP_DESTINATION_PORT, 2), Expr::NotIn(PORTS), Expr::Accept],
+    ];
+    for (family, closing, held, key) in [
+        (NFPROTO_IPV4, CLOSING4, HELD4, load_tuple(12, 4)),
+        (NFPROTO_IPV6, CLOSING6, HELD6, load_tuple(8, 16)),
+    ] {
+        let of_family = [Expr::NfProto, Expr::Equals(vec![family])];
+        let log = [Expr::Log { group, snaplen: super::SNAPLEN }, Expr::Accept];
+        for known in [held, closing] {
+            rules.push([&of_family[..], &key, &[Expr::In(known)], &log].concat());
+        }
+        let learn =
+            [&of_family[..], &flags(FIN), &[Expr::Differs(vec![0])], &key, &[Expr::Add(closing)]];
+        rules.push(learn.concat());
+    }
+    let chain = Chain { name: "watch", hook, priority: PRIORITY, rules };
+    Layout { sets, chains: vec![chain] }
+}
+
+/// Loads source address, source port, destination address, destination port.
+fn load_tuple(source_address: u32, length: u32) -> [Expr; 4] {
+    let address =
+        |offset, register| Expr::Load { header: Header::Network, offset, length, register };
+    let port =
+        |offset, register| Expr::Load { header: Header::Transport, offset, length: 2, register };
+    let words = length / 4;
+    [
+        address(source_address, 0),
+        port(TCP_SOURCE_PORT, words),
+        address(source_address + length, words + 1),
+        port(TCP_DESTINATION_PORT, 2 * words + 1),
+    ]
+}
+
+/// A set element for a packet of `flow`: as [`load_tuple`] lays it out.
+pub(super) fn tuple_key(flow: FourTuple) -> Vec<u8> {
+    let mut key = Vec::with_capacity(40);
+    for end in [flow.src, flow.dst] {
+        match end.addr() {
+            IpAddr::V4(addr) => key.extend(addr.octets()),
+            IpAddr::V6(addr) => key.extend(addr.octets()),
+        }
+        key.extend(end.port().to_be_bytes());
+        key.extend([0, 0]);
+    }
+    key
+}
+
+/// A set element for a port.
+pub(super) fn port_key(port: u16) -> Vec<u8> {
+    port.to_be_bytes().to_vec()
+}

@@ -1,0 +1,230 @@
+//! Packets that can fool conntrack, told by nftables: a FIN or RST of a connection whose FIN has
+//! been seen before.
+//!
+//! An nft table of our own learns the first FIN of each guarded connection and logs what follows.
+//! Ordinary traffic pays a few header look-ups and never wakes this program; conntrack's own
+//! events would cost every connection of the host (docs/performance.md). What it does not see, an
+//! RST without a FIN before it, is the sweep's.
+
+mod layout;
+
+use std::collections::HashSet;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+
+use etherparse::{LaxNetSlice, LaxSlicedPacket, TransportSlice};
+use netlink_packet_core::{Emitable, NlasIterator, parse_u32_be};
+use netlink_packet_netfilter::nflog::{ConfigCmd, ConfigFlags, ConfigMode, ConfigNla};
+use netlink_packet_netfilter::{NetfilterHeader, NetfilterProtoFamily};
+use netlink_sys::protocols::NETLINK_NETFILTER;
+use nix::libc;
+
+use crate::error::{Op, Result};
+use crate::flow::{Endpoint, FourTuple};
+use crate::netlink::{Connection, KernelSocket, Request, Transport, frames};
+use crate::nftables::{Hook, Table};
+use layout::{HELD4, HELD6, PORTS};
+
+/// `NFNL_SUBSYS_ULOG << 8 | NFULNL_MSG_PACKET` and `| NFULNL_MSG_CONFIG`.
+const NFULNL_MSG_PACKET: u16 = 4 << 8;
+const NFULNL_MSG_CONFIG: u16 = 4 << 8 | 1;
+const NFULA_PAYLOAD: u16 = 9;
+const NFULA_SEQ: u16 = 12;
+/// Length of `struct nfgenmsg`.
+const NFGENMSG_LEN: usize = 4;
+
+/// Headers of IPv6 with some extensions and of TCP.
+const SNAPLEN: u32 = 128;
+/// Asked for; some 20 000 packets queue in 8 MiB.
+const LOG_BUFFER: usize = 8 << 20;
+
+/// What a call to [`Watch::drain`] met beside packets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Drained {
+    /// The kernel dropped packets for us: look at everything.
+    pub overrun: bool,
+    /// Messages that could not be read: look at everything.
+    pub malformed: u32,
+}
+
+/// The table, and the socket that its packets arrive at.
+#[derive(Debug)]
+pub struct Watch {
+    table: Table,
+    socket: KernelSocket,
+    datagram: Vec<u8>,
+    next: Option<u32>,
+    ports: HashSet<u16>,
+    held: HashSet<FourTuple>,
+}
+
+impl Watch {
+    /// Watches these local ports in the network namespace of the calling thread. `hook` is
+    /// [`Hook::Input`] for sockets of this namespace, [`Hook::Forward`] for those behind it.
+    ///
+    /// # Errors
+    /// The kernel has no nf_tables or nfnetlink_log, the group is taken, or `CAP_NET_ADMIN` is
+    /// missing.
+    pub fn open(name: &str, group: u16, hook: Hook, ports: &HashSet<u16>) -> Result<Self> {
+        let op = Op::new("open packet log");
+        let mut connection = Connection::new(KernelSocket::open(op, NETLINK_NETFILTER)?);
+        let settings = [
+            vec![ConfigNla::Cmd(ConfigCmd::Bind)],
+            vec![
+                ConfigNla::Mode(ConfigMode::new_packet(SNAPLEN)),
+                // Each packet in a message of its own, at once.
+                ConfigNla::QThresh(1),
+                ConfigNla::Flags(ConfigFlags::SEQ),
+            ],
+        ];
+        for attributes in settings {
+            connection.execute(&config(op, group, &attributes))?;
+        }
+        let mut socket = connection.into_transport();
+        socket.grow_receive_buffer(LOG_BUFFER).map_err(|error| op.io(error))?;
+        socket.set_non_blocking().map_err(|error| op.io(error))?;
+        // After the group: a log statement without a listener would go nowhere.
+        let table = Table::create(name, &layout::layout(hook, group, ports))?;
+        Ok(Self {
+            table,
+            socket,
+            datagram: Vec::new(),
+            next: None,
+            ports: ports.clone(),
+            held: HashSet::new(),
+        })
+    }
+
+    /// Receive buffer in bytes, as granted.
+    pub fn receive_buffer(&self) -> usize {
+        self.socket.receive_buffer()
+    }
+
+    /// Watches exactly these local ports from now on.
+    ///
+    /// # Errors
+    /// The table is gone.
+    pub fn set_ports(&mut self, ports: &HashSet<u16>) -> Result<()> {
+        let key = |port: &u16| layout::port_key(*port);
+        let new: Vec<_> = ports.difference(&self.ports).map(key).collect();
+        let old: Vec<_> = self.ports.difference(ports).map(key).collect();
+        self.table.add(PORTS, &new)?;
+        self.table.remove(PORTS, &old)?;
+        self.ports.clone_from(ports);
+        Ok(())
+    }
+
+    /// Logs every FIN and RST of exactly these half-closed connections, seen from the server:
+    /// the table by itself remembers a FIN for seconds only.
+    ///
+    /// # Errors
+    /// The set is full, or the table is gone.
+    pub fn set_held(&mut self, flows: HashSet<FourTuple>) -> Result<()> {
+        for (set, ipv4) in [(HELD4, true), (HELD6, false)] {
+            let of_family = |flow: &&FourTuple| flow.is_ipv4() == ipv4;
+            let keys = |flows: &mut dyn Iterator<Item = &FourTuple>| -> Vec<Vec<u8>> {
+                flows.filter(of_family).map(|flow| layout::tuple_key(flow.inverse())).collect()
+            };
+            let new = keys(&mut flows.difference(&self.held));
+            let old = keys(&mut self.held.difference(&flows));
+            self.table.add(set, &new)?;
+            self.table.remove(set, &old)?;
+        }
+        self.held = flows;
+        Ok(())
+    }
+
+    /// Hands the connection of every queued packet, seen from the server, to `take`, until none is
+    /// left or `limit` datagrams were read.
+    ///
+    /// # Errors
+    /// The socket is broken. Lost and unreadable packets are not errors but in [`Drained`].
+    pub fn drain(&mut self, limit: usize, mut take: impl FnMut(FourTuple)) -> Result<Drained> {
+        let mut drained = Drained::default();
+        for _ in 0..limit {
+            match self.socket.recv(&mut self.datagram) {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
+                    drained.overrun = true;
+                    continue;
+                }
+                Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                    drained.malformed += 1;
+                    continue;
+                }
+                Err(error) => return Err(Op::new("receive logged packets").io(error)),
+            }
+            for frame in frames(&self.datagram) {
+                match frame {
+                    Ok(frame) if frame.kind == NFULNL_MSG_PACKET => match packet(frame.payload) {
+                        Some((flow, seq)) => {
+                            drained.overrun |=
+                                seq.is_some() && self.next.is_some() && seq != self.next;
+                            self.next = seq.map(|seq| seq.wrapping_add(1));
+                            take(flow.inverse());
+                        }
+                        None => drained.malformed += 1,
+                    },
+                    Ok(_) => {}
+                    Err(_) => {
+                        drained.malformed += 1;
+                        break;
+                    }
+                }
+            }
+        }
+        Ok(drained)
+    }
+}
+
+impl AsFd for Watch {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+fn config(op: Op, group: u16, attributes: &[ConfigNla]) -> Request {
+    let header = NetfilterHeader::new(NetfilterProtoFamily::Unspec, 0, group);
+    let mut body = vec![0; header.buffer_len() + attributes.buffer_len()];
+    let (head, tail) = body.split_at_mut(header.buffer_len());
+    header.emit(head);
+    attributes.emit(tail);
+    Request { op, kind: NFULNL_MSG_CONFIG, flags: 0, body, joined: false }
+}
+
+/// The connection of a logged packet, from its sender to its receiver, and its number.
+fn packet(payload: &[u8]) -> Option<(FourTuple, Option<u32>)> {
+    let mut flow = None;
+    let mut seq = None;
+    for attribute in NlasIterator::new(payload.get(NFGENMSG_LEN..)?) {
+        let attribute = attribute.ok()?;
+        match attribute.kind() {
+            NFULA_PAYLOAD => flow = tcp_flow(attribute.value()),
+            NFULA_SEQ => seq = parse_u32_be(attribute.value()).ok(),
+            _ => {}
+        }
+    }
+    Some((flow?, seq))
+}
+
+/// The four-tuple of a TCP packet that may be cut off behind its headers.
+fn tcp_flow(packet: &[u8]) -> Option<FourTuple> {
+    let sliced = LaxSlicedPacket::from_ip(packet).ok()?;
+    let (src, dst) = match &sliced.net? {
+        LaxNetSlice::Ipv4(ip) => {
+            (ip.header().source_addr().into(), ip.header().destination_addr().into())
+        }
+        LaxNetSlice::Ipv6(ip) => {
+            (ip.header().source_addr().into(), ip.header().destination_addr().into())
+        }
+        _ => return None,
+    };
+    match sliced.transport? {
+        TransportSlice::Tcp(tcp) => Some(FourTuple::new(
+            Endpoint::new(src, tcp.source_port()),
+            Endpoint::new(dst, tcp.destination_port()),
+        )),
+        _ => None,
+    }
+}
