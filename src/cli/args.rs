@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 use crate::flow::Endpoint;
 use crate::host::netns::Namespace;
 use crate::reconcile::policy::Policy;
+use crate::reconcile::pressure::{Defence, Level};
 use crate::reconcile::recount::Mode;
 use crate::sockdiag::State;
 
@@ -202,6 +203,18 @@ pub(super) struct Run {
     #[arg(long, value_name = "NAME", default_value = "ctkeep0", value_parser = device)]
     pub device: String,
 
+    /// Defence level: 0 to hold entries as the kernel would, 2 to hold them hard always
+    #[arg(long, value_name = "LEVEL", default_value = "auto", value_parser = defence())]
+    pub defence: Defence,
+
+    /// Remove entries of the scope that no socket has backed for this long [default: never]
+    #[arg(long, value_name = "TIME", value_parser = interval)]
+    pub reap: Option<Duration>,
+
+    /// Run the workers with real-time priority (SCHED_RR); needs CAP_SYS_NICE
+    #[arg(long)]
+    pub realtime: bool,
+
     /// What happens to held entries at the end
     #[arg(long, value_name = "WHAT", default_value = "keep", value_parser = on_exit())]
     pub on_exit: OnExit,
@@ -249,6 +262,7 @@ impl Scope {
             exempt: self.exempt.clone(),
             lease: self.lease,
             force: false,
+            reap: None,
         }
     }
 
@@ -357,6 +371,15 @@ fn event_source() -> impl TypedValueParser<Value = EventSource> {
             "off" => EventSource::Off,
             _ => EventSource::Auto,
         }
+    })
+}
+
+fn defence() -> impl TypedValueParser<Value = Defence> {
+    PossibleValuesParser::new(["auto", "0", "1", "2"]).map(|name| match name.as_str() {
+        "0" => Defence::Fixed(Level::Calm),
+        "1" => Defence::Fixed(Level::Alert),
+        "2" => Defence::Fixed(Level::Siege),
+        _ => Defence::Auto,
     })
 }
 

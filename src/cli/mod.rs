@@ -59,6 +59,16 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// The command line again, with the file that it names as that is now.
+fn arguments() -> Result<Command> {
+    let matches = config::matches(std::env::args_os()).map_err(|failure| match failure {
+        config::Failure::Clap(error) => Error::usage("reload", error.to_string()),
+        config::Failure::File(error) => error,
+    })?;
+    let cli = Cli::from_arg_matches(&matches);
+    cli.map(|cli| cli.command).map_err(|error| Error::usage("reload", error.to_string()))
+}
+
 fn dispatch(command: Command) -> Result<Exit> {
     match command {
         Command::Audit(args) => audit::run(&args),

@@ -3,11 +3,20 @@
 use std::time::Duration;
 
 use super::Exit;
-use super::args::Run;
+use super::args::{Command, Run};
 use crate::daemon::{self, Settings};
 use crate::error::{Error, Result};
+use crate::reconcile::policy::Policy;
 
 pub(super) fn run(args: Run) -> Result<Exit> {
+    daemon::run(settings(args)?, || match super::arguments()? {
+        Command::Run(args) => settings(args),
+        _ => Err(Error::usage("reload", "the command line is another one")),
+    })?;
+    Ok(Exit::Done)
+}
+
+fn settings(args: Run) -> Result<Settings> {
     // Renewed when half is left, found at a sweep, by timeouts in whole seconds.
     let least = args.sweep_interval * 2 + Duration::from_secs(1);
     if args.scope.lease < least {
@@ -23,8 +32,9 @@ pub(super) fn run(args: Run) -> Result<Exit> {
         ));
     }
     let namespaces = args.scope.namespaces()?;
-    daemon::run(Settings {
-        policy: args.scope.policy(),
+    let policy = Policy { reap: args.reap, ..args.scope.policy() };
+    Ok(Settings {
+        policy,
         recount: args.recount,
         device: args.device,
         events: args.events,
@@ -34,6 +44,7 @@ pub(super) fn run(args: Run) -> Result<Exit> {
         on_exit: args.on_exit,
         dry_run: args.dry_run,
         namespaces,
-    })?;
-    Ok(Exit::Done)
+        defence: args.defence,
+        realtime: args.realtime,
+    })
 }

@@ -2,22 +2,25 @@
 //!
 //! The workers speak blocking netlink and never wait for the runtime; it serves signals.
 
+mod control;
 mod events;
+mod service;
 mod tally;
 mod worker;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use nix::sys::eventfd::{EfdFlags, EventFd};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
+use self::control::Control;
+use self::service::Service;
 use crate::error::{Op, Result};
 use crate::host::netns::Namespace;
 use crate::reconcile::policy::Policy;
+use crate::reconcile::pressure::Defence;
 use crate::reconcile::recount;
 
 /// Where the fast path learns that an entry has changed.
@@ -67,6 +70,24 @@ pub struct Settings {
     pub dry_run: bool,
     /// Namespaces to guard, each on its own.
     pub namespaces: Vec<Namespace>,
+    /// Defence level.
+    pub defence: Defence,
+    /// Whether workers run with real-time priority.
+    pub realtime: bool,
+}
+
+impl Settings {
+    /// Whether everything that is set up once at the start is the same.
+    fn same_foundation(&self, other: &Self) -> bool {
+        self.namespaces == other.namespaces
+            && self.events == other.events
+            && self.nflog_group == other.nflog_group
+            && self.recount == other.recount
+            && self.device == other.device
+            && self.defence == other.defence
+            && self.realtime == other.realtime
+            && self.dry_run == other.dry_run
+    }
 }
 
 /// One conntrack table, and the namespaces whose sockets it tracks.
@@ -103,86 +124,105 @@ impl Guard {
     }
 }
 
-/// Tells workers to end.
-#[derive(Debug)]
-pub(crate) struct Stop {
-    wanted: AtomicBool,
-    wake: EventFd,
-}
-
-impl Stop {
-    fn new() -> Result<Self> {
-        let wake = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
-            .map_err(|errno| Op::new("open eventfd").io(errno.into()))?;
-        Ok(Self { wanted: AtomicBool::new(false), wake })
-    }
-
-    fn now(&self) {
-        self.wanted.store(true, Ordering::SeqCst);
-        // Fails only when it is full, and then it is readable anyway.
-        let _ = self.wake.write(1);
-    }
-
-    pub(crate) fn is_wanted(&self) -> bool {
-        self.wanted.load(Ordering::SeqCst)
-    }
-
-    pub(crate) fn wake(&self) -> &EventFd {
-        &self.wake
-    }
-}
-
-/// Runs until SIGTERM, SIGINT, or the failure of a worker.
+/// Runs until SIGTERM, SIGINT, or the failure of a worker. SIGHUP takes `reload`'s settings, or
+/// keeps the old ones where it fails.
 ///
 /// # Errors
 /// The first worker's error.
-pub fn run(settings: Settings) -> Result<()> {
+pub fn run(settings: Settings, reload: impl Fn() -> Result<Settings>) -> Result<()> {
     let op = Op::new("start runtime");
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|error| op.io(error))?;
-    let stop = Arc::new(Stop::new()?);
-    let (ended, mut endings) = mpsc::unbounded_channel();
-    let settings = Arc::new(settings);
+    let result = runtime.block_on(serve(settings, reload));
+    tracing::info!("stopped");
+    result
+}
 
-    let mut workers = 0;
-    for guard in Guard::all(&settings.namespaces) {
-        let (settings, stop, ended) = (settings.clone(), stop.clone(), ended.clone());
-        thread::Builder::new()
-            .name("worker".to_owned())
-            .spawn(move || {
-                let result = worker::run(&guard, &settings, &stop);
-                // The receiver outlives every worker.
-                let _ = ended.send(result);
-            })
-            .map_err(|error| op.io(error))?;
-        workers += 1;
+/// What a worker tells the runtime.
+#[derive(Debug)]
+enum News {
+    /// Its first whole sweep is done.
+    Ready,
+    /// It has ended.
+    Ended(Result<()>),
+}
+
+async fn serve(settings: Settings, reload: impl Fn() -> Result<Settings>) -> Result<()> {
+    let op = Op::new("start runtime");
+    let listen = |kind| signal(kind).map_err(|error| op.io(error));
+    let mut terminate = listen(SignalKind::terminate())?;
+    let mut interrupt = listen(SignalKind::interrupt())?;
+    let mut hangup = listen(SignalKind::hangup())?;
+
+    let guards = Guard::all(&settings.namespaces);
+    let (mut running, mut starting) = (guards.len(), guards.len());
+    let control = Arc::new(Control::new(settings, guards.len())?);
+    let (news, mut inbox) = mpsc::unbounded_channel();
+    for (number, guard) in guards.into_iter().enumerate() {
+        let (control, news) = (control.clone(), news.clone());
+        let worker = move || {
+            let ready = || drop(news.send(News::Ready));
+            let result = worker::run(&guard, number, &control, &ready);
+            drop(news.send(News::Ended(result)));
+        };
+        thread::Builder::new().name("worker".to_owned()).spawn(worker).map_err(|e| op.io(e))?;
     }
-    drop(ended);
 
-    let result = runtime.block_on(async {
-        let mut terminate = signal(SignalKind::terminate()).map_err(|error| op.io(error))?;
-        let mut interrupt = signal(SignalKind::interrupt()).map_err(|error| op.io(error))?;
-        let mut first = Ok(());
-        while workers > 0 {
-            tokio::select! {
-                _ = terminate.recv() => stop.now(),
-                _ = interrupt.recv() => stop.now(),
-                ending = endings.recv() => {
-                    workers -= 1;
+    let mut service = Service::new();
+    let mut first = Ok(());
+    while running > 0 {
+        tokio::select! {
+            _ = terminate.recv() => end(&control),
+            _ = interrupt.recv() => end(&control),
+            _ = hangup.recv() => {
+                service::reloading();
+                take_up(&control, reload());
+                service::ready();
+            }
+            () = service.is_due() => service.tell_alive(&control.beats()),
+            message = inbox.recv() => match message {
+                Some(News::Ready) => {
+                    starting = starting.saturating_sub(1);
+                    if starting == 0 {
+                        service::ready();
+                    }
+                }
+                Some(News::Ended(result)) => {
+                    running -= 1;
                     // One namespace that fails must not go unnoticed beside others that work.
-                    if let Some(Err(error)) = ending {
-                        stop.now();
+                    if let Err(error) = result {
+                        end(&control);
                         if first.is_ok() {
                             first = Err(error);
                         }
                     }
                 }
+                None => break,
             }
         }
-        first
-    });
-    tracing::info!("stopped");
-    result
+    }
+    first
+}
+
+fn end(control: &Control) {
+    service::stopping();
+    control.stop();
+}
+
+/// Puts new settings in force where they can be without starting anew.
+fn take_up(control: &Control, new: Result<Settings>) {
+    let old = control.settings();
+    match new {
+        Err(error) => tracing::error!(%error, "reload failed, keeping the old configuration"),
+        Ok(new) if !old.same_foundation(&new) => tracing::error!(
+            "reload refused, keeping the old configuration: namespaces, events, nflog group, \
+             recount, device, defence and dry-run take a restart"
+        ),
+        Ok(new) => {
+            control.replace(new);
+            tracing::info!("configuration reloaded");
+        }
+    }
 }

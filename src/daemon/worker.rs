@@ -2,19 +2,26 @@
 
 use std::collections::{HashMap, HashSet};
 use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use thread_priority::{
+    RealtimeThreadSchedulePolicy, ThreadPriority, ThreadPriorityValue, ThreadSchedulePolicy,
+    set_thread_priority_and_policy, thread_native_id,
+};
 
+use super::control::Control;
 use super::events::Events;
 use super::tally::Tally;
-use super::{Guard, OnExit, Settings, Stop};
+use super::{Guard, OnExit, Settings};
 use crate::conntrack::{Change, Entry, TcpState};
 use crate::error::{Error, Op, Result};
 use crate::flow::FourTuple;
 use crate::host::netns::Namespace;
+use crate::host::route::Routes;
 use crate::host::{instance, sysctl};
 use crate::nftables::Hook;
 use crate::reconcile::apply::{Outcome, apply};
@@ -38,23 +45,33 @@ const FULL_TABLE_REST: (Duration, Duration) = (Duration::from_secs(1), Duration:
 const COME_BACK: Duration = Duration::from_secs(1);
 
 /// Guards one conntrack table until told to stop, however often its namespaces come and go.
-pub(super) fn run(guard: &Guard, settings: &Settings, stop: &Stop) -> Result<()> {
+///
+/// `ready` is told after the first whole sweep; `number` is under which signs of life are given.
+pub(super) fn run(
+    guard: &Guard,
+    number: usize,
+    control: &Control,
+    ready: &(dyn Fn() + Sync),
+) -> Result<()> {
     let names: Vec<_> = guard.sockets.iter().map(Namespace::name).collect();
     let span =
         tracing::info_span!("guard", conntrack = guard.conntrack.name(), sockets = names.join(","));
     let _entered = span.enter();
-    while !stop.is_wanted() {
+    while !control.is_stopping() {
         let present: Vec<_> =
             guard.sockets.iter().filter(|name| name.identity().is_some()).cloned().collect();
         if present.is_empty() {
-            sleep(stop, COME_BACK)?;
+            control.beat(number);
+            sleep(control, COME_BACK)?;
             continue;
         }
         // On a thread of its own, which would else keep a dead namespace alive.
         let ended = thread::scope(|scope| {
             let span = &span;
             scope
-                .spawn(move || span.in_scope(|| guard_present(guard, &present, settings, stop)))
+                .spawn(move || {
+                    span.in_scope(|| guard_present(guard, number, &present, control, ready))
+                })
                 .join()
                 .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         })?;
@@ -74,10 +91,15 @@ enum Ended {
 /// Guards with the namespaces that are there, until one comes or goes.
 fn guard_present(
     guard: &Guard,
+    number: usize,
     present: &[Namespace],
-    settings: &Settings,
-    stop: &Stop,
+    control: &Control,
+    ready: &(dyn Fn() + Sync),
 ) -> Result<Ended> {
+    let settings = control.settings();
+    if settings.realtime {
+        prefer_realtime();
+    }
     let identities = || guard.sockets.iter().map(Namespace::identity).collect::<Vec<_>>();
     let begun_with = identities();
     guard.conntrack.enter()?;
@@ -89,11 +111,14 @@ fn guard_present(
     tracing::info!(
         ports = worker.scope.ports.len(),
         held = worker.ledger.held().count(),
-        dry_run = settings.dry_run,
+        dry_run = worker.settings.dry_run,
         "ready"
     );
-    while !stop.is_wanted() {
-        worker.wait(stop)?;
+    ready();
+    while !control.is_stopping() {
+        control.beat(number);
+        worker.wait(control)?;
+        worker.settings = control.settings();
         worker.turn()?;
         if worker.is_due_to_check_namespaces() && identities() != begun_with {
             return Ok(Ended::NamespacesChanged);
@@ -103,8 +128,22 @@ fn guard_present(
     Ok(Ended::Stopped)
 }
 
-fn sleep(stop: &Stop, time: Duration) -> Result<()> {
-    let mut fds = [PollFd::new(stop.wake().as_fd(), PollFlags::POLLIN)];
+/// Asks for SCHED_RR: bursts of traffic then do not put a repair off.
+fn prefer_realtime() {
+    let policy = ThreadSchedulePolicy::Realtime(RealtimeThreadSchedulePolicy::RoundRobin);
+    let lowest = ThreadPriorityValue::try_from(1_u8).map(ThreadPriority::Crossplatform);
+    let result = lowest.map_err(|error| error.to_string()).and_then(|priority| {
+        set_thread_priority_and_policy(thread_native_id(), priority, policy)
+            .map_err(|error| format!("{error:?}"))
+    });
+    match result {
+        Ok(()) => tracing::info!("real-time priority"),
+        Err(error) => tracing::warn!(error, "no real-time priority; it needs CAP_SYS_NICE"),
+    }
+}
+
+fn sleep(control: &Control, time: Duration) -> Result<()> {
+    let mut fds = [PollFd::new(control.wake().as_fd(), PollFlags::POLLIN)];
     wait_for(&mut fds, time)
 }
 
@@ -132,8 +171,8 @@ enum Trigger {
     Sweep,
 }
 
-struct Worker<'a> {
-    settings: &'a Settings,
+struct Worker {
+    settings: Arc<Settings>,
     tables: Tables,
     recounter: Option<Recounter>,
     device: String,
@@ -158,8 +197,8 @@ struct FullTable {
     last_said: Instant,
 }
 
-impl<'a> Worker<'a> {
-    fn open(settings: &'a Settings, guard: &Guard, present: &[Namespace]) -> Result<Self> {
+impl Worker {
+    fn open(settings: Arc<Settings>, guard: &Guard, present: &[Namespace]) -> Result<Self> {
         let mut sockets: Option<SockDiag> = None;
         for namespace in present {
             let part = if *namespace == guard.conntrack {
@@ -185,17 +224,16 @@ impl<'a> Worker<'a> {
         };
         // Before the first dump, so that nothing happens unseen between the two.
         let hook = if guard.is_for_others() { Hook::Forward } else { Hook::Input };
-        let events = Events::open(settings, &format!("{name}-watch"), hook, &scope.ports)?;
+        let events = Events::open(&settings, &format!("{name}-watch"), hook, &scope.ports)?;
         let now = Instant::now();
         let mut this = Self {
-            settings,
             tables,
             recounter: None,
             device: name,
             events,
             scope,
             ports_ever: HashSet::new(),
-            ledger: Ledger::default(),
+            ledger: Ledger::new(settings.defence),
             next_sweep: now,
             next_deep: now,
             second_look: None,
@@ -203,6 +241,7 @@ impl<'a> Worker<'a> {
             sweep_failing: false,
             tally: Tally::default(),
             checked: now,
+            settings,
         };
         // A namespace that may have nothing to do with it gets a device only when it needs one.
         if !guard.is_for_others() {
@@ -241,14 +280,16 @@ impl<'a> Worker<'a> {
     }
 
     /// Sleeps until there is something to do.
-    fn wait(&self, stop: &Stop) -> Result<()> {
+    fn wait(&self, control: &Control) -> Result<()> {
         let mut deadline = self.next_sweep.min(self.next_deep);
         if let Some((at, _)) = &self.second_look {
             deadline = deadline.min(*at);
         }
-        let mut fds = vec![PollFd::new(stop.wake().as_fd(), PollFlags::POLLIN)];
+        let mut fds = vec![PollFd::new(control.wake().as_fd(), PollFlags::POLLIN)];
         fds.extend(self.events.fd().map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
-        wait_for(&mut fds, deadline.saturating_duration_since(Instant::now()))
+        // Signs of life and the namespaces want a turn now and then.
+        let time = deadline.saturating_duration_since(Instant::now()).min(COME_BACK);
+        wait_for(&mut fds, time)
     }
 
     /// One turn of the loop. Only what makes further work senseless is an error; a failed sweep
@@ -351,6 +392,7 @@ impl<'a> Worker<'a> {
                 let open = States::from_iter([State::Established, State::CloseWait]);
                 let snapshot = self.tables.whole(&self.scope, policy, open)?;
                 self.ledger.set_tracked(snapshot.tracked.clone());
+                self.note_ghosts(&snapshot, began)?;
                 let alive = snapshot.views.iter().filter_map(|view| view.socket);
                 self.ledger.retain_seen(alive.map(|socket| socket.cookie));
                 snapshot
@@ -370,13 +412,52 @@ impl<'a> Worker<'a> {
         self.repair(&snapshot, Trigger::Sweep)?;
         self.tally.sweeps += 1;
         let now = Instant::now();
-        self.next_sweep = now + self.settings.sweep_interval;
+        self.weigh(now)?;
+        self.next_sweep = now + self.ledger.pressure().hurry(self.settings.sweep_interval);
         if depth == Depth::Deep {
             self.forget_closed_ports(&snapshot);
             // Under one hundredth of a core, however large the table is.
-            self.next_deep = now + self.settings.deep_interval.max((now - began) * 100);
+            let interval = self.ledger.pressure().hurry(self.settings.deep_interval);
+            self.next_deep = now + interval.max((now - began) * 100);
         }
         tracing::debug!(?depth, views = snapshot.views.len(), took = ?(now - began), "swept");
+        Ok(())
+    }
+
+    /// Takes note of entries whose connection should end here and has no socket.
+    fn note_ghosts(&mut self, snapshot: &Snapshot, now: Instant) -> Result<()> {
+        let Some(grace) = self.settings.policy.reap else { return Ok(()) };
+        let mut routes = Routes::open()?;
+        let mut ghosts = Vec::new();
+        for view in snapshot.views.iter().filter(|view| view.socket.is_none()) {
+            if let Some(entry) = view.entry
+                && routes.is_local(view.flow.src.addr())?
+            {
+                ghosts.push(entry.key());
+            }
+        }
+        self.ledger.note_ghosts(ghosts, grace, now);
+        Ok(())
+    }
+
+    /// Weighs how hard entries are fought over, and says when that changes the defence.
+    fn weigh(&mut self, now: Instant) -> Result<()> {
+        let size = self.tables.conntrack.size()?;
+        let maximum = size.maximum.map(u64::from).or_else(|| sysctl::conntrack("nf_conntrack_max"));
+        let fill = maximum.filter(|maximum| *maximum > 0).map_or(0.0, |maximum| {
+            #[allow(clippy::cast_precision_loss, reason = "a share of at most 2^32 entries")]
+            let maximum = maximum as f64;
+            f64::from(size.entries) / maximum
+        });
+        if let Some(change) = self.ledger.pressure_mut().tick(fill, now) {
+            tracing::warn!(
+                from = change.from as u8,
+                to = change.to as u8,
+                repairs_per_second = change.rate,
+                table_fill = change.fill,
+                "defence level changed"
+            );
+        }
         Ok(())
     }
 
@@ -393,9 +474,10 @@ impl<'a> Worker<'a> {
 
     /// Plans, makes sure, carries out, and arranges the second look.
     fn repair(&mut self, snapshot: &Snapshot, trigger: Trigger) -> Result<()> {
-        let policy = &self.settings.policy;
+        let settings = self.settings.clone();
+        let policy = &settings.policy;
         let mut planned = plan(snapshot, &self.scope, policy, &self.ledger);
-        if self.inserts_rest() {
+        if self.inserts_rest() || !self.ledger.pressure().allows_inserts() {
             planned.actions.retain(|action| action.kind != ActionKind::Reinsert);
         }
         if planned.actions.is_empty() {
@@ -428,6 +510,7 @@ impl<'a> Worker<'a> {
             if outcome.action.kind.needs_recount()
                 && let Some(socket) = outcome.action.view.socket
             {
+                self.ledger.pressure_mut().repaired(socket.remote.addr(), began);
                 again.push(Lookup::from(&socket));
             }
         }

@@ -53,7 +53,7 @@ pub fn apply<T: Transport>(
     for outcome in outcomes.iter().filter(|outcome| outcome.result.is_ok()) {
         let Action { kind, view, template, .. } = outcome.action;
         match (kind, view.socket) {
-            (ActionKind::Release, _) => ledger.drop_flow(view.flow),
+            (ActionKind::Release | ActionKind::Reap, _) => ledger.drop_flow(view.flow),
             (_, Some(socket)) => ledger.hold(socket, template, now),
             (_, None) => {}
         }
@@ -157,6 +157,13 @@ fn first_step(action: &Action, way: Way, lease: Duration) -> Change {
             Change::Replace { old: key, id, new: insert }
         }
         (ActionKind::Reinsert, _) => Change::Insert(insert),
+        (ActionKind::Seal, _) => Change::Update {
+            key,
+            state: TcpState::Established,
+            status: Some(Status::ASSURED),
+            timeout: lease,
+        },
+        (ActionKind::Reap, _) => Change::Delete { key, id },
         (ActionKind::Release, _) => {
             Change::Update { key, state: TcpState::Close, status: None, timeout: CLOSE_TIMEOUT }
         }

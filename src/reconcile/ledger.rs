@@ -4,8 +4,9 @@
 //! inherit anything.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use super::pressure::{Defence, Pressure};
 use super::snapshot::Snapshot;
 use crate::conntrack::{Entry, EntryKey, Zone};
 use crate::flow::FourTuple;
@@ -29,11 +30,54 @@ pub struct Ledger {
     flows: HashMap<FourTuple, Cookie>,
     seen: HashMap<Cookie, (FourTuple, Entry)>,
     distrusted: HashSet<Cookie>,
+    ghosts: HashMap<EntryKey, Instant>,
+    overdue: HashSet<EntryKey>,
+    pressure: Pressure,
     tracked: HashSet<u16>,
     zones: BTreeSet<Zone>,
 }
 
 impl Ledger {
+    /// An empty memory, with this defence.
+    pub fn new(defence: Defence) -> Self {
+        Self { pressure: Pressure::new(defence), ..Self::default() }
+    }
+
+    /// How hard entries are fought over.
+    pub fn pressure(&self) -> &Pressure {
+        &self.pressure
+    }
+
+    /// The same, to be told of repairs and the time.
+    pub fn pressure_mut(&mut self) -> &mut Pressure {
+        &mut self.pressure
+    }
+
+    /// Takes note of all entries without a socket; those that have been so for `grace` are
+    /// overdue.
+    pub fn note_ghosts(
+        &mut self,
+        ghosts: impl IntoIterator<Item = EntryKey>,
+        grace: Duration,
+        now: Instant,
+    ) {
+        let mut present = HashMap::new();
+        for key in ghosts {
+            present.insert(key, self.ghosts.get(&key).copied().unwrap_or(now));
+        }
+        self.overdue = present
+            .iter()
+            .filter(|(_, since)| now.saturating_duration_since(**since) >= grace)
+            .map(|(key, _)| *key)
+            .collect();
+        self.ghosts = present;
+    }
+
+    /// Whether this entry has been without a socket for too long.
+    pub fn is_overdue(&self, key: EntryKey) -> bool {
+        self.overdue.contains(&key)
+    }
+
     /// Whether the entry of this very socket is held.
     pub fn holds(&self, socket: &Socket) -> bool {
         self.held.get(&socket.cookie).is_some_and(|held| held.socket.flow() == socket.flow())

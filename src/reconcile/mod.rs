@@ -9,5 +9,6 @@ pub mod ledger;
 pub mod observe;
 pub mod plan;
 pub mod policy;
+pub mod pressure;
 pub mod recount;
 pub mod snapshot;

@@ -23,8 +23,12 @@ pub enum ActionKind {
     Reinsert,
     /// Turn an entry round that was picked up in the wrong direction.
     Reverse,
+    /// Hold an entry as ESTABLISHED where it is, before a stale RST comes.
+    Seal,
     /// Give an entry back whose socket is gone.
     Release,
+    /// Remove an entry that no socket backs.
+    Reap,
 }
 
 impl ActionKind {
@@ -35,7 +39,9 @@ impl ActionKind {
             Self::Revive => "revive",
             Self::Reinsert => "reinsert",
             Self::Reverse => "reverse",
+            Self::Seal => "seal",
             Self::Release => "release",
+            Self::Reap => "reap",
         }
     }
 
@@ -73,6 +79,10 @@ pub enum Reason {
     EntryReversed,
     /// The socket of a held entry is gone.
     SocketGone,
+    /// No socket has backed the entry for the grace time.
+    SocketMissing,
+    /// The source has fooled conntrack again and again, or the table is nearly full.
+    UnderAttack,
 }
 
 impl fmt::Display for Reason {
@@ -83,6 +93,8 @@ impl fmt::Display for Reason {
             Self::EntryExpiring => f.write_str("socket open, entry about to expire"),
             Self::EntryReversed => f.write_str("entry picked up in the wrong direction"),
             Self::SocketGone => f.write_str("socket gone"),
+            Self::SocketMissing => f.write_str("no socket for too long"),
+            Self::UnderAttack => f.write_str("socket half-closed, source under suspicion"),
         }
     }
 }
@@ -171,11 +183,13 @@ fn without_socket(entry: Option<(Direction, TcpState)>, held: bool) -> Verdict {
     match entry {
         None => Verdict::Leave(Rest::Over),
         Some((Direction::FromPeer, state)) if state.is_closing() => Verdict::Leave(Rest::Over),
-        Some(_) if held => Verdict::Act(ActionKind::Release, Reason::SocketGone),
+        // Also where the tuple was held for an older socket: the peer has used its port again, and
+        // with SYN cookies a connection has no socket before the end of its handshake.
         Some((
             Direction::FromPeer,
             TcpState::None | TcpState::SynSent | TcpState::SynRecv | TcpState::SynSent2,
         )) => Verdict::Leave(Rest::Handshake),
+        Some(_) if held => Verdict::Act(ActionKind::Release, Reason::SocketGone),
         Some(_) => Verdict::Leave(Rest::OverCount),
     }
 }
@@ -229,7 +243,26 @@ pub fn verdict(
     policy: &Policy,
     ledger: &Ledger,
 ) -> Verdict {
-    decide(cell(view, snapshot, scope, policy, ledger))
+    let cell = cell(view, snapshot, scope, policy, ledger);
+    let entry = view.entry;
+    match (decide(cell), cell.entry) {
+        // Beyond the table: what the operator or an attack has switched on.
+        (Verdict::Leave(Rest::OverCount), _)
+            if policy.reap.is_some()
+                && entry.is_some_and(|entry| ledger.is_overdue(entry.key())) =>
+        {
+            Verdict::Act(ActionKind::Reap, Reason::SocketMissing)
+        }
+        (
+            Verdict::Leave(Rest::Agree) | Verdict::Act(ActionKind::Extend, _),
+            Some((Direction::FromPeer, TcpState::FinWait | TcpState::CloseWait)),
+        ) if cell.socket == Some(State::CloseWait)
+            && ledger.pressure().hardens(view.flow.dst.addr()) =>
+        {
+            Verdict::Act(ActionKind::Seal, Reason::UnderAttack)
+        }
+        (verdict, _) => verdict,
+    }
 }
 
 /// The cell that a connection stands in.

@@ -24,6 +24,8 @@ pub struct Policy {
     pub lease: Duration,
     /// Re-insert without evidence that the connection was ever tracked.
     pub force: bool,
+    /// Remove entries that no socket backs, when they have been so for this long.
+    pub reap: Option<Duration>,
 }
 
 impl Default for Policy {
@@ -35,6 +37,7 @@ impl Default for Policy {
             exempt: Vec::new(),
             lease: Duration::from_secs(60),
             force: false,
+            reap: None,
         }
     }
 }
