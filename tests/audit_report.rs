@@ -205,8 +205,8 @@ fn counted_by_tools(lab: &Lab, ports: &[u16]) -> (BTreeMap<String, u64>, BTreeMa
 }
 
 fn without_zeros(counts: &Value) -> BTreeMap<String, u64> {
-    let counts = counts.as_object().unwrap().iter();
-    let counts = counts.map(|(name, count)| (name.clone(), count.as_u64().unwrap()));
+    let counts = counts.as_object().expect("counts by name").iter();
+    let counts = counts.map(|(name, count)| (name.clone(), count.as_u64().expect("a count")));
     counts.filter(|(_, count)| *count > 0).collect()
 }
 

@@ -45,8 +45,8 @@ pub(super) enum Command {
     Doctor(Doctor),
     /// Write a completion script for a shell to stdout
     Completions(Completions),
-    /// Write the manual page to stdout
-    Man,
+    /// Write a manual page to stdout, or the example of a configuration file
+    Man(Man),
 }
 
 #[derive(Debug, Args)]
@@ -165,6 +165,22 @@ pub(super) struct Doctor {
 
     #[command(flatten)]
     pub output: Output,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Man {
+    /// Which page: ctkeep is of section 8, ctkeep.toml of section 5
+    #[arg(value_enum, default_value_t = Page::Ctkeep)]
+    pub page: Page,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum Page {
+    Ctkeep,
+    #[value(name = "ctkeep.toml")]
+    Configuration,
+    #[value(name = "ctkeep.toml.example")]
+    Example,
 }
 
 #[derive(Debug, Args)]

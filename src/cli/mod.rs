@@ -77,7 +77,7 @@ fn dispatch(command: Command) -> Result<Exit> {
         Command::Explain(args) => explain::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Completions(args) => manual::completions(&args),
-        Command::Man => manual::man(),
+        Command::Man(args) => manual::man(&args),
     }
 }
 
