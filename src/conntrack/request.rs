@@ -93,7 +93,12 @@ impl Change {
                 let mut attributes = key_attributes(key);
                 attributes.extend(status.map(status_attribute));
                 attributes.push(timeout_attribute(timeout));
-                attributes.push(protoinfo(&[nla(CTA_PROTOINFO_TCP_STATE, &[state as u8])]));
+                let mut info = vec![nla(CTA_PROTOINFO_TCP_STATE, &[state as u8])];
+                if state == TcpState::Close {
+                    let reusable = [IP_CT_TCP_FLAG_CLOSE_INIT; 2];
+                    info.push(nla(CTA_PROTOINFO_TCP_FLAGS_ORIGINAL, &reusable));
+                }
+                attributes.push(protoinfo(&info));
                 out.push(request("conntrack update", key.orig, IPCTNL_MSG_CT_NEW, 0, &attributes));
             }
             Self::Insert(insert) => out.push(insert.request()),
@@ -145,8 +150,13 @@ impl Insert {
             None => ([0; 2], 0),
         };
         // struct nf_ct_tcp_flags { flags, mask }
-        let [orig, reply] =
+        let [mut orig, reply] =
             flags.map(|flags| [flags, mask].map(|byte| byte | IP_CT_TCP_FLAG_BE_LIBERAL));
+        // Conntrack learns who closed first from a FIN that this entry may never see. Without the
+        // flag it ignores a SYN that uses the tuple again after the end, and connlimit, which
+        // cannot count an ignored one, drops it (seen on 6.18; guarded by
+        // `a_port_that_is_used_again_is_a_new_connection`).
+        orig = orig.map(|byte| byte | IP_CT_TCP_FLAG_CLOSE_INIT);
         let mut info = vec![
             nla(CTA_PROTOINFO_TCP_STATE, &[self.state as u8]),
             nla(CTA_PROTOINFO_TCP_FLAGS_ORIGINAL, &orig),

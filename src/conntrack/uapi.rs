@@ -94,6 +94,7 @@ pub const IPS_CONFIRMED: u32 = 1 << 3;
 
 pub const IP_CT_TCP_FLAG_WINDOW_SCALE: u8 = 0x01;
 pub const IP_CT_TCP_FLAG_SACK_PERM: u8 = 0x02;
+pub const IP_CT_TCP_FLAG_CLOSE_INIT: u8 = 0x04;
 pub const IP_CT_TCP_FLAG_BE_LIBERAL: u8 = 0x08;
 
 /// Longest helper name with its NUL (`NF_CT_HELPER_NAME_LEN`).

@@ -391,8 +391,11 @@ impl Worker {
                 }
                 let open = States::from_iter([State::Established, State::CloseWait]);
                 let snapshot = self.tables.whole(&self.scope, policy, open)?;
+<<<<<<< ours
                 self.ledger.set_tracked(snapshot.tracked.clone());
                 self.note_ghosts(&snapshot, began)?;
+=======
+>>>>>>> theirs
                 let alive = snapshot.views.iter().filter_map(|view| view.socket);
                 self.ledger.retain_seen(alive.map(|socket| socket.cookie));
                 snapshot
@@ -409,7 +412,12 @@ impl Worker {
         if depth == Depth::Shallow {
             self.ledger.settle(&snapshot);
         }
+        // What the sweep before it learned is evidence to this one too: a flush of the table takes
+        // all that there is to see at once.
         self.repair(&snapshot, Trigger::Sweep)?;
+        if depth == Depth::Deep && !self.inserts_rest() {
+            self.ledger.set_tracked(snapshot.tracked.clone());
+        }
         self.tally.sweeps += 1;
         let now = Instant::now();
         self.weigh(now)?;
@@ -591,10 +599,17 @@ impl Worker {
         let changes: Vec<_> = snapshot
             .views
             .iter()
-            .filter_map(|view| view.entry)
-            .filter_map(|entry| {
-                let timeout = kernel_timeout(entry.state()?)?;
-                Some(Change::Extend { key: entry.key(), timeout })
+            .filter_map(|view| {
+                let entry = view.entry?;
+                // Not the entry's own state: a sealed one is held as ESTABLISHED, and would live
+                // for days.
+                let state = match view.socket.map(|socket| socket.state) {
+                    Some(State::CloseWait) => TcpState::CloseWait,
+                    Some(_) => entry.state()?,
+                    None => TcpState::Close,
+                };
+                let timeout = kernel_timeout(state)?;
+                Some(Change::Update { key: entry.key(), state, status: None, timeout })
             })
             .collect();
         self.tables.conntrack.change(&changes)?;
