@@ -11,7 +11,7 @@ mod played;
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
-use ctkeep::conntrack::{Entry, TcpState, Zone};
+use ctkeep::conntrack::{Entry, Tcp, TcpState, Zone};
 use ctkeep::flow::FourTuple;
 use ctkeep::reconcile::apply::apply;
 use ctkeep::reconcile::confirm::{Confirmed, confirm};
@@ -38,11 +38,11 @@ const TABLE: &str = "
   gone         none                     -       -        -    -        leave over
   gone         from-peer closing        -       -        -    -        leave over
   gone         from-peer alive          -       -        yes  -        release, socket gone
-  gone         from-peer opening        -       -        yes  -        release, socket gone
   gone         reversed any             -       -        yes  -        release, socket gone
   gone         from-peer alive          -       -        no   -        leave over-count
-  gone         from-peer opening        -       -        no   -        leave handshake
   gone         reversed any             -       -        no   -        leave over-count
+# The peer has used its port again; with SYN cookies its socket comes last.
+  gone         from-peer opening        -       -        -    -        leave handshake
 
 # The socket is open in a state that nobody guards: conntrack sees its packets itself. A hold stays
 # as it is, without renewal, until the socket is gone.
@@ -187,6 +187,7 @@ fn words(verdict: Verdict, cell: &Cell) -> String {
                 Reason::EntryExpiring => "entry expiring",
                 Reason::EntryReversed => "entry reversed",
                 Reason::SocketGone => "socket gone",
+                beyond => panic!("{beyond:?} is no reason of the table: {cell:?}"),
             };
             format!("{kind}, {reason}")
         }
@@ -359,6 +360,81 @@ mod cells_of_connections {
         ledger.remember(&close_wait(1), outgoing);
         let verdict = verdict_of(Some(close_wait(1)), None, &ledger);
         assert_eq!(verdict, Verdict::Leave(Rest::Outgoing));
+    }
+
+    /// Liberal without SACK: only ctkeep makes such entries.
+    fn inserted(state: TcpState, seconds: u64) -> Entry {
+        let entry = entry(server_to_peer(), state, seconds);
+        Entry { tcp: entry.tcp.map(|tcp| Tcp { flags: [0x08, 0x08], ..tcp }), ..entry }
+    }
+
+    #[test]
+    fn what_a_former_life_inserted_is_given_back_when_its_socket_is_gone() {
+        let release = Verdict::Act(ActionKind::Release, Reason::SocketGone);
+        let nobody = Ledger::default();
+        for (entry, expected) in [
+            (inserted(TcpState::CloseWait, 50), release),
+            (inserted(TcpState::Established, 50), release),
+            // What the kernel itself or another program made is not ours to take away.
+            (entry(server_to_peer(), TcpState::CloseWait, 50), Verdict::Leave(Rest::OverCount)),
+            (
+                Entry {
+                    tcp: reversed_entry(server_to_peer(), TcpState::CloseWait, 50).tcp,
+                    ..entry(server_to_peer(), TcpState::CloseWait, 50)
+                },
+                Verdict::Leave(Rest::OverCount),
+            ),
+        ] {
+            assert_eq!(verdict_of(None, Some(entry), &nobody), expected, "{entry:?}");
+        }
+    }
+
+    #[test]
+    fn an_inserted_entry_that_a_packet_has_lengthened_is_brought_back_to_its_lease() {
+        let extend = Verdict::Act(ActionKind::Extend, Reason::EntryExpiring);
+        let agree = Verdict::Leave(Rest::Agree);
+        let lease = policy().lease.as_secs();
+        let kernels_own = entry(server_to_peer(), TcpState::Established, 432_000);
+        for (socket, entry, expected) in [
+            (close_wait(1), inserted(TcpState::Established, lease), agree),
+            (close_wait(1), inserted(TcpState::Established, lease + 1), extend),
+            (close_wait(1), inserted(TcpState::Established, 432_000), extend),
+            (close_wait(1), kernels_own, agree),
+            // Traffic flows: its timeout is the kernel's.
+            (established(1), inserted(TcpState::Established, 432_000), agree),
+        ] {
+            let verdict = verdict_of(Some(socket), Some(entry), &Ledger::default());
+            assert_eq!(verdict, expected, "{} {entry:?}", socket.state);
+        }
+    }
+
+    #[test]
+    fn what_was_closed_during_its_repair_is_repaired_again_however_well_it_looks() {
+        let well = inserted(TcpState::CloseWait, 60);
+        let mut ledger = Ledger::default();
+        ledger.hold(close_wait(1), well, Instant::now());
+        let revive = Verdict::Act(ActionKind::Revive, Reason::EntryClosed(TcpState::Close));
+        ledger.distrust(&close_wait(1));
+        assert_eq!(verdict_of(Some(close_wait(1)), Some(well), &ledger), revive);
+        // Until it has been.
+        ledger.hold(close_wait(1), well, Instant::now());
+        let agree = Verdict::Leave(Rest::Agree);
+        assert_eq!(verdict_of(Some(close_wait(1)), Some(well), &ledger), agree);
+        // And never for a socket that is not held.
+        ledger.distrust(&close_wait(2));
+        assert_eq!(verdict_of(Some(close_wait(2)), Some(well), &ledger), agree);
+    }
+
+    #[test]
+    fn the_handshake_of_a_tuple_that_is_used_again_is_not_disturbed() {
+        let mut ledger = Ledger::default();
+        let last = entry(server_to_peer(), TcpState::CloseWait, 60);
+        ledger.hold(close_wait(1), last, Instant::now());
+        for state in [TcpState::SynSent, TcpState::SynRecv] {
+            let handshake = entry(server_to_peer(), state, 60);
+            let verdict = verdict_of(None, Some(handshake), &ledger);
+            assert_eq!(verdict, Verdict::Leave(Rest::Handshake), "{state}");
+        }
     }
 
     #[test]
@@ -723,8 +799,14 @@ mod laws {
         })
     }
 
+    /// As this program makes them: liberal without SACK.
+    fn inserted_entry(flow: FourTuple, state: TcpState, seconds: u64) -> Entry {
+        let entry = entry(flow, state, seconds);
+        Entry { tcp: entry.tcp.map(|tcp| Tcp { flags: [0x08, 0x08], ..tcp }), ..entry }
+    }
+
     fn any_entry(flow: FourTuple) -> impl Strategy<Value = Entry> {
-        let make = select(vec![entry, reversed_entry, outgoing_entry]);
+        let make = select(vec![entry, inserted_entry, reversed_entry, outgoing_entry]);
         let zones = vec![Zone::default(), Zone::both(2), Zone { orig: 2, reply: 0 }];
         (make, select(TcpState::ALL.to_vec()), 0..120_u64, select(zones)).prop_map(
             move |(make, state, seconds, zone)| Entry { zone, ..make(flow, state, seconds) },
@@ -821,7 +903,7 @@ mod laws {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig { cases: 1000, ..ProptestConfig::default() })]
+        #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
 
         #[test]
         fn a_plan_does_not_depend_on_the_order_of_the_snapshot(
@@ -848,7 +930,10 @@ mod laws {
                         prop_assert!(policy().states.contains(socket.state));
                         prop_assert!(scope().contains(&policy(), flow) || ledger.holds(&socket));
                     }
-                    None => prop_assert!(ledger.holds_flow(flow)),
+                    None => {
+                        let inserted = action.view.entry.is_some_and(|entry| entry.is_ours());
+                        prop_assert!(inserted || ledger.holds_flow(flow));
+                    }
                 }
             }
         }
@@ -897,7 +982,7 @@ mod laws {
         }
 
         /// Observed, planned, confirmed, carried out: then there is nothing left to do, and
-        /// whatever was not in the plan is as it was.
+        /// whatever was not in a plan is as it was.
         #[test]
         fn a_plan_that_is_carried_out_leaves_nothing_to_do((views, ledger) in any_situation()) {
             let mut ledger = ledger;
@@ -912,29 +997,35 @@ mod laws {
             };
             let (host, mut tables) = before.clone().open();
             let (scope, policy) = (scope(), policy());
-            let states = States::connected();
+            let mut touched = HashSet::new();
+            for round in 0.. {
+                let changes = host.borrow().changes;
+                let snapshot = tables.whole(&scope, &policy, States::connected()).unwrap();
+                let planned = plan(&snapshot, &scope, &policy, &ledger);
+                if planned.actions.is_empty() {
+                    break;
+                }
+                // An entry that was put back is evidence that its port is tracked, so connections
+                // that were left alone for want of it follow in a second round, the last one.
+                prop_assert!(round < 2, "{:?}", planned.actions);
+                let reinserts =
+                    planned.actions.iter().all(|action| action.kind == ActionKind::Reinsert);
+                prop_assert!(round == 0 || reinserts, "{:?}", planned.actions);
 
-            let snapshot = tables.whole(&scope, &policy, states).unwrap();
-            let planned = plan(&snapshot, &scope, &policy, &ledger);
-            let confirmed =
-                confirm(&mut tables, &planned, &scope, &policy, &ledger).unwrap();
-            // Nothing has changed in between.
-            prop_assert_eq!(kinds(confirmed.actions()), kinds(&planned.actions));
-            prop_assert_eq!(host.borrow().changes, 0, "looking changes nothing");
+                let confirmed =
+                    confirm(&mut tables, &planned, &scope, &policy, &ledger).unwrap();
+                // Nothing has changed in between.
+                prop_assert_eq!(kinds(confirmed.actions()), kinds(&planned.actions));
+                prop_assert_eq!(host.borrow().changes, changes, "looking changes nothing");
 
-            let outcomes =
-                apply(&mut tables, &mut None, &confirmed, &policy, &mut ledger, Instant::now())
-                    .unwrap();
-            for outcome in &outcomes {
-                prop_assert!(outcome.result.is_ok(), "{:?}", outcome);
+                let outcomes =
+                    apply(&mut tables, &mut None, &confirmed, &policy, &mut ledger, Instant::now())
+                        .unwrap();
+                for outcome in &outcomes {
+                    prop_assert!(outcome.result.is_ok(), "{:?}", outcome);
+                }
+                touched.extend(planned.actions.iter().map(|action| action.view.flow));
             }
-
-            let snapshot = tables.whole(&scope, &policy, states).unwrap();
-            let again = plan(&snapshot, &scope, &policy, &ledger);
-            prop_assert_eq!(again.actions, []);
-
-            let touched: HashSet<_> =
-                planned.actions.iter().map(|action| action.view.flow).collect();
             let untouched = |host: &Host| {
                 let of_nobody = |entry: &&Entry| {
                     !touched.contains(&entry.reply) && !touched.contains(&entry.orig)

@@ -391,11 +391,7 @@ impl Worker {
                 }
                 let open = States::from_iter([State::Established, State::CloseWait]);
                 let snapshot = self.tables.whole(&self.scope, policy, open)?;
-<<<<<<< ours
-                self.ledger.set_tracked(snapshot.tracked.clone());
                 self.note_ghosts(&snapshot, began)?;
-=======
->>>>>>> theirs
                 let alive = snapshot.views.iter().filter_map(|view| view.socket);
                 self.ledger.retain_seen(alive.map(|socket| socket.cookie));
                 snapshot
