@@ -143,8 +143,11 @@ pub(super) struct Reconcile {
 
 #[derive(Debug, Args)]
 pub(super) struct Explain {
-    /// The server's end of the connection: 192.0.2.1:80 or [2001:db8::1]:80
-    #[arg(value_name = "LOCAL")]
+    // Not a doc comment: rustdoc takes the brackets for a link.
+    #[arg(
+        value_name = "LOCAL",
+        help = "The server's end of the connection: 192.0.2.1:80 or [2001:db8::1]:80"
+    )]
     pub local: Endpoint,
 
     /// The peer's end

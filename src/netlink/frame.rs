@@ -145,7 +145,7 @@ mod tests {
         let items: Vec<_> = frames(&bytes).map(Result::unwrap).collect();
         assert_eq!(items.len(), 2);
         assert_eq!(items[0].payload, [7, 7]);
-        assert_eq!(items[1].acknowledgement().unwrap().is_none(), true);
+        assert!(items[1].acknowledgement().unwrap().is_none());
     }
 
     #[test]

@@ -20,6 +20,7 @@
 mod daemon;
 mod namespace;
 mod peer;
+pub mod rules;
 mod segment;
 mod server;
 mod tables;
@@ -112,6 +113,45 @@ impl Lab {
             format!("-A INPUT -p tcp --syn --dport {port} -m connlimit --connlimit-above {above}");
         self.server.run(&format!("iptables {rule} --connlimit-mask 32 -j DROP"));
         self.server.run(&format!("ip6tables {rule} --connlimit-mask 128 -j DROP"));
+    }
+
+    /// A third host behind the server, reached only by what the server forwards or translates:
+    /// a container.
+    ///
+    /// ```text
+    ///   lab.server  cont0 10.0.0.1, fd00::1  ---- veth ----  eth0 10.0.0.2, fd00::2  container
+    /// ```
+    pub fn container(&self) -> Namespace {
+        let container = Namespace::new().expect("namespace of the container");
+        self.server.sysctl("net/ipv4/ip_forward", "1");
+        self.server.sysctl("net/ipv6/conf/all/forwarding", "1");
+        self.server.feed(
+            "ip -batch -",
+            &format!(
+                "link add cont0 address 02:00:00:00:00:03 type veth \
+                   peer name eth0 address 02:00:00:00:00:04 netns {}\n\
+                 link set cont0 addrgenmode none\n\
+                 link set cont0 up\n\
+                 addr add 10.0.0.1/24 dev cont0\n\
+                 addr add fd00::1/64 dev cont0 nodad\n\
+                 neigh add 10.0.0.2 lladdr 02:00:00:00:00:04 dev cont0\n\
+                 neigh add fd00::2 lladdr 02:00:00:00:00:04 dev cont0\n",
+                container.path()
+            ),
+        );
+        container.feed(
+            "ip -batch -",
+            "link set lo up\n\
+             link set eth0 addrgenmode none\n\
+             link set eth0 up\n\
+             addr add 10.0.0.2/24 dev eth0\n\
+             addr add fd00::2/64 dev eth0 nodad\n\
+             neigh add 10.0.0.1 lladdr 02:00:00:00:00:03 dev eth0\n\
+             neigh add fd00::1 lladdr 02:00:00:00:00:03 dev eth0\n\
+             route add default via 10.0.0.1\n\
+             route add default via fd00::1\n",
+        );
+        container
     }
 
     /// Starts a server process, for example `serve("[::]:80")` for both families or

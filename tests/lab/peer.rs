@@ -16,6 +16,9 @@ use super::wire::Wire;
 /// its absence must be waited for in full.
 const ANSWER: Duration = Duration::from_millis(500);
 
+/// How often a SYN is sent that must be answered.
+const ATTEMPTS: usize = 20;
+
 /// An address that connections come from.
 pub struct Peer {
     wire: Arc<Wire>,
@@ -44,10 +47,37 @@ impl Peer {
     ///
     /// All SYNs leave back to back; the limiter judges them in order, so the first are admitted.
     pub fn open(&self, port: u16, count: usize) -> Vec<RawConn> {
+        let pending = (0..count).map(|_| self.syn_only(port)).collect();
+        let (admitted, _) = self.complete(pending);
+        admitted
+    }
+
+    /// Opens `count` connections that nothing refuses, however busy the machine is: a SYN that was
+    /// not answered is sent again, on the same tuple.
+    ///
+    /// # Panics
+    /// When fewer are completed.
+    pub fn hold(&self, port: u16, count: usize) -> Vec<RawConn> {
         let mut pending: Vec<RawConn> = (0..count).map(|_| self.syn_only(port)).collect();
+        let mut held = Vec::new();
+        for _ in 0..ATTEMPTS {
+            let (mut completed, unanswered) = self.complete(pending);
+            held.append(&mut completed);
+            pending = unanswered;
+            for conn in &pending {
+                conn.transmit(SYN, conn.next_seq.wrapping_sub(1), 0, &[]);
+            }
+        }
+        assert_eq!(held.len(), count, "connections of {} to port {port}", self.source);
+        held
+    }
+
+    /// Waits for the answers to SYNs; returns the connections that were completed, and those
+    /// whose SYN had no answer.
+    fn complete(&self, mut pending: Vec<RawConn>) -> (Vec<RawConn>, Vec<RawConn>) {
         let mut admitted = Vec::new();
         let deadline = Instant::now() + ANSWER;
-        loop {
+        while !pending.is_empty() {
             let is_last = !self.wire.wait(deadline);
             self.wire.receive();
             for mut conn in std::mem::take(&mut pending) {
@@ -57,10 +87,11 @@ impl Peer {
                     Handshake::Pending => pending.push(conn),
                 }
             }
-            if pending.is_empty() || is_last {
-                return admitted;
+            if is_last {
+                break;
             }
         }
+        (admitted, pending)
     }
 
     /// How many of `count` new connections are completed; they stay open.

@@ -8,7 +8,7 @@ use std::time::Duration;
 use ctkeep::conntrack::{Conntrack, Entry, Status, Tcp, TcpState, Zone};
 use ctkeep::flow::{Endpoint, FourTuple};
 use ctkeep::reconcile::observe::Tables;
-use ctkeep::sockdiag::{SockDiag, Socket, State};
+use ctkeep::sockdiag::{Cookie, SockDiag, Socket, State};
 
 use super::{
     CT_DELETE, CT_GET, CT_GET_STATS, CT_NEW, EEXIST, EINVAL, ENOENT, NLM_F_CREATE, Played, Request,
@@ -20,8 +20,12 @@ use super::{
 pub struct Host {
     pub sockets: Vec<Socket>,
     pub entries: Vec<Entry>,
+    /// Sockets that dumps skip, as they do under churn; look-ups find them.
+    pub skipped: Vec<Cookie>,
     /// How many requests changed the table.
     pub changes: usize,
+    /// How many dumps walked it.
+    pub walks: usize,
 }
 
 pub type Shared = Rc<RefCell<Host>>;
@@ -46,6 +50,7 @@ impl Host {
             let wanted = |socket: &&Socket| {
                 (socket.local.addr().is_ipv4() == (family == 2))
                     && states & (1 << socket.state as u8) != 0
+                    && !self.skipped.contains(&socket.cookie)
             };
             let found = self.sockets.iter().filter(wanted);
             return Ok(found.map(|socket| socket_message(request.seq, socket)).collect());
@@ -67,6 +72,7 @@ impl Host {
         let body = &request.body[4..];
         match request.kind {
             CT_GET if request.is_dump() => {
+                self.walks += 1;
                 let family = request.body[0];
                 // As a kernel before 5.8, which knows no filter.
                 let wanted = |e: &&Entry| family == 0 || e.orig.family() == family;
