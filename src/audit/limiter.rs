@@ -170,6 +170,11 @@ impl fmt::Display for LimitRule {
     }
 }
 
+/// Whether no client and no interface is left out.
+fn is_for_everybody(matches: &Match) -> bool {
+    !matches.narrowed && matches.interfaces.is_empty() && matches.sources.is_empty()
+}
+
 /// One packet path, from a base chain down.
 struct Walk<'r> {
     ruleset: &'r Ruleset,
@@ -204,7 +209,9 @@ impl Walk<'_> {
                     }
                 }
                 Outcome::Accept if rule.limit.is_none() => self.before.push(matches),
-                Outcome::Notrack if self.base.priority < CONNTRACK && !matches.narrowed => {
+                Outcome::Notrack
+                    if self.base.priority < CONNTRACK && is_for_everybody(&matches) =>
+                {
                     let place = format!(
                         "{} {} {} rule {}",
                         chain.family, chain.table, chain.name, rule.position

@@ -7,6 +7,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use super::limiter::{LimitRule, Limiter};
+use crate::host::ruleset::Hook;
 use crate::reconcile::snapshot::View;
 use crate::sockdiag::State;
 
@@ -137,7 +138,10 @@ pub fn loads<'v>(
 ) -> Vec<Load> {
     let mut all = Vec::new();
     for (index, rule) in limiter.rules.iter().enumerate() {
-        let Some(prefix) = rule.source_prefix() else { continue };
+        // What is forwarded has its sockets elsewhere.
+        let Some(prefix) = rule.source_prefix().filter(|_| rule.hook != Hook::Forward) else {
+            continue;
+        };
         let mut groups: HashMap<IpNet, Load> = HashMap::new();
         for view in views.clone() {
             let peer = view.flow.dst.addr();
