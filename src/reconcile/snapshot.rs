@@ -4,7 +4,7 @@ use std::collections::{BTreeSet, HashSet};
 
 use crate::conntrack::{Entry, TcpState, Zone};
 use crate::flow::FourTuple;
-use crate::sockdiag::Socket;
+use crate::sockdiag::{Socket, State};
 
 /// One connection as both tables show it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,8 +22,9 @@ pub struct View {
 pub enum Direction {
     /// The peer opened the connection: the limiter counts it for the peer.
     FromPeer,
-    /// Conntrack picked the connection up at a packet of the server (`nf_conntrack_tcp_loose`)
-    /// and takes the server for the client: the limiter does not count it for the peer.
+    /// Conntrack picked the connection up in its middle (`nf_conntrack_tcp_loose`), and the limiter
+    /// does not count it for the peer: at a packet of the server, so that it takes the server for
+    /// the client; or, of a half-closed connection, at one of the client that was no SYN.
     Reversed,
     /// This host opened the connection: none of our business.
     Outgoing,
@@ -35,7 +36,11 @@ impl View {
         let entry = self.entry?;
         let state = entry.state()?;
         let direction = if entry.reply == self.flow {
-            Direction::FromPeer
+            // Picked up by the kernel itself: no SYN of it has passed the limiter. An ESTABLISHED
+            // one is left as it is: after a restart of the firewall that is every connection.
+            let half_closed = self.socket.is_some_and(|socket| socket.state == State::CloseWait);
+            let uncounted = half_closed && entry.is_picked_up() && !entry.is_ours();
+            if uncounted { Direction::Reversed } else { Direction::FromPeer }
         } else if entry.is_picked_up() {
             Direction::Reversed
         } else {

@@ -32,7 +32,7 @@ use crate::host::route::{Destination, Routes};
 /// How the limiter is made to count again.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Mode {
-    /// By ingress where it can be had, else by loopback.
+    /// By ingress where it can be had, else by loopback; behind SYNPROXY the other way round.
     #[default]
     Auto,
     /// By the interface of the client.
@@ -157,12 +157,20 @@ impl Recounter {
     pub(super) fn nudge(&mut self, entry: &Entry) -> Result<Route> {
         let op = Op::on("recount", entry.orig);
         let mut failed = None;
-        for route in self.routes() {
+        let mut routes = self.routes();
+        if entry.synproxy.is_some() {
+            // The SYN that the limiter saw was the proxy's own, by loopback. One that comes in by
+            // the client's interface is answered by the proxy and gets no further.
+            routes.reverse();
+        }
+        for route in routes {
             let sent = match route {
                 Route::Ingress => self.nudge_by_ingress(op, entry),
                 Route::Loopback => self.nudge_by_loopback(op, entry),
             };
             match sent {
+                // The end: REJECT with a reset closes the entry, which the last step mends, but
+                // not after a second nudge has begun it anew.
                 Ok(()) => return Ok(route),
                 Err(error) => failed = Some(error),
             }
