@@ -139,16 +139,14 @@ fn a_close_of_the_server_gives_the_slots_back() {
     assert_eq!(scene.peer.admitted(80, TRIES), LIMIT);
 }
 
-/// RSTs beyond the window shorten the timeout and those inside of it lengthen it, without any
-/// event: the sweep finds both.
+/// RSTs beyond the window shorten the timeout of a sealed entry and those inside of it lengthen it,
+/// without any event: the shield keeps them from it, or the sweep finds both.
 #[test]
 fn a_timeout_that_stale_rsts_changed_is_set_right() {
     let Some(scene) = by_syns() else { return };
     for offset in [200_000, 100] {
         scene.daemon.stop();
         scene.conns.iter().for_each(|conn| conn.rst(offset));
-        let changed = scene.timeouts();
-        assert!(changed.iter().all(|timeout| !(30..=60).contains(timeout)), "{changed:?}");
         scene.daemon.cont();
         wait_for("renewal", Duration::from_secs(5), || {
             scene.timeouts().iter().all(|timeout| (30..=60).contains(timeout))

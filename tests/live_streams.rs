@@ -115,7 +115,9 @@ impl Scene {
         // 1 MiB in half a second.
         lab.server.run("tc qdisc add dev eth0 root tbf rate 16mbit burst 16kb latency 200ms");
         let path = container.as_ref().map(Namespace::path);
-        let mut args = vec!["--recount", recount, "--sweep-interval", "100ms"];
+        // Conntrack's own events tell of a deletion at once; a sweep, of the port that is new.
+        let mut args = vec!["--recount", recount, "--events", "ctnetlink"];
+        args.extend(["--sweep-interval", "100ms"]);
         if let Some(path) = &path {
             args.extend(["--netns", path]);
         }
@@ -194,14 +196,19 @@ impl Scene {
                 thread::sleep(REST);
                 self.delete(client);
                 wait_for("repair", SOON, repaired);
+                // A packet of the server that came before the repair was rightly called INVALID.
+                self.lab.server.run(&format!("{} -Z", self.site.restore().replace("-restore", "")));
                 self.lab.server.sysctl("net/netfilter/nf_conntrack_tcp_loose", "1");
             }
             Harm::Reversal => {
                 thread::sleep(REST);
                 self.daemon.stop();
                 self.delete(client);
-                wait_for("a probe of the closed window", SOON, || {
-                    self.lab.entries().iter().any(|entry| entry.orig.1 == client)
+                // The probe of a closed window; or, if the client's answer to an earlier one comes
+                // first, an entry that no SYN began: it is replaced likewise.
+                wait_for("an entry that was picked up", SOON, || {
+                    let entries = self.lab.entries();
+                    entries.iter().any(|entry| entry.orig.1 == client || entry.orig.0 == client)
                 });
                 self.daemon.cont();
                 wait_for("repair", SOON, repaired);

@@ -765,6 +765,7 @@ mod confirmation {
         let mut tables = ctkeep::reconcile::observe::Tables {
             conntrack: ctkeep::conntrack::Conntrack::new(played::script(|_| panic!("a send"))),
             sockets: ctkeep::sockdiag::SockDiag::new(played::script(|_| panic!("a send"))),
+            homes: Vec::new(),
         };
         let ledger = Ledger::default();
         let confirmed =
@@ -898,6 +899,7 @@ mod confirmation {
                     absent()
                 }),
                 sockets: ctkeep::sockdiag::SockDiag::new(if silent { absent() } else { quiet() }),
+                homes: Vec::new(),
             };
             let answer = confirm(&mut tables, &planned, &scope(), &policy(), &ledger);
             assert!(answer.is_err(), "{answer:?}");

@@ -1,6 +1,5 @@
 //! Takes the look: joins the tables, makes sure of every disagreement, names and adds up.
 
-use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::thread;
 use std::time::{Duration, SystemTime};
@@ -16,7 +15,6 @@ use super::sources::{Measure, Source, loads, sources};
 use crate::conntrack::TcpState;
 use crate::error::Result;
 use crate::flow::FourTuple;
-use crate::host::route::Routes;
 use crate::host::ruleset::Ruleset;
 use crate::reconcile::ledger::Ledger;
 use crate::reconcile::observe::Tables;
@@ -83,7 +81,6 @@ impl Seen {
         let mut ledger = Ledger::default();
         ledger.note(&snapshot);
         make_sure(&mut tables, &mut snapshot, &scope, policy, &ledger)?;
-        drop_foreign(&mut snapshot)?;
         let inodes = snapshot.views.iter().filter_map(|view| view.socket).chain(listeners.clone());
         let inodes: HashSet<u32> = inodes.map(|s| s.inode).filter(|inode| *inode != 0).collect();
         let seen = Self {
@@ -306,22 +303,6 @@ fn make_sure(
         }
     }
     snapshot.views.retain(|view| view.socket.is_some() || view.entry.is_some());
-    Ok(())
-}
-
-/// Leaves out entries of connections that do not end on this host: their sockets are elsewhere.
-fn drop_foreign(snapshot: &mut Snapshot) -> Result<()> {
-    let mut routes = Routes::open()?;
-    let mut local = HashMap::new();
-    for view in snapshot.views.iter().filter(|view| view.socket.is_none()) {
-        let addr = view.flow.src.addr();
-        if let Entry::Vacant(slot) = local.entry(addr) {
-            slot.insert(routes.is_local(addr)?);
-        }
-    }
-    snapshot.views.retain(|view| {
-        view.socket.is_some() || local.get(&view.flow.src.addr()).copied().unwrap_or(false)
-    });
     Ok(())
 }
 

@@ -191,7 +191,9 @@ fn describe(entry: &Entry) -> String {
 fn direction(cell: &Cell) -> &'static str {
     match cell.entry {
         Some((Direction::FromPeer, _)) => "the peer opened it",
-        Some((Direction::Reversed, _)) => "reversed: picked up at a packet of the server",
+        Some((Direction::Reversed, _)) => {
+            "reversed: picked up in its middle, not counted for the peer"
+        }
         Some((Direction::Outgoing, _)) => "this host opened it",
         None => "unknown",
     }

@@ -64,7 +64,7 @@ pub fn entry(payload: &[u8]) -> Decoded<Option<Entry>> {
             CTA_ID => id = Some(parse_u32_be(value)?),
             // Sent only for a zone that counts in both directions; else it stands in a tuple.
             CTA_ZONE => zone = Zone::both(parse_u16_be(value)?),
-            // The kernel sends only as many bytes as there are labels in use.
+            // Old kernels send only as many bytes as they need, 6.18 always all sixteen.
             CTA_LABELS => {
                 let mut all = [0; NF_CT_LABELS_MAX_SIZE];
                 all.get_mut(..value.len())
@@ -74,7 +74,10 @@ pub fn entry(payload: &[u8]) -> Decoded<Option<Entry>> {
             }
             CTA_SEQ_ADJ_ORIG => seq_adj[0] = Some(sequence_adjustment(value)?),
             CTA_SEQ_ADJ_REPLY => seq_adj[1] = Some(sequence_adjustment(value)?),
-            CTA_SYNPROXY => synproxy = Some(syn_proxy(value)?),
+            // All zero on every entry that came in by ctnetlink: no proxy is in front of it.
+            CTA_SYNPROXY => {
+                synproxy = Some(syn_proxy(value)?).filter(|state| *state != SynProxy::default());
+            }
             _ => {}
         }
     }

@@ -20,11 +20,11 @@ pub struct Entry {
     pub zone: Zone,
     /// `IPS_*` bits; absent from some events.
     pub status: Option<Status>,
-    /// Time until the entry expires without packets; absent from DESTROY events.
+    /// Time until the entry expires without packets; absent from some DESTROY events.
     pub timeout: Option<Duration>,
     /// TCP state machine.
     pub tcp: Option<Tcp>,
-    /// Connection mark; the kernel sends it only where it is not 0.
+    /// Connection mark; events carry it only where it is not 0 or has changed.
     pub mark: Option<u32>,
     /// The kernel's identity of the entry.
     pub id: Option<u32>,

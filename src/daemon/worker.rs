@@ -26,7 +26,7 @@ use crate::host::{instance, sysctl};
 use crate::nftables::Hook;
 use crate::reconcile::apply::{Outcome, apply};
 use crate::reconcile::confirm::confirm;
-use crate::reconcile::ledger::Ledger;
+use crate::reconcile::ledger::{Ledger, Shield};
 use crate::reconcile::observe::Tables;
 use crate::reconcile::plan::{Action, ActionKind, plan};
 use crate::reconcile::policy::Scope;
@@ -183,6 +183,8 @@ struct Worker {
     ledger: Ledger,
     next_sweep: Instant,
     next_deep: Instant,
+    /// A deep sweep on suspicion comes no sooner.
+    soonest_deep: Instant,
     second_look: Option<(Instant, Vec<Lookup>)>,
     full_table: Option<FullTable>,
     sweep_failing: bool,
@@ -200,19 +202,19 @@ struct FullTable {
 impl Worker {
     fn open(settings: Arc<Settings>, guard: &Guard, present: &[Namespace]) -> Result<Self> {
         let mut sockets: Option<SockDiag> = None;
+        let mut homes = Vec::new();
         for namespace in present {
-            let part = if *namespace == guard.conntrack {
-                SockDiag::open()?
-            } else {
-                namespace.run(SockDiag::open)?
-            };
+            let open = || Ok((SockDiag::open()?, Routes::open()?));
+            let (part, home) =
+                if *namespace == guard.conntrack { open()? } else { namespace.run(open)? };
+            homes.push(home);
             sockets = Some(match sockets {
                 Some(sockets) => sockets.and(part),
                 None => part,
             });
         }
         let mut tables = match sockets {
-            Some(sockets) => Tables::with(sockets)?,
+            Some(sockets) => Tables::with(sockets, homes)?,
             None => Tables::open()?,
         };
         let scope = tables.scope(&settings.policy)?;
@@ -236,6 +238,7 @@ impl Worker {
             ledger: Ledger::new(settings.defence),
             next_sweep: now,
             next_deep: now,
+            soonest_deep: now,
             second_look: None,
             full_table: None,
             sweep_failing: false,
@@ -367,7 +370,10 @@ impl Worker {
                     self.ledger.remember(&socket, *entry);
                 }
                 // Perhaps it closed the entry in the midst of its repair.
-                (Some(socket), Some(None)) if recent.contains(&view.flow) => {
+                (Some(socket), Some(None))
+                    if recent.contains(&view.flow)
+                        && self.ledger.shield(&socket) != Some(Shield::All) =>
+                {
                     self.ledger.distrust(&socket);
                 }
                 _ => {}
@@ -391,7 +397,7 @@ impl Worker {
                 }
                 let open = States::from_iter([State::Established, State::CloseWait]);
                 let snapshot = self.tables.whole(&self.scope, policy, open)?;
-                self.note_ghosts(&snapshot, began)?;
+                self.note_ghosts(&snapshot, began);
                 let alive = snapshot.views.iter().filter_map(|view| view.socket);
                 self.ledger.retain_seen(alive.map(|socket| socket.cookie));
                 snapshot
@@ -414,12 +420,17 @@ impl Worker {
         if depth == Depth::Deep && !self.inserts_rest() {
             self.ledger.set_tracked(snapshot.tracked.clone());
         }
+        if let Some(recounter) = &mut self.recounter {
+            recounter.lower_shields(&self.ledger)?;
+        }
         self.tally.sweeps += 1;
         let now = Instant::now();
         self.weigh(now)?;
         self.next_sweep = now + self.ledger.pressure().hurry(self.settings.sweep_interval);
         if depth == Depth::Deep {
             self.forget_closed_ports(&snapshot);
+            // On suspicion a tenth of a core.
+            self.soonest_deep = now + (now - began) * 9;
             // Under one hundredth of a core, however large the table is.
             let interval = self.ledger.pressure().hurry(self.settings.deep_interval);
             self.next_deep = now + interval.max((now - began) * 100);
@@ -429,19 +440,11 @@ impl Worker {
     }
 
     /// Takes note of entries whose connection should end here and has no socket.
-    fn note_ghosts(&mut self, snapshot: &Snapshot, now: Instant) -> Result<()> {
-        let Some(grace) = self.settings.policy.reap else { return Ok(()) };
-        let mut routes = Routes::open()?;
-        let mut ghosts = Vec::new();
-        for view in snapshot.views.iter().filter(|view| view.socket.is_none()) {
-            if let Some(entry) = view.entry
-                && routes.is_local(view.flow.src.addr())?
-            {
-                ghosts.push(entry.key());
-            }
-        }
-        self.ledger.note_ghosts(ghosts, grace, now);
-        Ok(())
+    fn note_ghosts(&mut self, snapshot: &Snapshot, now: Instant) {
+        let Some(grace) = self.settings.policy.reap else { return };
+        let ghosts = snapshot.views.iter().filter(|view| view.socket.is_none());
+        let keys = ghosts.filter_map(|view| view.entry).map(|entry| entry.key());
+        self.ledger.note_ghosts(keys, grace, now);
     }
 
     /// Weighs how hard entries are fought over, and says when that changes the defence.
@@ -487,14 +490,14 @@ impl Worker {
         if planned.actions.is_empty() {
             return Ok(());
         }
+        let began = Instant::now();
+        let confirmed = confirm(&mut self.tables, &planned, &self.scope, policy, &self.ledger)?;
         if self.settings.dry_run {
-            for action in &planned.actions {
+            for action in confirmed.actions() {
                 log_action(action, trigger, "would act");
             }
             return Ok(());
         }
-        let began = Instant::now();
-        let confirmed = confirm(&mut self.tables, &planned, &self.scope, policy, &self.ledger)?;
         if confirmed.actions().iter().any(|action| action.kind.needs_recount()) {
             self.open_recounter()?;
         }
@@ -508,15 +511,21 @@ impl Worker {
         )?;
         let took = began.elapsed();
         let mut again = Vec::new();
+        let mut fooled_open = false;
         for outcome in &outcomes {
             self.tally.add(outcome);
             self.log_outcome(outcome, trigger, took);
             if outcome.action.kind.needs_recount()
                 && let Some(socket) = outcome.action.view.socket
             {
+                // Nothing but a sample tells of connections that are fooled before their FIN.
+                fooled_open |= socket.state == State::Established;
                 self.ledger.pressure_mut().repaired(socket.remote.addr(), began);
                 again.push(Lookup::from(&socket));
             }
+        }
+        if fooled_open && trigger == Trigger::Event {
+            self.next_deep = self.next_deep.min(self.soonest_deep.max(Instant::now()));
         }
         if !again.is_empty() {
             let at = Instant::now() + SECOND_LOOK;
@@ -542,6 +551,10 @@ impl Worker {
             Ok(()) if action.kind == ActionKind::Reinsert => {
                 self.full_table = None;
                 log_action(action, trigger, "acted");
+            }
+            // Routine: a sealed connection with traffic has it at every sweep.
+            Ok(()) if action.kind == ActionKind::Extend => {
+                tracing::debug!(flow = %action.view.flow.inverse(), "extended");
             }
             Ok(()) => log_action(action, trigger, "acted"),
             Err(error) if error.is_table_full() => self.rest_inserts(error),

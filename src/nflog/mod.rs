@@ -4,7 +4,8 @@
 //! An nft table of our own learns the first FIN of each guarded connection and logs what follows.
 //! Ordinary traffic pays a few header look-ups and never wakes this program; conntrack's own
 //! events would cost every connection of the host (docs/performance.md). What it does not see, an
-//! RST without a FIN before it, is the sweep's.
+//! RST without a FIN before it, is the sweep's: but a sample of these is logged too, and one that has
+//! fooled conntrack calls for a deep sweep.
 
 mod layout;
 
@@ -22,7 +23,7 @@ use nix::libc;
 use crate::error::{Op, Result};
 use crate::flow::{Endpoint, FourTuple};
 use crate::netlink::{Connection, KernelSocket, Request, Transport, frames};
-use crate::nftables::{Hook, Table};
+use crate::nftables::{Hook, Table, tuple};
 use layout::{HELD4, HELD6, PORTS};
 
 /// `NFNL_SUBSYS_ULOG << 8 | NFULNL_MSG_PACKET` and `| NFULNL_MSG_CONFIG`.
@@ -123,7 +124,7 @@ impl Watch {
         for (set, ipv4) in [(HELD4, true), (HELD6, false)] {
             let of_family = |flow: &&FourTuple| flow.is_ipv4() == ipv4;
             let keys = |flows: &mut dyn Iterator<Item = &FourTuple>| -> Vec<Vec<u8>> {
-                flows.filter(of_family).map(|flow| layout::tuple_key(flow.inverse())).collect()
+                flows.filter(of_family).map(|flow| tuple::key(flow.inverse())).collect()
             };
             let new = keys(&mut flows.difference(&self.held));
             let old = keys(&mut self.held.difference(&flows));

@@ -44,6 +44,15 @@ pub enum Expr {
         /// How many bytes.
         snaplen: u32,
     },
+    /// Go on only so often.
+    Limit {
+        /// Packets in a second.
+        rate: u64,
+        /// At once, after a rest.
+        burst: u32,
+    },
+    /// Conntrack leaves the packet alone.
+    NoTrack,
     /// This chain is done with the packet.
     Accept,
     /// Drop the packet.
@@ -114,6 +123,15 @@ impl Expr {
                     nla(NFTA_LOG_QTHRESHOLD, &1_u16.to_be_bytes()),
                 ],
             ),
+            Self::Limit { rate, burst } => (
+                "limit",
+                vec![
+                    nla(NFTA_LIMIT_RATE, &rate.to_be_bytes()),
+                    nla(NFTA_LIMIT_UNIT, &1_u64.to_be_bytes()),
+                    word(NFTA_LIMIT_BURST, *burst),
+                ],
+            ),
+            Self::NoTrack => ("notrack", Vec::new()),
             Self::Accept => ("immediate", verdict(NF_ACCEPT)),
             Self::Drop => ("immediate", verdict(NF_DROP)),
         };

@@ -4,6 +4,7 @@
 //! flush it, and it is gone with the process, however that ends.
 
 mod expr;
+pub(crate) mod tuple;
 mod uapi;
 
 use std::time::Duration;

@@ -43,6 +43,10 @@ pub(super) const NFTA_DYNSET_OP: u16 = 3;
 pub(super) const NFTA_DYNSET_SREG_KEY: u16 = 4;
 pub(super) const NFT_DYNSET_OP_ADD: u32 = 0;
 
+pub(super) const NFTA_LIMIT_RATE: u16 = 1;
+pub(super) const NFTA_LIMIT_UNIT: u16 = 2;
+pub(super) const NFTA_LIMIT_BURST: u16 = 3;
+
 pub(super) const NFTA_LOG_GROUP: u16 = 1;
 pub(super) const NFTA_LOG_SNAPLEN: u16 = 3;
 pub(super) const NFTA_LOG_QTHRESHOLD: u16 = 4;

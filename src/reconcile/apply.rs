@@ -1,15 +1,18 @@
 //! Carries out a confirmed plan. The only place that changes the conntrack table.
 
+use std::collections::HashMap;
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use super::confirm::Confirmed;
-use super::ledger::Ledger;
+use super::ledger::{Ledger, Shield};
 use super::observe::Tables;
 use super::plan::{Action, ActionKind};
 use super::policy::Policy;
 use super::recount::{Recounter, Route};
 use crate::conntrack::{Change, Insert, Status, TcpState};
 use crate::error::{Cause, Op, Result};
+use crate::flow::FourTuple;
 use crate::netlink::Transport;
 use crate::sockdiag::State;
 
@@ -47,29 +50,89 @@ pub fn apply<T: Transport>(
     now: Instant,
 ) -> Result<Vec<Outcome>> {
     let mut outcomes = Vec::with_capacity(confirmed.actions().len());
-    for actions in confirmed.actions().chunks(CHUNK) {
-        apply_chunk(tables, recounter, actions, policy, &mut outcomes, now)?;
+    let shields = shields(confirmed.actions(), ledger);
+    let wanted = |actions: &[Action], shields: &[Option<Shield>], wanted: Shield| -> Vec<_> {
+        let both = actions.iter().zip(shields);
+        let of_kind = both.filter(|(_, shield)| **shield == Some(wanted));
+        of_kind.map(|(action, _)| (action.template.orig, wanted)).collect()
+    };
+    for (actions, shields) in confirmed.actions().chunks(CHUNK).zip(shields.chunks(CHUNK)) {
+        let mut shielded = raise(recounter, &wanted(actions, shields, Shield::All));
+        apply_chunk(tables, recounter, actions, shields, policy, &mut outcomes, now)?;
+        // The first repair of a connection does not wait for it.
+        shielded = shielded.and(raise(recounter, &wanted(actions, shields, Shield::Fins)));
+        // The repair itself is done; that it may be undone again is told like a failed seal.
+        if let (Err(error), Some(outcome)) = (shielded, outcomes.last_mut()) {
+            outcome.seal = Some(Err(error));
+        }
     }
-    for outcome in outcomes.iter().filter(|outcome| outcome.result.is_ok()) {
+    for (outcome, shield) in outcomes.iter().zip(shields) {
+        if outcome.result.is_err() {
+            continue;
+        }
         let Action { kind, view, template, .. } = outcome.action;
         match (kind, view.socket) {
             (ActionKind::Release | ActionKind::Reap, _) => ledger.drop_flow(view.flow),
-            (_, Some(socket)) => ledger.hold(socket, template, now),
+            (_, Some(socket)) => {
+                ledger.hold(socket, template, now);
+                if let Some(shield) = shield {
+                    ledger.set_shield(&socket, shield);
+                }
+            }
             (_, None) => {}
         }
     }
     Ok(outcomes)
 }
 
+fn raise(recounter: &mut Option<Recounter>, wanted: &[(FourTuple, Shield)]) -> Result<()> {
+    recounter.as_mut().map_or(Ok(()), |recounter| recounter.shield(wanted))
+}
+
+/// The shields that these actions call for, in their order.
+///
+/// Whoever fools conntrack once may be the victim of a lossy line, and one of its RSTs may yet be
+/// an honest one. Who does it again past a seal, or from several ports, is neither.
+fn shields(actions: &[Action], ledger: &Ledger) -> Vec<Option<Shield>> {
+    let mut repairs: HashMap<IpAddr, u32> = HashMap::new();
+    for action in actions.iter().filter(|action| action.kind.needs_recount()) {
+        *repairs.entry(action.view.flow.dst.addr()).or_default() += 1;
+    }
+    actions
+        .iter()
+        .map(|action| {
+            let socket = action.view.socket?;
+            let source = action.view.flow.dst.addr();
+            let more = repairs.get(&source).copied().unwrap_or(0);
+            let again = ledger.shield(&socket).is_some() || ledger.pressure().offends(source, more);
+            let had_its_fin = socket.state == State::CloseWait;
+            match action.kind {
+                kind if kind.needs_recount() && again => Some(Shield::All),
+                // The peer of an ESTABLISHED socket still needs its FIN to get through, also where
+                // rules drop what conntrack has not seen.
+                ActionKind::Revive | ActionKind::Reverse | ActionKind::Seal if had_its_fin => {
+                    Some(Shield::Fins)
+                }
+                _ => None,
+            }
+        })
+        .collect()
+}
+
 fn apply_chunk<T: Transport>(
     tables: &mut Tables<T>,
     recounter: &mut Option<Recounter>,
     actions: &[Action],
+    shields: &[Option<Shield>],
     policy: &Policy,
     outcomes: &mut Vec<Outcome>,
     now: Instant,
 ) -> Result<()> {
-    let ways: Vec<_> = actions.iter().map(|action| way(action, recounter.as_mut(), now)).collect();
+    let ways: Vec<_> = actions
+        .iter()
+        .zip(shields)
+        .map(|(action, shield)| way(action, *shield, recounter.as_mut(), now))
+        .collect();
     let changes: Vec<_> = actions
         .iter()
         .zip(&ways)
@@ -125,11 +188,17 @@ enum Way {
     },
 }
 
-fn way(action: &Action, recounter: Option<&mut Recounter>, now: Instant) -> Way {
+fn way(
+    action: &Action,
+    shield: Option<Shield>,
+    recounter: Option<&mut Recounter>,
+    now: Instant,
+) -> Way {
     match recounter {
         Some(recounter) if action.kind.needs_recount() => {
             if recounter.admit(&action.template, now) {
-                Way::Recount { seal: recounter.can_seal() && action.kind == ActionKind::Revive }
+                let seal = action.kind == ActionKind::Revive || shield == Some(Shield::All);
+                Way::Recount { seal: seal && recounter.can_seal() }
             } else {
                 Way::InPlace { out_of_nudges: true }
             }
@@ -186,5 +255,58 @@ fn held_as(action: &Action, sealed: bool) -> TcpState {
         Some(State::Established) => TcpState::Established,
         _ if sealed => TcpState::Established,
         _ => TcpState::CloseWait,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::conntrack::{Entry, Zone};
+    use crate::reconcile::plan::Reason;
+    use crate::reconcile::snapshot::View;
+    use crate::sockdiag::{Cookie, Socket};
+
+    fn revive(port: u16) -> Action {
+        let flow = FourTuple::new(
+            "192.0.2.1:80".parse().unwrap(),
+            format!("198.51.100.7:{port}").parse().unwrap(),
+        );
+        let socket = Socket {
+            local: flow.src,
+            remote: flow.dst,
+            state: State::CloseWait,
+            cookie: Cookie(u64::from(port)),
+            inode: 1,
+            uid: 0,
+            interface: 0,
+            recv_queue: 0,
+            send_queue: 0,
+        };
+        let entry = Entry::plain(flow.inverse(), Zone::default());
+        Action {
+            kind: ActionKind::Revive,
+            reason: Reason::EntryClosed(TcpState::Close),
+            view: View { flow, socket: Some(socket), entry: Some(entry) },
+            template: entry,
+        }
+    }
+
+    #[test]
+    fn the_first_repair_shields_from_fins_and_the_next_from_rsts_too() {
+        let mut ledger = Ledger::default();
+        let action = revive(4000);
+        let socket = action.view.socket.unwrap();
+        assert_eq!(shields(&[action], &ledger), [Some(Shield::Fins)]);
+        ledger.hold(socket, action.template, Instant::now());
+        ledger.set_shield(&socket, Shield::Fins);
+        assert_eq!(shields(&[action], &ledger), [Some(Shield::All)]);
+    }
+
+    #[test]
+    fn a_source_of_many_repairs_is_shielded_from_at_once() {
+        let actions: Vec<_> = (4000..4003).map(revive).collect();
+        let ledger = Ledger::default();
+        assert_eq!(shields(&actions, &ledger), [Some(Shield::All); 3]);
+        assert_eq!(shields(actions.get(..2).unwrap(), &ledger), [Some(Shield::Fins); 2]);
     }
 }

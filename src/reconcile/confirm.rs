@@ -49,5 +49,6 @@ pub fn confirm<T: Transport>(
     // Evidence that siblings gave to the plan holds for its confirmation.
     snapshot.tracked.extend(plan_.tracked.iter());
     snapshot.zones.extend(plan_.zones.iter());
+    snapshot.destinations.clone_from(&plan_.destinations);
     Ok(Confirmed(plan(&snapshot, scope, policy, ledger)))
 }

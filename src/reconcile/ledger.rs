@@ -12,6 +12,15 @@ use crate::conntrack::{Entry, EntryKey, Zone};
 use crate::flow::FourTuple;
 use crate::sockdiag::{Cookie, Socket, State};
 
+/// Which packets of a peer conntrack no longer sees, so that they cannot fool it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Shield {
+    /// FINs: they move even a sealed entry, and the socket has had its own.
+    Fins,
+    /// FINs and RSTs: of a peer that does it again. No honest stack does that.
+    All,
+}
+
 /// An entry that ctkeep answers for.
 #[derive(Clone, Copy, Debug)]
 pub struct Held {
@@ -21,6 +30,8 @@ pub struct Held {
     pub key: EntryKey,
     /// Since when it is held.
     pub since: Instant,
+    /// What keeps it from being fooled again.
+    pub shield: Option<Shield>,
 }
 
 /// The memory of one network namespace.
@@ -96,6 +107,18 @@ impl Ledger {
             .map_or(0, |held| held.socket.interface)
     }
 
+    /// What keeps the entry of this very socket from being fooled again.
+    pub fn shield(&self, socket: &Socket) -> Option<Shield> {
+        self.held.get(&socket.cookie).filter(|_| self.holds(socket))?.shield
+    }
+
+    /// Takes note of a shield for the entry of this socket, which is held.
+    pub(super) fn set_shield(&mut self, socket: &Socket, shield: Shield) {
+        if let Some(held) = self.held.get_mut(&socket.cookie) {
+            held.shield = held.shield.max(Some(shield));
+        }
+    }
+
     /// All held entries.
     pub fn held(&self) -> impl Iterator<Item = &Held> {
         self.held.values()
@@ -164,7 +187,9 @@ impl Ledger {
 
     /// Answers for `entry` from now on.
     pub fn hold(&mut self, socket: Socket, entry: Entry, now: Instant) {
-        let since = self.held.get(&socket.cookie).map_or(now, |held| held.since);
+        let before = self.held.get(&socket.cookie);
+        let since = before.map_or(now, |held| held.since);
+        let shield = before.and_then(|held| held.shield);
         // A tuple that is used again before its last holder was seen gone.
         if let Some(cookie) = self.flows.insert(socket.flow(), socket.cookie)
             && cookie != socket.cookie
@@ -172,7 +197,7 @@ impl Ledger {
             self.forget(cookie);
         }
         self.distrusted.remove(&socket.cookie);
-        self.held.insert(socket.cookie, Held { socket, key: entry.key(), since });
+        self.held.insert(socket.cookie, Held { socket, key: entry.key(), since, shield });
         self.seen.insert(socket.cookie, (socket.flow(), entry));
     }
 

@@ -1,6 +1,8 @@
 //! Reads both tables into a [`Snapshot`]: whole, or connection by connection.
 
+use std::collections::hash_map::Entry::Vacant;
 use std::collections::{HashMap, HashSet};
+use std::net::IpAddr;
 
 use super::ledger::Ledger;
 use super::policy::{Policy, Scope};
@@ -8,6 +10,7 @@ use super::snapshot::{Direction, Snapshot, View};
 use crate::conntrack::{Conntrack, Entry, Filter, Zone};
 use crate::error::Result;
 use crate::flow::{AF_INET, AF_INET6, FourTuple};
+use crate::host::route::Routes;
 use crate::netlink::{KernelSocket, Transport};
 use crate::sockdiag::{Lookup, SockDiag, Socket, State, States};
 
@@ -21,6 +24,9 @@ pub struct Tables<T = KernelSocket> {
     pub conntrack: Conntrack<T>,
     /// The sockets.
     pub sockets: SockDiag<T>,
+    /// Routes of the namespaces that the sockets are in: what is local to one of them ends there.
+    /// Empty: every address is taken for one.
+    pub homes: Vec<Routes<T>>,
 }
 
 impl Tables<KernelSocket> {
@@ -29,17 +35,17 @@ impl Tables<KernelSocket> {
     /// # Errors
     /// A missing privilege or module, named.
     pub fn open() -> Result<Self> {
-        Self::with(SockDiag::open()?)
+        Self::with(SockDiag::open()?, vec![Routes::open()?])
     }
 
     /// Opens the conntrack table of the calling thread's namespace beside these sockets.
     ///
     /// # Errors
     /// As [`Tables::open`].
-    pub fn with(mut sockets: SockDiag) -> Result<Self> {
+    pub fn with(mut sockets: SockDiag, homes: Vec<Routes>) -> Result<Self> {
         let conntrack = Conntrack::open()?;
         sockets.probe()?;
-        Ok(Self { conntrack, sockets })
+        Ok(Self { conntrack, sockets, homes })
     }
 }
 
@@ -55,7 +61,8 @@ impl<T: Transport> Tables<T> {
         Ok(policy.scope(&listeners))
     }
 
-    /// Every connection of the scope that has a socket in one of `states`, an entry, or both.
+    /// Every connection of the scope that ends in one of our namespaces and has a socket in one of
+    /// `states`, an entry, or both.
     ///
     /// Dumps of two tables at two moments: a disagreement in it is only a suspicion.
     ///
@@ -76,7 +83,19 @@ impl<T: Transport> Tables<T> {
                 )?);
             }
         }
-        Ok(join(entries, self.sockets.sockets(states)?, scope, policy))
+        let Snapshot { mut views, .. } =
+            join(entries, self.sockets.sockets(states)?, scope, policy);
+        // The sockets of connections that end elsewhere are not missing here.
+        let mut home = HashMap::new();
+        for view in views.iter().filter(|view| view.socket.is_none()) {
+            let addr = view.flow.src.addr();
+            if let Vacant(slot) = home.entry(addr) {
+                slot.insert(is_home(&mut self.homes, addr)?);
+            }
+        }
+        let is_here = |view: &View| home.get(&view.flow.src.addr()).copied().unwrap_or(false);
+        views.retain(|view| view.socket.is_some() || is_here(view));
+        Ok(Snapshot::new(views))
     }
 
     /// The half-closed connections of the scope, and those whose entries are held.
@@ -199,6 +218,15 @@ pub fn join(
     }));
     views.sort_unstable_by_key(|view| view.flow);
     Snapshot::new(views)
+}
+
+fn is_home<T: Transport>(homes: &mut [Routes<T>], addr: IpAddr) -> Result<bool> {
+    for home in homes.iter_mut() {
+        if home.is_local(addr)? {
+            return Ok(true);
+        }
+    }
+    Ok(homes.is_empty())
 }
 
 fn filters(scope: &Scope) -> Vec<Filter> {

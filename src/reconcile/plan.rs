@@ -3,13 +3,14 @@
 //! No clock, no I/O, no log: the table of docs/reconcile.md as a function, which
 //! tests/plan_table.rs walks cell by cell.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fmt;
 
 use super::ledger::Ledger;
 use super::policy::{Policy, Scope};
-use super::snapshot::{Direction, Snapshot, View};
+use super::snapshot::{Destination, Direction, Snapshot, View};
 use crate::conntrack::{Entry, TcpState, Zone};
+use crate::flow::FourTuple;
 use crate::sockdiag::State;
 
 /// What is done about a connection.
@@ -217,6 +218,8 @@ pub struct Plan {
     pub tracked: HashSet<u16>,
     /// Zones that the snapshot showed.
     pub zones: BTreeSet<Zone>,
+    /// Where the peers of each local port send their packets, as the snapshot showed.
+    pub destinations: HashMap<u16, Destination>,
 }
 
 /// Plans for a snapshot.
@@ -232,7 +235,12 @@ pub fn plan(snapshot: &Snapshot, scope: &Scope, policy: &Policy, ledger: &Ledger
             Verdict::Leave(_) => None,
         })
         .collect();
-    Plan { actions, tracked: snapshot.tracked.clone(), zones: snapshot.zones.clone() }
+    Plan {
+        actions,
+        tracked: snapshot.tracked.clone(),
+        zones: snapshot.zones.clone(),
+        destinations: snapshot.destinations.clone(),
+    }
 }
 
 /// The decision about one connection of a snapshot.
@@ -305,11 +313,18 @@ pub fn cell(
                 || ours && half_closed && timeout > policy.lease
         }),
         held,
-        tracked: policy.force
-            || seen.is_some()
-            || snapshot.tracked.contains(&view.flow.src.port())
-            || ledger.is_tracked(view.flow.src.port()),
+        tracked: seen.is_some()
+            || !is_translated_somehow(view, snapshot)
+                && (policy.force
+                    || snapshot.tracked.contains(&view.flow.src.port())
+                    || ledger.is_tracked(view.flow.src.port())),
     }
+}
+
+/// Whether siblings show that the connection is perhaps translated, and not how: a plain entry in
+/// the place of a translated one would break it.
+fn is_translated_somehow(view: &View, snapshot: &Snapshot) -> bool {
+    snapshot.destinations.get(&view.flow.src.port()) == Some(&Destination::Various)
 }
 
 /// What an entry for this connection must look like.
@@ -320,6 +335,12 @@ fn template(view: &View, snapshot: &Snapshot, ledger: &Ledger) -> Entry {
         // A reversed entry tells its zone; else the zone that siblings are in, if it is one.
         let sibling = (snapshot.zones.len() == 1).then(|| snapshot.zones.first().copied());
         let zone = view.entry.map(|entry| entry.zone).or(sibling.flatten()).unwrap_or_default();
-        Entry::plain(view.flow.inverse(), zone)
+        let plain = Entry::plain(view.flow.inverse(), zone);
+        match snapshot.destinations.get(&view.flow.src.port()) {
+            Some(Destination::Translated(first)) => {
+                Entry { orig: FourTuple::new(view.flow.dst, *first), ..plain }
+            }
+            _ => plain,
+        }
     })
 }

@@ -161,11 +161,15 @@ impl Pressure {
         Some(transition)
     }
 
+    /// Whether this source is, after so many more repairs, one that fools conntrack on purpose.
+    pub fn offends(&self, source: IpAddr, more: u32) -> bool {
+        let before = self.offenders.get(&source).map_or(0, |(offences, _)| *offences);
+        before.saturating_add(more) >= OFFENCES
+    }
+
     /// Whether half-closed connections of this source are held as ESTABLISHED beforehand.
     pub fn hardens(&self, source: IpAddr) -> bool {
-        let offends =
-            || self.offenders.get(&source).is_some_and(|(offences, _)| *offences >= OFFENCES);
-        self.level > Level::Calm && (self.fill >= HIGH_FILL || offends())
+        self.level > Level::Calm && (self.fill >= HIGH_FILL || self.offends(source, 0))
     }
 
     /// Whether a missing entry may be inserted.

@@ -1,9 +1,9 @@
 //! What both tables say about each connection, as plain values.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 
 use crate::conntrack::{Entry, TcpState, Zone};
-use crate::flow::FourTuple;
+use crate::flow::{Endpoint, FourTuple};
 use crate::sockdiag::{Socket, State};
 
 /// One connection as both tables show it.
@@ -64,6 +64,19 @@ pub struct Snapshot {
     pub tracked: HashSet<u16>,
     /// Zones that entries of the scope were found in.
     pub zones: BTreeSet<Zone>,
+    /// For each local port the first destination that its peers have, before translation.
+    pub destinations: HashMap<u16, Destination>,
+}
+
+/// Where the peers of a local port send their packets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Destination {
+    /// To the socket itself, all of them.
+    Direct,
+    /// To this other endpoint, all of them: it is translated (REDIRECT, DNAT).
+    Translated(Endpoint),
+    /// Some here, some there.
+    Various,
 }
 
 impl Snapshot {
@@ -71,12 +84,25 @@ impl Snapshot {
     pub fn new(views: Vec<View>) -> Self {
         let mut tracked = HashSet::new();
         let mut zones = BTreeSet::new();
+        let mut destinations = HashMap::new();
         for view in &views {
-            if let Some(entry) = view.entry {
-                tracked.insert(view.flow.src.port());
-                zones.insert(entry.zone);
+            let Some(entry) = view.entry else { continue };
+            let port = view.flow.src.port();
+            tracked.insert(port);
+            zones.insert(entry.zone);
+            if entry.reply == view.flow {
+                let direct = entry.orig.dst == view.flow.src;
+                let this = if direct {
+                    Destination::Direct
+                } else {
+                    Destination::Translated(entry.orig.dst)
+                };
+                let all = destinations.entry(port).or_insert(this);
+                if *all != this {
+                    *all = Destination::Various;
+                }
             }
         }
-        Self { views, tracked, zones }
+        Self { views, tracked, zones, destinations }
     }
 }

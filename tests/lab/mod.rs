@@ -104,6 +104,12 @@ impl Lab {
              route add 203.0.113.0/24 via 192.0.2.2\n\
              route add 2001:db8:1::/64 via 2001:db8::2\n",
         )?;
+        // The kernel sets a link up some time after the command; until then packets are lost.
+        for end in [&server, &client] {
+            wait_for("carrier", Duration::from_secs(20), || {
+                end.output("ip -o link show eth0").contains("state UP")
+            });
+        }
         Ok(Self { server, client, next_port: Arc::new(AtomicU16::new(FIRST_CLIENT_PORT)) })
     }
 

@@ -48,7 +48,7 @@ impl Peer {
     /// All SYNs leave back to back; the limiter judges them in order, so the first are admitted.
     pub fn open(&self, port: u16, count: usize) -> Vec<RawConn> {
         let pending = (0..count).map(|_| self.syn_only(port)).collect();
-        let (admitted, _) = self.complete(pending);
+        let (admitted, _) = self.answers(pending, ANSWER);
         admitted
     }
 
@@ -61,7 +61,7 @@ impl Peer {
         let mut pending: Vec<RawConn> = (0..count).map(|_| self.syn_only(port)).collect();
         let mut held = Vec::new();
         for _ in 0..ATTEMPTS {
-            let (mut completed, unanswered) = self.complete(pending);
+            let (mut completed, unanswered) = self.answers(pending, ANSWER);
             held.append(&mut completed);
             pending = unanswered;
             for conn in &pending {
@@ -74,9 +74,13 @@ impl Peer {
 
     /// Waits for the answers to SYNs; returns the connections that were completed, and those
     /// whose SYN had no answer.
-    fn complete(&self, mut pending: Vec<RawConn>) -> (Vec<RawConn>, Vec<RawConn>) {
+    fn answers(
+        &self,
+        mut pending: Vec<RawConn>,
+        patience: Duration,
+    ) -> (Vec<RawConn>, Vec<RawConn>) {
         let mut admitted = Vec::new();
-        let deadline = Instant::now() + ANSWER;
+        let deadline = Instant::now() + patience;
         while !pending.is_empty() {
             let is_last = !self.wire.wait(deadline);
             self.wire.receive();
@@ -94,6 +98,12 @@ impl Peer {
         (admitted, pending)
     }
 
+    /// Completes what has been begun with [`Self::syn_only`]; what is not answered within
+    /// `patience` counts as refused.
+    pub fn complete(&self, pending: Vec<RawConn>, patience: Duration) -> Vec<RawConn> {
+        self.answers(pending, patience).0
+    }
+
     /// How many of `count` new connections are completed; they stay open.
     pub fn admitted(&self, port: u16, count: usize) -> usize {
         self.open(port, count).len()
@@ -102,7 +112,11 @@ impl Peer {
     /// Sends a SYN from a new port and leaves it at that. When it is admitted, the server keeps a
     /// half-open connection and repeats its SYN-ACK.
     pub fn syn_only(&self, port: u16) -> RawConn {
-        let own_port = self.next_port.fetch_add(1, Ordering::Relaxed);
+        self.syn_from(self.next_port.fetch_add(1, Ordering::Relaxed), port)
+    }
+
+    /// The same from a port that was used before.
+    pub fn syn_from(&self, own_port: u16, port: u16) -> RawConn {
         // Far from both ends of the sequence space, and different for every connection.
         let seq = 0x1000_0000 + (u32::from(own_port) << 8);
         let conn = RawConn {
@@ -116,6 +130,11 @@ impl Peer {
         };
         conn.transmit(SYN, seq, 0, &[]);
         conn
+    }
+
+    /// Sends a packet of the test's own making, IP header included.
+    pub fn send_packet(&self, packet: &[u8]) {
+        self.wire.send(packet, self.destination);
     }
 
     /// Sends a segment of the test's own making.
@@ -187,6 +206,22 @@ impl RawConn {
     /// Acknowledges what has been seen so far.
     pub fn ack(&self) {
         self.transmit(ACK, self.next_seq, self.next_ack, &[]);
+    }
+
+    /// A FIN at a sequence number `offset` away from the next one; with an offset above 0 there is
+    /// a hole before it, and the server's socket stays ESTABLISHED.
+    pub fn fin_at(&self, offset: i64) {
+        self.transmit(FIN | ACK, shifted(self.next_seq, offset), self.next_ack, &[]);
+    }
+
+    /// A bare ACK `offset` away from the next sequence number.
+    pub fn ack_at(&self, offset: i64) {
+        self.transmit(ACK, shifted(self.next_seq, offset), self.next_ack, &[]);
+    }
+
+    /// An RST `offset` away from the next sequence number.
+    pub fn rst_at(&self, offset: i64) {
+        self.transmit(RST, shifted(self.next_seq, offset), 0, &[]);
     }
 
     /// A SYN on this connection's own tuple, as a client that has forgotten it would send.

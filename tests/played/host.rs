@@ -37,8 +37,11 @@ impl Host {
         let (for_entries, for_sockets) = (host.clone(), host.clone());
         let conntrack = obliging(move |request| for_entries.borrow_mut().entries(request));
         let sockets = obliging(move |request| for_sockets.borrow().sockets(request));
-        let tables =
-            Tables { conntrack: Conntrack::new(conntrack), sockets: SockDiag::new(sockets) };
+        let tables = Tables {
+            conntrack: Conntrack::new(conntrack),
+            sockets: SockDiag::new(sockets),
+            homes: Vec::new(),
+        };
         (host, tables)
     }
 

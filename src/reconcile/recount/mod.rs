@@ -13,7 +13,7 @@ mod packet;
 mod traffic;
 mod veil;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::net::IpAddr;
 use std::time::Instant;
@@ -27,7 +27,9 @@ use self::packet::Silencer;
 use self::veil::{Marks, Veil};
 use crate::conntrack::Entry;
 use crate::error::{Cause, Error, Op, Result};
+use crate::flow::FourTuple;
 use crate::host::route::{Destination, Routes};
+use crate::reconcile::ledger::{Ledger, Shield};
 
 /// How the limiter is made to count again.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -232,6 +234,30 @@ impl Recounter {
                 Err(op.failed(Cause::Unavailable("our nftables table is gone".to_owned())))
             }
         }
+    }
+
+    /// Keeps conntrack from seeing what could fool it again, of these tuples seen from the peer.
+    ///
+    /// # Errors
+    /// The sets are full, or the table is gone.
+    pub(super) fn shield(&mut self, wanted: &[(FourTuple, Shield)]) -> Result<()> {
+        match &mut self.veil {
+            Some(veil) if !wanted.is_empty() => veil.shield(wanted),
+            _ => Ok(()),
+        }
+    }
+
+    /// Shields only connections that are held.
+    ///
+    /// # Errors
+    /// The table is gone.
+    pub fn lower_shields(&mut self, ledger: &Ledger) -> Result<()> {
+        let Some(veil) = self.veil.as_mut().filter(|veil| veil.shielded().next().is_some()) else {
+            return Ok(());
+        };
+        let held: HashSet<_> = ledger.held().map(|held| held.key.orig).collect();
+        let over: Vec<_> = veil.shielded().filter(|flow| !held.contains(flow)).collect();
+        veil.unshield(&over)
     }
 
     fn destination(&mut self, addr: IpAddr, from: Option<IpAddr>) -> Result<Destination> {

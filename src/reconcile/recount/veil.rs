@@ -3,12 +3,18 @@
 //! Every nudge has the same sequence number, drawn at start. A rule that answers an over-limit
 //! nudge (REJECT, SYNPROXY) acknowledges that number or quotes it; such an answer is dropped before
 //! conntrack sees it. A seal has another number, and is dropped right after conntrack saw it.
+//!
+//! The same table holds the shields: FINs, or FINs and RSTs, of certain tuples go past
+//! conntrack, on to TCP (docs/attack.md).
 
+use std::collections::HashMap;
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 
 use crate::error::Result;
-use crate::nftables::{Chain, Expr, Hook, Layout, Table};
+use crate::flow::FourTuple;
+use crate::nftables::{Chain, Expr, Hook, Layout, Set, Table, tuple};
+use crate::reconcile::ledger::Shield;
 
 const IPPROTO_ICMP: u8 = 1;
 const IPPROTO_TCP: u8 = 6;
@@ -24,6 +30,17 @@ const ICMP_QUOTE: u32 = 8;
 const IPV4_HEADER: u32 = 20;
 const IPV6_HEADER: u32 = 40;
 
+const FIN: u8 = 0x01;
+const FIN_OR_RST: u8 = 0x01 | 0x04;
+const NFPROTO_IPV4: u8 = 2;
+const NFPROTO_IPV6: u8 = 10;
+
+/// Sets of shielded tuples, IPv4 and IPv6.
+const FINS: [&str; 2] = ["fins4", "fins6"];
+const ALL: [&str; 2] = ["all4", "all6"];
+/// As many as are held at most.
+const SHIELDS: u32 = 1 << 20;
+
 /// Before conntrack (-200) and before the raw table (-300).
 const BEFORE_CONNTRACK: i32 = -310;
 /// Right after conntrack.
@@ -32,8 +49,9 @@ const AFTER_CONNTRACK: i32 = -199;
 /// The table, and the numbers that it goes by.
 #[derive(Debug)]
 pub(super) struct Veil {
-    _table: Table,
+    table: Table,
     marks: Marks,
+    shields: HashMap<FourTuple, Shield>,
 }
 
 /// Sequence numbers that tell our packets from everybody else's.
@@ -61,8 +79,72 @@ impl Veil {
     /// # Errors
     /// The kernel has no nf_tables, or another process owns a table of this name.
     pub(super) fn open(name: &str, marks: Marks) -> Result<Self> {
-        let layout = Layout { chains: chains(marks).into(), ..Layout::default() };
-        Ok(Self { _table: Table::create(name, &layout)?, marks })
+        let mut chains: Vec<_> = chains(marks).into();
+        chains.push(shield());
+        let sets =
+            [FINS, ALL].into_iter().flat_map(|names| {
+                names.into_iter().zip([tuple::KEY_V4, tuple::KEY_V6]).map(|(name, key_length)| {
+                    Set { name, key_length, size: SHIELDS, timeout: None, elements: Vec::new() }
+                })
+            });
+        let layout = Layout { sets: sets.collect(), chains };
+        Ok(Self { table: Table::create(name, &layout)?, marks, shields: HashMap::new() })
+    }
+
+    /// Shields these tuples, seen from the peer, at least so far.
+    pub(super) fn shield(&mut self, wanted: &[(FourTuple, Shield)]) -> Result<()> {
+        for (shield, names) in [(Shield::Fins, FINS), (Shield::All, ALL)] {
+            let mut new: Vec<_> = wanted
+                .iter()
+                .filter(|(flow, wanted)| *wanted == shield && self.shields.get(flow) < Some(wanted))
+                .map(|(flow, _)| *flow)
+                .collect();
+            new.sort_unstable();
+            new.dedup();
+            self.change(names, &new, Table::add)?;
+            let old: Vec<_> =
+                new.iter().copied().filter(|flow| self.shields.contains_key(flow)).collect();
+            self.shields.extend(new.into_iter().map(|flow| (flow, shield)));
+            self.change(FINS, &old, Table::remove)?;
+        }
+        Ok(())
+    }
+
+    /// Shields these tuples no longer.
+    pub(super) fn unshield(&mut self, flows: &[FourTuple]) -> Result<()> {
+        for (shield, names) in [(Shield::Fins, FINS), (Shield::All, ALL)] {
+            let old: Vec<_> = flows
+                .iter()
+                .copied()
+                .filter(|flow| self.shields.get(flow) == Some(&shield))
+                .collect();
+            for flow in &old {
+                self.shields.remove(flow);
+            }
+            self.change(names, &old, Table::remove)?;
+        }
+        Ok(())
+    }
+
+    /// The tuples that are shielded.
+    pub(super) fn shielded(&self) -> impl Iterator<Item = FourTuple> {
+        self.shields.keys().copied()
+    }
+
+    fn change(
+        &mut self,
+        [ipv4, ipv6]: [&'static str; 2],
+        flows: &[FourTuple],
+        change: impl Fn(&mut Table, &str, &[Vec<u8>]) -> Result<()>,
+    ) -> Result<()> {
+        for (set, is_ipv4) in [(ipv4, true), (ipv6, false)] {
+            let of_family = flows.iter().filter(|flow| flow.is_ipv4() == is_ipv4);
+            let keys: Vec<_> = of_family.map(|flow| tuple::key(*flow)).collect();
+            if !keys.is_empty() {
+                change(&mut self.table, set, &keys)?;
+            }
+        }
+        Ok(())
     }
 
     pub(super) fn marks(&self) -> Marks {
@@ -108,4 +190,27 @@ fn chains(marks: Marks) -> [Chain; 2] {
             rules: vec![seal.concat()],
         },
     ]
+}
+
+/// Packets of shielded tuples go past conntrack, on to TCP. Never a SYN: a port that is used again
+/// must be seen.
+fn shield() -> Chain {
+    let flags = |mask: u8| [Expr::transport(TCP_FLAGS, 1), Expr::Mask(vec![mask])];
+    let mut rules = vec![
+        vec![Expr::L4Proto, Expr::Differs(vec![IPPROTO_TCP]), Expr::Accept],
+        [&flags(FIN_OR_RST)[..], &[Expr::Equals(vec![0]), Expr::Accept]].concat(),
+    ];
+    let [fins4, fins6] = FINS;
+    let [all4, all6] = ALL;
+    for (family, fins, all, key) in [
+        (NFPROTO_IPV4, fins4, all4, tuple::load_v4()),
+        (NFPROTO_IPV6, fins6, all6, tuple::load_v6()),
+    ] {
+        let of_family = [Expr::NfProto, Expr::Equals(vec![family])];
+        let past = |set| [Expr::In(set), Expr::NoTrack, Expr::Accept];
+        rules.push([&of_family[..], &key, &past(all)].concat());
+        let fin = [&flags(FIN)[..], &[Expr::Differs(vec![0])]].concat();
+        rules.push([&of_family[..], &fin, &key, &past(fins)].concat());
+    }
+    Chain { name: "shield", hook: Hook::Prerouting, priority: BEFORE_CONNTRACK, rules }
 }
