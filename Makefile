@@ -32,6 +32,16 @@ bench: tools
 
 install: all
 	install -D -m 0755 target/release/ctkeep $(DESTDIR)$(PREFIX)/sbin/ctkeep
+	install -D -m 0644 etc/ctkeep.toml.example $(DESTDIR)$(PREFIX)/share/doc/ctkeep/ctkeep.toml.example
+	install -d $(DESTDIR)$(PREFIX)/share/man/man8 $(DESTDIR)$(PREFIX)/share/man/man5 \
+		$(DESTDIR)$(PREFIX)/share/bash-completion/completions \
+		$(DESTDIR)$(PREFIX)/share/zsh/site-functions \
+		$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d
+	target/release/ctkeep man >$(DESTDIR)$(PREFIX)/share/man/man8/ctkeep.8
+	target/release/ctkeep man ctkeep.toml >$(DESTDIR)$(PREFIX)/share/man/man5/ctkeep.toml.5
+	target/release/ctkeep completions bash >$(DESTDIR)$(PREFIX)/share/bash-completion/completions/ctkeep
+	target/release/ctkeep completions zsh >$(DESTDIR)$(PREFIX)/share/zsh/site-functions/_ctkeep
+	target/release/ctkeep completions fish >$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/ctkeep.fish
 
 tools:
 	@sh tests/lab/tools.sh

@@ -1,32 +1,37 @@
 //! Takes the look: joins the tables, makes sure of every disagreement, names and adds up.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::time::SystemTime;
+use std::thread;
+use std::time::{Duration, SystemTime};
 
 use serde_json::{Value, json};
 
 use super::classes::Class;
+use super::figures::Figures;
+use super::layers::{Inputs, Layers};
+use super::limiter::Limiter;
 use super::processes::{Holder, holders};
-use super::sources::{Source, sources};
+use super::sources::{Measure, Source, loads, sources};
 use crate::conntrack::TcpState;
 use crate::error::Result;
 use crate::flow::FourTuple;
+use crate::host::ruleset::Ruleset;
 use crate::reconcile::ledger::Ledger;
 use crate::reconcile::observe::Tables;
 use crate::reconcile::plan::cell;
 use crate::reconcile::policy::{Policy, Scope};
 use crate::reconcile::snapshot::{Snapshot, View};
-use crate::sockdiag::{Lookup, State, States};
+use crate::sockdiag::{Lookup, Socket, State, States};
 
 /// What is asked beyond the scope.
 #[derive(Clone, Copy, Debug)]
 pub struct Request {
     /// The limit of the rules, where the administrator names it.
     pub limit: Option<u32>,
-    /// Prefix length of IPv4 sources.
-    pub mask: u8,
-    /// Prefix length of IPv6 sources.
-    pub mask6: u8,
+    /// Prefix length of IPv4 sources; by default that of the rules, else 32.
+    pub mask: Option<u8>,
+    /// Prefix length of IPv6 sources; by default that of the rules, else 128.
+    pub mask6: Option<u8>,
     /// When the look is taken.
     pub now: SystemTime,
 }
@@ -38,8 +43,60 @@ pub struct Connection {
     pub view: View,
     /// How they stand to each other.
     pub class: Class,
-    /// Who holds the socket; looked up for disagreements only.
+    /// Who holds the socket.
     pub holder: Option<Holder>,
+}
+
+/// All that was seen in one look at one host, or read from files.
+#[derive(Debug, Default)]
+pub struct Seen {
+    /// How the namespace is called.
+    pub netns: String,
+    /// Kernel release; empty where the tables are saved ones.
+    pub kernel: String,
+    /// Both tables, joined.
+    pub snapshot: Snapshot,
+    /// What entries looked like.
+    pub ledger: Ledger,
+    /// Listening sockets.
+    pub listeners: Vec<Socket>,
+    /// The rules.
+    pub limiter: Limiter,
+    /// Settings and counters, where the host is at hand.
+    pub figures: Option<Figures>,
+    /// Who holds which inode.
+    pub holders: HashMap<u32, Holder>,
+}
+
+impl Seen {
+    /// Looks at the namespace that the calling thread is in.
+    ///
+    /// # Errors
+    /// A missing privilege or module; a lost or malformed answer.
+    pub fn look(netns: &str, policy: &Policy) -> Result<(Self, Scope)> {
+        let mut tables = Tables::open()?;
+        let listeners = tables.sockets.listeners()?;
+        let scope = policy.scope(&listeners);
+        let mut snapshot = tables.whole(&scope, policy, States::connected())?;
+        let mut ledger = Ledger::default();
+        ledger.note(&snapshot);
+        make_sure(&mut tables, &mut snapshot, &scope, policy, &ledger)?;
+        let inodes = snapshot.views.iter().filter_map(|view| view.socket).chain(listeners.clone());
+        let inodes: HashSet<u32> = inodes.map(|s| s.inode).filter(|inode| *inode != 0).collect();
+        let seen = Self {
+            netns: if netns.is_empty() { own_namespace() } else { netns.to_owned() },
+            kernel: nix::sys::utsname::uname()
+                .map(|name| name.release().to_string_lossy().into_owned())
+                .unwrap_or_default(),
+            snapshot,
+            ledger,
+            listeners,
+            limiter: Limiter::of(&Ruleset::read()),
+            figures: Some(Figures::read(&mut tables.conntrack)?),
+            holders: holders(&inodes),
+        };
+        Ok((seen, scope))
+    }
 }
 
 /// The report of one namespace.
@@ -47,36 +104,29 @@ pub struct Connection {
 pub struct Report {
     netns: String,
     kernel: String,
-    request: Request,
+    limit: Option<u32>,
+    mask: u8,
+    mask6: u8,
+    now: SystemTime,
     sockets: BTreeMap<State, usize>,
     entries: BTreeMap<TcpState, usize>,
     /// Every connection of the scope.
     pub connections: Vec<Connection>,
     /// Sources, those that hurt most first.
     pub sources: Vec<Source>,
+    /// What a connection passes on its way in.
+    pub layers: Layers,
 }
 
 impl Report {
-    /// Looks at the namespace that the calling thread is in.
-    ///
-    /// # Errors
-    /// A missing privilege or module; a lost or malformed answer.
-    pub fn take(netns: &str, policy: &Policy, request: Request) -> Result<Self> {
-        let mut tables = Tables::open()?;
-        let scope = tables.scope(policy)?;
-        let listeners = tables.sockets.listeners()?;
-        let mut snapshot = tables.whole(&scope, policy, States::connected())?;
-        let mut ledger = Ledger::default();
-        ledger.note(&snapshot);
-        make_sure(&mut tables, &mut snapshot, &scope, policy, &ledger)?;
-
+    /// Names and adds up what was seen. Pure.
+    pub fn of(seen: Seen, scope: &Scope, policy: &Policy, request: Request) -> Self {
+        let Seen { snapshot, ledger, limiter, .. } = &seen;
+        let in_scope = |socket: &&Socket| scope.ports.contains(&socket.local.port());
+        let listeners: Vec<Socket> = seen.listeners.iter().filter(in_scope).copied().collect();
         let mut sockets: BTreeMap<_, _> = State::ALL.map(|state| (state, 0)).into();
         let mut entries: BTreeMap<_, _> = TcpState::ALL.map(|state| (state, 0)).into();
-        let in_scope = |port| scope.ports.contains(&port);
-        sockets.insert(
-            State::Listen,
-            listeners.iter().filter(|socket| in_scope(socket.local.port())).count(),
-        );
+        sockets.insert(State::Listen, listeners.len());
         for view in &snapshot.views {
             if let Some(socket) = view.socket {
                 *sockets.entry(socket.state).or_default() += 1;
@@ -85,18 +135,45 @@ impl Report {
                 *entries.entry(state).or_default() += 1;
             }
         }
-        let connections = name(&snapshot, &scope, policy, &ledger);
-        Ok(Self {
-            netns: if netns.is_empty() { own_namespace() } else { netns.to_owned() },
-            kernel: nix::sys::utsname::uname()
-                .map(|name| name.release().to_string_lossy().into_owned())
-                .unwrap_or_default(),
-            request,
+        let measure = Measure {
+            mask: request.mask.or_else(|| limiter.prefix(true)).unwrap_or(32),
+            mask6: request.mask6.or_else(|| limiter.prefix(false)).unwrap_or(128),
+            limit: request.limit,
+            limiter,
+        };
+        let loads = loads(&snapshot.views, limiter);
+        let layers = Layers::of(Inputs {
+            figures: seen.figures.as_ref(),
+            limiter,
+            loads: &loads,
+            is_limit_named: request.limit.is_some(),
+            listeners: &listeners,
+            views: &snapshot.views,
+            holders: &seen.holders,
+        });
+        let holder = |view: &View| seen.holders.get(&view.socket?.inode).cloned();
+        let connections = snapshot
+            .views
+            .iter()
+            .map(|view| Connection {
+                view: *view,
+                class: Class::of(cell(view, snapshot, scope, policy, ledger)),
+                holder: holder(view),
+            })
+            .collect();
+        Self {
+            limit: request.limit,
+            mask: measure.mask,
+            mask6: measure.mask6,
+            now: request.now,
             sockets,
             entries,
-            sources: sources(snapshot.views.iter().copied(), request),
             connections,
-        })
+            sources: sources(snapshot.views.iter().copied(), measure, &loads),
+            layers,
+            netns: seen.netns,
+            kernel: seen.kernel,
+        }
     }
 
     /// Whether the tables disagree anywhere.
@@ -111,11 +188,6 @@ impl Report {
             *classes.entry(connection.class).or_default() += 1;
         }
         classes
-    }
-
-    /// The limit asked for.
-    pub fn limit(&self) -> Option<u32> {
-        self.request.limit
     }
 
     /// Sockets by state.
@@ -143,18 +215,19 @@ impl Report {
                     "counted": source.counted,
                     "uncounted": source.uncounted,
                     "stale": source.stale,
+                    "limit": source.limit,
                     "over_limit": source.over_limit,
                 })
             })
             .collect();
         json!({
             "schema": 1,
-            "generated_at": humantime::format_rfc3339_seconds(self.request.now).to_string(),
+            "generated_at": humantime::format_rfc3339_seconds(self.now).to_string(),
             "kernel": self.kernel,
             "netns": self.netns,
-            "limit": self.request.limit,
-            "mask": self.request.mask,
-            "mask6": self.request.mask6,
+            "limit": self.limit,
+            "mask": self.mask,
+            "mask6": self.mask6,
             "summary": {
                 "sockets": named(self.sockets.iter().map(|(state, n)| (state.name(), *n))),
                 "entries": named(self.entries.iter().map(|(state, n)| (state.name(), *n))),
@@ -162,6 +235,7 @@ impl Report {
             },
             "connections": connections,
             "sources": sources,
+            "layers": self.layers,
         })
     }
 }
@@ -192,7 +266,12 @@ fn connection_json(connection: &Connection) -> Value {
     })
 }
 
-/// Looks at every suspected disagreement again, exactly: dumps of a moving table lie.
+/// A connection that closes in an orderly way leaves the two tables microseconds apart; a packet is
+/// judged by conntrack before TCP has it.
+const SETTLE: Duration = Duration::from_millis(5);
+
+/// Looks at every suspected disagreement again, exactly: dumps of a moving table lie. What is left
+/// is looked at once more a little later: a disagreement is one that stays.
 fn make_sure(
     tables: &mut Tables,
     snapshot: &mut Snapshot,
@@ -200,50 +279,31 @@ fn make_sure(
     policy: &Policy,
     ledger: &Ledger,
 ) -> Result<()> {
-    let suspects: Vec<Lookup> = snapshot
-        .views
-        .iter()
-        .filter(|view| Class::of(cell(view, snapshot, scope, policy, ledger)) != Class::Agree)
-        .map(|view| Lookup {
-            flow: view.flow,
-            interface: view.socket.map_or(0, |socket| socket.interface),
-        })
-        .collect();
-    let exact = tables.exactly(&suspects, ledger)?;
-    let exact: HashMap<FourTuple, View> =
-        exact.views.into_iter().map(|view| (view.flow, view)).collect();
-    for view in &mut snapshot.views {
-        if let Some(exact) = exact.get(&view.flow) {
-            *view = *exact;
+    for pause in [Duration::ZERO, SETTLE] {
+        let suspects: Vec<Lookup> = snapshot
+            .views
+            .iter()
+            .filter(|view| Class::of(cell(view, snapshot, scope, policy, ledger)) != Class::Agree)
+            .map(|view| Lookup {
+                flow: view.flow,
+                interface: view.socket.map_or(0, |socket| socket.interface),
+            })
+            .collect();
+        if suspects.is_empty() {
+            break;
+        }
+        thread::sleep(pause);
+        let exact = tables.exactly(&suspects, ledger)?;
+        let exact: HashMap<FourTuple, View> =
+            exact.views.into_iter().map(|view| (view.flow, view)).collect();
+        for view in &mut snapshot.views {
+            if let Some(exact) = exact.get(&view.flow) {
+                *view = *exact;
+            }
         }
     }
     snapshot.views.retain(|view| view.socket.is_some() || view.entry.is_some());
     Ok(())
-}
-
-fn name(snapshot: &Snapshot, scope: &Scope, policy: &Policy, ledger: &Ledger) -> Vec<Connection> {
-    let mut connections: Vec<_> = snapshot
-        .views
-        .iter()
-        .map(|view| Connection {
-            view: *view,
-            class: Class::of(cell(view, snapshot, scope, policy, ledger)),
-            holder: None,
-        })
-        .collect();
-    let inode = |connection: &Connection| {
-        connection.view.socket.map(|socket| socket.inode).filter(|inode| *inode != 0)
-    };
-    let wanted: HashSet<u32> = connections
-        .iter()
-        .filter(|connection| connection.class != Class::Agree)
-        .filter_map(inode)
-        .collect();
-    let holders = holders(&wanted);
-    for connection in &mut connections {
-        connection.holder = inode(connection).and_then(|inode| holders.get(&inode).cloned());
-    }
-    connections
 }
 
 /// What `ip netns identify` cannot name has at least a number.

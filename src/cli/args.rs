@@ -41,6 +41,12 @@ pub(super) enum Command {
     Run(Run),
     /// Show what both tables say of one connection, and what ctkeep would do
     Explain(Explain),
+    /// Examine whether this host is set up so that limits work; changes nothing
+    Doctor(Doctor),
+    /// Write a completion script for a shell to stdout
+    Completions(Completions),
+    /// Write a manual page to stdout, or the example of a configuration file
+    Man(Man),
 }
 
 #[derive(Debug, Args)]
@@ -85,19 +91,17 @@ pub(super) struct Audit {
     #[command(flatten)]
     pub output: Output,
 
-    /// The limit that the rules set for each source
+    /// The limit for each source [default: what the rules say]
     #[arg(long, value_name = "N")]
     pub limit: Option<NonZeroU32>,
 
-    /// Prefix length that IPv4 sources are counted by (connlimit-mask)
-    #[arg(long, value_name = "BITS", default_value_t = 32,
-          value_parser = clap::value_parser!(u8).range(0..=32))]
-    pub mask: u8,
+    /// Prefix length that IPv4 sources are counted by [default: that of the rules, else 32]
+    #[arg(long, value_name = "BITS", value_parser = clap::value_parser!(u8).range(0..=32))]
+    pub mask: Option<u8>,
 
-    /// Prefix length that IPv6 sources are counted by
-    #[arg(long, value_name = "BITS", default_value_t = 128,
-          value_parser = clap::value_parser!(u8).range(0..=128))]
-    pub mask6: u8,
+    /// Prefix length that IPv6 sources are counted by [default: that of the rules, else 128]
+    #[arg(long, value_name = "BITS", value_parser = clap::value_parser!(u8).range(0..=128))]
+    pub mask6: Option<u8>,
 
     /// Show only the N worst sources
     #[arg(long, value_name = "N")]
@@ -106,6 +110,14 @@ pub(super) struct Audit {
     /// List connections on which both tables agree too
     #[arg(long)]
     pub all: bool,
+
+    /// Read sockets from this file, as `ss -tanoie` prints them, instead of the kernel
+    #[arg(long, value_name = "FILE", requires = "conntrack", conflicts_with = "netns")]
+    pub sockets: Option<PathBuf>,
+
+    /// Read entries from this file, as `conntrack -L -o extended` prints them
+    #[arg(long, value_name = "FILE", requires = "sockets", conflicts_with = "netns")]
+    pub conntrack: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -148,6 +160,38 @@ pub(super) struct Explain {
 
     #[command(flatten)]
     pub output: Output,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Doctor {
+    #[command(flatten)]
+    pub scope: Scope,
+
+    #[command(flatten)]
+    pub output: Output,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Man {
+    /// Which page: ctkeep is of section 8, ctkeep.toml of section 5
+    #[arg(value_enum, default_value_t = Page::Ctkeep)]
+    pub page: Page,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum Page {
+    Ctkeep,
+    #[value(name = "ctkeep.toml")]
+    Configuration,
+    #[value(name = "ctkeep.toml.example")]
+    Example,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Completions {
+    /// The shell that will read it
+    #[arg(value_enum)]
+    pub shell: clap_complete::Shell,
 }
 
 #[derive(Debug, Args)]

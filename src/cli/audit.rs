@@ -1,12 +1,22 @@
 //! `ctkeep audit`: one look, changes nothing.
 
-use std::time::SystemTime;
+use std::fs;
+use std::io::{self, IsTerminal, Write};
+use std::path::Path;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
 
 use super::Exit;
 use super::args::{Audit, Format};
 use crate::audit::render;
-use crate::audit::report::{Report, Request};
-use crate::error::Result;
+use crate::audit::report::{Report, Request, Seen};
+use crate::audit::saved::{self, Parsed};
+use crate::error::{Error, Result};
+use crate::reconcile::policy::{Policy, Scope};
+
+/// A look that takes longer says so, on a terminal.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 pub(super) fn run(args: &Audit) -> Result<Exit> {
     let policy = args.scope.policy();
@@ -18,18 +28,69 @@ pub(super) fn run(args: &Audit) -> Result<Exit> {
         mask6: args.mask6,
         now,
     };
+    if let (Some(sockets), Some(entries)) = (&args.sockets, &args.conntrack) {
+        let (seen, scope) = read(sockets, entries, &policy)?;
+        return show(args, &Report::of(seen, &scope, &policy, request));
+    }
     let mut exit = Exit::Done;
     for namespace in args.scope.namespaces()? {
-        let report = namespace.run(|| Report::take(namespace.name(), &policy, request))?;
-        if report.has_disagreements() {
+        let look = || namespace.run(|| Seen::look(namespace.name(), &policy));
+        let (seen, scope) = with_progress(look)?;
+        if show(args, &Report::of(seen, &scope, &policy, request))? == Exit::Disagreement {
             exit = Exit::Disagreement;
-        }
-        match args.output.format {
-            Format::Json => render::line(&report.to_json(args.all, args.top))?,
-            Format::Table => {
-                render::text(&render::report(&report, args.all, args.top, args.output.no_header))?;
-            }
         }
     }
     Ok(exit)
+}
+
+fn show(args: &Audit, report: &Report) -> Result<Exit> {
+    match args.output.format {
+        Format::Json => render::line(&report.to_json(args.all, args.top))?,
+        Format::Table => {
+            render::text(&render::report(report, args.all, args.top, args.output.no_header))?;
+        }
+    }
+    Ok(if report.has_disagreements() { Exit::Disagreement } else { Exit::Done })
+}
+
+/// Saved tables; lines that cannot be read are named and passed over.
+fn read(sockets: &Path, entries: &Path, policy: &Policy) -> Result<(Seen, Scope)> {
+    let sockets = named(sockets, "--sockets", saved::sockets)?;
+    let entries = named(entries, "--conntrack", saved::entries)?;
+    Ok(saved::seen(&sockets, &entries, policy))
+}
+
+fn named<T>(path: &Path, flag: &'static str, parse: impl Fn(&str) -> Parsed<T>) -> Result<Vec<T>> {
+    let bytes = fs::read(path)
+        .map_err(|error| Error::usage(flag, format!("{}: {error}", path.display())))?;
+    let parsed = parse(&String::from_utf8_lossy(&bytes));
+    for malformed in parsed.malformed {
+        eprintln!("ctkeep: {}:{}: {}", path.display(), malformed.line, malformed.what);
+    }
+    Ok(parsed.values)
+}
+
+/// Does `work`; where it takes long and somebody watches, says on stderr that it goes on.
+fn with_progress<T>(work: impl FnOnce() -> T) -> T {
+    if !io::stderr().is_terminal() {
+        return work();
+    }
+    let (done, watched) = mpsc::channel::<()>();
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            let start = Instant::now();
+            let mut err = io::stderr();
+            let mut has_spoken = false;
+            while watched.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
+                has_spoken = true;
+                let _ = write!(err, "\rreading the tables, {} s", start.elapsed().as_secs());
+            }
+            if has_spoken {
+                let _ = write!(err, "\r\x1b[K");
+            }
+        });
+        let result = work();
+        drop(done);
+        result
+    })
 }

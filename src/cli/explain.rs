@@ -1,17 +1,23 @@
 //! `ctkeep explain`: what both tables say of one connection, and what ctkeep would do.
 
+use std::collections::HashSet;
+
 use serde_json::json;
 
 use super::Exit;
 use super::args::{Explain, Format};
+use crate::audit::limiter::Limiter;
+use crate::audit::processes::{Holder, holders};
 use crate::audit::render;
+use crate::audit::sources::loads;
 use crate::conntrack::Entry;
 use crate::error::{Error, Result};
 use crate::flow::FourTuple;
+use crate::host::ruleset::Ruleset;
 use crate::reconcile::ledger::Ledger;
 use crate::reconcile::observe::Tables;
 use crate::reconcile::plan::{Cell, Verdict, cell, decide};
-use crate::reconcile::snapshot::{Direction, View};
+use crate::reconcile::snapshot::{Direction, Snapshot, View};
 use crate::sockdiag::{Lookup, State, States};
 
 pub(super) fn run(args: &Explain) -> Result<Exit> {
@@ -20,7 +26,7 @@ pub(super) fn run(args: &Explain) -> Result<Exit> {
     if flow.src.addr().is_ipv4() != flow.dst.addr().is_ipv4() {
         return Err(Error::usage("explain", format!("{flow}: addresses of two families")));
     }
-    let (view, cell, in_scope) = args.scope.namespace()?.run(|| {
+    let found = args.scope.namespace()?.run(|| {
         let mut tables = Tables::open()?;
         let scope = tables.scope(&policy)?;
         // Siblings of the same port tell whether it is tracked, and in which zones.
@@ -37,23 +43,60 @@ pub(super) fn run(args: &Explain) -> Result<Exit> {
             .and_then(|view| view.socket)
             .map_or(0, |socket| socket.interface);
         let mut snapshot = tables.exactly(&[Lookup { flow, interface }], &ledger)?;
-        snapshot.tracked.extend(around.tracked);
+        snapshot.tracked.extend(&around.tracked);
         let view =
             snapshot.views.first().copied().unwrap_or(View { flow, socket: None, entry: None });
         let cell = cell(&view, &snapshot, &scope, &policy, &ledger);
-        Ok((view, cell, scope.contains(&policy, flow)))
+        let swapped = Lookup { flow: flow.inverse(), interface: 0 };
+        let is_swapped = view.socket.is_none()
+            && tables.exactly(&[swapped], &ledger)?.views.iter().any(|view| view.socket.is_some());
+        let inodes: HashSet<u32> = view.socket.map(|socket| socket.inode).into_iter().collect();
+        let holder = holders(&inodes).into_values().next();
+        let limits = limits(&Limiter::of(&Ruleset::read()), &view, &around);
+        let in_scope = scope.contains(&policy, flow);
+        Ok(Found { view, cell, in_scope, is_swapped, holder, limits })
     })?;
     match args.output.format {
-        Format::Json => render::line(&to_json(&view, &cell, in_scope))?,
-        Format::Table => render::text(&to_text(&view, &cell, in_scope))?,
+        Format::Json => render::line(&to_json(&found))?,
+        Format::Table => render::text(&to_text(&found))?,
     }
-    Ok(match decide(cell) {
+    Ok(match decide(found.cell) {
         Verdict::Act(..) => Exit::Disagreement,
         Verdict::Leave(_) => Exit::Done,
     })
 }
 
-fn to_text(view: &View, cell: &Cell, in_scope: bool) -> String {
+/// All that is known of one connection.
+struct Found {
+    view: View,
+    cell: Cell,
+    in_scope: bool,
+    /// The addresses were given the other way round.
+    is_swapped: bool,
+    holder: Option<Holder>,
+    limits: Vec<String>,
+}
+
+/// The limits that count this connection, with what its source has.
+fn limits(limiter: &Limiter, view: &View, around: &Snapshot) -> Vec<String> {
+    let mine = loads(std::iter::once(view), limiter);
+    let all = loads(&around.views, limiter);
+    let of_mine = all
+        .iter()
+        .filter(|load| mine.iter().any(|own| (own.rule, own.net) == (load.rule, load.net)));
+    of_mine
+        .filter_map(|load| {
+            let rule = limiter.rules.get(load.rule)?;
+            Some(format!(
+                "{rule}: {} holds {} sockets, the rule sees {}",
+                load.net, load.held, load.counted
+            ))
+        })
+        .collect()
+}
+
+fn to_text(found: &Found) -> String {
+    let Found { view, cell, in_scope, .. } = found;
     let socket = match view.socket {
         Some(socket) => format!(
             "{}, inode {}, uid {}, cookie {:x}, {} bytes unread, {} bytes unsent",
@@ -74,23 +117,59 @@ fn to_text(view: &View, cell: &Cell, in_scope: bool) -> String {
         Verdict::Act(kind, reason) => (kind.to_string(), reason.to_string()),
         Verdict::Leave(rest) => ("nothing".to_owned(), rest.to_string()),
     };
+    let holder = match &found.holder {
+        Some(holder) if holder.processes > 1 => {
+            format!("{} ({} and {} more)", holder.command, holder.pid, holder.processes - 1)
+        }
+        Some(holder) => format!("{} ({})", holder.command, holder.pid),
+        None => "none".to_owned(),
+    };
+    let limits = match found.limits.as_slice() {
+        [] => "none".to_owned(),
+        some => some.join("\n            "),
+    };
+    let hint = if found.is_swapped {
+        "hint        the other way round there is one: the server's end comes first\n"
+    } else {
+        ""
+    };
     format!(
         "connection  {} (server) with {} (peer)\n\
          socket      {socket}\n\
+         held by     {holder}\n\
          entry       {entry}\n\
          direction   {}\n\
          counted     {}\n\
          in scope    {}\n\
          tracked     {}\n\
+         limits      {limits}\n\
+         cell        {}\n\
          would do    {verdict}\n\
-         because     {reason}\n",
+         because     {reason}\n\
+         {hint}",
         view.flow.src,
         view.flow.dst,
         direction(cell),
         yes(view.is_counted()),
-        yes(in_scope),
+        yes(*in_scope),
         yes(cell.tracked),
+        named(cell),
     )
+}
+
+/// The cell of the action table (docs/reconcile.md).
+fn named(cell: &Cell) -> String {
+    let socket = match (cell.socket, cell.guarded) {
+        (Some(state), true) => format!("guarded socket in {state}"),
+        (Some(state), false) => format!("unguarded socket in {state}"),
+        (None, _) => "no socket".to_owned(),
+    };
+    let entry = match cell.entry {
+        Some((_, state)) if cell.expiring => format!("entry in {state}, expiring"),
+        Some((_, state)) => format!("entry in {state}"),
+        None => "no entry".to_owned(),
+    };
+    format!("{socket}, {entry}")
 }
 
 fn describe(entry: &Entry) -> String {
@@ -123,7 +202,8 @@ fn direction(cell: &Cell) -> &'static str {
     }
 }
 
-fn to_json(view: &View, cell: &Cell, in_scope: bool) -> serde_json::Value {
+fn to_json(found: &Found) -> serde_json::Value {
+    let Found { view, cell, in_scope, holder, .. } = found;
     let (action, reason) = match decide(*cell) {
         Verdict::Act(kind, reason) => (Some(kind.name()), reason.to_string()),
         Verdict::Leave(rest) => (None, rest.to_string()),
@@ -140,6 +220,10 @@ fn to_json(view: &View, cell: &Cell, in_scope: bool) -> serde_json::Value {
         "counted": view.is_counted(),
         "in_scope": in_scope,
         "tracked": cell.tracked,
+        "pid": holder.as_ref().map(|holder| holder.pid),
+        "command": holder.as_ref().map(|holder| &holder.command),
+        "limits": found.limits,
+        "cell": named(cell),
         "action": action,
         "reason": reason,
     })

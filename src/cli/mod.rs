@@ -3,7 +3,9 @@
 mod args;
 mod audit;
 mod config;
+mod doctor;
 mod explain;
+mod manual;
 mod reconcile;
 mod run;
 
@@ -73,6 +75,9 @@ fn dispatch(command: Command) -> Result<Exit> {
         Command::Reconcile(args) => reconcile::run(&args),
         Command::Run(args) => run::run(args),
         Command::Explain(args) => explain::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
+        Command::Completions(args) => manual::completions(&args),
+        Command::Man(args) => manual::man(&args),
     }
 }
 

@@ -10,6 +10,7 @@ use netlink_packet_core::{
     DecodeError, NLA_HEADER_SIZE, NlaBuffer, NlasIterator, parse_u8, parse_u16_be, parse_u32_be,
 };
 
+use super::Counters;
 use super::entry::{Entry, HelperName, SeqAdj, Status, SynProxy, Tcp, TcpState, Zone};
 use super::uapi::*;
 use crate::flow::{Endpoint, FourTuple};
@@ -115,6 +116,29 @@ pub fn stats(payload: &[u8]) -> Decoded<(u32, Option<u32>)> {
         }
     }
     Ok((entries.ok_or_else(|| missing("CTA_STATS_GLOBAL_ENTRIES"))?, maximum))
+}
+
+/// The counters of one CPU, added to `sum`.
+///
+/// # Errors
+/// An attribute cut short.
+pub(super) fn counters(payload: &[u8], sum: &mut Counters) -> Decoded<()> {
+    let attributes = payload.get(NFGENMSG_LEN..).ok_or_else(|| missing("nfgenmsg header"))?;
+    for attribute in NlasIterator::new(attributes) {
+        let attribute = attribute?;
+        let counter = match attribute.kind() {
+            CTA_STATS_INVALID => &mut sum.invalid,
+            CTA_STATS_INSERT_FAILED => &mut sum.insert_failed,
+            // A new connection was refused: the table was full and nothing could be evicted.
+            CTA_STATS_DROP => &mut sum.drop,
+            // An unassured entry was evicted for a new one.
+            CTA_STATS_EARLY_DROP => &mut sum.early_drop,
+            CTA_STATS_CHAIN_TOOLONG => &mut sum.chain_toolong,
+            _ => continue,
+        };
+        *counter += u64::from(parse_u32_be(value(&attribute))?);
+    }
+    Ok(())
 }
 
 struct Tuple {

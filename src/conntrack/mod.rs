@@ -32,6 +32,21 @@ pub struct TableSize {
     pub maximum: Option<u32>,
 }
 
+/// The kernel's counters of a table, since the namespace was made. Equivalent: `conntrack -S`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Counters {
+    /// Packets that could not be tracked.
+    pub invalid: u64,
+    /// Entries refused because of a clash or a table that was too full.
+    pub insert_failed: u64,
+    /// Packets dropped because no entry could be made.
+    pub drop: u64,
+    /// Unassured entries evicted from a full table.
+    pub early_drop: u64,
+    /// Entries refused because their hash chain was too long (since 5.15).
+    pub chain_toolong: u64,
+}
+
 impl Conntrack<KernelSocket> {
     /// Opens a socket in the network namespace of the calling thread and asks for the table's
     /// size, so that a missing privilege or module is found here.
@@ -78,6 +93,17 @@ impl<T: Transport> Conntrack<T> {
             })
             .map_err(explain)?;
         size.ok_or_else(|| request.op.malformed("acknowledged without a count"))
+    }
+
+    /// The table's counters, summed over all CPUs.
+    ///
+    /// # Errors
+    /// The kernel refused, or a message was lost or malformed.
+    pub fn counters(&mut self) -> Result<Counters> {
+        let request = request::counters();
+        self.connection.dump(&request, |sum, frame| {
+            decode::counters(frame.payload, sum).map_err(|error| request.op.malformed(error))
+        })
     }
 
     /// Streams the TCP entries of a family (`AF_INET`, `AF_INET6`) that pass `filter` into a

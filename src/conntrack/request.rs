@@ -181,6 +181,11 @@ pub(super) fn stats() -> Request {
     message(Op::new("conntrack stats"), IPCTNL_MSG_CT_GET_STATS, 0, 0, &[])
 }
 
+/// The counters of every CPU.
+pub(super) fn counters() -> Request {
+    message(Op::new("dump of conntrack counters"), IPCTNL_MSG_CT_GET_STATS_CPU, 0, 0, &[])
+}
+
 /// What a dump lets through, in the kernel where it can filter (since 5.8).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Filter {

@@ -9,6 +9,7 @@ pub const NFNL_SUBSYS_CTNETLINK: u16 = 1 << 8;
 pub const IPCTNL_MSG_CT_NEW: u16 = NFNL_SUBSYS_CTNETLINK;
 pub const IPCTNL_MSG_CT_GET: u16 = NFNL_SUBSYS_CTNETLINK | 1;
 pub const IPCTNL_MSG_CT_DELETE: u16 = NFNL_SUBSYS_CTNETLINK | 2;
+pub const IPCTNL_MSG_CT_GET_STATS_CPU: u16 = NFNL_SUBSYS_CTNETLINK | 4;
 pub const IPCTNL_MSG_CT_GET_STATS: u16 = NFNL_SUBSYS_CTNETLINK | 5;
 
 pub const NFNLGRP_CONNTRACK_UPDATE: u32 = 2;
@@ -75,6 +76,12 @@ pub const CTA_FILTER_REPLY_FLAGS: u16 = 2;
 /// older kernel ignores the filter and sends everything).
 pub const CTA_FILTER_F_CTA_PROTO_NUM: u32 = 1 << 3;
 pub const CTA_FILTER_F_CTA_PROTO_SRC_PORT: u32 = 1 << 4;
+
+pub const CTA_STATS_INVALID: u16 = 4;
+pub const CTA_STATS_INSERT_FAILED: u16 = 9;
+pub const CTA_STATS_DROP: u16 = 10;
+pub const CTA_STATS_EARLY_DROP: u16 = 11;
+pub const CTA_STATS_CHAIN_TOOLONG: u16 = 15;
 
 pub const CTA_STATS_GLOBAL_ENTRIES: u16 = 1;
 pub const CTA_STATS_GLOBAL_MAX_ENTRIES: u16 = 2;

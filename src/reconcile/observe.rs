@@ -12,7 +12,7 @@ use crate::error::Result;
 use crate::flow::{AF_INET, AF_INET6, FourTuple};
 use crate::host::route::Routes;
 use crate::netlink::{KernelSocket, Transport};
-use crate::sockdiag::{Lookup, SockDiag, State, States};
+use crate::sockdiag::{Lookup, SockDiag, Socket, State, States};
 
 /// Up to this many ports the kernel filters a dump by port; each port costs a walk of the table.
 const FILTERED_PORTS: usize = 2;
@@ -69,45 +69,32 @@ impl<T: Transport> Tables<T> {
     /// # Errors
     /// The kernel refused, or an answer was lost.
     pub fn whole(&mut self, scope: &Scope, policy: &Policy, states: States) -> Result<Snapshot> {
-        let mut entries: HashMap<FourTuple, Entry> = HashMap::new();
+        let mut entries = Vec::new();
         for filter in filters(scope) {
             for family in [AF_INET, AF_INET6] {
-                let part = self.conntrack.entries(family, filter, |part: &mut Vec<_>, entry| {
-                    part.extend(places(entry, scope, policy).map(|flow| (flow, entry)));
-                })?;
-                for (flow, entry) in part {
-                    let kept = entries.entry(flow).or_insert(entry);
-                    if rank(flow, &entry) > rank(flow, kept) {
-                        *kept = entry;
-                    }
-                }
+                entries.extend(self.conntrack.entries(
+                    family,
+                    filter,
+                    |part: &mut Vec<_>, entry| {
+                        if places(entry, scope, policy).next().is_some() {
+                            part.push(entry);
+                        }
+                    },
+                )?);
             }
         }
-        let mut views = Vec::new();
-        let mut matched = HashSet::new();
-        for socket in self.sockets.sockets(states)? {
-            let flow = socket.flow();
-            if scope.contains(policy, flow) {
-                let entry = entries.remove(&flow);
-                matched.extend(entry.map(|entry| entry.key()));
-                views.push(View { flow, socket: Some(socket), entry });
-            }
-        }
-        entries.retain(|_, entry| !matched.contains(&entry.key()));
+        let Snapshot { mut views, .. } =
+            join(entries, self.sockets.sockets(states)?, scope, policy);
         // The sockets of connections that end elsewhere are not missing here.
         let mut home = HashMap::new();
-        for flow in entries.keys() {
-            if let Vacant(slot) = home.entry(flow.src.addr()) {
-                slot.insert(is_home(&mut self.homes, flow.src.addr())?);
+        for view in views.iter().filter(|view| view.socket.is_none()) {
+            let addr = view.flow.src.addr();
+            if let Vacant(slot) = home.entry(addr) {
+                slot.insert(is_home(&mut self.homes, addr)?);
             }
         }
-        entries.retain(|flow, _| home.get(&flow.src.addr()).copied().unwrap_or(false));
-        views.extend(entries.into_iter().map(|(flow, entry)| View {
-            flow,
-            socket: None,
-            entry: Some(entry),
-        }));
-        views.sort_unstable_by_key(|view| view.flow);
+        let is_here = |view: &View| home.get(&view.flow.src.addr()).copied().unwrap_or(false);
+        views.retain(|view| view.socket.is_some() || is_here(view));
         Ok(Snapshot::new(views))
     }
 
@@ -195,6 +182,42 @@ impl<T: Transport> Tables<T> {
         }
         Ok(found)
     }
+}
+
+/// Puts the entries and the sockets of the scope together, connection by connection.
+pub fn join(
+    entries: impl IntoIterator<Item = Entry>,
+    sockets: impl IntoIterator<Item = Socket>,
+    scope: &Scope,
+    policy: &Policy,
+) -> Snapshot {
+    let mut by_flow: HashMap<FourTuple, Entry> = HashMap::new();
+    for entry in entries {
+        for flow in places(entry, scope, policy) {
+            let kept = by_flow.entry(flow).or_insert(entry);
+            if rank(flow, &entry) > rank(flow, kept) {
+                *kept = entry;
+            }
+        }
+    }
+    let mut views = Vec::new();
+    let mut matched = HashSet::new();
+    for socket in sockets {
+        let flow = socket.flow();
+        if scope.contains(policy, flow) {
+            let entry = by_flow.remove(&flow);
+            matched.extend(entry.map(|entry| entry.key()));
+            views.push(View { flow, socket: Some(socket), entry });
+        }
+    }
+    by_flow.retain(|_, entry| !matched.contains(&entry.key()));
+    views.extend(by_flow.into_iter().map(|(flow, entry)| View {
+        flow,
+        socket: None,
+        entry: Some(entry),
+    }));
+    views.sort_unstable_by_key(|view| view.flow);
+    Snapshot::new(views)
 }
 
 fn is_home<T: Transport>(homes: &mut [Routes<T>], addr: IpAddr) -> Result<bool> {

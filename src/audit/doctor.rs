@@ -1,0 +1,294 @@
+//! Is this host set up so that limits work? One finding for each thing that must be right.
+
+use nix::sched::{CloneFlags, unshare};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use netlink_sys::protocols::NETLINK_NETFILTER;
+
+use super::figures::Figures;
+use super::finding::{Finding, Verdict};
+use super::judge;
+use super::limiter::{Before, LimitRule, Limiter};
+use crate::conntrack::Conntrack;
+use crate::error::{Error, Op, Result};
+use crate::host::instance;
+use crate::host::ruleset::{Hook, Ruleset};
+use crate::netlink::KernelSocket;
+use crate::reconcile::policy::Policy;
+use crate::reconcile::recount::{Mode, Recounter, Route};
+use crate::sockdiag::SockDiag;
+
+/// Capabilities by their bits (`include/uapi/linux/capability.h`).
+const CAP_NET_ADMIN: u64 = 1 << 12;
+const CAP_NET_RAW: u64 = 1 << 13;
+const CAP_SYS_PTRACE: u64 = 1 << 19;
+/// What the event socket asks for; holds 13 000 events.
+const RECEIVE_BUFFER: usize = 8 << 20;
+/// Name of the helper device and table of the trial; its namespace has no other.
+const TRIAL: &str = "ctkeep";
+
+/// What was found.
+#[derive(Debug)]
+pub struct Diagnosis {
+    /// In the order of looking.
+    pub findings: Vec<Finding>,
+    /// A privilege or kernel feature is missing: nothing works.
+    pub is_unavailable: bool,
+}
+
+/// Examines the namespace that the calling thread is in.
+pub fn examine(policy: &Policy, now: Instant) -> Diagnosis {
+    let mut findings = vec![kernel(&release())];
+    findings.extend(privileges());
+    let tables = Conntrack::open().and_then(|conntrack| {
+        let mut sockets = SockDiag::open()?;
+        sockets.probe()?;
+        Ok((conntrack, sockets))
+    });
+    let (mut conntrack, mut sockets) = match tables {
+        Ok(tables) => tables,
+        Err(error) => {
+            findings.push(unavailable(&error));
+            return Diagnosis { findings, is_unavailable: true };
+        }
+    };
+    let figures = Figures::read(&mut conntrack);
+    let listeners = sockets.listeners().unwrap_or_default();
+    let mut ports: Vec<u16> = policy.scope(&listeners).ports.into_iter().collect();
+    ports.sort_unstable();
+    let limiter = Limiter::of(&Ruleset::read());
+    match &figures {
+        Ok(figures) => {
+            findings.extend(judge::conntrack(&figures.table));
+            findings.extend(lease(policy.lease, figures));
+        }
+        Err(error) => findings.push(unavailable(error)),
+    }
+    findings.extend(judge::limiter(&limiter, &ports));
+    if let Ok(figures) = &figures {
+        findings.extend(judge::syn(&figures.tcp, 0));
+        findings.push(judge::listen_drops(&figures.tcp));
+    }
+    let trial = try_recount(now);
+    findings.extend(recount(&trial, &limiter));
+    findings.push(receive_buffer());
+    findings.push(open_files());
+    findings.push(daemon());
+    let is_unavailable = findings
+        .iter()
+        .any(|finding| finding.verdict == Verdict::Bad && MISSING.contains(&finding.id));
+    Diagnosis { findings, is_unavailable }
+}
+
+/// Without these nothing can be done here.
+const MISSING: [&str; 3] = ["privilege-net-admin", "privilege-net-raw", "kernel-feature"];
+
+fn release() -> String {
+    nix::sys::utsname::uname()
+        .map(|name| name.release().to_string_lossy().into_owned())
+        .unwrap_or_default()
+}
+
+/// What is known of a kernel's limiter, by measurement (docs/doctor.md).
+fn kernel(release: &str) -> Finding {
+    let mut numbers = release.split(['.', '-']).map_while(|part| part.parse::<u32>().ok());
+    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    match version {
+        (0..=4, _) | (5, 0..=9) => Finding::warn(
+            "kernel",
+            format!("Linux {release}: older than any that ctkeep is tested on"),
+            "use Linux 5.10 or newer",
+        ),
+        (5, 10..=14) => Finding::ok(
+            "kernel",
+            format!("Linux {release}: old RSTs are INVALID here, repeated FINs free a slot"),
+        ),
+        _ => Finding::ok(
+            "kernel",
+            format!("Linux {release}: an old RST or a repeated FIN frees a slot of the limiter"),
+        ),
+    }
+}
+
+fn privileges() -> Vec<Finding> {
+    let held = procfs::process::Process::myself()
+        .and_then(|process| process.status())
+        .map_or(0, |status| status.capeff);
+    let grant =
+        "run as root, or by the systemd unit: AmbientCapabilities=CAP_NET_ADMIN CAP_NET_RAW";
+    let check = |id, name: &str, bit: u64, needed: &str| {
+        if held & bit != 0 {
+            Finding::ok(id, format!("{name} is held"))
+        } else {
+            Finding::bad(id, format!("{name} is missing: {needed}"), grant)
+        }
+    };
+    let mut all = vec![
+        check("privilege-net-admin", "CAP_NET_ADMIN", CAP_NET_ADMIN, "conntrack cannot be read"),
+        check("privilege-net-raw", "CAP_NET_RAW", CAP_NET_RAW, "no recount"),
+    ];
+    if held & CAP_SYS_PTRACE == 0 {
+        all.push(Finding::warn(
+            "privilege-ptrace",
+            "CAP_SYS_PTRACE is missing: the audit cannot name other users' processes",
+            "run the audit as root",
+        ));
+    }
+    all
+}
+
+fn unavailable(error: &Error) -> Finding {
+    Finding::bad("kernel-feature", error.to_string(), "")
+}
+
+/// A lease must be longer than what the kernel gives by itself, and shorter than ESTABLISHED.
+fn lease(lease: Duration, figures: &Figures) -> Option<Finding> {
+    let established = Duration::from_secs(figures.table.timeout_established?);
+    Some(if established < lease {
+        Finding::warn(
+            "lease",
+            format!(
+                "idle ESTABLISHED entries last {} s, shorter than the lease of {} s",
+                established.as_secs(),
+                lease.as_secs()
+            ),
+            "a shorter --lease, or sysctl -w \
+             net.netfilter.nf_conntrack_tcp_timeout_established=432000",
+        )
+    } else {
+        Finding::ok("lease", format!("held entries last {} s", lease.as_secs()))
+    })
+}
+
+/// What a throw-away namespace with the same kernel and the same rights allows.
+fn try_recount(now: Instant) -> Result<(Vec<Route>, bool, Vec<String>)> {
+    thread::scope(|scope| {
+        let trial = scope.spawn(|| {
+            unshare(CloneFlags::CLONE_NEWNET)
+                .map_err(|errno| Op::new("make a network namespace").io(errno.into()))?;
+            let Some(recounter) = Recounter::open(Mode::Auto, TRIAL, now)? else {
+                return Ok((Vec::new(), false, Vec::new()));
+            };
+            Ok((recounter.routes(), recounter.can_seal(), recounter.shortfalls().to_vec()))
+        });
+        trial.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+fn recount(trial: &Result<(Vec<Route>, bool, Vec<String>)>, limiter: &Limiter) -> Vec<Finding> {
+    let (routes, can_seal, shortfalls) = match trial {
+        Ok(trial) => trial,
+        Err(error) => {
+            return vec![Finding::warn(
+                "recount-route",
+                format!("not tried: {error}"),
+                "run ctkeep doctor as root",
+            )];
+        }
+    };
+    let names: Vec<_> = routes.iter().map(|route| route.name()).collect();
+    let mut all = Vec::new();
+    let loopback_only = !routes.contains(&Route::Ingress);
+    all.push(match (routes.as_slice(), loopback_only) {
+        ([], _) => Finding::bad(
+            "recount-route",
+            format!("no route works: {}", shortfalls.join("; ")),
+            "modprobe -a tun sch_ingress cls_u32 act_mirred nf_tables",
+        ),
+        (_, true) => Finding::warn(
+            "recount-route",
+            format!("only {} works: {}", names.join(", "), shortfalls.join("; ")),
+            "modprobe -a tun sch_ingress cls_u32 act_mirred nf_tables",
+        ),
+        _ => {
+            Finding::ok("recount-route", format!("tried in an own namespace: {}", names.join(", ")))
+        }
+    });
+    all.extend(
+        limiter.rules.iter().filter(|rule| loopback_only && !is_reached_by_loopback(rule)).map(
+            |rule| {
+                Finding::bad(
+                    "recount-unreachable",
+                    format!("{}: the loopback route does not reach it", rule.place()),
+                    "load the modules of the ingress route: modprobe -a tun sch_ingress cls_u32 \
+                     act_mirred nf_tables",
+                )
+            },
+        ),
+    );
+    all.push(if *can_seal {
+        Finding::ok("seal", "revived connections can be made immune to stale RSTs")
+    } else {
+        Finding::warn(
+            "seal",
+            "revived connections stay open to the next stale RST",
+            "modprobe nf_tables",
+        )
+    });
+    all
+}
+
+fn is_reached_by_loopback(rule: &LimitRule) -> bool {
+    rule.hook != Hook::Forward
+        && !rule.before.contains(&Before::Loopback)
+        && rule.matches.interfaces.is_empty()
+}
+
+fn receive_buffer() -> Finding {
+    let op = Op::new("open conntrack netlink");
+    let granted = KernelSocket::open(op, NETLINK_NETFILTER).map(|mut socket| {
+        let _ = socket.grow_receive_buffer(RECEIVE_BUFFER);
+        socket.receive_buffer()
+    });
+    match granted {
+        Ok(bytes) if bytes >= RECEIVE_BUFFER => {
+            Finding::ok("receive-buffer", format!("{} MiB for events", bytes >> 20))
+        }
+        Ok(bytes) => Finding::warn(
+            "receive-buffer",
+            format!("only {} KiB for events: bursts will overrun it", bytes >> 10),
+            format!("sysctl -w net.core.rmem_max={RECEIVE_BUFFER}"),
+        ),
+        Err(error) => unavailable(&error),
+    }
+}
+
+/// A sweep over several namespaces and the HTTP clients of the metrics need a few dozen.
+fn open_files() -> Finding {
+    const NEEDED: u64 = 256;
+    let limit = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE);
+    match limit {
+        Ok((soft, _)) if soft < NEEDED => Finding::warn(
+            "open-files",
+            format!("at most {soft} open files"),
+            format!("LimitNOFILE={NEEDED} in the systemd unit, or ulimit -n {NEEDED}"),
+        ),
+        Ok((soft, _)) => Finding::ok("open-files", format!("up to {soft} open files")),
+        Err(errno) => Finding::warn("open-files", format!("the limit is unknown: {errno}"), ""),
+    }
+}
+
+fn daemon() -> Finding {
+    match instance::claim("ctkeep") {
+        Ok(_) => Finding::warn(
+            "daemon",
+            "no ctkeep run guards this namespace",
+            "systemctl enable --now ctkeep",
+        ),
+        Err(_) => Finding::ok("daemon", "ctkeep run guards this namespace"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernels_are_told_apart_by_their_numbers() {
+        assert_eq!(kernel("4.19.0-27-amd64").verdict, Verdict::Warn);
+        assert!(kernel("5.10.0-32-amd64").what.contains("INVALID"));
+        assert!(kernel("6.18.44").what.contains("an old RST"));
+        assert_eq!(kernel("nonsense").verdict, Verdict::Warn);
+    }
+}

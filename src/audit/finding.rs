@@ -1,0 +1,116 @@
+//! What is wrong, how badly, and what to do: the same words in `audit` and `doctor`.
+
+use std::fmt;
+
+use serde::Serialize;
+
+/// Every identifier there is; docs/doctor.md has a section for each.
+pub const IDENTIFIERS: [&str; 33] = [
+    "kernel",
+    "privilege-net-admin",
+    "privilege-net-raw",
+    "privilege-ptrace",
+    "kernel-feature",
+    "table-full",
+    "table-dropped",
+    "buckets-few",
+    "loose-pickup",
+    "conntrack-events",
+    "close-wait-timeout",
+    "lease",
+    "rules-unread",
+    "no-limit",
+    "limit",
+    "limit-shadowed",
+    "limit-without-syn",
+    "limit-forwarded",
+    "port-untracked",
+    "source-over-limit",
+    "syncookies-off",
+    "syn-backlog",
+    "syncookies-sent",
+    "syn-dropped",
+    "listen-queue-full",
+    "listen-overflows",
+    "half-closed-held",
+    "recount-route",
+    "recount-unreachable",
+    "seal",
+    "receive-buffer",
+    "open-files",
+    "daemon",
+];
+
+/// How bad a finding is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Verdict {
+    /// As it should be.
+    Ok,
+    /// Works, and could be better or soon be worse.
+    Warn,
+    /// A limit does not hold, or connections are lost.
+    Bad,
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Ok => "ok",
+            Self::Warn => "warn",
+            Self::Bad => "bad",
+        })
+    }
+}
+
+/// One finding. Its identifier is the heading of its section in docs/doctor.md.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    /// Its name for life.
+    pub id: &'static str,
+    /// How bad it is.
+    pub verdict: Verdict,
+    /// What was seen, with its figures.
+    pub what: String,
+    /// What to do, with the exact setting or rule; empty where there is nothing to do.
+    pub advice: String,
+}
+
+impl Finding {
+    /// As it should be.
+    pub fn ok(id: &'static str, what: impl Into<String>) -> Self {
+        Self::new(id, Verdict::Ok, what.into(), String::new())
+    }
+
+    /// Works, and could be better.
+    pub fn warn(id: &'static str, what: impl Into<String>, advice: impl Into<String>) -> Self {
+        Self::new(id, Verdict::Warn, what.into(), advice.into())
+    }
+
+    /// Does not work.
+    pub fn bad(id: &'static str, what: impl Into<String>, advice: impl Into<String>) -> Self {
+        Self::new(id, Verdict::Bad, what.into(), advice.into())
+    }
+
+    fn new(id: &'static str, verdict: Verdict, what: String, advice: String) -> Self {
+        debug_assert!(IDENTIFIERS.contains(&id), "{id} has no section in docs/doctor.md");
+        Self { id, verdict, what, advice }
+    }
+}
+
+/// The worst verdict of these; `Ok` of none.
+pub fn worst<'a>(findings: impl IntoIterator<Item = &'a Finding>) -> Verdict {
+    findings.into_iter().map(|finding| finding.verdict).max().unwrap_or(Verdict::Ok)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_identifier_has_its_section_and_no_section_lacks_one() {
+        let page = include_str!("../../docs/doctor.md");
+        let sections: Vec<_> = page.lines().filter_map(|line| line.strip_prefix("## ")).collect();
+        assert_eq!(sections, IDENTIFIERS);
+    }
+}

@@ -1,0 +1,279 @@
+//! Judges figures and rules. Pure: the thresholds stand here and in docs/audit.md.
+
+use super::figures::{Table, Tcp};
+use super::finding::Finding;
+use super::limiter::{Before, LimitRule, Limiter};
+use crate::host::ruleset::{Hook, Ports};
+
+/// A table this full, in percent, is worth a look.
+const FULL_WARN: u64 = 80;
+/// From here on the kernel's gc deletes closing entries (`nf_conntrack_max95`).
+const FULL_BAD: u64 = 95;
+/// More entries than this for each bucket make look-ups slow.
+const PER_BUCKET: u64 = 8;
+/// A timeout so long for all half-closed connections fills the table with those that are over.
+const LONG_CLOSE_WAIT: u64 = 600;
+/// A queue this full, in percent.
+const QUEUE_WARN: u64 = 50;
+
+/// The conntrack table and its settings.
+pub fn conntrack(figures: &Table) -> Vec<Finding> {
+    let mut all = vec![fill(figures)];
+    if figures.drop > 0 {
+        all.push(Finding::warn(
+            "table-dropped",
+            format!("{} packets dropped for want of an entry since start", figures.drop),
+            format!(
+                "sysctl -w net.netfilter.nf_conntrack_max={}",
+                figures.maximum.unwrap_or(0).saturating_mul(2)
+            ),
+        ));
+    }
+    if let (Some(maximum), Some(buckets)) = (figures.maximum, figures.buckets)
+        && maximum > buckets.saturating_mul(PER_BUCKET)
+    {
+        all.push(Finding::warn(
+            "buckets-few",
+            format!("{buckets} hash buckets for up to {maximum} entries"),
+            format!("sysctl -w net.netfilter.nf_conntrack_buckets={}", maximum / 4),
+        ));
+    }
+    match figures.tcp_loose {
+        Some(0) => all.push(Finding::ok("loose-pickup", "connections are not picked up midway")),
+        Some(_) => all.push(Finding::warn(
+            "loose-pickup",
+            "connections are picked up midway: a forgotten one comes back the wrong way round",
+            "sysctl -w net.netfilter.nf_conntrack_tcp_loose=0",
+        )),
+        None => {}
+    }
+    match figures.events {
+        Some(1) => all.push(Finding::ok("conntrack-events", "every entry sends events")),
+        Some(0) => all.push(Finding::warn(
+            "conntrack-events",
+            "entries send no events: repairs wait for the next sweep where nft is not to be had",
+            "sysctl -w net.netfilter.nf_conntrack_events=1",
+        )),
+        Some(_) => all.push(Finding::warn(
+            "conntrack-events",
+            "entries older than the first listener never send events",
+            "sysctl -w net.netfilter.nf_conntrack_events=1",
+        )),
+        None => {}
+    }
+    if let Some(seconds) = figures.timeout_close_wait {
+        all.push(if seconds > LONG_CLOSE_WAIT {
+            Finding::warn(
+                "close-wait-timeout",
+                format!("half-closed connections stay {seconds} s, with a socket or without"),
+                "sysctl -w net.netfilter.nf_conntrack_tcp_timeout_close_wait=60 and let ctkeep run \
+                 hold those that have one",
+            )
+        } else {
+            Finding::ok("close-wait-timeout", format!("half-closed connections stay {seconds} s"))
+        });
+    }
+    all
+}
+
+fn fill(figures: &Table) -> Finding {
+    let entries = figures.entries;
+    let Some(maximum) = figures.maximum.filter(|maximum| *maximum > 0) else {
+        return Finding::ok("table-full", format!("{entries} entries"));
+    };
+    let percent = entries.saturating_mul(100) / maximum;
+    let what = format!("{entries} of {maximum} entries ({percent} %)");
+    let more = format!("sysctl -w net.netfilter.nf_conntrack_max={}", maximum.saturating_mul(2));
+    match percent {
+        FULL_BAD.. => Finding::bad("table-full", what, more),
+        FULL_WARN.. => Finding::warn("table-full", what, more),
+        _ => Finding::ok("table-full", what),
+    }
+}
+
+/// The rules; `ports` are those that are looked after.
+pub fn limiter(limiter: &Limiter, ports: &[u16]) -> Vec<Finding> {
+    let mut all: Vec<_> = limiter
+        .unread
+        .iter()
+        .map(|what| {
+            Finding::warn(
+                "rules-unread",
+                what.clone(),
+                "name the limit yourself: ctkeep audit --limit N",
+            )
+        })
+        .collect();
+    if limiter.rules.is_empty() {
+        all.push(Finding::warn(
+            "no-limit",
+            "no connlimit or ct count rule was found",
+            "name the limit yourself: ctkeep audit --limit N",
+        ));
+    }
+    for rule in &limiter.rules {
+        all.push(one_limit(rule));
+    }
+    for port in ports {
+        if let Some(place) = limiter.notrack(*port)
+            && !limiter.synproxied.iter().any(|ports| ports.contains(*port))
+        {
+            all.push(Finding::bad(
+                "port-untracked",
+                format!("port {port} is not tracked ({place}): no limit can count it"),
+                "delete the NOTRACK rule, or leave the port out of ctkeep: --port",
+            ));
+        }
+    }
+    all
+}
+
+fn one_limit(rule: &LimitRule) -> Finding {
+    let hidden = rule.before.iter().filter_map(|before| match before {
+        Before::Ports(ports) => Some(ports.clone()),
+        _ => None,
+    });
+    let left = hidden.fold(rule.matches.ports.clone(), |left, ports: Ports| left.and(&ports.not()));
+    if left.is_empty() {
+        return Finding::bad(
+            "limit-shadowed",
+            format!("{rule}: an accept before it takes every packet"),
+            format!("move {} before the rule that accepts", rule.place()),
+        );
+    }
+    if !rule.matches.is_opening() && !rule.before.contains(&Before::Established) {
+        return Finding::warn(
+            "limit-without-syn",
+            format!("{rule} judges every packet: a stale RST itself frees the slot"),
+            "add --syn (nft: ct state new) to the rule",
+        );
+    }
+    if rule.hook == Hook::Forward {
+        return Finding::ok("limit-forwarded", format!("{rule}, of what is forwarded"));
+    }
+    let nudged = match () {
+        () if rule.before.contains(&Before::Loopback) => "loopback is accepted before it",
+        () if !rule.matches.interfaces.is_empty() => "it is bound to an interface",
+        () if !rule.matches.sources.is_empty() || rule.matches.narrowed => "not for every client",
+        () => return Finding::ok("limit", rule.to_string()),
+    };
+    Finding::ok("limit", format!("{rule}; {nudged}"))
+}
+
+/// SYN handling; `syn_recv` is how many handshakes wait.
+pub fn syn(figures: &Tcp, syn_recv: u64) -> Vec<Finding> {
+    let mut all = Vec::new();
+    all.push(match figures.syncookies {
+        Some(0) => Finding::bad(
+            "syncookies-off",
+            "no SYN cookies: a SYN flood fills the backlog",
+            "sysctl -w net.ipv4.tcp_syncookies=1",
+        ),
+        _ => Finding::ok("syncookies-off", "SYN cookies are on"),
+    });
+    if let Some(backlog) = figures.max_syn_backlog {
+        let what = format!("{syn_recv} handshakes wait, backlog {backlog}");
+        all.push(if syn_recv.saturating_mul(100) >= backlog.saturating_mul(FULL_WARN) {
+            Finding::warn(
+                "syn-backlog",
+                what,
+                format!("sysctl -w net.ipv4.tcp_max_syn_backlog={}", backlog.saturating_mul(2)),
+            )
+        } else {
+            Finding::ok("syn-backlog", what)
+        });
+    }
+    if figures.syncookies_sent > 0 {
+        all.push(Finding::warn(
+            "syncookies-sent",
+            format!(
+                "{} cookies sent and {} bad ones received since start: there was a SYN flood, or a \
+                 backlog too short",
+                figures.syncookies_sent, figures.syncookies_failed
+            ),
+            "sysctl -w net.ipv4.tcp_max_syn_backlog=4096 and a longer listen queue",
+        ));
+    }
+    if figures.req_q_full_drop > 0 {
+        all.push(Finding::bad(
+            "syn-dropped",
+            format!("{} SYNs dropped from a full backlog since start", figures.req_q_full_drop),
+            "sysctl -w net.ipv4.tcp_syncookies=1",
+        ));
+    }
+    all
+}
+
+/// One listen queue.
+pub fn queue(waiting: u32, limit: u32) -> Finding {
+    let what = format!("{waiting} of {limit} wait to be accepted");
+    let advice = "the application does not accept: raise its workers, its listen backlog and \
+                  net.core.somaxconn";
+    match u64::from(waiting).saturating_mul(100) {
+        full if waiting > 0 && full >= u64::from(limit) * 100 => {
+            Finding::bad("listen-queue-full", what, advice)
+        }
+        full if waiting > 0 && full >= u64::from(limit) * QUEUE_WARN => {
+            Finding::warn("listen-queue-full", what, advice)
+        }
+        _ => Finding::ok("listen-queue-full", what),
+    }
+}
+
+/// Overflows of all listen queues together.
+pub fn listen_drops(figures: &Tcp) -> Finding {
+    let what = format!(
+        "{} overflows and {} drops of listen queues since start",
+        figures.listen_overflows, figures.listen_drops
+    );
+    if figures.listen_overflows > 0 {
+        let advice = "raise the application's listen backlog and net.core.somaxconn";
+        return Finding::warn("listen-overflows", what, advice);
+    }
+    Finding::ok("listen-overflows", what)
+}
+
+/// The sockets of one application.
+pub fn application(held: usize, close_wait: usize, unread: u64) -> Finding {
+    /// A few are the ordinary end of connections.
+    const SOME: usize = 10;
+    let what = match unread {
+        0 => format!("{close_wait} of {held} open sockets are half-closed"),
+        _ => format!("{close_wait} of {held} open sockets are half-closed, {unread} bytes unread"),
+    };
+    if close_wait >= SOME && close_wait * 2 >= held {
+        return Finding::warn(
+            "half-closed-held",
+            what,
+            "the application does not close after its clients: look for blocked writes and its \
+             keep-alive and send timeouts",
+        );
+    }
+    Finding::ok("half-closed-held", what)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::finding::Verdict;
+    use super::*;
+
+    #[test]
+    fn a_table_is_judged_by_its_fill() {
+        for (entries, verdict) in
+            [(79, Verdict::Ok), (80, Verdict::Warn), (94, Verdict::Warn), (95, Verdict::Bad)]
+        {
+            let figures = Table { entries, maximum: Some(100), ..Table::default() };
+            assert_eq!(fill(&figures).verdict, verdict, "{entries} %");
+        }
+        let advice = fill(&Table { entries: 99, maximum: Some(100), ..Table::default() }).advice;
+        assert_eq!(advice, "sysctl -w net.netfilter.nf_conntrack_max=200");
+    }
+
+    #[test]
+    fn a_listen_queue_is_judged_by_its_fill() {
+        assert_eq!(queue(0, 0).verdict, Verdict::Ok);
+        assert_eq!(queue(1, 3).verdict, Verdict::Ok);
+        assert_eq!(queue(2, 4).verdict, Verdict::Warn);
+        assert_eq!(queue(4, 4).verdict, Verdict::Bad);
+    }
+}

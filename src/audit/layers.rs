@@ -1,0 +1,264 @@
+//! What a connection passes on its way in, layer by layer, each with figures and a verdict. Pure.
+
+use std::collections::{BTreeMap, HashMap};
+
+use serde::Serialize;
+
+use super::figures::{Figures, Table, Tcp};
+use super::finding::{Finding, Verdict, worst};
+use super::judge;
+use super::limiter::Limiter;
+use super::processes::Holder;
+use super::sources::Load;
+use crate::reconcile::snapshot::View;
+use crate::sockdiag::{Socket, State};
+
+/// The layers, in the order that a packet meets them. The first and the third are `None` for saved
+/// tables: the host that they come from is not at hand.
+#[derive(Clone, Debug, Serialize)]
+pub struct Layers {
+    /// The conntrack table.
+    pub conntrack: Option<Layer<Table>>,
+    /// The limits.
+    pub limiter: Layer<Limits>,
+    /// Handshakes.
+    pub syn: Option<Layer<Handshakes>>,
+    /// Listen queues.
+    pub listen: Vec<Queue>,
+    /// Processes that hold sockets.
+    pub application: Vec<Application>,
+}
+
+/// One layer: a verdict, its reasons, and its figures.
+#[derive(Clone, Debug, Serialize)]
+pub struct Layer<F> {
+    /// The worst of its findings.
+    pub verdict: Verdict,
+    /// What to do about the worst of them.
+    pub advice: Option<String>,
+    /// All of them.
+    pub findings: Vec<Finding>,
+    /// What they come from.
+    #[serde(flatten)]
+    pub figures: F,
+}
+
+impl<F> Layer<F> {
+    fn new(findings: Vec<Finding>, figures: F) -> Self {
+        let verdict = worst(&findings);
+        let advice = findings
+            .iter()
+            .find(|finding| finding.verdict == verdict && !finding.advice.is_empty())
+            .map(|finding| finding.advice.clone());
+        Self { verdict, advice, findings, figures }
+    }
+}
+
+/// Figures of the limiter layer.
+#[derive(Clone, Debug, Serialize)]
+pub struct Limits {
+    /// The limits that were found.
+    pub rules: Vec<LimitFigures>,
+}
+
+/// One limit and its heaviest load.
+#[derive(Clone, Debug, Serialize)]
+pub struct LimitFigures {
+    /// Where it stands.
+    pub rule: String,
+    /// Ports that it is for.
+    pub ports: String,
+    /// Connections.
+    pub limit: u32,
+    /// Prefix length of what is counted together; `null` where it is not by source.
+    pub mask: Option<u8>,
+    /// What passes before it.
+    pub before: Vec<&'static str>,
+    /// How many sources hold more than it allows.
+    pub sources_over: usize,
+}
+
+/// Figures of the handshake layer.
+#[derive(Clone, Debug, Serialize)]
+pub struct Handshakes {
+    /// Sockets in SYN_RECV.
+    pub syn_recv: u64,
+    /// Settings and counters.
+    #[serde(flatten)]
+    pub tcp: Tcp,
+}
+
+/// One listener's queue.
+#[derive(Clone, Debug, Serialize)]
+pub struct Queue {
+    /// Where it listens.
+    pub local: String,
+    /// Connections that wait to be accepted.
+    pub waiting: u32,
+    /// How many may.
+    pub limit: u32,
+    /// Who listens.
+    pub pid: Option<i32>,
+    /// Its command name.
+    pub command: Option<String>,
+    /// How full it is.
+    pub verdict: Verdict,
+    /// What to do about it.
+    pub advice: Option<String>,
+}
+
+/// One process, or group of workers that share their sockets.
+#[derive(Clone, Debug, Serialize)]
+pub struct Application {
+    /// The lowest process id; `null` for sockets that no process holds or may be seen to hold.
+    pub pid: Option<i32>,
+    /// Its command name.
+    pub command: Option<String>,
+    /// How many processes share its sockets, at most.
+    pub processes: usize,
+    /// Sockets by state.
+    pub sockets: BTreeMap<&'static str, usize>,
+    /// Bytes received that it has not read.
+    pub unread: u64,
+    /// How it does.
+    pub verdict: Verdict,
+    /// What was seen.
+    pub what: String,
+    /// What to do about it.
+    pub advice: Option<String>,
+}
+
+/// All that the layers are made of.
+#[derive(Clone, Copy, Debug)]
+pub struct Inputs<'a> {
+    /// Settings and counters, where the host is at hand.
+    pub figures: Option<&'a Figures>,
+    /// The rules.
+    pub limiter: &'a Limiter,
+    /// What they have to bear.
+    pub loads: &'a [Load],
+    /// Whether the administrator named a limit, so that no rule is missed.
+    pub is_limit_named: bool,
+    /// Listeners of the scope.
+    pub listeners: &'a [Socket],
+    /// Connections of the scope.
+    pub views: &'a [View],
+    /// Who holds which inode.
+    pub holders: &'a HashMap<u32, Holder>,
+}
+
+impl Layers {
+    /// Judges every layer.
+    pub fn of(inputs: Inputs<'_>) -> Self {
+        let syn_recv = inputs.views.iter().filter_map(|view| view.socket);
+        let syn_recv = syn_recv.filter(|socket| socket.state == State::SynRecv).count();
+        let syn_recv = u64::try_from(syn_recv).unwrap_or(u64::MAX);
+        Self {
+            conntrack: inputs
+                .figures
+                .map(|figures| Layer::new(judge::conntrack(&figures.table), figures.table.clone())),
+            limiter: limits(inputs),
+            syn: inputs.figures.map(|figures| {
+                let mut findings = judge::syn(&figures.tcp, syn_recv);
+                findings.push(judge::listen_drops(&figures.tcp));
+                Layer::new(findings, Handshakes { syn_recv, tcp: figures.tcp.clone() })
+            }),
+            listen: inputs.listeners.iter().map(|socket| queue(socket, inputs.holders)).collect(),
+            application: applications(inputs),
+        }
+    }
+}
+
+fn limits(inputs: Inputs<'_>) -> Layer<Limits> {
+    let Inputs { limiter, loads, .. } = inputs;
+    let mut ports: Vec<u16> = inputs.listeners.iter().map(|socket| socket.local.port()).collect();
+    ports.sort_unstable();
+    ports.dedup();
+    let mut findings = judge::limiter(limiter, &ports);
+    if inputs.is_limit_named {
+        findings.retain(|finding| !matches!(finding.id, "no-limit" | "rules-unread"));
+    }
+    let mut rules = Vec::new();
+    for (index, rule) in limiter.rules.iter().enumerate() {
+        let over: Vec<&Load> = loads
+            .iter()
+            .filter(|load| {
+                load.rule == index
+                    && load.held > usize::try_from(rule.limit.count).unwrap_or(usize::MAX)
+            })
+            .collect();
+        if let Some(worst) = over.first() {
+            findings.push(Finding::bad(
+                "source-over-limit",
+                format!(
+                    "{}: {} sockets, limit {}, the rule sees {}",
+                    worst.net, worst.held, rule.limit.count, worst.counted
+                ),
+                "ctkeep reconcile makes the limiter count them again; ctkeep run keeps it so",
+            ));
+        }
+        rules.push(LimitFigures {
+            rule: rule.place(),
+            ports: rule.matches.ports.to_string(),
+            limit: rule.limit.count,
+            mask: rule.source_prefix(),
+            before: rule.before.iter().map(super::limiter::Before::name).collect(),
+            sources_over: over.len(),
+        });
+    }
+    Layer::new(findings, Limits { rules })
+}
+
+fn queue(socket: &Socket, holders: &HashMap<u32, Holder>) -> Queue {
+    let finding = judge::queue(socket.recv_queue, socket.send_queue);
+    let holder = holders.get(&socket.inode);
+    Queue {
+        local: socket.local.to_string(),
+        waiting: socket.recv_queue,
+        limit: socket.send_queue,
+        pid: holder.map(|holder| holder.pid),
+        command: holder.map(|holder| holder.command.clone()),
+        verdict: finding.verdict,
+        advice: Some(finding.advice).filter(|advice| !advice.is_empty()),
+    }
+}
+
+fn applications(inputs: Inputs<'_>) -> Vec<Application> {
+    let mut by_process: BTreeMap<Option<i32>, (Option<&Holder>, Vec<Socket>)> = BTreeMap::new();
+    for socket in inputs.views.iter().filter_map(|view| view.socket) {
+        let holder = inputs.holders.get(&socket.inode);
+        let group = by_process.entry(holder.map(|holder| holder.pid)).or_default();
+        group.0 = holder;
+        group.1.push(socket);
+    }
+    let mut all: Vec<_> =
+        by_process.into_values().map(|(holder, sockets)| application(holder, &sockets)).collect();
+    all.sort_by_key(|application| {
+        std::cmp::Reverse(application.sockets.get(State::CloseWait.name()).copied())
+    });
+    all
+}
+
+fn application(holder: Option<&Holder>, sockets: &[Socket]) -> Application {
+    let mut by_state = BTreeMap::new();
+    let mut unread = 0_u64;
+    for socket in sockets {
+        *by_state.entry(socket.state.name()).or_insert(0) += 1;
+        // The client's FIN is in the queue as one byte.
+        let fin = u32::from(socket.state == State::CloseWait);
+        unread += u64::from(socket.recv_queue.saturating_sub(fin));
+    }
+    let of = |state: State| by_state.get(state.name()).copied().unwrap_or(0);
+    let close_wait = of(State::CloseWait);
+    let finding = judge::application(close_wait + of(State::Established), close_wait, unread);
+    Application {
+        pid: holder.map(|holder| holder.pid),
+        command: holder.map(|holder| holder.command.clone()),
+        processes: holder.map_or(0, |holder| holder.processes),
+        sockets: by_state,
+        unread,
+        verdict: finding.verdict,
+        what: finding.what,
+        advice: Some(finding.advice).filter(|advice| !advice.is_empty()),
+    }
+}

@@ -1,0 +1,280 @@
+//! Which connection limits the rules set, and what passes before them. Pure.
+
+use std::fmt;
+
+use crate::host::ruleset::{
+    Base, Chain, Family, Hook, Key, Limit, Match, Outcome, Ports, Rule, Ruleset,
+};
+
+/// Jumps nest at most so deep (`NFT_JUMP_STACK_SIZE`).
+const DEPTH: usize = 16;
+/// So many rules are walked for each base chain: rule sets of thousands of services fan out.
+const STEPS: usize = 200_000;
+/// Conntrack's own hook (`NF_IP_PRI_CONNTRACK`): NOTRACK works before it.
+const CONNTRACK: i32 = -200;
+/// Destination NAT (`NF_IP_PRI_NAT_DST`): rules before it see the port that the client asked for.
+const NAT_DST: i32 = -100;
+const TCP: u8 = 6;
+
+/// A limit, where it stands, and which connections it is for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LimitRule {
+    /// Family of its table.
+    pub family: Family,
+    /// Its table.
+    pub table: String,
+    /// The chain that it stands in.
+    pub chain: String,
+    /// Its place in the chain, from 1.
+    pub position: usize,
+    /// The base chain's hook.
+    pub hook: Hook,
+    /// The base chain's priority.
+    pub priority: i32,
+    /// What it counts.
+    pub limit: Limit,
+    /// Which packets reach it and are counted.
+    pub matches: Match,
+    /// What becomes of the packets that it is for.
+    pub outcome: Outcome,
+    /// What leaves the chain before it, of the packets that it would be for.
+    pub before: Vec<Before>,
+}
+
+/// What a rule before a limit takes away from it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Before {
+    /// What comes in by the loopback device.
+    Loopback,
+    /// Packets of established connections.
+    Established,
+    /// All packets to these ports: the limit never sees them.
+    Ports(Ports),
+}
+
+impl Before {
+    /// Its name in JSON.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Loopback => "loopback",
+            Self::Established => "established",
+            Self::Ports(_) => "ports",
+        }
+    }
+}
+
+/// All that the rules say about limits.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Limiter {
+    /// Limits, in the order that a packet meets them.
+    pub rules: Vec<LimitRule>,
+    /// Ports whose packets are not tracked, each with the place of the rule.
+    pub untracked: Vec<(Ports, String)>,
+    /// Ports answered by SYNPROXY.
+    pub synproxied: Vec<Ports>,
+    /// What could not be read.
+    pub unread: Vec<String>,
+}
+
+impl Limiter {
+    /// Finds the limits in a rule set.
+    pub fn of(ruleset: &Ruleset) -> Self {
+        let mut found = Self { unread: ruleset.unread.clone(), ..Self::default() };
+        let mut bases: Vec<(&Chain, Base)> = ruleset
+            .chains
+            .iter()
+            .filter_map(|chain| Some((chain, chain.base?)))
+            .filter(|(chain, base)| {
+                matches!(base.hook, Hook::Prerouting | Hook::Input | Hook::Forward)
+                    && !matches!(chain.family, Family::Other(_))
+            })
+            .collect();
+        bases.sort_by_key(|(_, base)| (base.hook, base.priority));
+        for (chain, base) in bases {
+            let mut walk =
+                Walk { ruleset, base, found: &mut found, before: Vec::new(), steps: STEPS };
+            walk.chain(chain, &Match::default(), DEPTH);
+        }
+        found
+    }
+
+    /// Prefix length that all limits by source of one family count by, where they agree.
+    pub fn prefix(&self, ipv4: bool) -> Option<u8> {
+        let mut found = self
+            .rules
+            .iter()
+            .filter(|rule| rule.family.covers(ipv4))
+            .filter(|rule| rule.matches.ipv4.is_none_or(|wanted| wanted == ipv4))
+            .filter_map(LimitRule::source_prefix);
+        let first = found.next()?;
+        found.all(|prefix| prefix == first).then_some(first)
+    }
+
+    /// Whether the connections of this local port are kept out of conntrack.
+    pub fn notrack(&self, port: u16) -> Option<&str> {
+        let rule = self.untracked.iter().find(|(ports, _)| ports.contains(port))?;
+        Some(&rule.1)
+    }
+}
+
+impl LimitRule {
+    /// `ip filter INPUT rule 3`.
+    pub fn place(&self) -> String {
+        format!("{} {} {} rule {}", self.family, self.table, self.chain, self.position)
+    }
+
+    /// Whether it sees ports as the client asked for them, before destination NAT.
+    pub fn is_before_nat(&self) -> bool {
+        self.hook == Hook::Prerouting && self.priority < NAT_DST
+    }
+
+    /// Prefix length of the sources that are counted together; `None` where it is not by source.
+    pub fn source_prefix(&self) -> Option<u8> {
+        match self.limit.key {
+            Key::Source(prefix) | Key::SourceAndPort(prefix) => Some(prefix),
+            _ => None,
+        }
+    }
+
+    /// Whether a connection of this peer to this port is one that it counts.
+    pub fn covers(&self, peer: std::net::IpAddr, port: u16) -> bool {
+        let ipv4 = peer.is_ipv4();
+        self.family.covers(ipv4)
+            && self.matches.ipv4.is_none_or(|wanted| wanted == ipv4)
+            && self.matches.ports.contains(port)
+            && self.matches.sources.iter().all(|(net, inside)| net.contains(&peer) == *inside)
+            && !self
+                .before
+                .iter()
+                .any(|before| matches!(before, Before::Ports(p) if p.contains(port)))
+    }
+}
+
+impl fmt::Display for LimitRule {
+    /// `at most 40 from each /32 to port 80 (ip filter INPUT rule 3)`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "at most {}", self.limit.count)?;
+        match self.limit.key {
+            Key::Source(prefix) => write!(f, " from each /{prefix}")?,
+            Key::SourceAndPort(prefix) => write!(f, " from each /{prefix} for each port")?,
+            Key::Destination(prefix) => write!(f, " to each /{prefix}")?,
+            Key::All => f.write_str(" in all")?,
+            Key::Other => f.write_str(" by another key")?,
+        }
+        let port = if self.matches.ports.is_all() { "any port" } else { "port " };
+        write!(f, " to {port}")?;
+        if !self.matches.ports.is_all() {
+            write!(f, "{}", self.matches.ports)?;
+        }
+        write!(f, " ({})", self.place())
+    }
+}
+
+/// Whether no client and no interface is left out.
+fn is_for_everybody(matches: &Match) -> bool {
+    !matches.narrowed && matches.interfaces.is_empty() && matches.sources.is_empty()
+}
+
+/// One packet path, from a base chain down.
+struct Walk<'r> {
+    ruleset: &'r Ruleset,
+    base: Base,
+    found: &'r mut Limiter,
+    /// Rules met so far that take packets off the path.
+    before: Vec<Match>,
+    steps: usize,
+}
+
+impl Walk<'_> {
+    fn chain(&mut self, chain: &Chain, path: &Match, depth: usize) {
+        for rule in &chain.rules {
+            let Some(steps) = self.steps.checked_sub(1) else { return };
+            self.steps = steps;
+            let matches = path.and(&rule.matches);
+            if matches.protocol.is_some_and(|protocol| protocol != TCP)
+                || matches.ports.is_empty()
+                || self.is_contradiction(path, rule)
+            {
+                continue;
+            }
+            if let Some(limit) = rule.limit {
+                self.limit(chain, rule, limit, matches.clone());
+            }
+            match &rule.outcome {
+                Outcome::Jump(name) | Outcome::Goto(name) => {
+                    if let (Some(next), Some(depth)) =
+                        (self.named(chain, name), depth.checked_sub(1))
+                    {
+                        self.chain(next, &matches, depth);
+                    }
+                }
+                Outcome::Accept if rule.limit.is_none() => self.before.push(matches),
+                Outcome::Notrack
+                    if self.base.priority < CONNTRACK && is_for_everybody(&matches) =>
+                {
+                    let place = format!(
+                        "{} {} {} rule {}",
+                        chain.family, chain.table, chain.name, rule.position
+                    );
+                    self.found.untracked.push((matches.ports, place));
+                }
+                Outcome::Synproxy => self.found.synproxied.push(matches.ports),
+                _ => {}
+            }
+            // What is behind a jump for everything that never comes back is out of reach only for
+            // a goto; a base chain's rules go on otherwise.
+            if matches!(rule.outcome, Outcome::Goto(_)) && rule.matches == Match::default() {
+                return;
+            }
+        }
+    }
+
+    fn is_contradiction(&self, path: &Match, rule: &Rule) -> bool {
+        matches!((path.ipv4, rule.matches.ipv4), (Some(a), Some(b)) if a != b)
+    }
+
+    fn named<'a>(&self, from: &Chain, name: &str) -> Option<&'a Chain>
+    where
+        Self: 'a,
+    {
+        self.ruleset.chains.iter().find(|chain| {
+            chain.family == from.family && chain.table == from.table && chain.name == name
+        })
+    }
+
+    fn limit(&mut self, chain: &Chain, rule: &Rule, limit: Limit, matches: Match) {
+        let mut before: Vec<Before> = Vec::new();
+        let reaches = |earlier: &&Match| !earlier.ports.and(&matches.ports).is_empty();
+        for earlier in self.before.iter().filter(|earlier| !earlier.narrowed).filter(reaches) {
+            let kind = if earlier.is_loopback() {
+                Before::Loopback
+            } else if earlier.is_established() {
+                Before::Established
+            } else if earlier.interfaces.is_empty()
+                && earlier.sources.is_empty()
+                && earlier.ipv4.is_none_or(|ipv4| matches.ipv4 == Some(ipv4))
+                && (earlier.states.is_none() || earlier.is_opening())
+                && (!earlier.syn || matches.is_opening())
+            {
+                Before::Ports(earlier.ports.and(&matches.ports))
+            } else {
+                continue;
+            };
+            if !before.contains(&kind) {
+                before.push(kind);
+            }
+        }
+        self.found.rules.push(LimitRule {
+            family: chain.family,
+            table: chain.table.clone(),
+            chain: chain.name.clone(),
+            position: rule.position,
+            hook: self.base.hook,
+            priority: self.base.priority,
+            limit,
+            matches,
+            outcome: rule.outcome.clone(),
+            before,
+        });
+    }
+}

@@ -1,0 +1,46 @@
+//! The kernel's TCP counters of the namespace that the calling thread is in.
+
+use std::collections::HashMap;
+use std::fs;
+
+/// `TcpExt` counters by their names in `/proc/net/netstat` (`ListenOverflows`); what `nstat` shows.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Counters(HashMap<String, u64>);
+
+impl Counters {
+    /// Reads them; empty where `/proc` does not have them.
+    pub fn read() -> Self {
+        Self::parse(&fs::read_to_string("/proc/thread-self/net/netstat").unwrap_or_default())
+    }
+
+    /// Pairs of lines: names, then values, both behind the name of the group.
+    fn parse(text: &str) -> Self {
+        let mut lines = text.lines().filter_map(|line| line.strip_prefix("TcpExt:"));
+        let names = lines.next().unwrap_or_default().split_whitespace().map(str::to_owned);
+        let values = lines.next().unwrap_or_default().split_whitespace();
+        Self(
+            names
+                .zip(values)
+                .filter_map(|(name, value)| Some((name, value.parse().ok()?)))
+                .collect(),
+        )
+    }
+
+    /// The counter, 0 where this kernel has none of that name.
+    pub fn value(&self, name: &str) -> u64 {
+        self.0.get(name).copied().unwrap_or(0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_and_values_stand_in_two_lines() {
+        let text = "TcpExt: SyncookiesSent ListenDrops\nTcpExt: 7 9\nIpExt: InOctets\nIpExt: 1\n";
+        let counters = Counters::parse(text);
+        assert_eq!((counters.value("SyncookiesSent"), counters.value("ListenDrops")), (7, 9));
+        assert_eq!(counters.value("InOctets"), 0);
+    }
+}

@@ -1,0 +1,75 @@
+//! `ctkeep doctor` on hosts set up well and badly.
+
+mod lab;
+
+use lab::Lab;
+use serde_json::Value;
+
+const CTKEEP: &str = env!("CARGO_BIN_EXE_ctkeep");
+
+fn doctor(lab: &Lab) -> (i32, Value) {
+    let (code, out, err) = lab.ctkeep(CTKEEP, &["doctor", "--format", "json"]);
+    (code, serde_json::from_str(&out).unwrap_or_else(|error| panic!("{error}: {out}{err}")))
+}
+
+/// The verdicts on `id`.
+fn verdicts(report: &Value, id: &str) -> Vec<String> {
+    let findings = report["findings"].as_array().expect("findings").iter();
+    let wanted = findings.filter(|finding| finding["id"] == id);
+    wanted.map(|finding| finding["verdict"].as_str().unwrap_or_default().to_owned()).collect()
+}
+
+#[test]
+fn a_host_that_is_set_up_well_has_nothing_bad() {
+    let Some(lab) = Lab::new() else { return };
+    lab.connlimit(80, 3);
+    let _server = lab.serve("[::]:80");
+    lab.server.sysctl("net/netfilter/nf_conntrack_tcp_loose", "0");
+    lab.server.sysctl("net/netfilter/nf_conntrack_events", "1");
+    let (code, report) = doctor(&lab);
+    assert_eq!(code, 0, "{report:#}");
+    for id in ["kernel", "table-full", "loose-pickup", "conntrack-events", "recount-route", "seal"]
+    {
+        assert_eq!(verdicts(&report, id), ["ok"], "{id}");
+    }
+    assert_eq!(verdicts(&report, "limit"), ["ok", "ok"], "one a family");
+    assert_eq!(verdicts(&report, "daemon"), ["warn"]);
+}
+
+#[test]
+fn what_keeps_a_limit_from_working_is_bad() {
+    let Some(lab) = Lab::new() else { return };
+    let _server = lab.serve("[::]:80 [::]:81 [::]:82");
+    lab.server.feed(
+        "iptables-restore",
+        "*raw\n-A PREROUTING -p tcp --dport 81 -j CT --notrack\nCOMMIT\n\
+         *filter\n-A INPUT -p tcp --dport 82 -m connlimit --connlimit-above 3 -j DROP\n\
+         -A INPUT -p tcp --dport 80 -j ACCEPT\n\
+         -A INPUT -p tcp --syn --dport 80 -m connlimit --connlimit-above 3 -j DROP\nCOMMIT\n",
+    );
+    let (code, report) = doctor(&lab);
+    assert_eq!(code, 1, "{report:#}");
+    assert_eq!(verdicts(&report, "port-untracked"), ["bad"]);
+    assert_eq!(verdicts(&report, "limit-shadowed"), ["bad"]);
+    assert_eq!(verdicts(&report, "limit-without-syn"), ["warn"]);
+}
+
+#[test]
+fn a_missing_privilege_is_named_and_ends_with_three() {
+    let Some(lab) = Lab::new() else { return };
+    let drop = ["--bounding-set", "-net_admin", "--inh-caps", "-net_admin", "--", CTKEEP, "doctor"];
+    let (code, out, err) = lab.ctkeep("setpriv", &drop);
+    assert_eq!(code, 3, "{out}{err}");
+    assert!(out.contains("privilege-net-admin  bad"), "{out}");
+    assert!(out.contains("AmbientCapabilities"), "{out}");
+}
+
+#[test]
+fn the_trial_of_the_recount_routes_leaves_nothing_behind() {
+    let Some(lab) = Lab::new() else { return };
+    let state =
+        || [lab.server.output("ip -o link"), lab.server.output("nft list tables")].join("\n");
+    let before = state();
+    doctor(&lab);
+    assert_eq!(state(), before);
+}
