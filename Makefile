@@ -28,7 +28,7 @@ check: cargo-deny
 	$(CARGO) deny --log-level error check bans licenses sources
 
 bench: tools
-	$(CARGO) bench --locked
+	$(CARGO) bench --locked --bench '*'
 
 install: all
 	install -D -m 0755 target/release/ctkeep $(DESTDIR)$(PREFIX)/sbin/ctkeep

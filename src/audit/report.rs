@@ -20,6 +20,7 @@ use crate::reconcile::ledger::Ledger;
 use crate::reconcile::observe::Tables;
 use crate::reconcile::plan::cell;
 use crate::reconcile::policy::{Policy, Scope};
+use crate::reconcile::pressure::Defence;
 use crate::reconcile::snapshot::{Snapshot, View};
 use crate::sockdiag::{Lookup, Socket, State, States};
 
@@ -78,7 +79,7 @@ impl Seen {
         let listeners = tables.sockets.listeners()?;
         let scope = policy.scope(&listeners);
         let mut snapshot = tables.whole(&scope, policy, States::connected())?;
-        let mut ledger = Ledger::default();
+        let mut ledger = Ledger::new(Defence::Auto, policy.zone);
         ledger.note(&snapshot);
         make_sure(&mut tables, &mut snapshot, &scope, policy, &ledger)?;
         let inodes = snapshot.views.iter().filter_map(|view| view.socket).chain(listeners.clone());

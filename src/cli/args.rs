@@ -78,6 +78,10 @@ pub(super) struct Scope {
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = lease)]
     pub lease: Duration,
 
+    /// Conntrack zone of connections whose entry was never seen and that have no siblings
+    #[arg(long, value_name = "ZONE", default_value_t = 0)]
+    pub zone: u16,
+
     /// Read options from this TOML file; flags win
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -282,6 +286,7 @@ impl Scope {
             exempt: self.exempt.clone(),
             lease: self.lease,
             force: false,
+            zone: self.zone,
             reap: None,
         }
     }

@@ -17,6 +17,7 @@ use crate::host::ruleset::Ruleset;
 use crate::reconcile::ledger::Ledger;
 use crate::reconcile::observe::Tables;
 use crate::reconcile::plan::{Cell, Verdict, cell, decide};
+use crate::reconcile::pressure::Defence;
 use crate::reconcile::snapshot::{Direction, Snapshot, View};
 use crate::sockdiag::{Lookup, State, States};
 
@@ -34,7 +35,7 @@ pub(super) fn run(args: &Explain) -> Result<Exit> {
         siblings.ports = std::iter::once(flow.src.port()).collect();
         let open = States::from_iter([State::Established, State::CloseWait]);
         let around = tables.whole(&siblings, &policy, open)?;
-        let mut ledger = Ledger::default();
+        let mut ledger = Ledger::new(Defence::Auto, policy.zone);
         ledger.note(&around);
         let interface = around
             .views

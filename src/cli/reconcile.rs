@@ -14,6 +14,7 @@ use crate::reconcile::confirm::{Confirmed, confirm};
 use crate::reconcile::ledger::Ledger;
 use crate::reconcile::observe::Tables;
 use crate::reconcile::plan::{Action, Rest, Verdict, plan, verdict};
+use crate::reconcile::pressure::Defence;
 use crate::reconcile::recount::{Mode, Recounter};
 use crate::sockdiag::{State, States};
 
@@ -32,7 +33,7 @@ pub(super) fn run(args: &Reconcile) -> Result<Exit> {
             let scope = tables.scope(&policy)?;
             let open = States::from_iter([State::Established, State::CloseWait]);
             let snapshot = tables.whole(&scope, &policy, open)?;
-            let mut ledger = Ledger::default();
+            let mut ledger = Ledger::new(Defence::Auto, policy.zone);
             ledger.note(&snapshot);
             let untracked = snapshot
                 .views

@@ -4,8 +4,8 @@ use std::fmt;
 use std::time::Duration;
 
 use super::uapi::{
-    IP_CT_TCP_FLAG_BE_LIBERAL, IP_CT_TCP_FLAG_SACK_PERM, IPS_ASSURED, IPS_CONFIRMED,
-    IPS_SEEN_REPLY, NF_CT_HELPER_NAME_LEN, NF_CT_LABELS_MAX_SIZE,
+    IP_CT_TCP_FLAG_BE_LIBERAL, IP_CT_TCP_FLAG_SACK_PERM, IP_CT_TCP_FLAG_WINDOW_SCALE, IPS_ASSURED,
+    IPS_CONFIRMED, IPS_SEEN_REPLY, NF_CT_HELPER_NAME_LEN, NF_CT_LABELS_MAX_SIZE,
 };
 use crate::flow::FourTuple;
 
@@ -101,9 +101,12 @@ impl Entry {
     }
 
     /// Whether this program inserted the entry, in this life or another: liberal like one that
-    /// was picked up, but without the SACK flag that the kernel always gives those.
+    /// was picked up, but without the SACK flag that the kernel always gives those, or with the
+    /// window scale that it never knows of them.
     pub fn is_ours(&self) -> bool {
-        self.is_picked_up() && !self.has_flags(IP_CT_TCP_FLAG_SACK_PERM)
+        self.is_picked_up()
+            && (!self.has_flags(IP_CT_TCP_FLAG_SACK_PERM)
+                || self.has_flags(IP_CT_TCP_FLAG_WINDOW_SCALE))
     }
 
     fn has_flags(&self, wanted: u8) -> bool {

@@ -1,6 +1,8 @@
 //! The work of one namespace: sweep, listen, repair, look again.
 
+use std::collections::hash_map::RandomState;
 use std::collections::{HashMap, HashSet};
+use std::hash::{BuildHasher, Hasher};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::thread;
@@ -238,7 +240,7 @@ impl Worker {
             events,
             scope,
             ports_ever: HashSet::new(),
-            ledger: Ledger::new(settings.defence),
+            ledger: Ledger::new(settings.defence, settings.policy.zone),
             next_sweep: now,
             next_deep: now,
             soonest_deep: now,
@@ -433,7 +435,8 @@ impl Worker {
         self.tally.sweeps += 1;
         let now = Instant::now();
         self.weigh(now)?;
-        self.next_sweep = now + self.ledger.pressure().hurry(self.settings.sweep_interval);
+        self.next_sweep =
+            now + jittered(self.ledger.pressure().hurry(self.settings.sweep_interval));
         match depth {
             Depth::Deep => {
                 self.forget_closed_ports(&snapshot, &listening);
@@ -652,6 +655,13 @@ fn unaccounted(snapshot: &Snapshot) -> impl Iterator<Item = Socket> {
     lacking.filter_map(|view| view.socket).filter(|socket| socket.state == State::CloseWait)
 }
 
+/// A tenth more or less, so that nobody can time packets by the sweeps.
+fn jittered(interval: Duration) -> Duration {
+    // The standard library seeds its hashers from the kernel's random numbers.
+    let random = RandomState::new().build_hasher().finish() % 201;
+    interval.mul_f64(0.9 + f64::from(u8::try_from(random).unwrap_or(100)) / 1000.0)
+}
+
 /// What this thread has cost so far: waiting, and being stopped, cost nothing.
 fn cpu_time() -> Duration {
     clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
@@ -679,6 +689,9 @@ fn log_action(action: &Action, trigger: Trigger, message: &'static str) {
         flow = %action.view.flow.inverse(),
         reason = %action.reason,
         trigger = ?trigger,
+        zone = action.template.zone.id(),
+        // What was never seen is put back as a plain entry, without mark, labels and the like.
+        seen = action.template.tcp.is_some(),
         "{message}"
     );
 }

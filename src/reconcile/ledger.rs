@@ -49,9 +49,10 @@ pub struct Ledger {
 }
 
 impl Ledger {
-    /// An empty memory, with this defence.
-    pub fn new(defence: Defence) -> Self {
-        Self { pressure: Pressure::new(defence), ..Self::default() }
+    /// An empty memory, with this defence, that knows of this conntrack zone.
+    pub fn new(defence: Defence, zone: u16) -> Self {
+        let zones = [Zone::both(zone)].into();
+        Self { pressure: Pressure::new(defence), zones, ..Self::default() }
     }
 
     /// How hard entries are fought over.

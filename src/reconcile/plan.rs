@@ -229,7 +229,7 @@ pub fn plan(snapshot: &Snapshot, scope: &Scope, policy: &Policy, ledger: &Ledger
         .iter()
         .filter_map(|view| match verdict(view, snapshot, scope, policy, ledger) {
             Verdict::Act(kind, reason) => {
-                let template = template(view, snapshot, ledger);
+                let template = template(view, snapshot, policy, ledger);
                 Some(Action { kind, reason, view: *view, template })
             }
             Verdict::Leave(_) => None,
@@ -328,13 +328,15 @@ fn is_translated_somehow(view: &View, snapshot: &Snapshot) -> bool {
 }
 
 /// What an entry for this connection must look like.
-fn template(view: &View, snapshot: &Snapshot, ledger: &Ledger) -> Entry {
+fn template(view: &View, snapshot: &Snapshot, policy: &Policy, ledger: &Ledger) -> Entry {
     let last = view.socket.and_then(|socket| ledger.last_entry(&socket));
     let right_way = |entry: &Entry| entry.reply == view.flow;
     view.entry.filter(right_way).or(last.filter(right_way)).unwrap_or_else(|| {
-        // A reversed entry tells its zone; else the zone that siblings are in, if it is one.
+        // A reversed entry tells its zone; else the zone that siblings are in, if it is one; else
+        // the one that the administrator names.
         let sibling = (snapshot.zones.len() == 1).then(|| snapshot.zones.first().copied());
-        let zone = view.entry.map(|entry| entry.zone).or(sibling.flatten()).unwrap_or_default();
+        let zone = view.entry.map(|entry| entry.zone).or(sibling.flatten());
+        let zone = zone.unwrap_or(Zone::both(policy.zone));
         let plain = Entry::plain(view.flow.inverse(), zone);
         match snapshot.destinations.get(&view.flow.src.port()) {
             Some(Destination::Translated(first)) => {

@@ -24,6 +24,8 @@ pub struct Policy {
     pub lease: Duration,
     /// Re-insert without evidence that the connection was ever tracked.
     pub force: bool,
+    /// Zone of entries that were never seen and have no siblings; looked into beside the default.
+    pub zone: u16,
     /// Remove entries that no socket backs, when they have been so for this long.
     pub reap: Option<Duration>,
 }
@@ -37,6 +39,7 @@ impl Default for Policy {
             exempt: Vec::new(),
             lease: Duration::from_secs(60),
             force: false,
+            zone: 0,
             reap: None,
         }
     }

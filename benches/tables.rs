@@ -1,0 +1,406 @@
+//! The two tables through the library: the sweep, the repair of many, the whole dump.
+
+#[path = "../tests/lab/mod.rs"]
+mod lab;
+mod report;
+mod traffic;
+
+use std::cell::{Cell, RefCell};
+use std::io;
+use std::net::Ipv4Addr;
+use std::process::{Command, Stdio};
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use ctkeep::Op;
+use ctkeep::conntrack::{Change, Conntrack, Entry, Filter, Insert, Status, TcpState, Zone};
+use ctkeep::flow::{AF_INET, Endpoint, FourTuple};
+use ctkeep::netlink::{KernelSocket, Transport};
+use ctkeep::reconcile::apply::{Outcome, apply};
+use ctkeep::reconcile::confirm::confirm;
+use ctkeep::reconcile::ledger::Ledger;
+use ctkeep::reconcile::observe::Tables;
+use ctkeep::reconcile::plan::plan;
+use ctkeep::reconcile::policy::{Policy, Scope};
+use ctkeep::reconcile::recount::{Mode, Recounter};
+use ctkeep::sockdiag::{SockDiag, State, States};
+use netlink_sys::protocols::{NETLINK_NETFILTER, NETLINK_SOCK_DIAG};
+
+use lab::{Lab, SERVER_V4};
+use report::Target;
+
+/// Half-closed sockets, from so many addresses.
+const GUARDED: usize = 5_000;
+const SOURCES: u8 = 125;
+/// Entries in the table for the sweep and the repair, and for the dump.
+const TABLE: usize = 180_000;
+const WHOLE_TABLE: usize = 200_000;
+
+const SWEEPS: usize = 60;
+const REPAIRS: usize = 7;
+const DUMPS: usize = 7;
+/// `conntrack -U` reads the whole table for each.
+const UPDATES: usize = 2;
+
+fn main() {
+    lab::serve_if_asked();
+    let Some(lab) = Lab::new() else { return };
+    lab.connlimit(80, 1_000);
+    traffic::widen_ports(&lab);
+    let sources = traffic::own_addresses(&lab, SOURCES);
+    let mut server = lab.serve("0.0.0.0:80");
+    traffic::half_close(&lab, &mut server, 80, &sources, GUARDED);
+    lab.server.within(|| {
+        let mut bench = Bench::open();
+        bench.fill(0..TABLE - GUARDED);
+        bench.keep_alive();
+        bench.sweep();
+        bench.repair(&lab);
+        bench.keep_alive();
+        bench.fill(TABLE - GUARDED..WHOLE_TABLE - GUARDED);
+        bench.dump(&lab);
+    });
+    assert_eq!(server.held(), GUARDED, "the server's sockets");
+}
+
+/// What was sent, for everybody who shares it.
+#[derive(Debug, Default)]
+struct Sent {
+    sends: Cell<usize>,
+    messages: Cell<usize>,
+    dumps: Cell<usize>,
+    last: RefCell<Vec<u8>>,
+}
+
+/// A kernel socket that counts.
+struct Counting {
+    socket: KernelSocket,
+    sent: Rc<Sent>,
+}
+
+impl Counting {
+    fn open(family: isize) -> (Self, Rc<Sent>) {
+        let socket = KernelSocket::open(Op::new("open for measurement"), family).expect("socket");
+        let sent = Rc::<Sent>::default();
+        (Self { socket, sent: Rc::clone(&sent) }, sent)
+    }
+}
+
+impl Transport for Counting {
+    fn send(&mut self, datagram: &[u8]) -> io::Result<()> {
+        const NLM_F_DUMP: u16 = 0x300;
+        let sent = &self.sent;
+        sent.sends.set(sent.sends.get() + 1);
+        let mut rest = datagram;
+        while let Some((length, flags)) = header(rest) {
+            sent.messages.set(sent.messages.get() + 1);
+            sent.dumps.set(sent.dumps.get() + usize::from(flags & NLM_F_DUMP == NLM_F_DUMP));
+            rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+        }
+        sent.last.replace(datagram.to_vec());
+        self.socket.send(datagram)
+    }
+
+    fn recv(&mut self, datagram: &mut Vec<u8>) -> io::Result<()> {
+        self.socket.recv(datagram)
+    }
+}
+
+/// Length and flags of the first netlink message.
+fn header(bytes: &[u8]) -> Option<(usize, u16)> {
+    let length = u32::from_ne_bytes(bytes.get(..4)?.try_into().ok()?);
+    let flags = u16::from_ne_bytes(bytes.get(6..8)?.try_into().ok()?);
+    Some((usize::try_from(length).ok()?.max(16), flags))
+}
+
+struct Bench {
+    tables: Tables<Counting>,
+    entries: Rc<Sent>,
+    sockets: Rc<Sent>,
+    policy: Policy,
+    scope: Scope,
+    ledger: Ledger,
+}
+
+impl Bench {
+    fn open() -> Self {
+        let (conntrack, entries) = Counting::open(NETLINK_NETFILTER);
+        let (diag, sockets) = Counting::open(NETLINK_SOCK_DIAG);
+        let mut tables = Tables {
+            conntrack: Conntrack::new(conntrack),
+            sockets: SockDiag::new(diag),
+            homes: Vec::new(),
+        };
+        let policy = Policy::default();
+        let scope = tables.scope(&policy).expect("scope");
+        Self { tables, entries, sockets, policy, scope, ledger: Ledger::default() }
+    }
+
+    /// Inserts entries of connections that do not end here.
+    fn fill(&mut self, numbers: std::ops::Range<usize>) {
+        let inserts: Vec<_> = numbers
+            .map(|number| {
+                let number = u32::try_from(number).expect("a small number");
+                let source =
+                    Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 0, 0, 0)) + number / 20_000);
+                let port = u16::try_from(20_000 + number % 20_000).expect("a port");
+                let flow = FourTuple::new(
+                    Endpoint::new(source.into(), port),
+                    Endpoint::new(Ipv4Addr::new(203, 0, 113, 9).into(), 443),
+                );
+                Change::Insert(Insert {
+                    like: Entry::plain(flow, Zone::default()),
+                    state: TcpState::Established,
+                    status: Status::ASSURED,
+                    timeout: Duration::from_secs(3_600),
+                })
+            })
+            .collect();
+        self.change(&inserts);
+    }
+
+    fn change(&mut self, changes: &[Change]) {
+        for result in self.tables.conntrack.change(changes).expect("changes") {
+            result.expect("change");
+        }
+    }
+
+    /// Gives the guarded entries a timeout that needs no renewal for as long as this runs.
+    fn keep_alive(&mut self) {
+        self.set(TcpState::CloseWait);
+    }
+
+    /// Sets the state of all guarded entries.
+    fn set(&mut self, state: TcpState) {
+        let found = self.half_closed();
+        let timeout = Duration::from_secs(600);
+        let changes: Vec<_> = found
+            .iter()
+            .map(|entry| Change::Update { key: entry.key(), state, status: None, timeout })
+            .collect();
+        assert_eq!(changes.len(), GUARDED, "guarded entries");
+        self.change(&changes);
+    }
+
+    fn half_closed(&mut self) -> Vec<Entry> {
+        let snapshot = self.tables.half_closed(&self.scope, &self.policy, &self.ledger);
+        snapshot.expect("sweep").views.iter().filter_map(|view| view.entry).collect()
+    }
+
+    /// As the daemon sweeps, with nothing to do.
+    fn sweep(&mut self) {
+        let mut times = Vec::new();
+        let (mut joins, mut busy) = (Vec::new(), Vec::new());
+        let before = self.counts();
+        for _ in 0..SWEEPS {
+            let (begun, used) = (Instant::now(), report::cpu());
+            let snapshot =
+                self.tables.half_closed(&self.scope, &self.policy, &self.ledger).expect("sweep");
+            let planned = plan(&snapshot, &self.scope, &self.policy, &self.ledger);
+            times.push(report::ms(begun.elapsed()));
+            busy.push(report::ms(report::cpu() - used));
+            assert_eq!(snapshot.views.len(), GUARDED, "guarded sockets");
+            assert!(planned.actions.is_empty(), "{} actions", planned.actions.len());
+        }
+        let after = self.counts();
+        for _ in 0..SWEEPS / 10 {
+            let begun = Instant::now();
+            let states = States::from_iter([State::CloseWait]);
+            let all = Scope { ports: [80, 443, 8_080].into() };
+            let snapshot = self.tables.whole(&all, &self.policy, states).expect("join");
+            joins.push(report::ms(begun.elapsed()));
+            assert_eq!(snapshot.views.len(), TABLE, "connections");
+        }
+        report::heading("Sweep: 5 000 guarded sockets, table of 180 000, nothing to do");
+        let (median, join) = (report::median(&times), report::median(&joins));
+        report::figure_beside(
+            "sweep (ratio: to a join of both whole tables)",
+            median,
+            "ms",
+            median / join,
+            Target::AtMost(25.0),
+        );
+        report::figure("sweep, CPU time", report::median(&busy), "ms", Target::AtMost(25.0));
+        report::figure("sweep, per 1 000 guarded sockets", median / 5.0, "ms", Target::None);
+        report::figure("join of both whole tables", join, "ms", Target::None);
+        let names = ["conntrack dumps", "conntrack messages", "conntrack sends", "socket dumps"];
+        for ((name, before), after) in names.iter().zip(before).zip(after) {
+            let target =
+                if *name == "conntrack dumps" { Target::AtMost(0.0) } else { Target::None };
+            let each = f64::from(u32::try_from((after - before) / SWEEPS).expect("a small number"));
+            report::figure(&format!("{name} in a sweep"), each, "", target);
+        }
+    }
+
+    fn counts(&self) -> [usize; 4] {
+        let (entries, sockets) = (&self.entries, &self.sockets);
+        [entries.dumps.get(), entries.messages.get(), entries.sends.get(), sockets.dumps.get()]
+    }
+
+    /// All entries closed at once, as by stale RSTs; found, revived, recounted and sealed.
+    fn repair(&mut self, lab: &Lab) {
+        let mut recounter =
+            Recounter::open(Mode::Auto, "ctbench0", Instant::now()).expect("recount");
+        let (mut rates, mut sweeps, mut updates) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut busy, mut incomplete) = (Vec::new(), 0);
+        for round in 0..REPAIRS {
+            self.set(TcpState::Close);
+            let begun = Instant::now();
+            let snapshot =
+                self.tables.half_closed(&self.scope, &self.policy, &self.ledger).expect("sweep");
+            let planned = plan(&snapshot, &self.scope, &self.policy, &self.ledger);
+            let (found, used) = (Instant::now(), report::cpu());
+            let confirmed =
+                confirm(&mut self.tables, &planned, &self.scope, &self.policy, &self.ledger)
+                    .expect("confirmation");
+            let outcomes = apply(
+                &mut self.tables,
+                &mut recounter,
+                &confirmed,
+                &self.policy,
+                &mut self.ledger,
+                found,
+            )
+            .expect("repair");
+            rates.push(report::rate(GUARDED, found.elapsed()));
+            busy.push(report::rate(GUARDED, report::cpu() - used));
+            sweeps.push(report::rate(GUARDED, begun.elapsed()));
+            // The kernel may have picked a connection up anew: that one is turned, not revived, and
+            // not sealed.
+            let is_whole = |o: &&Outcome| o.result.is_ok() && matches!(o.recount, Some(Ok(_)));
+            incomplete += GUARDED - outcomes.iter().filter(is_whole).count();
+            if round < UPDATES {
+                updates.push(update_by_tool(lab, outcomes.first().map(|o| o.action.template)));
+            }
+        }
+        let counted = self.half_closed();
+        let counted =
+            counted.iter().filter(|entry| entry.state().is_some_and(TcpState::is_counted));
+        assert_eq!(counted.count(), GUARDED, "counted entries");
+        report::heading("Repair of 5 000 closed entries in a table of 180 000");
+        let tool = report::median(&updates);
+        let repair = report::median(&rates);
+        report::figure_beside(
+            "confirm, revive, recount, seal (ratio: to conntrack -U)",
+            repair,
+            "/s",
+            repair / tool,
+            Target::AtLeast(20_000.0),
+        );
+        let sweep = report::median(&sweeps);
+        let busy = report::median(&busy);
+        report::figure("the same, by a second of CPU time", busy, "/s", Target::None);
+        let incomplete = f64::from(u32::try_from(incomplete).expect("a small number"));
+        report::figure("incomplete repairs in all rounds", incomplete, "", Target::AtMost(0.0));
+        report::figure("the same with finding them", sweep, "/s", Target::None);
+        report::figure("conntrack -U, one after another", tool, "/s", Target::None);
+    }
+
+    /// Every entry of the table.
+    fn dump(&mut self, lab: &Lab) {
+        let all = Scope { ports: [80, 443, 8_080].into() };
+        let (mut raw, mut parsed, mut joined, mut tool) =
+            (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let (mut raw_busy, mut busy) = (Vec::new(), Vec::new());
+        self.read();
+        let request = self.entries.last.borrow().clone();
+        for _ in 0..DUMPS {
+            let used = report::cpu();
+            raw.push(receive_only(&request));
+            raw_busy.push(report::ms(report::cpu() - used));
+            let (begun, used) = (Instant::now(), report::cpu());
+            assert_eq!(self.read(), WHOLE_TABLE, "entries");
+            parsed.push(report::ms(begun.elapsed()));
+            busy.push(report::ms(report::cpu() - used));
+            let begun = Instant::now();
+            let states = States::from_iter([State::CloseWait, State::Established]);
+            let snapshot = self.tables.whole(&all, &self.policy, states).expect("join");
+            joined.push(report::ms(begun.elapsed()));
+            assert_eq!(snapshot.views.len(), WHOLE_TABLE, "connections");
+            tool.push(list_by_tool(lab));
+        }
+        report::heading("Dump of 200 000 entries");
+        report::figure(
+            "receive loop that parses nothing",
+            report::median(&raw),
+            "ms",
+            Target::None,
+        );
+        report::figure("conntrack -L >/dev/null", report::median(&tool), "ms", Target::None);
+        report::ratio(
+            "dump to values, to receive loop, CPU time",
+            report::median(&busy),
+            "ms",
+            report::paired(&busy, &raw_busy),
+            Target::AtMost(1.10),
+        );
+        for (name, times, is_judged) in [
+            ("dump to values", &parsed, true),
+            ("dump, joined with the sockets (both families)", &joined, false),
+        ] {
+            let median = report::median(times);
+            for (beside, others, bound) in
+                [("receive loop", &raw, 1.10), ("conntrack -L", &tool, 0.6)]
+            {
+                let name = format!("{name}, to {beside}");
+                let target = if is_judged || beside == "conntrack -L" {
+                    Target::AtMost(bound)
+                } else {
+                    Target::None
+                };
+                report::ratio(&name, median, "ms", report::paired(times, others), target);
+            }
+        }
+    }
+
+    fn read(&mut self) -> usize {
+        let all: Vec<Entry> =
+            self.tables.conntrack.entries(AF_INET, Filter::Tcp, Vec::push).expect("dump");
+        all.len()
+    }
+}
+
+/// The same dump, received and thrown away.
+fn receive_only(request: &[u8]) -> f64 {
+    const NLMSG_DONE: u16 = 3;
+    let op = Op::new("open for measurement");
+    let mut socket = KernelSocket::open(op, NETLINK_NETFILTER).expect("socket");
+    let mut datagram = Vec::new();
+    let begun = Instant::now();
+    socket.send(request).expect("request");
+    loop {
+        socket.recv(&mut datagram).expect("part of the dump");
+        // The end is a message of twenty bytes behind the last entry, or alone.
+        let last = datagram.len().saturating_sub(20);
+        let kind = datagram.get(last + 4..last + 6).and_then(|kind| kind.try_into().ok());
+        let length = datagram.get(last..last + 4).and_then(|length| length.try_into().ok());
+        if length.map(u32::from_ne_bytes) == Some(20)
+            && kind.map(u16::from_ne_bytes) == Some(NLMSG_DONE)
+        {
+            return report::ms(begun.elapsed());
+        }
+    }
+}
+
+fn list_by_tool(lab: &Lab) -> f64 {
+    let mut command = Command::new("conntrack");
+    command.args(["-L", "-f", "ipv4", "-p", "tcp"]);
+    let begun = Instant::now();
+    let child = lab.server.spawn_with(&command, |command| {
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    });
+    assert!(child.expect("conntrack").wait().expect("conntrack").success(), "conntrack -L");
+    report::ms(begun.elapsed())
+}
+
+/// Updates one entry by the tool; so many it would do a second.
+fn update_by_tool(lab: &Lab, entry: Option<Entry>) -> f64 {
+    let orig = entry.expect("an entry").orig;
+    let begun = Instant::now();
+    lab.server.run(&format!(
+        "conntrack -U -p tcp -s {} -d {SERVER_V4} --sport {} --dport 80 -t 600",
+        orig.src.addr(),
+        orig.src.port()
+    ));
+    report::rate(1, begun.elapsed())
+}
