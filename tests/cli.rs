@@ -17,6 +17,8 @@ use serde_json::{Value, json};
 const OTHER: &str = "203.0.113.9";
 const THIRD: &str = "203.0.113.10";
 
+const CLOSE_TIMEOUT: &str = "net/netfilter/nf_conntrack_tcp_timeout_close";
+
 /// Runs the program where it is told to stop before it asks the kernel anything.
 fn ctkeep(args: &[&str]) -> (i32, String, String) {
     let output = Command::new(CTKEEP).args(args).output().expect("the program starts");
@@ -144,16 +146,20 @@ fn a_faulty_file_is_named_with_line_and_column() {
 /// Two half-closed connections, one of them with a stale RST.
 fn drifted(port: u16) -> Option<(Lab, lab::Server, [RawConn; 2])> {
     let lab = Lab::new()?;
+    // Ten seconds by default: a busy machine may need more to see what becomes of it.
+    lab.server.sysctl(CLOSE_TIMEOUT, "60");
     lab.connlimit(port, 3);
     let server = lab.serve(&format!("[::]:{port}"));
-    let mut conns = lab.peer(CLIENT).open_promptly(port, 2);
+    let conns = lab.peer(CLIENT).open_promptly(port, 2);
+    let mut conns: [RawConn; 2] = conns.try_into().ok().expect("two connections");
     for conn in &mut conns {
         lab.half_close(conn);
         assert!(conn.await_ack());
     }
-    conns[0].rst(-5);
-    wait_for("CLOSE", SOON, || lab.entry_state(&conns[0]).as_deref() == Some("CLOSE"));
-    Some((lab, server, conns.try_into().ok().expect("two connections")))
+    let [closed, _] = &conns;
+    closed.rst(-5);
+    wait_for("CLOSE", SOON, || lab.entry_state(closed).as_deref() == Some("CLOSE"));
+    Some((lab, server, conns))
 }
 
 #[test]
@@ -214,18 +220,29 @@ fn exit_codes_follow_a_disagreement_through_its_repair() {
     }
 }
 
+/// Sources by the keys of the contract: new ones may appear beside them.
+fn of_contract(sources: &Value) -> Value {
+    let mut sources = sources.clone();
+    for source in sources.as_array_mut().expect("a list") {
+        source.as_object_mut().expect("an object").remove("limit");
+    }
+    sources
+}
+
 #[test]
 fn no_header_leaves_the_headings_out_and_nothing_else() {
     let Some((lab, _server, _conns)) = drifted(PORT) else { return };
     for command in [&["audit", "--all"][..], &["reconcile", "--dry-run"]] {
         let (_, with, _) = lab.ctkeep(CTKEEP, command);
         let (_, without, _) = lab.ctkeep(CTKEEP, &[command, &["--no-header"]].concat());
-        let words = |text: &str| text.split_whitespace().count();
-        let is_heading = |line: &&str| line.contains("REMOTE") || line.contains("SOURCE");
+        // Without headings columns are narrower, and less is wrapped.
+        let letters = |text: &str| text.chars().filter(|letter| !letter.is_whitespace()).count();
+        let is_heading =
+            |line: &&str| ["REMOTE", "SOURCE", "LAYER"].iter().any(|word| line.contains(word));
         assert!(with.lines().any(|line| is_heading(&line)), "{with}");
         assert!(!without.lines().any(|line| is_heading(&line)), "{without}");
-        let headings: usize = with.lines().filter(is_heading).map(words).sum();
-        assert_eq!(words(&with) - headings, words(&without), "{with}{without}");
+        let headings: usize = with.lines().filter(is_heading).map(letters).sum();
+        assert_eq!(letters(&with) - headings, letters(&without), "{with}{without}");
     }
 }
 
@@ -387,6 +404,7 @@ fn explain_leaves_an_untracked_connection_alone() {
 #[test]
 fn the_json_of_audit_keeps_its_contract() {
     let Some(lab) = Lab::new() else { return };
+    lab.server.sysctl(CLOSE_TIMEOUT, "60");
     lab.connlimit(PORT, 10);
     let server = lab.serve("[::]:80");
     let mut other_server = lab.serve("[::]:443");
@@ -457,7 +475,7 @@ fn the_json_of_audit_keeps_its_contract() {
     assert_has(&closed, &expected);
     let command = closed["command"].as_str().expect("a command");
     assert!(command.starts_with("cli"), "{closed}");
-    assert!((1..=10).contains(&closed["entry_timeout_seconds"].as_u64().expect("seconds")));
+    assert!((1..=60).contains(&closed["entry_timeout_seconds"].as_u64().expect("seconds")));
     assert!(closed["inode"].as_u64().expect("an inode") > 0);
 
     let missing = connection(&report, &conns[2]).expect("a connection");
@@ -491,13 +509,13 @@ fn the_json_of_audit_keeps_its_contract() {
         { "source": "203.0.113.10/32", "sockets": {}, "held": 0, "counted": 1, "uncounted": 0,
           "stale": 1, "over_limit": false },
     ]);
-    assert_eq!(report["sources"], sources);
+    assert_eq!(of_contract(&report["sources"]), sources);
     let worst = audit(&["--top", "1", "--mask", "24"]);
     let expected = json!([
         { "source": "198.51.100.0/24", "sockets": { "close-wait": 3 }, "held": 3, "counted": 1,
           "uncounted": 2, "stale": 0, "over_limit": true },
     ]);
-    assert_eq!(worst["sources"], expected);
+    assert_eq!(of_contract(&worst["sources"]), expected);
 
     // What the report says is what the limiter does: of ten places it counts one.
     assert_eq!(lab.peer(CLIENT).open_promptly(PORT, TRIES).len(), 9);

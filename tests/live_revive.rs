@@ -131,8 +131,8 @@ fn a_fin_with_a_hole_before_it_and_an_old_rst_are_revived() {
 
 /// The limiter throws the closed connections out at the next SYN, before ctkeep can act. Then the
 /// newcomers leave, so that only what was taken back can fill the limit.
-fn assert_evicted_is_recounted(limiter: Limiter, trick: impl Fn(&RawConn) + Sync) {
-    let result = contrast(limiter, CLIENT, &[], |scene| {
+fn assert_evicted_is_recounted(limiter: Limiter, source: &str, trick: impl Fn(&RawConn) + Sync) {
+    let result = contrast(limiter, source, &[], |scene| {
         let conns = scene.half_closed();
         scene.freeze();
         for conn in &conns {
@@ -156,27 +156,34 @@ fn assert_evicted_is_recounted(limiter: Limiter, trick: impl Fn(&RawConn) + Sync
 
 #[test]
 fn those_that_connlimit_threw_out_after_an_rst_are_counted_again() {
-    assert_evicted_is_recounted(Limiter::Connlimit, |conn| conn.rst(-5));
+    assert_evicted_is_recounted(Limiter::Connlimit, CLIENT, |conn| conn.rst(-5));
+}
+
+#[test]
+fn those_that_were_thrown_out_over_ipv6_are_counted_again() {
+    for limiter in [Limiter::Connlimit, Limiter::NftSet] {
+        assert_evicted_is_recounted(limiter, "2001:db8:1::7", |conn| conn.rst(-5));
+    }
 }
 
 #[test]
 fn those_that_an_nft_set_threw_out_after_an_rst_are_counted_again() {
-    assert_evicted_is_recounted(Limiter::NftSet, |conn| conn.rst(-5));
+    assert_evicted_is_recounted(Limiter::NftSet, CLIENT, |conn| conn.rst(-5));
 }
 
 #[test]
 fn those_that_strict_rules_threw_out_after_an_rst_are_counted_again() {
-    assert_evicted_is_recounted(Limiter::Strict, |conn| conn.rst(-5));
+    assert_evicted_is_recounted(Limiter::Strict, CLIENT, |conn| conn.rst(-5));
 }
 
 #[test]
 fn those_that_connlimit_threw_out_after_a_second_fin_are_counted_again() {
-    assert_evicted_is_recounted(Limiter::Connlimit, RawConn::fin_again);
+    assert_evicted_is_recounted(Limiter::Connlimit, CLIENT, RawConn::fin_again);
 }
 
 #[test]
 fn those_that_an_nft_set_threw_out_after_a_second_fin_are_counted_again() {
-    assert_evicted_is_recounted(Limiter::NftSet, RawConn::fin_again);
+    assert_evicted_is_recounted(Limiter::NftSet, CLIENT, RawConn::fin_again);
 }
 
 /// The set forgets closed connections by itself, once a second, without any packet.
@@ -213,6 +220,28 @@ fn silence_is_outlived_by_the_lease() {
     });
     let Some(result) = result else { return };
     assert_eq!(result, Contrast { without: (0, LIMIT), with: (LIMIT, 0) });
+}
+
+/// Each round closes all that is counted and sends ten SYNs right behind, so that the limiter
+/// judges them before any program can run. That gains one limit's worth once, and then no more.
+#[test]
+fn bursts_of_rsts_with_syns_behind_them_gain_one_limit_in_all() {
+    const ROUNDS: usize = 8;
+    let result = contrast(Limiter::Connlimit, CLIENT, &[], |scene| {
+        let mut conns = scene.half_closed();
+        for _ in 0..ROUNDS {
+            conns.iter().for_each(|conn| conn.rst(-5));
+            let mut newcomers = scene.open(TRIES);
+            newcomers.iter_mut().for_each(RawConn::fin);
+            conns.append(&mut newcomers);
+            let all = conns.len();
+            wait_for("CLOSE_WAIT", SOON, || scene.lab.sockets("close-wait") == all);
+        }
+        conns.len()
+    });
+    let Some(result) = result else { return };
+    assert_eq!(result.without, LIMIT + ROUNDS * LIMIT);
+    assert!(result.with <= 2 * LIMIT, "{} at a limit of {LIMIT}", result.with);
 }
 
 /// Whatever the client sends about connections that are held, they stay held, and counted.

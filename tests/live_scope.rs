@@ -1,8 +1,5 @@
 //! What is none of ctkeep's business stays as it is, byte for byte, whatever happens beside it.
 
-// A helper of a test that meets the unexpected ends by a panic.
-#![allow(clippy::indexing_slicing)]
-
 mod lab;
 #[path = "lab/scene.rs"]
 mod scene;
@@ -28,7 +25,7 @@ fn enable_accounting(lab: &Lab) {
     lab.server.sysctl("net/netfilter/nf_conntrack_acct", "1");
 }
 
-/// An entry as it can be compared: all but its timeout, and that.
+/// The entry of one connection; its line is all of it but the timeout.
 fn look(lab: &Lab, conn: (SocketAddr, SocketAddr)) -> Option<Entry> {
     lab.entries().into_iter().find(|entry| entry.orig == conn)
 }
@@ -37,16 +34,29 @@ fn of(conn: &RawConn) -> (SocketAddr, SocketAddr) {
     (conn.client, conn.server)
 }
 
+fn of_all(conns: &[RawConn]) -> Vec<(SocketAddr, SocketAddr)> {
+    conns.iter().map(of).collect()
+}
+
 /// The entries of these connections now and a while later are the same, and their timeouts have
 /// run on.
 fn assert_untouched(lab: &Lab, conns: &[(SocketAddr, SocketAddr)]) {
-    let before: Vec<_> = conns.iter().map(|conn| look(lab, *conn).expect("an entry")).collect();
+    let look = || -> Vec<Entry> {
+        let ours = |entry: &Entry| conns.contains(&entry.orig);
+        let mut entries: Vec<_> = lab.entries().into_iter().filter(ours).collect();
+        entries.sort_by_key(|entry| entry.orig);
+        entries
+    };
+    let before = look();
+    assert_eq!(before.len(), conns.len(), "an entry each: {before:#?}");
     thread::sleep(A_WHILE);
-    for (before, conn) in before.iter().zip(conns) {
-        let now = look(lab, *conn).expect("the same entry");
-        assert_eq!(now.line, before.line);
-        assert!(now.timeout < before.timeout, "{now:?} was {before:?}");
-    }
+    let after = look();
+    let lines = |entries: &[Entry]| -> Vec<String> {
+        entries.iter().map(|entry| entry.line.clone()).collect()
+    };
+    assert_eq!(lines(&after), lines(&before));
+    let run_on = before.iter().zip(&after).all(|(before, after)| after.timeout < before.timeout);
+    assert!(run_on, "{after:#?} was {before:#?}");
 }
 
 /// A scene in which a held connection shows that ctkeep is at work.
@@ -75,7 +85,7 @@ fn ordinary_established_connections_are_never_touched() {
         assert!(conn.await_ack());
     }
     assert_at_work(&scene, &held);
-    assert_untouched(&scene.lab, &conns.iter().map(of).collect::<Vec<_>>());
+    assert_untouched(&scene.lab, &of_all(&conns));
 }
 
 /// Sixty seconds are more than half of the lease: there is no need to touch it yet.
@@ -106,7 +116,7 @@ fn another_port_is_never_touched() {
         scene.await_forgotten(conn);
     }
     assert_at_work(&scene, &held);
-    assert_untouched(&scene.lab, &conns.iter().map(of).collect::<Vec<_>>());
+    assert_untouched(&scene.lab, &of_all(&conns));
     assert_eq!(scene.peer.open_promptly(443, TRIES).len(), LIMIT, "nobody counts these");
     assert_eq!(scene.open(TRIES).len(), LIMIT - 1, "but that one");
 }
@@ -132,12 +142,12 @@ fn assert_sources_are_told_apart(args: &[&str], peers: &[(&str, bool)]) {
             scene.await_repair("revive", ours);
         }
     }
+    let alone: Vec<_> = conns.iter().filter(|(.., guarded)| !guarded).collect();
+    let tuples: Vec<_> = alone.iter().flat_map(|(_, ours, _)| of_all(ours)).collect();
+    assert_untouched(&scene.lab, &tuples);
     for (peer, ours, guarded) in &conns {
-        if !guarded {
-            assert_untouched(&scene.lab, &ours.iter().map(of).collect::<Vec<_>>());
-        }
         let expected = if *guarded { 0 } else { LIMIT };
-        assert_eq!(peer.open_promptly(PORT, TRIES).len(), expected, "{}", ours[0].client);
+        assert_eq!(peer.open_promptly(PORT, TRIES).len(), expected, "{:?}", of_all(ours));
     }
 }
 
@@ -210,17 +220,18 @@ fn connections_that_this_host_opened_are_never_touched() {
     assert_eq!(look(&scene.lab, (tuple.1, tuple.0)), None);
 }
 
-/// One connection of each kind that asks for a repair, and one that does not.
-fn drifted() -> Option<(Scene, Vec<RawConn>)> {
+/// Two connections that ask for a repair, and two that do not.
+fn drifted() -> Option<(Scene, [RawConn; 4])> {
     let scene = Scene::new(Limiter::Connlimit)?;
     enable_accounting(&scene.lab);
     let mut conns = scene.half_closed();
-    conns[0].rst(-5);
-    conns[1].fin_again();
-    for conn in &conns[..2] {
-        scene.await_forgotten(conn);
-    }
     conns.extend(scene.lab.peer(OTHER).open_promptly(PORT, 1));
+    let conns: [RawConn; 4] = conns.try_into().ok().expect("four connections");
+    let [closed, finished, ..] = &conns;
+    closed.rst(-5);
+    finished.fin_again();
+    scene.await_forgotten(closed);
+    scene.await_forgotten(finished);
     Some((scene, conns))
 }
 

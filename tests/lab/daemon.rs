@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader};
 use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
@@ -21,6 +21,8 @@ const END: Duration = Duration::from_secs(20);
 pub struct Daemon {
     child: Child,
     log: Arc<Mutex<String>>,
+    /// Ends with the program's stderr.
+    reader: Option<JoinHandle<()>>,
 }
 
 impl Daemon {
@@ -32,8 +34,8 @@ impl Daemon {
                 command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
             })
             .expect("daemon process");
-        let log = collect(child.stderr.take().expect("a piped stderr"));
-        let mut daemon = Self { child, log };
+        let (log, reader) = collect(child.stderr.take().expect("a piped stderr"));
+        let mut daemon = Self { child, log, reader: Some(reader) };
         let ready = holds_within(START, || daemon.is_ready() || daemon.has_ended());
         assert!(
             ready && daemon.is_ready(),
@@ -77,6 +79,9 @@ impl Daemon {
         self.signal(Signal::SIGTERM);
         wait_for("end of the daemon", END, || self.has_ended());
         let status = self.child.wait().expect("the daemon's status");
+        if let Some(reader) = self.reader.take() {
+            reader.join().expect("no panic while logging");
+        }
         (status, self.log())
     }
 
@@ -114,17 +119,17 @@ impl Drop for Daemon {
 }
 
 /// Reads the daemon's stderr to its end, on a thread of its own so that the pipe never fills.
-fn collect(stderr: ChildStderr) -> Arc<Mutex<String>> {
+fn collect(stderr: ChildStderr) -> (Arc<Mutex<String>>, JoinHandle<()>) {
     let log = Arc::new(Mutex::new(String::new()));
     let sink = Arc::clone(&log);
-    thread::spawn(move || {
+    let reader = thread::spawn(move || {
         for line in BufReader::new(stderr).lines().map_while(Result::ok) {
             let mut log = sink.lock().expect("no panic while logging");
             log.push_str(&line);
             log.push('\n');
         }
     });
-    log
+    (log, reader)
 }
 
 /// Runs a program to its end.

@@ -89,6 +89,8 @@ impl Scene {
 
     pub fn with_source(limiter: Limiter, source: &str) -> Option<Self> {
         let lab = Lab::new()?;
+        // Ten seconds by default: a busy machine may need more to see what becomes of it.
+        lab.server.sysctl("net/netfilter/nf_conntrack_tcp_timeout_close", "60");
         limiter.install(&lab);
         let server = lab.serve("[::]:80");
         let peer = lab.peer(source);
