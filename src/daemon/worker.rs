@@ -180,6 +180,7 @@ struct Worker {
     recounter: Option<Recounter>,
     device: String,
     events: Events,
+    hook: Hook,
     scope: Scope,
     /// Ports that had a listener in this run and may still have connections.
     ports_ever: HashSet<u16>,
@@ -238,6 +239,7 @@ impl Worker {
             recounter: None,
             device: name,
             events,
+            hook,
             scope,
             ports_ever: HashSet::new(),
             ledger: Ledger::new(settings.defence, settings.policy.zone),
@@ -419,7 +421,9 @@ impl Worker {
             .filter(|view| view.socket.is_some_and(|socket| socket.state == State::CloseWait))
             .map(|view| view.flow)
             .collect();
-        self.events.follow(&self.scope.ports, half_closed)?;
+        if let Err(error) = self.events.follow(&self.scope.ports, half_closed) {
+            self.reopen_events(&error)?;
+        }
         if depth == Depth::Shallow {
             self.ledger.settle(&snapshot);
         }
@@ -429,8 +433,10 @@ impl Worker {
         if depth == Depth::Deep && !self.inserts_rest() {
             self.ledger.set_tracked(snapshot.tracked.clone());
         }
-        if let Some(recounter) = &mut self.recounter {
-            recounter.lower_shields(&self.ledger)?;
+        if let Some(recounter) = &mut self.recounter
+            && let Err(error) = recounter.lower_shields(&self.ledger)
+        {
+            tracing::warn!(%error, "shields stay up for now");
         }
         self.tally.sweeps += 1;
         let now = Instant::now();
@@ -451,6 +457,22 @@ impl Worker {
             Depth::Shallow => self.hasten_deep_sweep(&snapshot),
         }
         tracing::debug!(?depth, views = snapshot.views.len(), took = ?(now - began), "swept");
+        Ok(())
+    }
+
+    /// Opens the event source anew, after somebody took its table away or a set was full; repairs
+    /// never wait for it.
+    fn reopen_events(&mut self, error: &Error) -> Result<()> {
+        tracing::warn!(%error, "event source fails, opening it anew");
+        let hook = self.hook;
+        // The old one first: a group has one owner.
+        self.events = Events::Off;
+        let name = format!("{}-watch", self.device);
+        match Events::open(&self.settings, &name, hook, &self.scope.ports) {
+            Ok(events) => self.events = events,
+            Err(error) if error.is_unavailable() => return Err(error),
+            Err(error) => tracing::warn!(%error, "no events, the sweep alone"),
+        }
         Ok(())
     }
 
