@@ -10,6 +10,7 @@ use std::fs;
 use std::thread;
 use std::time::Duration;
 
+use lab::wait_for;
 use scene::{LIMIT, Limiter, SOON, Scene};
 
 /// The maximum is the machine's and cannot be lowered in a namespace, so a table is filled with
@@ -26,23 +27,28 @@ fn maximum() -> usize {
 
 /// Fills the table with entries that the kernel does not drop early.
 fn fill(scene: &Scene, maximum: usize) {
-    let mut list = String::new();
     let count =
         || scene.lab.server.output("conntrack -C").trim().parse::<usize>().expect("a count");
-    for place in 0..maximum - count() {
-        let (net, port) = (place / usize::from(PORTS), place % usize::from(PORTS) + 1);
-        writeln!(
-            list,
-            "-A -t 600 -u SEEN_REPLY,ASSURED -p udp -s 10.0.{net}.1 -d 10.0.255.1 \
-             --sport {port} --dport 53"
-        )
-        .expect("a string");
-    }
-    let mut file = tempfile::NamedTempFile::new().expect("a file");
-    std::io::Write::write_all(&mut file, list.as_bytes()).expect("its text");
-    let path = file.path().display();
-    scene.lab.server.run(&format!("conntrack -R {path}"));
-    assert_eq!(count(), maximum);
+    let mut next = 0;
+    // Entries of closed connections expire meanwhile.
+    wait_for("a full table", Duration::from_secs(120), || {
+        let free = maximum.saturating_sub(count());
+        let mut list = String::new();
+        for place in next..next + free {
+            let (net, port) = (place / usize::from(PORTS), place % usize::from(PORTS) + 1);
+            writeln!(
+                list,
+                "-A -t 600 -u SEEN_REPLY,ASSURED -p udp -s 10.0.{net}.1 -d 10.0.255.1 \
+                 --sport {port} --dport 53"
+            )
+            .expect("a string");
+        }
+        next += free;
+        let mut file = tempfile::NamedTempFile::new().expect("a file");
+        std::io::Write::write_all(&mut file, list.as_bytes()).expect("its text");
+        scene.lab.server.run(&format!("conntrack -R {}", file.path().display()));
+        count() >= maximum
+    });
 }
 
 fn assert_patient(defence: &str, words: &str) {
