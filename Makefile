@@ -13,8 +13,8 @@ all:
 
 # Shows in under a minute what ctkeep is for.
 demo: tools
-	$(CARGO) build --release --locked --bin ctkeep --example demo
-	$(AS_ROOT) target/release/examples/demo
+	$(CARGO) build --locked --bin ctkeep --example demo
+	CTKEEP=$(CURDIR)/target/debug/ctkeep $(AS_ROOT) target/debug/examples/demo
 
 # Everything: unit, golden bytes, conversations, plan table, command line, live kernel.
 test: tools
