@@ -296,7 +296,7 @@ fn make_sure(
         thread::sleep(pause);
         let exact = tables.exactly(&suspects, ledger)?;
         let exact: HashMap<FourTuple, View> =
-            exact.views.into_iter().map(|view| (view.flow, view)).collect();
+            exact.views.iter().map(|view| (view.flow, *view)).collect();
         for view in &mut snapshot.views {
             if let Some(exact) = exact.get(&view.flow) {
                 *view = *exact;

@@ -43,7 +43,7 @@ pub(super) fn run(args: &Explain) -> Result<Exit> {
             .find(|view| view.flow == flow)
             .and_then(|view| view.socket)
             .map_or(0, |socket| socket.interface);
-        let mut snapshot = tables.exactly(&[Lookup { flow, interface }], &ledger)?;
+        let mut snapshot = tables.exactly(&[Lookup { flow, interface }], &ledger)?.into_snapshot();
         snapshot.tracked.extend(&around.tracked);
         let view =
             snapshot.views.first().copied().unwrap_or(View { flow, socket: None, entry: None });

@@ -138,7 +138,7 @@ impl<T: Transport> Conntrack<T> {
         let requests: Vec<_> = keys.iter().map(|(flow, zone)| request::get(*flow, *zone)).collect();
         // The outer `None`: not answered yet.
         let mut answers: Vec<Option<Option<Entry>>> = vec![None; keys.len()];
-        let outcomes = self.connection.batch(&requests, |index, frame| {
+        let outcomes = self.connection.look_up(&requests, |index, frame| {
             let op = requests.get(index).map_or(Op::new("conntrack get"), |request| request.op);
             let entry = decode::entry(frame.payload).map_err(|error| op.malformed(error))?;
             if let (Some((flow, _)), Some(answer)) = (keys.get(index), answers.get_mut(index)) {

@@ -28,9 +28,9 @@ use crate::host::route::Routes;
 use crate::host::{instance, sysctl};
 use crate::nftables::Hook;
 use crate::reconcile::apply::{Outcome, apply};
-use crate::reconcile::confirm::confirm;
+use crate::reconcile::confirm::{Confirmed, confirm};
 use crate::reconcile::ledger::{Ledger, Shield};
-use crate::reconcile::observe::Tables;
+use crate::reconcile::observe::{Exact, Tables};
 use crate::reconcile::plan::{Action, ActionKind, plan};
 use crate::reconcile::policy::Scope;
 use crate::reconcile::recount::{Mode, Recounter};
@@ -388,7 +388,7 @@ impl Worker {
             }
         }
         self.hasten_deep_sweep(&snapshot);
-        self.repair(&snapshot, Trigger::Event)
+        self.repair_at_once(&snapshot)
     }
 
     fn sweep(&mut self, depth: Depth) -> Result<()> {
@@ -429,7 +429,7 @@ impl Worker {
         }
         // What the sweep before it learned is evidence to this one too: a flush of the table takes
         // all that there is to see at once.
-        self.repair(&snapshot, Trigger::Sweep)?;
+        self.repair(&snapshot)?;
         if depth == Depth::Deep && !self.inserts_rest() {
             self.ledger.set_tracked(snapshot.tracked.clone());
         }
@@ -524,19 +524,35 @@ impl Worker {
         self.ports_ever.retain(|port| alive.contains(port) || listening.contains(port));
     }
 
-    /// Plans, makes sure, carries out, and arranges the second look.
-    fn repair(&mut self, snapshot: &Snapshot, trigger: Trigger) -> Result<()> {
-        let settings = self.settings.clone();
-        let policy = &settings.policy;
+    /// Plans and makes sure, then as [`Worker::carry_out`].
+    fn repair(&mut self, snapshot: &Snapshot) -> Result<()> {
+        let policy = &self.settings.policy;
         let mut planned = plan(snapshot, &self.scope, policy, &self.ledger);
-        if self.inserts_rest() || !self.ledger.pressure().allows_inserts() {
+        if self.may_not_insert() {
             planned.actions.retain(|action| action.kind != ActionKind::Reinsert);
         }
-        if planned.actions.is_empty() {
+        let confirmed = confirm(&mut self.tables, &planned, &self.scope, policy, &self.ledger)?;
+        self.carry_out(confirmed, Trigger::Sweep)
+    }
+
+    /// Repairs what exact look-ups call for.
+    fn repair_at_once(&mut self, snapshot: &Exact) -> Result<()> {
+        let policy = &self.settings.policy;
+        let confirmed = Confirmed::new(snapshot, &self.scope, policy, &self.ledger);
+        self.carry_out(confirmed, Trigger::Event)
+    }
+
+    /// Carries a plan out and arranges the second look.
+    fn carry_out(&mut self, mut confirmed: Confirmed, trigger: Trigger) -> Result<()> {
+        if self.may_not_insert() {
+            confirmed.retain(|action| action.kind != ActionKind::Reinsert);
+        }
+        if confirmed.actions().is_empty() {
             return Ok(());
         }
         let began = Instant::now();
-        let confirmed = confirm(&mut self.tables, &planned, &self.scope, policy, &self.ledger)?;
+        let settings = self.settings.clone();
+        let policy = &settings.policy;
         if self.settings.dry_run {
             for action in confirmed.actions() {
                 log_action(action, trigger, "would act");
@@ -583,7 +599,11 @@ impl Worker {
     fn look_again(&mut self, lookups: &[Lookup]) -> Result<()> {
         let snapshot = self.tables.exactly(lookups, &self.ledger)?;
         self.ledger.settle(&snapshot);
-        self.repair(&snapshot, Trigger::Event)
+        self.repair_at_once(&snapshot)
+    }
+
+    fn may_not_insert(&self) -> bool {
+        self.inserts_rest() || !self.ledger.pressure().allows_inserts()
     }
 
     fn inserts_rest(&self) -> bool {

@@ -47,6 +47,24 @@ impl Request {
     }
 }
 
+/// What ends the answer to a request that is not refused.
+#[derive(Clone, Copy, Debug)]
+enum End {
+    /// The acknowledgement, behind any number of messages.
+    Acknowledgement,
+    /// The one message that answers it.
+    Answer,
+}
+
+impl End {
+    fn flags(self) -> u16 {
+        match self {
+            Self::Acknowledgement => NLM_F_ACK,
+            Self::Answer => 0,
+        }
+    }
+}
+
 /// A conversation with one kernel subsystem.
 #[derive(Debug)]
 pub struct Connection<T> {
@@ -110,13 +128,35 @@ impl<T: Transport> Connection<T> {
     pub fn batch(
         &mut self,
         requests: &[Request],
+        answer: impl FnMut(usize, Frame<'_>) -> Result<()>,
+    ) -> Result<Vec<Result<()>>> {
+        self.exchange(requests, End::Acknowledgement, answer)
+    }
+
+    /// As [`Connection::batch`], for look-ups: each is answered by one message or by a refusal, and
+    /// asks for no acknowledgement behind it. That is half of what there is to receive.
+    ///
+    /// # Errors
+    /// As [`Connection::batch`].
+    pub fn look_up(
+        &mut self,
+        requests: &[Request],
+        answer: impl FnMut(usize, Frame<'_>) -> Result<()>,
+    ) -> Result<Vec<Result<()>>> {
+        self.exchange(requests, End::Answer, answer)
+    }
+
+    fn exchange(
+        &mut self,
+        requests: &[Request],
+        end: End,
         mut answer: impl FnMut(usize, Frame<'_>) -> Result<()>,
     ) -> Result<Vec<Result<()>>> {
         let mut outcomes = Vec::with_capacity(requests.len());
         let mut rest = requests;
         while !rest.is_empty() {
             let (now, later) = rest.split_at(batch_length(rest));
-            self.send_batch(now, outcomes.len(), &mut outcomes, &mut answer)?;
+            self.send_batch(now, end, &mut outcomes, &mut answer)?;
             rest = later;
         }
         Ok(outcomes)
@@ -125,16 +165,17 @@ impl<T: Transport> Connection<T> {
     fn send_batch(
         &mut self,
         requests: &[Request],
-        base: usize,
+        end: End,
         outcomes: &mut Vec<Result<()>>,
         answer: &mut impl FnMut(usize, Frame<'_>) -> Result<()>,
     ) -> Result<()> {
+        let base = outcomes.len();
         let Some(op) = requests.first().map(|request| request.op) else { return Ok(()) };
         let first = self.seq.wrapping_add(1);
         self.outgoing.clear();
         for request in requests {
             self.seq = self.seq.wrapping_add(1);
-            request.write(&mut self.outgoing, NLM_F_ACK, self.seq)?;
+            request.write(&mut self.outgoing, end.flags(), self.seq)?;
         }
         self.transport.send(&self.outgoing).map_err(|error| op.io(error))?;
 
@@ -167,11 +208,16 @@ impl<T: Transport> Connection<T> {
                         });
                         done += 1;
                     }
-                    _ => {
-                        if let Err(error) = answer(base + index, frame) {
+                    _ => match (answer(base + index, frame), end) {
+                        (answered, End::Answer) => {
+                            outcomes.push(answered);
+                            done += 1;
+                        }
+                        (Err(error), End::Acknowledgement) => {
                             refused.get_or_insert(error);
                         }
-                    }
+                        (Ok(()), End::Acknowledgement) => {}
+                    },
                 }
             }
         }

@@ -1,8 +1,8 @@
 //! Makes sure of a plan by exact look-ups, right before it is carried out.
 
 use super::ledger::Ledger;
-use super::observe::Tables;
-use super::plan::{Action, Plan, plan};
+use super::observe::{Exact, Tables};
+use super::plan::{self, Action, Plan};
 use super::policy::{Policy, Scope};
 use crate::error::Result;
 use crate::netlink::Transport;
@@ -10,14 +10,24 @@ use crate::sockdiag::Lookup;
 
 /// A plan that both tables have just confirmed, connection by connection.
 ///
-/// Only [`confirm`] builds one: acting on the word of a dump does not compile.
-#[derive(Clone, Debug)]
+/// It comes from an [`Exact`] snapshot alone: acting on the word of a dump does not compile.
+#[derive(Clone, Debug, Default)]
 pub struct Confirmed(Plan);
 
 impl Confirmed {
+    /// What exact look-ups call for.
+    pub fn new(snapshot: &Exact, scope: &Scope, policy: &Policy, ledger: &Ledger) -> Self {
+        Self(plan::plan(snapshot, scope, policy, ledger))
+    }
+
     /// The actions.
     pub fn actions(&self) -> &[Action] {
         &self.0.actions
+    }
+
+    /// Drops the actions that `wanted` does not want.
+    pub fn retain(&mut self, wanted: impl Fn(&Action) -> bool) {
+        self.0.actions.retain(wanted);
     }
 }
 
@@ -27,15 +37,15 @@ impl Confirmed {
 /// A broken conversation: nothing is confirmed then.
 pub fn confirm<T: Transport>(
     tables: &mut Tables<T>,
-    plan_: &Plan,
+    plan: &Plan,
     scope: &Scope,
     policy: &Policy,
     ledger: &Ledger,
 ) -> Result<Confirmed> {
-    if plan_.actions.is_empty() {
-        return Ok(Confirmed(Plan::default()));
+    if plan.actions.is_empty() {
+        return Ok(Confirmed::default());
     }
-    let lookups: Vec<_> = plan_
+    let lookups: Vec<_> = plan
         .actions
         .iter()
         .map(|action| match action.view.socket {
@@ -45,10 +55,7 @@ pub fn confirm<T: Transport>(
             }
         })
         .collect();
-    let mut snapshot = tables.exactly(&lookups, ledger)?;
     // Evidence that siblings gave to the plan holds for its confirmation.
-    snapshot.tracked.extend(plan_.tracked.iter());
-    snapshot.zones.extend(plan_.zones.iter());
-    snapshot.destinations.clone_from(&plan_.destinations);
-    Ok(Confirmed(plan(&snapshot, scope, policy, ledger)))
+    let snapshot = tables.exactly(&lookups, ledger)?.with_evidence_of(plan);
+    Ok(Confirmed::new(&snapshot, scope, policy, ledger))
 }

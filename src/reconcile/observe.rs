@@ -3,8 +3,10 @@
 use std::collections::hash_map::Entry::Vacant;
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
+use std::ops::Deref;
 
 use super::ledger::Ledger;
+use super::plan::Plan;
 use super::policy::{Policy, Scope};
 use super::snapshot::{Direction, Snapshot, View};
 use crate::conntrack::{Conntrack, Entry, Filter, Zone};
@@ -16,6 +18,35 @@ use crate::sockdiag::{Lookup, SockDiag, Socket, State, States};
 
 /// Up to this many ports the kernel filters a dump by port; each port costs a walk of the table.
 const FILTERED_PORTS: usize = 2;
+
+/// What exact look-ups have just shown, connection by connection: it may be acted upon.
+///
+/// Only [`Tables::exactly`] makes one.
+#[derive(Clone, Debug)]
+pub struct Exact(Snapshot);
+
+impl Deref for Exact {
+    type Target = Snapshot;
+
+    fn deref(&self) -> &Snapshot {
+        &self.0
+    }
+}
+
+impl Exact {
+    /// The same with what the siblings of its connections have shown to `plan`.
+    pub(super) fn with_evidence_of(mut self, plan: &Plan) -> Self {
+        self.0.tracked.extend(&plan.tracked);
+        self.0.zones.extend(&plan.zones);
+        self.0.destinations.clone_from(&plan.destinations);
+        self
+    }
+
+    /// The snapshot.
+    pub fn into_snapshot(self) -> Snapshot {
+        self.0
+    }
+}
 
 /// Both tables of one network namespace.
 #[derive(Debug)]
@@ -144,7 +175,7 @@ impl<T: Transport> Tables<T> {
     ///
     /// # Errors
     /// A broken conversation. An unanswered question never looks like an absent socket.
-    pub fn exactly(&mut self, lookups: &[Lookup], ledger: &Ledger) -> Result<Snapshot> {
+    pub fn exactly(&mut self, lookups: &[Lookup], ledger: &Ledger) -> Result<Exact> {
         let entries = self.entries_of(lookups, ledger)?;
         let sockets = self.sockets.lookup(lookups)?;
         let views = lookups
@@ -153,7 +184,7 @@ impl<T: Transport> Tables<T> {
             .zip(entries)
             .map(|((lookup, socket), entry)| View { flow: lookup.flow, socket, entry })
             .collect();
-        Ok(Snapshot::new(views))
+        Ok(Exact(Snapshot::new(views)))
     }
 
     /// The entries of these connections, in every zone that is known.

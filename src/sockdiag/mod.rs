@@ -148,7 +148,7 @@ fn lookup_in<T: Transport>(
     let requests: Vec<_> = lookups.iter().map(request::lookup).collect();
     // The outer `None`: not answered yet.
     let mut answers: Vec<Option<Option<Socket>>> = vec![None; lookups.len()];
-    let outcomes = connection.batch(&requests, |index, frame| {
+    let outcomes = connection.look_up(&requests, |index, frame| {
         let op = requests.get(index).map_or(Op::new("socket look-up"), |r| r.op);
         let socket = decode::socket(frame).map_err(|error| op.malformed(error))?;
         if let (Some(asked), Some(answer)) = (lookups.get(index), answers.get_mut(index)) {

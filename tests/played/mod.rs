@@ -59,19 +59,19 @@ pub fn script(kernel: impl FnMut(&[u8]) -> Vec<Reply> + 'static) -> Played {
 }
 
 /// A kernel that behaves: `answer` gives the messages that answer a request, or the errno that
-/// refuses it; the acknowledgement or the end of the dump is added, and every message comes in a
+/// refuses it; the end of the dump or the acknowledgement that is asked for is added, and every message comes in a
 /// datagram of its own.
 pub fn obliging(mut answer: impl FnMut(&Request) -> Result<Vec<Vec<u8>>, i32> + 'static) -> Played {
     script(move |datagram| {
         let mut replies = Vec::new();
         for request in requests(datagram) {
             let (messages, end) = match answer(&request) {
-                Ok(messages) if request.is_dump() => (messages, done(request.seq, 0)),
-                Ok(messages) => (messages, ack(request.seq)),
-                Err(errno) => (Vec::new(), refusal(request.seq, errno)),
+                Ok(messages) if request.is_dump() => (messages, Some(done(request.seq, 0))),
+                Ok(messages) if request.flags & NLM_F_ACK == 0 => (messages, None),
+                Ok(messages) => (messages, Some(ack(request.seq))),
+                Err(errno) => (Vec::new(), Some(refusal(request.seq, errno))),
             };
-            replies.extend(messages.into_iter().map(Reply::Datagram));
-            replies.push(Reply::Datagram(end));
+            replies.extend(messages.into_iter().chain(end).map(Reply::Datagram));
         }
         replies
     })
