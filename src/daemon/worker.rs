@@ -668,7 +668,7 @@ impl Worker {
         if self.settings.on_exit == OnExit::Keep || self.settings.dry_run {
             return Ok(());
         }
-        let lookups: Vec<_> = self.ledger.held().map(|held| Lookup::from(&held.socket)).collect();
+        let lookups: Vec<_> = self.ledger.held().map(|held| held.lookup).collect();
         let snapshot = self.tables.exactly(&lookups, &self.ledger)?;
         let changes: Vec<_> = snapshot
             .views

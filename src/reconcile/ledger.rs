@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 
 use super::pressure::{Defence, Pressure};
 use super::snapshot::Snapshot;
-use crate::conntrack::{Entry, EntryKey, Zone};
+use crate::conntrack::{Entry, EntryKey, Tcp, Zone};
 use crate::flow::FourTuple;
-use crate::sockdiag::{Cookie, Socket, State};
+use crate::sockdiag::{Cookie, Lookup, Socket, State};
 
 /// Which packets of a peer conntrack no longer sees, so that they cannot fool it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -24,10 +24,12 @@ pub enum Shield {
 /// An entry that ctkeep answers for.
 #[derive(Clone, Copy, Debug)]
 pub struct Held {
-    /// The socket that it is held for, as last seen.
-    pub socket: Socket,
-    /// What finds the entry.
-    pub key: EntryKey,
+    /// The socket that it is held for.
+    pub cookie: Cookie,
+    /// What finds that socket.
+    pub lookup: Lookup,
+    /// The entry's original tuple.
+    pub orig: FourTuple,
     /// Since when it is held.
     pub since: Instant,
     /// What keeps it from being fooled again.
@@ -37,15 +39,67 @@ pub struct Held {
 /// The memory of one network namespace.
 #[derive(Clone, Debug, Default)]
 pub struct Ledger {
-    held: HashMap<Cookie, Held>,
+    known: HashMap<Cookie, Known>,
+    /// The sockets of held entries, seen from the server.
     flows: HashMap<FourTuple, Cookie>,
-    seen: HashMap<Cookie, (FourTuple, Entry)>,
     distrusted: HashSet<Cookie>,
     ghosts: HashMap<EntryKey, Instant>,
     overdue: HashSet<EntryKey>,
     pressure: Pressure,
     tracked: HashSet<u16>,
     zones: BTreeSet<Zone>,
+}
+
+/// What is known of a socket. There are many: it is kept small.
+#[derive(Clone, Debug)]
+struct Known {
+    flow: FourTuple,
+    interface: u32,
+    entry: Last,
+    hold: Option<Hold>,
+}
+
+/// That ctkeep answers for the entry.
+#[derive(Clone, Copy, Debug)]
+struct Hold {
+    since: Instant,
+    shield: Option<Shield>,
+}
+
+/// How an entry looked last.
+#[derive(Clone, Debug)]
+enum Last {
+    /// As its connection says: a plain one, opened by the peer.
+    Plain(Option<Tcp>),
+    /// In its own way.
+    Other(Box<Entry>),
+}
+
+impl Known {
+    fn new(socket: &Socket, entry: Entry) -> Self {
+        let flow = socket.flow();
+        let entry = if entry.is_plain() && entry.reply == flow {
+            Last::Plain(entry.tcp)
+        } else {
+            Last::Other(Box::new(entry))
+        };
+        Self { flow, interface: socket.interface, entry, hold: None }
+    }
+
+    fn last_entry(&self) -> Entry {
+        match &self.entry {
+            Last::Plain(tcp) => {
+                Entry { tcp: *tcp, ..Entry::plain(self.flow.inverse(), Zone::default()) }
+            }
+            Last::Other(entry) => **entry,
+        }
+    }
+
+    fn held(&self, cookie: Cookie) -> Option<Held> {
+        let Hold { since, shield } = self.hold?;
+        let lookup = Lookup { flow: self.flow, interface: self.interface };
+        Some(Held { cookie, lookup, orig: self.last_entry().orig, since, shield })
+    }
 }
 
 impl Ledger {
@@ -90,9 +144,14 @@ impl Ledger {
         self.overdue.contains(&key)
     }
 
+    /// What is known of this very socket.
+    fn known(&self, socket: &Socket) -> Option<&Known> {
+        self.known.get(&socket.cookie).filter(|known| known.flow == socket.flow())
+    }
+
     /// Whether the entry of this very socket is held.
     pub fn holds(&self, socket: &Socket) -> bool {
-        self.held.get(&socket.cookie).is_some_and(|held| held.socket.flow() == socket.flow())
+        self.known(socket).is_some_and(|known| known.hold.is_some())
     }
 
     /// Whether an entry of this connection, seen from the server, is held for some socket.
@@ -104,25 +163,26 @@ impl Ledger {
     pub fn interface(&self, flow: FourTuple) -> u32 {
         self.flows
             .get(&flow)
-            .and_then(|cookie| self.held.get(cookie))
-            .map_or(0, |held| held.socket.interface)
+            .and_then(|cookie| self.known.get(cookie))
+            .map_or(0, |known| known.interface)
     }
 
     /// What keeps the entry of this very socket from being fooled again.
     pub fn shield(&self, socket: &Socket) -> Option<Shield> {
-        self.held.get(&socket.cookie).filter(|_| self.holds(socket))?.shield
+        self.known(socket)?.hold?.shield
     }
 
     /// Takes note of a shield for the entry of this socket, which is held.
     pub(super) fn set_shield(&mut self, socket: &Socket, shield: Shield) {
-        if let Some(held) = self.held.get_mut(&socket.cookie) {
-            held.shield = held.shield.max(Some(shield));
+        let known = self.known.get_mut(&socket.cookie);
+        if let Some(hold) = known.and_then(|known| known.hold.as_mut()) {
+            hold.shield = hold.shield.max(Some(shield));
         }
     }
 
     /// All held entries.
-    pub fn held(&self) -> impl Iterator<Item = &Held> {
-        self.held.values()
+    pub fn held(&self) -> impl Iterator<Item = Held> {
+        self.known.iter().filter_map(|(cookie, known)| known.held(*cookie))
     }
 
     /// Takes note that conntrack closed the entry of this socket while it was being repaired: it
@@ -138,10 +198,10 @@ impl Ledger {
         self.distrusted.contains(&socket.cookie)
     }
 
-    /// The last entry seen for this very socket.
+    /// The last entry seen for this very socket: what an entry for it must look like. Of what
+    /// changes by itself it has the TCP state alone.
     pub fn last_entry(&self, socket: &Socket) -> Option<Entry> {
-        let (flow, entry) = self.seen.get(&socket.cookie)?;
-        (*flow == socket.flow()).then_some(*entry)
+        self.known(socket).map(Known::last_entry)
     }
 
     /// Whether some connection of this local port had an entry when the port was last looked at.
@@ -171,14 +231,18 @@ impl Ledger {
 
     /// Remembers how the entry of a socket looked.
     pub fn remember(&mut self, socket: &Socket, entry: Entry) {
-        self.seen.insert(socket.cookie, (socket.flow(), entry));
+        let hold = self.known(socket).and_then(|known| known.hold);
+        let before = self.known.insert(socket.cookie, Known { hold, ..Known::new(socket, entry) });
+        // A socket can be connected anew; the lease ends what was held for it.
+        if let Some(before) = before.filter(|before| before.flow != socket.flow()) {
+            self.flows.remove(&before.flow);
+        }
     }
 
     /// Forgets how the entries of sockets other than these looked.
     pub fn retain_seen(&mut self, alive: impl IntoIterator<Item = Cookie>) {
         let alive: HashSet<_> = alive.into_iter().collect();
-        let held = &self.held;
-        self.seen.retain(|cookie, _| alive.contains(cookie) || held.contains_key(cookie));
+        self.known.retain(|cookie, known| known.hold.is_some() || alive.contains(cookie));
     }
 
     /// Ports of which some connection has an entry now; replaces what was known.
@@ -188,9 +252,6 @@ impl Ledger {
 
     /// Answers for `entry` from now on.
     pub fn hold(&mut self, socket: Socket, entry: Entry, now: Instant) {
-        let before = self.held.get(&socket.cookie);
-        let since = before.map_or(now, |held| held.since);
-        let shield = before.and_then(|held| held.shield);
         // A tuple that is used again before its last holder was seen gone.
         if let Some(cookie) = self.flows.insert(socket.flow(), socket.cookie)
             && cookie != socket.cookie
@@ -198,8 +259,10 @@ impl Ledger {
             self.forget(cookie);
         }
         self.distrusted.remove(&socket.cookie);
-        self.held.insert(socket.cookie, Held { socket, key: entry.key(), since, shield });
-        self.seen.insert(socket.cookie, (socket.flow(), entry));
+        self.remember(&socket, entry);
+        if let Some(known) = self.known.get_mut(&socket.cookie) {
+            known.hold.get_or_insert(Hold { since: now, shield: None });
+        }
     }
 
     /// Answers no longer for the entry of this connection.
@@ -210,8 +273,7 @@ impl Ledger {
     }
 
     fn forget(&mut self, cookie: Cookie) {
-        self.held.remove(&cookie);
-        self.seen.remove(&cookie);
+        self.known.remove(&cookie);
         self.distrusted.remove(&cookie);
     }
 

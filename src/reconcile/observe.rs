@@ -48,6 +48,9 @@ impl Exact {
     }
 }
 
+/// Connections that are looked up at once.
+const PART: usize = 4096;
+
 /// Both tables of one network namespace.
 #[derive(Debug)]
 pub struct Tables<T = KernelSocket> {
@@ -151,20 +154,24 @@ impl<T: Transport> Tables<T> {
         let found: HashSet<_> = sockets.iter().map(|s| s.cookie).collect();
         let absent: Vec<_> = ledger
             .held()
-            .filter(|held| !found.contains(&held.socket.cookie))
-            .map(|held| held.socket)
+            .filter(|held| !found.contains(&held.cookie))
+            .map(|held| held.lookup)
             .collect();
-        let mut asked: Vec<_> =
-            sockets.iter().map(|socket| (Lookup::from(socket), Some(*socket))).collect();
-        let answers = self.sockets.lookup(&absent.iter().map(Lookup::from).collect::<Vec<_>>())?;
-        asked.extend(absent.iter().map(Lookup::from).zip(answers));
-        let lookups: Vec<_> = asked.iter().map(|(lookup, _)| *lookup).collect();
-        let entries = self.entries_of(&lookups, ledger)?;
-        let views = asked
-            .into_iter()
-            .zip(entries)
-            .map(|((lookup, socket), entry)| View { flow: lookup.flow, socket, entry })
-            .collect();
+        drop(found);
+        let mut views = Vec::with_capacity(sockets.len() + absent.len());
+        // Part by part: what is in flight takes room, too.
+        for part in sockets.chunks(PART) {
+            let lookups: Vec<_> = part.iter().map(Lookup::from).collect();
+            let entries = self.entries_of(&lookups, ledger)?;
+            views.extend(part.iter().zip(entries).map(|(socket, entry)| View {
+                flow: socket.flow(),
+                socket: Some(*socket),
+                entry,
+            }));
+        }
+        for part in absent.chunks(PART) {
+            views.append(&mut self.exactly(part, ledger)?.0.views);
+        }
         Ok(Snapshot::new(views))
     }
 

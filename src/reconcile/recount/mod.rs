@@ -255,7 +255,7 @@ impl Recounter {
         let Some(veil) = self.veil.as_mut().filter(|veil| veil.shielded().next().is_some()) else {
             return Ok(());
         };
-        let held: HashSet<_> = ledger.held().map(|held| held.key.orig).collect();
+        let held: HashSet<_> = ledger.held().map(|held| held.orig).collect();
         let over: Vec<_> = veil.shielded().filter(|flow| !held.contains(flow)).collect();
         veil.unshield(&over)
     }
