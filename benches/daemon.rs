@@ -193,7 +193,7 @@ fn events(time: Duration) -> f64 {
 fn held(lab: &Lab) -> usize {
     const LONGER: Duration = Duration::from_secs(180);
     let is_held = |entry: &Entry| entry.timeout.is_some_and(|timeout| timeout > LONGER);
-    let count = |count: &mut usize, entry: Entry| *count += usize::from(is_held(&entry));
+    let count = |count: &mut usize, entry: &Entry| *count += usize::from(is_held(entry));
     lab.server.within(|| {
         Conntrack::open()
             .and_then(|mut conntrack| conntrack.entries(AF_INET, Filter::Tcp, count))

@@ -354,8 +354,11 @@ impl Bench {
     }
 
     fn read(&mut self) -> usize {
-        let all: Vec<Entry> =
-            self.tables.conntrack.entries(AF_INET, Filter::Tcp, Vec::push).expect("dump");
+        let all: Vec<Entry> = self
+            .tables
+            .conntrack
+            .entries(AF_INET, Filter::Tcp, |all: &mut Vec<_>, entry| all.push(*entry))
+            .expect("dump");
         all.len()
     }
 }

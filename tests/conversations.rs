@@ -817,8 +817,9 @@ mod conntrack {
         }
         let replies = datagrams([udp, entry_message(1, &wanted), done(1, 0)]);
         let mut table = Conntrack::new(scripted(vec![replies]));
-        let all =
-            table.entries(AF_INET, Filter::Tcp, |all: &mut Vec<_>, entry| all.push(entry)).unwrap();
+        let all = table
+            .entries(AF_INET, Filter::Tcp, |all: &mut Vec<_>, entry| all.push(*entry))
+            .unwrap();
         assert_eq!(all, [wanted]);
     }
 
@@ -829,7 +830,7 @@ mod conntrack {
         let replies = datagrams([entry_message(1, &good), bad, done(1, 0)]);
         let mut table = Conntrack::new(scripted(vec![replies]));
         let error = table
-            .entries(AF_INET, Filter::Tcp, |all: &mut Vec<_>, entry| all.push(entry))
+            .entries(AF_INET, Filter::Tcp, |all: &mut Vec<_>, entry| all.push(*entry))
             .unwrap_err();
         assert!(is_malformed(&error), "{error}");
     }
@@ -1516,7 +1517,7 @@ mod hostile {
                 }
             }
             let _ = table.size();
-            let _ = table.entries(AF_INET, Filter::Tcp, |all: &mut Vec<_>, e| all.push(e));
+            let _ = table.entries(AF_INET, Filter::Tcp, |all: &mut Vec<_>, e| all.push(*e));
         }
 
         #[test]

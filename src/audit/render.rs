@@ -5,7 +5,6 @@ use std::io::{self, Write};
 use anstyle::{AnsiColor, Effects, Style};
 use comfy_table::{Cell, ContentArrangement, Table, presets};
 
-use super::classes::Class;
 use super::finding::{Finding, Verdict};
 use super::layers::Layers;
 use super::report::Report;
@@ -74,12 +73,8 @@ pub fn report(report: &Report, all: bool, top: Option<usize>, no_header: bool) -
     }
     let headings = ["CLASS", "REMOTE", "LOCAL", "SOCKET", "ENTRY", "EXPIRES", "PROCESS"];
     let mut connections = table(&headings, no_header);
-    let mut listed = 0;
-    for connection in &report.connections {
-        if !all && connection.class == Class::Agree {
-            continue;
-        }
-        listed += 1;
+    let listed = report.listed(all);
+    for connection in &listed {
         let view = &connection.view;
         let entry = view.entry.and_then(|entry| entry.state());
         let timeout = view.entry.and_then(|entry| entry.timeout);
@@ -102,7 +97,7 @@ pub fn report(report: &Report, all: bool, top: Option<usize>, no_header: bool) -
     if !report.sources.is_empty() {
         out.push_str(&format!("{sources}\n\n"));
     }
-    if listed > 0 {
+    if !listed.is_empty() {
         out.push_str(&format!("{connections}\n\n"));
     }
     let counts: Vec<_> = report

@@ -196,14 +196,17 @@ impl Report {
         &self.sockets
     }
 
+    /// The connections that are shown, in their order: those that disagree, or all.
+    pub fn listed(&self, all: bool) -> Vec<&Connection> {
+        let wanted = |connection: &&Connection| all || connection.class != Class::Agree;
+        let mut listed: Vec<_> = self.connections.iter().filter(wanted).collect();
+        listed.sort_by_key(|connection| connection.view.flow);
+        listed
+    }
+
     /// The report by its schema; `all` lists agreeing connections too, `top` cuts the sources.
     pub fn to_json(&self, all: bool, top: Option<usize>) -> Value {
-        let connections: Vec<_> = self
-            .connections
-            .iter()
-            .filter(|connection| all || connection.class != Class::Agree)
-            .map(connection_json)
-            .collect();
+        let connections: Vec<_> = self.listed(all).into_iter().map(connection_json).collect();
         let sources: Vec<_> = self
             .sources
             .iter()

@@ -43,7 +43,8 @@ pub(super) fn run(args: &Reconcile) -> Result<Exit> {
                     verdict == Verdict::Leave(Rest::Untracked)
                 })
                 .count();
-            let planned = plan(&snapshot, &scope, &policy, &ledger);
+            let mut planned = plan(&snapshot, &scope, &policy, &ledger);
+            planned.actions.sort_by_key(|action| action.view.flow);
             let confirmed = confirm(&mut tables, &planned, &scope, &policy, &ledger)?;
             let outcomes = if args.dry_run {
                 Vec::new()

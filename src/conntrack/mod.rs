@@ -117,13 +117,16 @@ impl<T: Transport> Conntrack<T> {
         &mut self,
         family: u8,
         filter: Filter,
-        mut take: impl FnMut(&mut A, Entry),
+        mut take: impl FnMut(&mut A, &Entry),
     ) -> Result<A> {
         let request = request::dump(family, filter);
         self.connection
             .dump(&request, |all, frame| {
-                let entry = decode::entry(frame.payload).map_err(|e| request.op.malformed(e))?;
-                entry.into_iter().for_each(|entry| take(all, entry));
+                match &decode::entry(frame.payload) {
+                    Ok(Some(entry)) => take(all, entry),
+                    Ok(None) => {}
+                    Err(error) => return Err(request.op.malformed(error)),
+                }
                 Ok(())
             })
             .map_err(explain)

@@ -8,6 +8,7 @@ use netlink_sys::{Socket, SocketAddr};
 use nix::libc;
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::TimeVal;
+use socket2::{SockFilter, SockRef};
 
 use crate::error::{Cause, Op, Result};
 
@@ -76,6 +77,14 @@ impl KernelSocket {
         // The kernel doubles the value for its own book-keeping.
         self.receive_buffer = self.socket.get_rx_buf_sz()? / 2;
         Ok(())
+    }
+
+    /// Lets the kernel queue only datagrams that pass a classic BPF program.
+    ///
+    /// # Errors
+    /// The program is none.
+    pub fn attach_filter(&self, program: &[SockFilter]) -> io::Result<()> {
+        SockRef::from(&self.socket).attach_filter(program)
     }
 
     /// Joins a multicast group.

@@ -111,7 +111,7 @@ impl<T: Transport> Tables<T> {
                     filter,
                     |part: &mut Vec<_>, entry| {
                         if places(entry, scope, policy).next().is_some() {
-                            part.push(entry);
+                            part.push(*entry);
                         }
                     },
                 )?);
@@ -222,39 +222,46 @@ impl<T: Transport> Tables<T> {
     }
 }
 
-/// Puts the entries and the sockets of the scope together, connection by connection.
+/// Puts the entries and the sockets of the scope together: first the connections that have a
+/// socket, as the sockets come, then the others in their own order.
 pub fn join(
     entries: impl IntoIterator<Item = Entry>,
     sockets: impl IntoIterator<Item = Socket>,
     scope: &Scope,
     policy: &Policy,
 ) -> Snapshot {
-    let mut by_flow: HashMap<FourTuple, Entry> = HashMap::new();
+    let sockets = sockets.into_iter().map(|socket| (socket.flow(), socket));
+    let mut views: Vec<View> = sockets
+        .filter(|(flow, _)| scope.contains(policy, *flow))
+        .map(|(flow, socket)| View { flow, socket: Some(socket), entry: None })
+        .collect();
+    let mut by_flow: HashMap<FourTuple, usize> = HashMap::with_capacity(views.len());
+    for (index, view) in views.iter().enumerate() {
+        by_flow.entry(view.flow).or_insert(index);
+    }
+    let mut orphans = Vec::new();
     for entry in entries {
-        for flow in places(entry, scope, policy) {
-            let kept = by_flow.entry(flow).or_insert(entry);
-            if rank(flow, &entry) > rank(flow, kept) {
-                *kept = entry;
+        let mut is_orphan = true;
+        for flow in places(&entry, scope, policy) {
+            if let Some(view) = by_flow.get(&flow).and_then(|index| views.get_mut(*index)) {
+                is_orphan = false;
+                if view.entry.is_none_or(|kept| rank(flow, &kept) < rank(flow, &entry)) {
+                    view.entry = Some(entry);
+                }
             }
         }
-    }
-    let mut views = Vec::new();
-    let mut matched = HashSet::new();
-    for socket in sockets {
-        let flow = socket.flow();
-        if scope.contains(policy, flow) {
-            let entry = by_flow.remove(&flow);
-            matched.extend(entry.map(|entry| entry.key()));
-            views.push(View { flow, socket: Some(socket), entry });
+        if is_orphan {
+            orphans.extend(places(&entry, scope, policy).map(|flow| (flow, entry)));
         }
     }
-    by_flow.retain(|_, entry| !matched.contains(&entry.key()));
-    views.extend(by_flow.into_iter().map(|(flow, entry)| View {
-        flow,
-        socket: None,
-        entry: Some(entry),
-    }));
-    views.sort_unstable_by_key(|view| view.flow);
+    // In the order of the connections, and the one of two that a limiter counts last.
+    orphans.sort_by_cached_key(|(flow, entry)| (*flow, rank(*flow, entry)));
+    let mut orphans = orphans.into_iter().peekable();
+    while let Some((flow, entry)) = orphans.next() {
+        if orphans.peek().is_none_or(|(next, _)| *next != flow) {
+            views.push(View { flow, socket: None, entry: Some(entry) });
+        }
+    }
     Snapshot::new(views)
 }
 
@@ -280,11 +287,11 @@ fn filters(scope: &Scope) -> Vec<Filter> {
 
 /// The connections of the scope, seen from the server, that an entry can belong to: by its answers,
 /// or, reversed, by its first packet. Both when the peer's port is in scope too.
-fn places(entry: Entry, scope: &Scope, policy: &Policy) -> impl Iterator<Item = FourTuple> {
+fn places(entry: &Entry, scope: &Scope, policy: &Policy) -> impl Iterator<Item = FourTuple> {
     [entry.reply, entry.orig].into_iter().filter(|flow| scope.contains(policy, *flow))
 }
 
-/// Where two zones have an entry of one connection: the one that a limiter counts goes first.
+/// Where two zones have an entry of one connection: the one that a limiter counts is worth most.
 fn rank(flow: FourTuple, entry: &Entry) -> (bool, bool) {
     let view = View { flow, socket: None, entry: Some(*entry) };
     let right_way = matches!(view.entry_side(), Some((Direction::FromPeer, _)));
