@@ -238,8 +238,7 @@ fn nested(kind: u16, value: &[u8]) -> Vec<u8> {
 /// The value of an attribute among others.
 fn value(attributes: &[u8], kind: u16) -> Option<&[u8]> {
     let found = NlasIterator::new(attributes).flatten().find(|nla| nla.kind() == kind)?;
-    let value = found.into_inner();
-    value.get(4..)
+    found.into_inner().get(4..found.length().into())
 }
 
 /// The clock that packets are stamped by.
