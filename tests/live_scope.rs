@@ -309,7 +309,7 @@ fn another_namespace_is_guarded_from_outside() {
     let (code, out) = outside(&scene, &[CTKEEP, "audit"].join(" "));
     assert_eq!((code, out.matches(CLIENT).count()), (0, 0), "its own has nothing: {out}");
 
-    scene.daemon = Some(lab::Daemon::start(&scene.lab.client, CTKEEP, &["--netns", &path]));
+    scene.daemon = Some(lab::Daemon::start(&scene.lab.client, CTKEEP, &["--netns", &path], &[]));
     scene.await_repair("revive", &conns);
     scene.end(&newcomers);
     assert_eq!(scene.admitted(), 0);

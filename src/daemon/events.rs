@@ -7,7 +7,7 @@ use super::{EventSource, Settings};
 use crate::conntrack::{Entry, Event, EventKind, Listener, TcpState};
 use crate::error::Result;
 use crate::flow::FourTuple;
-use crate::nflog::Watch;
+use crate::nflog::{self, Watch};
 use crate::nftables::Hook;
 
 /// Datagrams read before what they tell is repaired.
@@ -40,6 +40,8 @@ pub(super) struct Lost {
     pub overrun: bool,
     /// Some could not be read.
     pub malformed: u32,
+    /// The source cannot tell of all, for now.
+    pub full: bool,
 }
 
 impl Events {
@@ -50,7 +52,7 @@ impl Events {
         hook: Hook,
         ports: &HashSet<u16>,
     ) -> Result<Self> {
-        let nflog = || Watch::open(name, settings.nflog_group, hook, ports);
+        let nflog = || Watch::open(name, settings.nflog_group, hook, ports, nflog::CLOSING);
         let events = match settings.events {
             EventSource::Off => Self::Off,
             EventSource::Ctnetlink => Self::Ctnetlink(Listener::open()?),
@@ -87,7 +89,8 @@ impl Events {
             Self::Off => Ok(Lost::default()),
             Self::Nflog(watch) => {
                 let drained = watch.drain(DRAIN, |flow| take(Suspect { flow, destroyed: None }))?;
-                Ok(Lost { overrun: drained.overrun, malformed: drained.malformed })
+                let full = drained.full;
+                Ok(Lost { overrun: drained.overrun, malformed: drained.malformed, full })
             }
             Self::Ctnetlink(listener) => {
                 let drained = listener.drain(DRAIN, |event| {
@@ -99,7 +102,8 @@ impl Events {
                         }
                     }
                 })?;
-                Ok(Lost { overrun: drained.overrun, malformed: drained.malformed })
+                let full = false;
+                Ok(Lost { overrun: drained.overrun, malformed: drained.malformed, full })
             }
         }
     }

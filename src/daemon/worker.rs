@@ -26,6 +26,7 @@ use crate::flow::FourTuple;
 use crate::host::netns::Namespace;
 use crate::host::route::Routes;
 use crate::host::{instance, sysctl};
+use crate::nflog;
 use crate::nftables::Hook;
 use crate::reconcile::apply::{Outcome, apply};
 use crate::reconcile::confirm::{Confirmed, confirm};
@@ -356,6 +357,11 @@ impl Worker {
             );
             self.next_deep = Instant::now();
             self.tally.event_overruns += u64::from(lost.overrun);
+        }
+        if lost.full {
+            let what = "more connections close at once than are watched: sweeping instead";
+            tracing::warn!(at_once = nflog::CLOSING, "{what}");
+            self.next_deep = self.next_deep.min(self.soonest_deep);
         }
         if suspects.is_empty() {
             return Ok(());

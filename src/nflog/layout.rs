@@ -25,10 +25,15 @@ const PRIORITY: i32 = -150;
 /// have fooled conntrack makes the daemon look at all the others.
 const UNHERALDED: Expr = Expr::Limit { rate: 500, burst: 100 };
 
+/// A FIN that found its set full: once a second, not each.
+const UNLEARNED: Expr = Expr::Limit { rate: 1, burst: 1 };
+/// The word that goes with it.
+pub(super) const FULL: &str = "full";
+
 /// How long a FIN is remembered; a sweep finds the connection long before.
 const FIN_MEMORY: Duration = Duration::from_secs(3);
-/// Closing connections that are remembered at once: this many in [`FIN_MEMORY`].
-const CLOSING: u32 = 262_144;
+/// Closing connections of a family that are remembered at once: this many in [`FIN_MEMORY`].
+pub const CLOSING: u32 = 262_144;
 /// Half-closed connections that are watched for longer.
 const HELD: u32 = 1 << 20;
 
@@ -40,7 +45,7 @@ const TCP_FLAGS: u32 = 13;
 const FIN: u8 = 0x01;
 const RST: u8 = 0x04;
 
-pub(super) fn layout(hook: Hook, group: u16, ports: &HashSet<u16>) -> Layout {
+pub(super) fn layout(hook: Hook, group: u16, ports: &HashSet<u16>, closing: u32) -> Layout {
     let set = |name, key_length, size, timeout| Set {
         name,
         key_length,
@@ -53,12 +58,14 @@ pub(super) fn layout(hook: Hook, group: u16, ports: &HashSet<u16>) -> Layout {
             elements: ports.iter().map(|port| port_key(*port)).collect(),
             ..set(PORTS, 2, u32::from(u16::MAX), None)
         },
-        set(CLOSING4, 16, CLOSING, Some(FIN_MEMORY)),
-        set(CLOSING6, 40, CLOSING, Some(FIN_MEMORY)),
+        set(CLOSING4, 16, closing, Some(FIN_MEMORY)),
+        set(CLOSING6, 40, closing, Some(FIN_MEMORY)),
         set(HELD4, 16, HELD, None),
         set(HELD6, 40, HELD, None),
     ];
     let flags = |mask: u8| [Expr::transport(TCP_FLAGS, 1), Expr::Mask(vec![mask])];
+    let any = |mask: u8| [&flags(mask)[..], &[Expr::Differs(vec![0])]].concat();
+    let log = |prefix| Expr::Log { group, snaplen: super::SNAPLEN, prefix };
     let mut rules = vec![
         vec![Expr::L4Proto, Expr::Differs(vec![IPPROTO_TCP]), Expr::Accept],
         [&flags(FIN | RST)[..], &[Expr::Equals(vec![0]), Expr::Accept]].concat(),
@@ -69,16 +76,15 @@ pub(super) fn layout(hook: Hook, group: u16, ports: &HashSet<u16>) -> Layout {
         (NFPROTO_IPV6, CLOSING6, HELD6, tuple::load_v6()),
     ] {
         let of_family = [Expr::NfProto, Expr::Equals(vec![family])];
-        let log = [Expr::Log { group, snaplen: super::SNAPLEN }, Expr::Accept];
+        let tell = [log(None), Expr::Accept];
         for known in [held, closing] {
-            rules.push([&of_family[..], &key, &[Expr::In(known)], &log].concat());
+            rules.push([&of_family[..], &key, &[Expr::In(known)], &tell].concat());
         }
-        let learn =
-            [&of_family[..], &flags(FIN), &[Expr::Differs(vec![0])], &key, &[Expr::Add(closing)]];
-        rules.push(learn.concat());
+        let fin = [&of_family[..], &any(FIN), &key].concat();
+        rules.push([&fin[..], &[Expr::Add(closing)]].concat());
+        rules.push([&fin[..], &[Expr::NotIn(closing), UNLEARNED, log(Some(FULL))]].concat());
     }
-    let log = [UNHERALDED, Expr::Log { group, snaplen: super::SNAPLEN }];
-    rules.push([&flags(RST)[..], &[Expr::Differs(vec![0])], &log].concat());
+    rules.push([&any(RST)[..], &[UNHERALDED, log(None)]].concat());
     let chain = Chain { name: "watch", hook, priority: PRIORITY, rules };
     Layout { sets, chains: vec![chain] }
 }

@@ -24,12 +24,14 @@ use crate::error::{Op, Result};
 use crate::flow::{Endpoint, FourTuple};
 use crate::netlink::{Connection, KernelSocket, Request, Transport, frames};
 use crate::nftables::{Hook, Table, tuple};
-use layout::{HELD4, HELD6, PORTS};
+pub use layout::CLOSING;
+use layout::{FULL, HELD4, HELD6, PORTS};
 
 /// `NFNL_SUBSYS_ULOG << 8 | NFULNL_MSG_PACKET` and `| NFULNL_MSG_CONFIG`.
 const NFULNL_MSG_PACKET: u16 = 4 << 8;
 const NFULNL_MSG_CONFIG: u16 = 4 << 8 | 1;
 const NFULA_PAYLOAD: u16 = 9;
+const NFULA_PREFIX: u16 = 10;
 const NFULA_SEQ: u16 = 12;
 /// Length of `struct nfgenmsg`.
 const NFGENMSG_LEN: usize = 4;
@@ -46,6 +48,8 @@ pub struct Drained {
     pub overrun: bool,
     /// Messages that could not be read: look at everything.
     pub malformed: u32,
+    /// More connections close at once than the table has room for: it cannot tell of all.
+    pub full: bool,
 }
 
 /// The table, and the socket that its packets arrive at.
@@ -61,12 +65,19 @@ pub struct Watch {
 
 impl Watch {
     /// Watches these local ports in the network namespace of the calling thread. `hook` is
-    /// [`Hook::Input`] for sockets of this namespace, [`Hook::Forward`] for those behind it.
+    /// [`Hook::Input`] for sockets of this namespace, [`Hook::Forward`] for those behind it;
+    /// `closing` is how many closing connections are remembered at once, [`CLOSING`] as a rule.
     ///
     /// # Errors
     /// The kernel has no nf_tables or nfnetlink_log, the group is taken, or `CAP_NET_ADMIN` is
     /// missing.
-    pub fn open(name: &str, group: u16, hook: Hook, ports: &HashSet<u16>) -> Result<Self> {
+    pub fn open(
+        name: &str,
+        group: u16,
+        hook: Hook,
+        ports: &HashSet<u16>,
+        closing: u32,
+    ) -> Result<Self> {
         let op = Op::new("open packet log");
         let mut connection = Connection::new(KernelSocket::open(op, NETLINK_NETFILTER)?);
         let settings = [
@@ -85,7 +96,7 @@ impl Watch {
         socket.grow_receive_buffer(LOG_BUFFER).map_err(|error| op.io(error))?;
         socket.set_non_blocking().map_err(|error| op.io(error))?;
         // After the group: a log statement without a listener would go nowhere.
-        let table = Table::create(name, &layout::layout(hook, group, ports))?;
+        let table = Table::create(name, &layout::layout(hook, group, ports, closing))?;
         Ok(Self {
             table,
             socket,
@@ -159,10 +170,11 @@ impl Watch {
             for frame in frames(&self.datagram) {
                 match frame {
                     Ok(frame) if frame.kind == NFULNL_MSG_PACKET => match packet(frame.payload) {
-                        Some((flow, seq)) => {
+                        Some(Packet { flow, seq, is_unlearned }) => {
                             drained.overrun |=
                                 seq.is_some() && self.next.is_some() && seq != self.next;
                             self.next = seq.map(|seq| seq.wrapping_add(1));
+                            drained.full |= is_unlearned;
                             take(flow.inverse());
                         }
                         None => drained.malformed += 1,
@@ -194,19 +206,30 @@ fn config(op: Op, group: u16, attributes: &[ConfigNla]) -> Request {
     Request { op, kind: NFULNL_MSG_CONFIG, flags: 0, body, joined: false }
 }
 
-/// The connection of a logged packet, from its sender to its receiver, and its number.
-fn packet(payload: &[u8]) -> Option<(FourTuple, Option<u32>)> {
+/// A logged packet.
+struct Packet {
+    /// From its sender to its receiver.
+    flow: FourTuple,
+    /// Its number among the packets of the group.
+    seq: Option<u32>,
+    /// A FIN for which the table had no room.
+    is_unlearned: bool,
+}
+
+fn packet(payload: &[u8]) -> Option<Packet> {
     let mut flow = None;
     let mut seq = None;
+    let mut is_unlearned = false;
     for attribute in NlasIterator::new(payload.get(NFGENMSG_LEN..)?) {
         let attribute = attribute.ok()?;
         match attribute.kind() {
             NFULA_PAYLOAD => flow = tcp_flow(attribute.value()),
             NFULA_SEQ => seq = parse_u32_be(attribute.value()).ok(),
+            NFULA_PREFIX => is_unlearned = attribute.value().starts_with(FULL.as_bytes()),
             _ => {}
         }
     }
-    Some((flow?, seq))
+    Some(Packet { flow: flow?, seq, is_unlearned })
 }
 
 /// The four-tuple of a TCP packet that may be cut off behind its headers.

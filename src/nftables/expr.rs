@@ -43,6 +43,8 @@ pub enum Expr {
         group: u16,
         /// How many bytes.
         snaplen: u32,
+        /// A word that goes with it.
+        prefix: Option<&'static str>,
     },
     /// Go on only so often.
     Limit {
@@ -114,15 +116,16 @@ impl Expr {
                     word(NFTA_DYNSET_SREG_KEY, NFT_REG32_00),
                 ],
             ),
-            Self::Log { group, snaplen } => (
-                "log",
-                vec![
+            Self::Log { group, snaplen, prefix } => {
+                let mut data = vec![
                     nla(NFTA_LOG_GROUP, &group.to_be_bytes()),
                     word(NFTA_LOG_SNAPLEN, *snaplen),
                     // Each packet at once.
                     nla(NFTA_LOG_QTHRESHOLD, &1_u16.to_be_bytes()),
-                ],
-            ),
+                ];
+                data.extend(prefix.map(|prefix| text(NFTA_LOG_PREFIX, prefix)));
+                ("log", data)
+            }
             Self::Limit { rate, burst } => (
                 "limit",
                 vec![

@@ -48,6 +48,7 @@ pub(super) const NFTA_LIMIT_UNIT: u16 = 2;
 pub(super) const NFTA_LIMIT_BURST: u16 = 3;
 
 pub(super) const NFTA_LOG_GROUP: u16 = 1;
+pub(super) const NFTA_LOG_PREFIX: u16 = 2;
 pub(super) const NFTA_LOG_SNAPLEN: u16 = 3;
 pub(super) const NFTA_LOG_QTHRESHOLD: u16 = 4;
 

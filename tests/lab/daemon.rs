@@ -26,9 +26,15 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    pub fn start(namespace: &Namespace, program: &str, args: &[&str]) -> Self {
+    pub fn start(
+        namespace: &Namespace,
+        program: &str,
+        args: &[&str],
+        environment: &[(&str, &str)],
+    ) -> Self {
         let mut command = Command::new(program);
         command.arg("run").args(args);
+        command.envs(environment.iter().copied());
         let mut child = namespace
             .spawn_with(&command, |command| {
                 command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());

@@ -199,7 +199,17 @@ impl Lab {
     /// Starts `program` (the ctkeep binary) in the server's namespace and waits until it has
     /// written a line with the word `ready` to stderr.
     pub fn daemon(&self, program: &str, args: &[&str]) -> Daemon {
-        Daemon::start(&self.server, program, args)
+        self.daemon_with(program, args, &[])
+    }
+
+    /// As [`Self::daemon`], with variables added to its environment.
+    pub fn daemon_with(
+        &self,
+        program: &str,
+        args: &[&str],
+        environment: &[(&str, &str)],
+    ) -> Daemon {
+        Daemon::start(&self.server, program, args, environment)
     }
 
     /// Runs `program` (the ctkeep binary) to its end in the server's namespace. Returns the exit

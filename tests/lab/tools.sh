@@ -25,6 +25,11 @@ need sysctl procps
 need setpriv util-linux
 need unshare util-linux
 
+# A library, and no program in anybody's PATH.
+if [ -e /etc/debian_version ] && ! ls /usr/lib/*/faketime/libfaketime.so.1 >/dev/null 2>&1; then
+    packages="${packages:+$packages }libfaketime"
+fi
+
 if [ -z "$packages" ]; then
     exit 0
 fi
