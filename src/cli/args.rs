@@ -247,9 +247,9 @@ pub(super) struct Run {
     #[arg(long)]
     pub dry_run: bool,
 
-    /// Form of the log on stderr
-    #[arg(long, value_name = "FORM", value_enum, default_value_t = LogFormat::Text)]
-    pub log_format: LogFormat,
+    /// Form of the log on stderr [default: text on a terminal, journald under systemd, else json]
+    #[arg(long, value_name = "FORM", value_enum)]
+    pub log_format: Option<LogFormat>,
 }
 
 #[derive(Debug, Args)]
@@ -274,6 +274,8 @@ pub(super) enum Format {
 pub(super) enum LogFormat {
     Text,
     Json,
+    /// Text with the priorities that systemd's journal reads
+    Journald,
 }
 
 impl Scope {

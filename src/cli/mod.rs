@@ -5,18 +5,18 @@ mod audit;
 mod config;
 mod doctor;
 mod explain;
+mod log;
 mod manual;
 mod reconcile;
 mod run;
 
-use std::io::{self, IsTerminal};
+use std::io;
 use std::process::ExitCode;
 
 use clap::FromArgMatches;
-use tracing_subscriber::EnvFilter;
 
 use crate::error::{Cause, Error, Result};
-use args::{Cli, Command, LogFormat};
+use args::{Cli, Command};
 
 /// How a command ended; the numbers are the program's contract.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,8 +52,7 @@ pub fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => error.exit(),
     };
-    start_log(&cli);
-    match dispatch(cli.command) {
+    match log::start(&cli).and_then(|()| dispatch(cli.command)) {
         Ok(exit) => exit.into(),
         Err(error) => fail(&error),
     }
@@ -109,24 +108,4 @@ fn exit_of(error: &Error) -> Exit {
 
 fn is_broken_pipe(error: &Error) -> bool {
     matches!(&*error.cause, Cause::Io(io) if io.kind() == io::ErrorKind::BrokenPipe)
-}
-
-/// Logs go to stderr: text on a terminal and for one-shot commands, as asked for the daemon.
-fn start_log(cli: &Cli) {
-    let level = match (cli.verbose, &cli.command) {
-        (0, Command::Run(_)) => "info",
-        (0, _) => "warn",
-        (1, _) => "debug",
-        _ => "trace",
-    };
-    let filter = EnvFilter::try_from_env("CTKEEP_LOG").unwrap_or_else(|_| EnvFilter::new(level));
-    let log = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(io::stderr)
-        .with_ansi(io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none())
-        .with_target(false);
-    match &cli.command {
-        Command::Run(args) if args.log_format == LogFormat::Json => log.json().init(),
-        _ => log.init(),
-    }
 }

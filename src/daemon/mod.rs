@@ -4,6 +4,7 @@
 
 mod control;
 mod events;
+mod lines;
 mod service;
 mod tally;
 mod worker;

@@ -18,6 +18,7 @@ use thread_priority::{
 
 use super::control::Control;
 use super::events::Events;
+use super::lines::{Lines, line};
 use super::tally::Tally;
 use super::{Guard, OnExit, Settings};
 use crate::conntrack::{Change, Entry, TcpState};
@@ -196,6 +197,7 @@ struct Worker {
     full_table: Option<FullTable>,
     sweep_failing: bool,
     tally: Tally,
+    lines: Lines,
     checked: Instant,
 }
 
@@ -252,6 +254,7 @@ impl Worker {
             full_table: None,
             sweep_failing: false,
             tally: Tally::default(),
+            lines: Lines::new(now),
             checked: now,
             settings,
         };
@@ -307,6 +310,7 @@ impl Worker {
     /// One turn of the loop. Only what makes further work senseless is an error; a failed sweep
     /// is not: the next one may succeed.
     fn turn(&mut self) -> Result<()> {
+        self.sum_up();
         let mut turn = || -> Result<()> {
             self.take_events()?;
             let now = Instant::now();
@@ -561,7 +565,7 @@ impl Worker {
         let policy = &settings.policy;
         if self.settings.dry_run {
             for action in confirmed.actions() {
-                log_action(action, trigger, "would act");
+                self.log_action(action, trigger, "would act");
             }
             return Ok(());
         }
@@ -618,31 +622,56 @@ impl Worker {
 
     fn log_outcome(&mut self, outcome: &Outcome, trigger: Trigger, took: Duration) {
         let action = &outcome.action;
+        let flow = action.view.flow.inverse();
         match &outcome.result {
-            Ok(()) if action.kind == ActionKind::Reinsert => {
-                self.full_table = None;
-                log_action(action, trigger, "acted");
-            }
             // Routine: a sealed connection with traffic has it at every sweep.
-            Ok(()) if action.kind == ActionKind::Extend => {
-                tracing::debug!(flow = %action.view.flow.inverse(), "extended");
+            Ok(()) if action.kind == ActionKind::Extend => tracing::debug!(%flow, "extended"),
+            Ok(()) => {
+                if action.kind == ActionKind::Reinsert {
+                    self.full_table = None;
+                }
+                self.log_action(action, trigger, "acted");
             }
-            Ok(()) => log_action(action, trigger, "acted"),
             Err(error) if error.is_table_full() => self.rest_inserts(error),
-            Err(error) => tracing::warn!(
+            Err(error) => line!(
+                self.lines.fits("action failed"),
+                warn,
                 action = action.kind.name(),
-                flow = %action.view.flow.inverse(),
+                %flow,
                 %error,
                 "action failed, will be planned again"
             ),
         }
         if let Some(Err(error)) = &outcome.recount {
-            tracing::warn!(flow = %action.view.flow.inverse(), %error, "recount failed");
+            line!(self.lines.fits("recount failed"), warn, %flow, %error, "recount failed");
         }
         if let Some(Err(error)) = &outcome.seal {
-            tracing::warn!(flow = %action.view.flow.inverse(), %error, "seal failed");
+            line!(self.lines.fits("seal failed"), warn, %flow, %error, "seal failed");
         }
         tracing::trace!(?took, "repaired");
+    }
+
+    fn log_action(&mut self, action: &Action, trigger: Trigger, message: &'static str) {
+        line!(
+            self.lines.fits(action.kind.name()),
+            info,
+            action = action.kind.name(),
+            flow = %action.view.flow.inverse(),
+            reason = %action.reason,
+            trigger = ?trigger,
+            zone = action.template.zone.id(),
+            // What was never seen is put back as a plain entry, without mark, labels and the like.
+            seen = action.template.tcp.is_some(),
+            "{message}"
+        );
+    }
+
+    /// Once a second, what its log lines were too many to tell one by one.
+    fn sum_up(&mut self) {
+        let withheld = self.lines.withheld(Instant::now());
+        if !withheld.is_empty() {
+            tracing::info!(?withheld, "and more of the same in the last second");
+        }
     }
 
     /// The table is full: an insert storm would only make it worse.
@@ -729,17 +758,4 @@ fn kernel_timeout(state: TcpState) -> Option<Duration> {
         TcpState::None => return None,
     };
     sysctl::conntrack(&format!("nf_conntrack_tcp_timeout_{name}")).map(Duration::from_secs)
-}
-
-fn log_action(action: &Action, trigger: Trigger, message: &'static str) {
-    tracing::info!(
-        action = action.kind.name(),
-        flow = %action.view.flow.inverse(),
-        reason = %action.reason,
-        trigger = ?trigger,
-        zone = action.template.zone.id(),
-        // What was never seen is put back as a plain entry, without mark, labels and the like.
-        seen = action.template.tcp.is_some(),
-        "{message}"
-    );
 }

@@ -33,7 +33,9 @@ impl Daemon {
         environment: &[(&str, &str)],
     ) -> Self {
         let mut command = Command::new(program);
-        command.arg("run").args(args);
+        // Tests read the log: as text, and every line of it.
+        command.args(["run", "--log-format", "text"]).args(args);
+        command.env("CTKEEP_LOG", "info,ctkeep::withheld=debug");
         command.envs(environment.iter().copied());
         let mut child = namespace
             .spawn_with(&command, |command| {
