@@ -20,6 +20,7 @@ use self::control::Control;
 use self::service::Service;
 use crate::error::{Op, Result};
 use crate::host::netns::Namespace;
+use crate::host::privileges::{self, Capability};
 use crate::reconcile::policy::Policy;
 use crate::reconcile::pressure::Defence;
 use crate::reconcile::recount;
@@ -78,6 +79,24 @@ pub struct Settings {
 }
 
 impl Settings {
+    /// What the daemon must be permitted as long as it runs.
+    fn privileges(&self) -> Vec<Capability> {
+        let mut all = vec![Capability::CAP_NET_ADMIN, Capability::CAP_NET_RAW];
+        if self.namespaces.iter().any(|namespace| *namespace != Namespace::Own) {
+            // To enter them whenever they come back, by paths such as /proc/PID/ns/net or below a
+            // user's own directory.
+            all.extend([
+                Capability::CAP_SYS_ADMIN,
+                Capability::CAP_SYS_PTRACE,
+                Capability::CAP_DAC_READ_SEARCH,
+            ]);
+        }
+        if self.realtime {
+            all.push(Capability::CAP_SYS_NICE);
+        }
+        all
+    }
+
     /// Whether everything that is set up once at the start is the same.
     fn same_foundation(&self, other: &Self) -> bool {
         self.namespaces == other.namespaces
@@ -131,6 +150,10 @@ impl Guard {
 /// # Errors
 /// The first worker's error.
 pub fn run(settings: Settings, reload: impl Fn() -> Result<Settings>) -> Result<()> {
+    // While this is the only thread: the others inherit what is left.
+    if let Err(error) = privileges::keep_only(&settings.privileges()) {
+        tracing::warn!(%error, "keeping privileges that are not needed");
+    }
     let op = Op::new("start runtime");
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

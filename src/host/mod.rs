@@ -1,8 +1,10 @@
-//! What else the host tells: routes, rules, settings, counters, network namespaces.
+//! What else the host tells and permits: routes, rules, settings, counters, network namespaces,
+//! privileges.
 
 pub mod counters;
 pub mod instance;
 pub mod netns;
+pub mod privileges;
 pub mod route;
 pub mod ruleset;
 pub mod sysctl;

@@ -1,0 +1,39 @@
+//! What the process may do, and giving up what it does not need.
+
+pub use caps::Capability;
+use caps::errors::CapsError;
+use caps::{CapSet, CapsHashSet};
+use nix::sys::prctl;
+
+use crate::error::{Cause, Op, Result};
+
+/// Gives up every capability but those in `wanted` for good, and the way to gain others by
+/// executing a program: of the calling thread, and of those that it starts later.
+///
+/// What is wanted and was not held is not an error here; whoever needs it will say so.
+///
+/// # Errors
+/// The system calls': a seccomp filter may forbid them.
+pub fn keep_only(wanted: &[Capability]) -> Result<()> {
+    let op = Op::new("drop privileges");
+    let failed = |error: CapsError| op.failed(Cause::Unavailable(error.to_string()));
+    prctl::set_no_new_privs().map_err(|errno| op.io(errno.into()))?;
+
+    let wanted: CapsHashSet = wanted.iter().copied().collect();
+    let held = caps::read(None, CapSet::Permitted).map_err(failed)?;
+    let kept: CapsHashSet = held.intersection(&wanted).copied().collect();
+    if kept == held {
+        return Ok(());
+    }
+    // The bounding set first: to take from it is a privilege that goes, too.
+    if held.contains(&Capability::CAP_SETPCAP) {
+        let bounding = caps::read(None, CapSet::Bounding).map_err(failed)?;
+        for capability in bounding.difference(&kept) {
+            caps::drop(None, CapSet::Bounding, *capability).map_err(failed)?;
+        }
+    }
+    // The ambient set follows those that it is made of.
+    caps::clear(None, CapSet::Inheritable).map_err(failed)?;
+    caps::set(None, CapSet::Effective, &kept).map_err(failed)?;
+    caps::set(None, CapSet::Permitted, &kept).map_err(failed)
+}
