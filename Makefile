@@ -3,10 +3,16 @@
 
 CARGO ?= cargo
 PREFIX ?= /usr/local
+SYSCONFDIR ?= /etc
+DOCDIR = $(PREFIX)/share/doc/ctkeep
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+BUILD = $(TARGET)/release
+STATIC = x86_64-unknown-linux-musl
 # Without root the live tests run in a user namespace, where the kernel allows it.
 AS_ROOT := $(if $(filter 0,$(shell id -u)),,unshare --user --map-root-user)
 
-.PHONY: all demo test check bench install tools cargo-deny
+.PHONY: all demo test check bench install stage deb rpm static package-test tools \
+	cargo-deny cargo-deb cargo-generate-rpm
 
 all:
 	$(CARGO) build --release --locked
@@ -31,20 +37,51 @@ bench: tools
 	$(CARGO) bench --locked --bench '*'
 
 install: all
-	install -D -m 0755 target/release/ctkeep $(DESTDIR)$(PREFIX)/sbin/ctkeep
-	install -D -m 0644 etc/ctkeep.toml.example $(DESTDIR)$(PREFIX)/share/doc/ctkeep/ctkeep.toml.example
-	install -d $(DESTDIR)$(PREFIX)/share/man/man8 $(DESTDIR)$(PREFIX)/share/man/man5 \
+	install -D -m 0755 $(BUILD)/ctkeep $(DESTDIR)$(PREFIX)/sbin/ctkeep
+	install -D -m 0644 packaging/modules-load.conf $(DESTDIR)$(PREFIX)/lib/modules-load.d/ctkeep.conf
+	install -d $(DESTDIR)$(SYSCONFDIR)/ctkeep $(DESTDIR)$(DOCDIR)/examples $(DESTDIR)$(PREFIX)/lib/systemd/system \
+		$(DESTDIR)$(PREFIX)/share/man/man8 $(DESTDIR)$(PREFIX)/share/man/man5 \
 		$(DESTDIR)$(PREFIX)/share/bash-completion/completions \
-		$(DESTDIR)$(PREFIX)/share/zsh/site-functions \
+		$(DESTDIR)$(PREFIX)/share/zsh/vendor-completions \
 		$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d
-	target/release/ctkeep man >$(DESTDIR)$(PREFIX)/share/man/man8/ctkeep.8
-	target/release/ctkeep man ctkeep.toml >$(DESTDIR)$(PREFIX)/share/man/man5/ctkeep.toml.5
-	target/release/ctkeep completions bash >$(DESTDIR)$(PREFIX)/share/bash-completion/completions/ctkeep
-	target/release/ctkeep completions zsh >$(DESTDIR)$(PREFIX)/share/zsh/site-functions/_ctkeep
-	target/release/ctkeep completions fish >$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/ctkeep.fish
+	sed 's,/usr/sbin/,$(PREFIX)/sbin/,; s,/etc/ctkeep/,$(SYSCONFDIR)/ctkeep/,' packaging/ctkeep.service \
+		>$(DESTDIR)$(PREFIX)/lib/systemd/system/ctkeep.service
+	test -e $(DESTDIR)$(SYSCONFDIR)/ctkeep/ctkeep.toml || \
+		install -m 0644 etc/ctkeep.toml.example $(DESTDIR)$(SYSCONFDIR)/ctkeep/ctkeep.toml
+	install -m 0644 README.md docs/*.md docs/*.json $(DESTDIR)$(DOCDIR)
+	install -m 0644 etc/ctkeep.toml.example packaging/ctkeep.service.d/*.conf $(DESTDIR)$(DOCDIR)/examples
+	$(BUILD)/ctkeep man >$(DESTDIR)$(PREFIX)/share/man/man8/ctkeep.8
+	$(BUILD)/ctkeep man ctkeep.toml >$(DESTDIR)$(PREFIX)/share/man/man5/ctkeep.toml.5
+	$(BUILD)/ctkeep completions bash >$(DESTDIR)$(PREFIX)/share/bash-completion/completions/ctkeep
+	$(BUILD)/ctkeep completions zsh >$(DESTDIR)$(PREFIX)/share/zsh/vendor-completions/_ctkeep
+	$(BUILD)/ctkeep completions fish >$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/ctkeep.fish
+
+# The whole tree of an installation, that both kinds of packages are made of.
+stage:
+	rm -rf target/stage
+	$(MAKE) install PREFIX=/usr SYSCONFDIR=/etc DESTDIR=target/stage
+	strip target/stage/usr/sbin/ctkeep
+	packaging/changelog.sh >target/stage/changelog
+
+# VERSION, if given, is that of the package: make deb VERSION=0.1.0-2
+deb: stage cargo-deb
+	$(CARGO) deb --no-build --no-strip --locked $(if $(VERSION),--deb-version $(VERSION)) --output target/debian/
+
+rpm: stage cargo-generate-rpm
+	$(CARGO) generate-rpm --output target/rpm/
+
+# One file that runs on every x86-64 Linux, whatever its C library.
+static:
+	rustup target add $(STATIC)
+	$(CARGO) build --release --locked --target $(STATIC)
+	@echo $(TARGET)/$(STATIC)/release/ctkeep
+
+# The package, in a Debian of its own under its own systemd: install, attack, upgrade, purge.
+package-test: tools
+	packaging/test.sh
 
 tools:
 	@sh tests/lab/tools.sh
 
-cargo-deny:
-	@$(CARGO) deny --version >/dev/null 2>&1 || $(CARGO) install --locked cargo-deny
+cargo-deny cargo-deb cargo-generate-rpm:
+	@$(CARGO) $(@:cargo-%=%) --version >/dev/null 2>&1 || $(CARGO) install --locked $@

@@ -1,0 +1,211 @@
+//! `ctkeep run` as a service: what it tells systemd, what it keeps of root's privileges, for whom
+//! it writes its log, and the unit itself.
+
+mod lab;
+#[path = "lab/scene.rs"]
+mod scene;
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::os::linux::fs::MetadataExt;
+use std::os::unix::net::UnixDatagram;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use lab::{Lab, wait_for};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use scene::{CTKEEP, LIMIT, Limiter, SOON, Scene};
+
+const NET_ADMIN_AND_RAW: u64 = 1 << 12 | 1 << 13;
+const SYS_ADMIN: u64 = 1 << 21;
+const SYS_NICE: u64 = 1 << 23;
+
+/// The overall exposure that docs/operations.md states, times ten.
+const EXPOSURE: &str = "16";
+
+/// `/proc/PID/status` as the kernel writes it.
+fn status(pid: u32) -> BTreeMap<String, String> {
+    let text = fs::read_to_string(format!("/proc/{pid}/status")).expect("a running process");
+    let pairs = text.lines().filter_map(|line| line.split_once(':'));
+    pairs.map(|(name, value)| (name.to_owned(), value.trim().to_owned())).collect()
+}
+
+fn capabilities(pid: u32, set: &str) -> u64 {
+    u64::from_str_radix(&status(pid)[set], 16).expect("a mask in hexadecimal digits")
+}
+
+#[test]
+fn root_keeps_only_what_repairs_need_and_repairs() {
+    let Some(mut scene) = Scene::new(Limiter::Connlimit) else { return };
+    scene.guard(&[]);
+    let pid = scene.daemon().pid();
+    for set in ["CapEff", "CapPrm", "CapBnd"] {
+        assert_eq!(capabilities(pid, set), NET_ADMIN_AND_RAW, "{set}");
+    }
+    for set in ["CapInh", "CapAmb"] {
+        assert_eq!(capabilities(pid, set), 0, "{set}");
+    }
+    assert_eq!(status(pid)["NoNewPrivs"], "1");
+    for task in fs::read_dir(format!("/proc/{pid}/task")).expect("its threads") {
+        let task = task.expect("a thread").file_name().into_string().expect("a number");
+        assert_eq!(capabilities(task.parse().expect("a number"), "CapEff"), NET_ADMIN_AND_RAW);
+    }
+
+    let admitted = scene.attack(|scene, conn| {
+        conn.rst(-5);
+        scene.await_repair("revive", std::slice::from_ref(conn));
+    });
+    assert_eq!(admitted.len(), LIMIT, "{}", scene.daemon().log());
+    assert!(scene.daemon().logged("recount=[\"ingress\", \"loopback\"] seal=true"));
+}
+
+#[test]
+fn namespaces_and_real_time_priority_keep_what_they_need() {
+    let Some(lab) = Lab::new() else { return };
+    let path = lab.client.path();
+    let daemon = lab.daemon(CTKEEP, &["--netns", &path, "--realtime"]);
+    let kept = capabilities(daemon.pid(), "CapEff");
+    let needed = NET_ADMIN_AND_RAW | SYS_ADMIN | SYS_NICE;
+    assert_eq!(kept & needed, needed, "{kept:x}");
+    assert!(kept.count_ones() < 8, "{kept:x}");
+}
+
+/// `ctkeep run` in the lab, with an environment and a stderr of the test's own.
+struct Bare(Child);
+
+impl Bare {
+    fn start(lab: &Lab, environment: &[(&str, &str)], args: &[&str], stderr: File) -> Self {
+        let mut command = Command::new(CTKEEP);
+        command.arg("run").args(args).envs(environment.iter().copied());
+        let child = lab.server.spawn_with(&command, |command| {
+            command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr);
+        });
+        Self(child.expect("ctkeep starts"))
+    }
+
+    fn signal(&self, signal: Signal) {
+        let pid = Pid::from_raw(i32::try_from(self.0.id()).expect("a process id"));
+        kill(pid, signal).expect("a running daemon");
+    }
+}
+
+impl Drop for Bare {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn systemd_is_told_of_every_stage() {
+    let Some(lab) = Lab::new() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("notify");
+    let socket = UnixDatagram::bind(&path).expect("a socket");
+    socket.set_read_timeout(Some(SOON)).expect("a timeout");
+    // Watchdog's words come between all others.
+    let next = |but: &str| loop {
+        let mut buffer = [0; 4096];
+        let length = socket.recv(&mut buffer).expect("a word for systemd");
+        let text = String::from_utf8_lossy(&buffer[..length]).into_owned();
+        if but.is_empty() || !text.contains(but) {
+            return text;
+        }
+    };
+
+    let path = path.to_str().expect("a path of text");
+    let environment = [("NOTIFY_SOCKET", path), ("WATCHDOG_USEC", "200000")];
+    let log = tempfile::tempfile().expect("a file");
+    let mut daemon = Bare::start(&lab, &environment, &[], log);
+    let only = "WATCHDOG=1";
+    assert!(next(only).contains("READY=1\n"));
+    for _ in 0..3 {
+        assert!(next("READY").contains(only), "a sign of life");
+    }
+
+    daemon.signal(Signal::SIGHUP);
+    let reloading = next(only);
+    let since = reloading.lines().find_map(|line| line.strip_prefix("MONOTONIC_USEC="));
+    assert!(reloading.contains("RELOADING=1\n"), "{reloading}");
+    assert!(since.is_some_and(|time| time.parse::<u64>().is_ok()), "{reloading}");
+    assert!(next(only).contains("READY=1\n"));
+
+    daemon.signal(Signal::SIGTERM);
+    assert!(next(only).contains("STOPPING=1\n"));
+    assert!(daemon.0.wait().expect("its end").success());
+}
+
+/// What it writes to a stderr that is a file, until it is ready.
+fn log_of(lab: &Lab, named: bool, args: &[&str]) -> String {
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    let place = file.as_file().metadata().expect("its place");
+    let stream = format!("{}:{}", place.st_dev(), place.st_ino() + u64::from(!named));
+    let stderr = file.reopen().expect("the file");
+    let _daemon = Bare::start(lab, &[("JOURNAL_STREAM", &stream)], args, stderr);
+    let log = || fs::read_to_string(file.path()).expect("its text");
+    wait_for("ready", SOON, || log().contains("ready"));
+    log()
+}
+
+#[test]
+fn the_log_is_written_for_whoever_reads_it() {
+    let Some(lab) = Lab::new() else { return };
+    let journal = log_of(&lab, true, &[]);
+    assert!(journal.lines().all(|line| line.starts_with("<6>guard{")), "{journal}");
+    let json = log_of(&lab, false, &[]);
+    for line in json.lines() {
+        let line: serde_json::Value = serde_json::from_str(line).expect(line);
+        assert_eq!(line["level"], "INFO", "{line}");
+    }
+    let asked = log_of(&lab, false, &["--log-format", "journald"]);
+    assert!(asked.lines().all(|line| line.starts_with("<6>")), "{asked}");
+    let asked = log_of(&lab, true, &["--log-format", "text"]);
+    assert!(asked.lines().all(|line| line.contains(" INFO ")), "{asked}");
+}
+
+#[test]
+fn a_log_filter_that_makes_no_sense_is_a_usage_error() {
+    let output = Command::new(CTKEEP).arg("audit").env("CTKEEP_LOG", "info,=loud").output();
+    let output = output.expect("ctkeep runs");
+    let err = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{err}");
+    assert!(err.contains("CTKEEP_LOG: 'info,=loud' is no filter"), "{err}");
+}
+
+/// `systemd-analyze` in a folder with the unit, which starts the binary under test, and these of
+/// its drop-ins. False where there is no systemd.
+fn analyze(args: &[&str], drop_ins: &[&str]) -> bool {
+    let packaging = Path::new(env!("CARGO_MANIFEST_DIR")).join("packaging");
+    let folder = tempfile::tempdir().expect("a folder");
+    let unit = fs::read_to_string(packaging.join("ctkeep.service")).expect("the unit");
+    let unit = unit.replace("/usr/sbin/ctkeep", CTKEEP);
+    fs::write(folder.path().join("ctkeep.service"), unit).expect("a copy");
+    let drop_in_folder = folder.path().join("ctkeep.service.d");
+    fs::create_dir(&drop_in_folder).expect("a folder");
+    for name in drop_ins {
+        let source = packaging.join("ctkeep.service.d").join(name);
+        fs::copy(source, drop_in_folder.join(name)).expect("a copy");
+    }
+    let mut command = Command::new("systemd-analyze");
+    command.args(args).arg("./ctkeep.service").current_dir(folder.path());
+    let Ok(output) = command.output() else {
+        eprintln!("SKIPPED: no systemd-analyze");
+        return false;
+    };
+    let said = String::from_utf8_lossy(&output.stderr);
+    let table = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && said.is_empty(), "{args:?} {drop_ins:?}: {said}{table}");
+    true
+}
+
+#[test]
+fn the_unit_and_its_drop_ins_are_sound() {
+    let all = ["netns.conf", "realtime.conf"];
+    for drop_ins in [&[][..], &all[..1], &all[1..], &all] {
+        if !analyze(&["verify", "--man=no"], drop_ins) {
+            return;
+        }
+    }
+    analyze(&["security", "--offline=true", "--no-pager", "--threshold", EXPOSURE], &[]);
+}
