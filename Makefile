@@ -11,7 +11,7 @@ STATIC = x86_64-unknown-linux-musl
 # Without root the live tests run in a user namespace, where the kernel allows it.
 AS_ROOT := $(if $(filter 0,$(shell id -u)),,unshare --user --map-root-user)
 
-.PHONY: all demo test check bench install stage deb rpm static package-test tools \
+.PHONY: all demo test check bench install stage deb rpm static package-test kubernetes-check tools \
 	cargo-deny cargo-deb cargo-generate-rpm
 
 all:
@@ -79,6 +79,9 @@ static:
 # The package, in a Debian of its own under its own systemd: install, attack, upgrade, purge.
 package-test: tools
 	packaging/test.sh
+
+kubernetes-check:
+	packaging/kubernetes/check.sh
 
 tools:
 	@sh tests/lab/tools.sh

@@ -242,7 +242,7 @@ fn take_up(control: &Control, new: Result<Settings>) {
         Err(error) => tracing::error!(%error, "reload failed, keeping the old configuration"),
         Ok(new) if !old.same_foundation(&new) => tracing::error!(
             "reload refused, keeping the old configuration: namespaces, events, nflog group, \
-             recount, device, defence and dry-run take a restart"
+             recount, device, defence, realtime and dry-run take a restart"
         ),
         Ok(new) => {
             control.replace(new);

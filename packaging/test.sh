@@ -1,0 +1,44 @@
+#!/bin/sh
+# make package-test: the package in a small Debian of its own. Prepares the packages and the
+# Debian, lets lintian look, and leaves the rest to tests/package.rs. Keeps what it has fetched in
+# target/package-test; needs root.
+set -eu
+cd "$(dirname "$0")/.."
+PATH=$PATH:/usr/sbin:/sbin
+cache=$PWD/target/package-test
+version=$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
+
+install=
+for tool in debootstrap lintian systemd-nspawn; do
+    command -v $tool >/dev/null || install="debootstrap lintian systemd-container"
+done
+if [ -n "$install" ]; then
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get update -qq
+    # One package a word.
+    # shellcheck disable=SC2086
+    apt-get install -y -qq --no-install-recommends $install </dev/null
+fi
+
+mkdir -p "$cache"
+rm -rf target/debian
+make deb VERSION="$version-1"
+make deb VERSION="$version-2"
+old=$(echo "$PWD/target/debian/ctkeep_$version-1_"*.deb)
+new=$(echo "$PWD/target/debian/ctkeep_$version-2_"*.deb)
+lintian --allow-root --fail-on error "$new"
+
+# shellcheck source=/dev/null
+suite=$(. /etc/os-release && echo "$VERSION_CODENAME")
+if [ ! -e "$cache/$suite" ]; then
+    rm -rf "$cache/unfinished"
+    debootstrap --variant=minbase --include=systemd,systemd-sysv,dbus,iproute2 \
+        "$suite" "$cache/unfinished" >"$cache/debootstrap.log"
+    mv "$cache/unfinished" "$cache/$suite"
+fi
+rm -rf "$cache/root"
+cp -a "$cache/$suite" "$cache/root"
+cp "$old" "$cache/root/old.deb"
+cp "$new" "$cache/root/new.deb"
+
+CTKEEP_PACKAGE_ROOT=$cache/root cargo test --locked --test package -- --ignored --nocapture the_package
