@@ -21,26 +21,27 @@ use scene::{LIMIT, Limiter, SOON, Scene, TRIES};
 const BOOT: &str = "\
     test -e /sys/fs/cgroup/cgroup.procs \
         || { umount -l /sys/fs/cgroup; mount -t cgroup2 none /sys/fs/cgroup; }
-    exec systemd-nspawn --quiet --boot --console=pipe --register=no --keep-unit \
+    systemd-nspawn --quiet --boot --console=pipe --register=no --keep-unit \
         --machine=ctkeep-package-test --resolv-conf=off --timezone=off --link-journal=no \
-        --capability=CAP_NET_ADMIN --network-namespace-path=\"$1\" --directory=\"$2\"";
+        --capability=CAP_NET_ADMIN --network-namespace-path=/proc/self/ns/net --directory=\"$1\"";
 
 /// A booted Debian; dropping it ends it.
 struct Machine {
-    nspawn: Child,
+    unshare: Child,
     root: PathBuf,
 }
 
 impl Machine {
     fn boot(namespace: &Namespace, root: &Path) -> Self {
         let mut command = Command::new("unshare");
-        command.args(["--mount", "--propagation", "private", "sh", "-euc", BOOT, "sh"]);
-        command.arg(namespace.path()).arg(root);
-        let nspawn = namespace.spawn_with(&command, |command| {
+        // A process namespace around it all: what is inside dies with it, however that ends.
+        command.args(["--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]);
+        command.args(["sh", "-euc", BOOT, "sh"]);
+        command.arg(root);
+        let unshare = namespace.spawn_with(&command, |command| {
             command.stdin(Stdio::null()).stdout(Stdio::null());
         });
-        let this = Self { nspawn: nspawn.unwrap(), root: root.to_owned() };
-        wait_for("init", SOON, || this.init().is_some());
+        let this = Self { unshare: unshare.unwrap(), root: root.to_owned() };
         let is_up = || {
             let (_, state) = this.try_run("systemctl is-system-running");
             matches!(state.trim(), "running" | "degraded")
@@ -51,16 +52,19 @@ impl Machine {
         this
     }
 
-    /// Its process 1.
+    /// Its process 1: the child of systemd-nspawn, in the shell, in unshare.
     fn init(&self) -> Option<String> {
-        let pid = self.nspawn.id();
-        let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).ok()?;
-        children.split_whitespace().next().map(str::to_owned)
+        let mut pid = self.unshare.id().to_string();
+        for _ in 0..3 {
+            let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).ok()?;
+            pid = children.split_whitespace().next()?.to_owned();
+        }
+        Some(pid)
     }
 
     /// Runs a shell script in it: whether it succeeded, and what it wrote.
     fn try_run(&self, script: &str) -> (bool, String) {
-        let init = self.init().expect("a running machine");
+        let Some(init) = self.init() else { return (false, "no machine".to_owned()) };
         let mut command = Command::new("nsenter");
         command.args(["--target", &init, "--mount", "--uts", "--ipc", "--net", "--pid"]);
         command.args(["--cgroup", "--root", "--wd", "--", "sh", "-c", script]);
@@ -93,15 +97,15 @@ impl Machine {
     fn traces(&self) -> String {
         self.run(
             "find / -xdev -name '*ctkeep*' -not -path '/proc/*' -not -path '/sys/*'; \
-             grep -rls ctkeep /etc /var/lib --exclude-dir=apt || :",
+             grep -rls ctkeep /etc /var/lib --exclude-dir=apt --exclude=status-old || :",
         )
     }
 }
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        let _ = self.nspawn.kill();
-        let _ = self.nspawn.wait();
+        let _ = self.unshare.kill();
+        let _ = self.unshare.wait();
     }
 }
 
