@@ -6,7 +6,8 @@ PREFIX ?= /usr/local
 SYSCONFDIR ?= /etc
 DOCDIR = $(PREFIX)/share/doc/ctkeep
 TARGET := $(or $(CARGO_TARGET_DIR),target)
-BUILD = $(TARGET)/release
+PROFILE ?= release
+BUILD = $(TARGET)/$(PROFILE:dev=debug)
 STATIC = x86_64-unknown-linux-musl
 # Without root the live tests run in a user namespace, where the kernel allows it.
 AS_ROOT := $(if $(filter 0,$(shell id -u)),,unshare --user --map-root-user)
@@ -15,7 +16,7 @@ AS_ROOT := $(if $(filter 0,$(shell id -u)),,unshare --user --map-root-user)
 	cargo-deny cargo-deb cargo-generate-rpm
 
 all:
-	$(CARGO) build --release --locked
+	$(CARGO) build --locked --profile $(PROFILE)
 
 # Shows in under a minute what ctkeep is for.
 demo: tools
@@ -65,9 +66,10 @@ stage:
 
 # VERSION, if given, is that of the package: make deb VERSION=0.1.0-2
 deb: stage cargo-deb
-	$(CARGO) deb --no-build --no-strip --locked $(if $(VERSION),--deb-version $(VERSION)) --output target/debian/
+	$(CARGO) deb --no-build --no-strip --locked $(if $(filter dev,$(PROFILE)),--fast) $(if $(VERSION),--deb-version $(VERSION)) --output target/debian/
 
 rpm: stage cargo-generate-rpm
+	mkdir -p target/rpm
 	$(CARGO) generate-rpm --output target/rpm/
 
 # One file that runs on every x86-64 Linux, whatever its C library.

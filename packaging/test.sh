@@ -22,8 +22,9 @@ fi
 
 mkdir -p "$cache"
 rm -rf target/debian
-make deb VERSION="$version-1"
-make deb VERSION="$version-2"
+# The quick build, that the other tests have made: this one is about what is around the program.
+make -s deb PROFILE=dev VERSION="$version-1"
+make -s deb PROFILE=dev VERSION="$version-2"
 old=$(echo "$PWD/target/debian/ctkeep_$version-1_"*.deb)
 new=$(echo "$PWD/target/debian/ctkeep_$version-2_"*.deb)
 lintian --allow-root --fail-on error "$new"
@@ -41,4 +42,4 @@ cp -a "$cache/$suite" "$cache/root"
 cp "$old" "$cache/root/old.deb"
 cp "$new" "$cache/root/new.deb"
 
-CTKEEP_PACKAGE_ROOT=$cache/root cargo test --locked --test package -- --ignored --nocapture the_package
+CTKEEP_PACKAGE_ROOT=$cache/root cargo test --locked --test package -- --ignored the_package

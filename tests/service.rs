@@ -32,7 +32,8 @@ fn status(pid: u32) -> BTreeMap<String, String> {
 }
 
 fn capabilities(pid: u32, set: &str) -> u64 {
-    u64::from_str_radix(&status(pid)[set], 16).expect("a mask in hexadecimal digits")
+    let mask = status(pid).remove(set).expect("a mask");
+    u64::from_str_radix(&mask, 16).expect("a mask in hexadecimal digits")
 }
 
 #[test]
@@ -162,6 +163,36 @@ fn the_log_is_written_for_whoever_reads_it() {
     assert!(asked.lines().all(|line| line.starts_with("<6>")), "{asked}");
     let asked = log_of(&lab, true, &["--log-format", "text"]);
     assert!(asked.lines().all(|line| line.contains(" INFO ")), "{asked}");
+}
+
+/// Under attack the log stays readable, and nothing goes uncounted.
+#[test]
+fn a_burst_of_repairs_is_summed_up() {
+    const ALL: usize = 60;
+    let Some(lab) = Lab::new() else { return };
+    // Without a rule that needs it, nothing is tracked.
+    lab.connlimit(80, 1000);
+    let _server = lab.serve("0.0.0.0:80");
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    let stderr = file.reopen().expect("the file");
+    let _daemon = Bare::start(&lab, &[], &["--log-format", "text", "--recount", "off"], stderr);
+    let log = || fs::read_to_string(file.path()).expect("its text");
+    wait_for("ready", SOON, || log().contains("ready"));
+
+    let mut conns = lab.peer(scene::CLIENT).hold(80, ALL);
+    conns.iter_mut().for_each(lab::RawConn::fin);
+    wait_for("CLOSE_WAIT", SOON, || lab.sockets("close-wait") == ALL);
+    conns.iter().for_each(|conn| conn.rst(-5));
+    let withheld = || {
+        let log = log();
+        let summaries = log.split("withheld={\"revive\": ").skip(1);
+        summaries
+            .map(|rest| rest.split('}').next().unwrap().parse::<usize>().unwrap())
+            .sum::<usize>()
+    };
+    let lines = || log().matches("acted action=\"revive\"").count();
+    wait_for("all repairs", SOON, || lines() + withheld() >= ALL);
+    assert!(withheld() >= ALL / 3, "{}", log());
 }
 
 #[test]
