@@ -30,7 +30,7 @@ pub(super) fn start(cli: &Cli) -> Result<()> {
     };
     match form {
         LogFormat::Text => log.init(),
-        LogFormat::Json => log.json().init(),
+        LogFormat::Json => log.json().with_span_list(false).init(),
         LogFormat::Journald => log.event_format(Journal::new()).init(),
     }
     Ok(())
