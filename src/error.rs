@@ -163,6 +163,22 @@ impl Error {
         matches!(*self.cause, Cause::Usage(_))
     }
 
+    /// Every word of [`Error::reason`].
+    pub const REASONS: [&'static str; 12] = [
+        "absent",
+        "exists",
+        "table_full",
+        "denied",
+        "overrun",
+        "kernel",
+        "malformed",
+        "late",
+        "interrupted",
+        "unavailable",
+        "limited",
+        "other",
+    ];
+
     /// One word for a metric or a log field: the errno's name in lower case, or the kind of cause.
     pub fn reason(&self) -> &'static str {
         match (&*self.cause, self.errno()) {

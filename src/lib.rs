@@ -15,6 +15,7 @@
 //! - [`reconcile`]: observe, plan (pure), confirm by exact look-up, apply, recount; the ledger of
 //!   what is held.
 //! - [`audit`]: the report of one look.
+//! - [`metrics`]: what the daemon publishes, and how.
 //! - [`daemon`] and [`cli`]: a worker for each namespace, and the commands.
 
 pub mod audit;
@@ -24,6 +25,7 @@ pub mod daemon;
 mod error;
 pub mod flow;
 pub mod host;
+pub mod metrics;
 pub mod netlink;
 pub mod nflog;
 pub mod nftables;

@@ -325,7 +325,7 @@ fn a_namespace_that_may_not_be_entered_ends_with_3() {
 fn a_second_daemon_in_the_same_namespace_is_refused() {
     let Some(mut scene) = Scene::new(Limiter::Connlimit) else { return };
     scene.guard(&[]);
-    let (code, _, err) = scene.ctkeep(&["run"]);
+    let (code, _, err) = scene.ctkeep(&["run", "--metrics-listen", "off"]);
     assert_eq!(code, 3, "{err}");
     assert!(err.contains("already") || err.contains("another"), "{err}");
     // One that only looks is welcome, and so is a repair by hand.

@@ -9,7 +9,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// From the bottom up. A module may use those of lower rows, never a neighbour in its own.
-const LAYERS: [&[&str]; 9] = [
+const LAYERS: [&[&str]; 10] = [
     &["flow"],
     &["error"],
     &["netlink"],
@@ -17,6 +17,7 @@ const LAYERS: [&[&str]; 9] = [
     &["nflog"],
     &["reconcile"],
     &["audit"],
+    &["metrics"],
     &["daemon"],
     &["cli"],
 ];
@@ -58,8 +59,13 @@ const IMPURE: [&str; 19] = [
 ];
 
 /// Crates that only these modules may use.
-const RESERVED: [(&str, &[&str]); 3] =
-    [("tokio", &["daemon"]), ("clap", &["cli"]), ("comfy_table", &["audit", "cli"])];
+const RESERVED: [(&str, &[&str]); 5] = [
+    ("tokio", &["daemon", "metrics"]),
+    ("hyper", &["metrics"]),
+    ("prometheus_client", &["metrics"]),
+    ("clap", &["cli"]),
+    ("comfy_table", &["audit", "cli"]),
+];
 
 struct Source {
     /// Relative to `src`.

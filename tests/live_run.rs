@@ -206,11 +206,11 @@ fn a_table_of_closing_connections_that_is_full_says_so() {
         }
     };
     stray_fins(60);
-    let drained = watch.drain(1000, |_| {}).expect("the log");
+    let drained = watch.drain(1000, |_, _| {}).expect("the log");
     assert!(!drained.full, "room is left: {drained:?}");
     stray_fins(200);
     let mut told = HashSet::new();
-    let drained = watch.drain(1000, |flow| {
+    let drained = watch.drain(1000, |flow, _| {
         told.insert(flow);
     });
     assert!(drained.expect("the log").full, "nobody said that it was full");
@@ -218,7 +218,7 @@ fn a_table_of_closing_connections_that_is_full_says_so() {
     assert!(told.len() < 70, "{} FINs were logged", told.len());
     let holds = holds_within(SOON, || {
         stray_fins(60);
-        let drained = watch.drain(1000, |_| {}).expect("the log");
+        let drained = watch.drain(1000, |_, _| {}).expect("the log");
         thread::sleep(Duration::from_secs(1));
         !drained.full
     });

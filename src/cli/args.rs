@@ -1,6 +1,7 @@
 //! What can be typed. Clap only: what it means is said where it is used.
 
 use std::collections::HashSet;
+use std::net::SocketAddr;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -243,6 +244,19 @@ pub(super) struct Run {
     #[arg(long, value_name = "WHAT", default_value = "keep", value_parser = on_exit())]
     pub on_exit: OnExit,
 
+    /// Serve metrics, health and a status page by HTTP here, or not at all (off)
+    #[arg(long, value_name = "ADDR:PORT|off", default_value = "127.0.0.1:9815",
+          value_parser = listen)]
+    pub metrics_listen: Listen,
+
+    /// Write metrics to this file every few seconds, for the textfile collector of node_exporter
+    #[arg(long, value_name = "PATH")]
+    pub metrics_textfile: Option<PathBuf>,
+
+    /// Show addresses of peers on the status page
+    #[arg(long)]
+    pub status_addresses: bool,
+
     /// Observe, log and count; change nothing
     #[arg(long)]
     pub dry_run: bool,
@@ -263,6 +277,10 @@ pub(super) struct Output {
     #[arg(long)]
     pub no_header: bool,
 }
+
+/// Where to listen, if at all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Listen(pub Option<SocketAddr>);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum Format {
@@ -290,6 +308,7 @@ impl Scope {
             force: false,
             zone: self.zone,
             reap: None,
+            own_port: None,
         }
     }
 
@@ -375,6 +394,14 @@ fn lease(text: &str) -> std::result::Result<Duration, String> {
         time if time < Duration::from_secs(2) => Err("at least 2s".to_owned()),
         time if time > Duration::from_secs(86_400) => Err("at most 1day".to_owned()),
         time => Ok(time),
+    }
+}
+
+fn listen(text: &str) -> std::result::Result<Listen, String> {
+    match text.parse() {
+        _ if text == "off" => Ok(Listen(None)),
+        Ok(address) => Ok(Listen(Some(address))),
+        Err(_) => Err("expected 127.0.0.1:9815, [::1]:9815 or the like, or off".to_owned()),
     }
 }
 

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::Exit;
 use super::args::{Command, Run};
-use crate::daemon::{self, Settings};
+use crate::daemon::{self, Publishing, Settings};
 use crate::error::{Error, Result};
 use crate::reconcile::policy::Policy;
 
@@ -32,7 +32,10 @@ fn settings(args: Run) -> Result<Settings> {
         ));
     }
     let namespaces = args.scope.namespaces()?;
-    let policy = Policy { reap: args.reap, ..args.scope.policy() };
+    // Whoever listens on the loopback address alone has no peers that count.
+    let own = args.metrics_listen.0.filter(|listen| listen.ip().is_loopback());
+    let own_port = own.map(|listen| listen.port());
+    let policy = Policy { reap: args.reap, own_port, ..args.scope.policy() };
     Ok(Settings {
         policy,
         recount: args.recount,
@@ -46,5 +49,10 @@ fn settings(args: Run) -> Result<Settings> {
         namespaces,
         defence: args.defence,
         realtime: args.realtime,
+        publishing: Publishing {
+            listen: args.metrics_listen.0,
+            textfile: args.metrics_textfile,
+            addresses: args.status_addresses,
+        },
     })
 }

@@ -7,10 +7,13 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::Settings;
 use crate::error::{Op, Result};
+use crate::metrics::Metrics;
 
 /// Shared by all threads of the daemon.
 #[derive(Debug)]
 pub(super) struct Control {
+    /// What is published.
+    pub(super) metrics: Arc<Metrics>,
     settings: Mutex<Arc<Settings>>,
     stop: AtomicBool,
     wake: EventFd,
@@ -18,12 +21,16 @@ pub(super) struct Control {
 }
 
 impl Control {
-    /// For so many workers.
-    pub(super) fn new(settings: Settings, workers: usize) -> Result<Self> {
+    /// For the workers of guards with these names.
+    pub(super) fn new(settings: Settings, guards: Vec<String>) -> Result<Self> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let wake = EventFd::from_value_and_flags(0, flags)
             .map_err(|errno| Op::new("open eventfd").io(errno.into()))?;
+        let workers = guards.len();
+        let metrics = Metrics::new(guards, settings.dry_run);
+        metrics.show_addresses(settings.publishing.addresses);
         Ok(Self {
+            metrics: Arc::new(metrics),
             settings: Mutex::new(Arc::new(settings)),
             stop: AtomicBool::new(false),
             wake,
@@ -38,6 +45,7 @@ impl Control {
 
     /// Puts other settings in force; workers take them up at their next turn.
     pub(super) fn replace(&self, settings: Settings) {
+        self.metrics.show_addresses(settings.publishing.addresses);
         *self.settings.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(settings);
     }
 

@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::time::SystemTime;
 
 use super::{EventSource, Settings};
 use crate::conntrack::{Entry, Event, EventKind, Listener, TcpState};
@@ -31,11 +32,19 @@ pub(super) struct Suspect {
     pub flow: FourTuple,
     /// What conntrack said of it last, where that is all that is left.
     pub destroyed: Option<Entry>,
+    /// When the kernel saw what happened, where it tells.
+    pub at: Option<SystemTime>,
 }
 
-/// What was lost on the way.
+/// What came, and what was lost on the way.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Lost {
+pub(super) struct Drained {
+    /// Packets that our table logged.
+    pub logged: u64,
+    /// Conntrack's events of entries that changed.
+    pub updates: u64,
+    /// Conntrack's events of entries that ended.
+    pub destroys: u64,
     /// The kernel dropped some.
     pub overrun: bool,
     /// Some could not be read.
@@ -65,13 +74,18 @@ impl Events {
                 }
             },
         };
-        let (source, receive_buffer) = match &events {
+        let (source, receive_buffer) = events.receive_buffer();
+        tracing::info!(source, receive_buffer, "listening");
+        Ok(events)
+    }
+
+    /// The name of the source, and its receive buffer in bytes, as granted.
+    pub(super) fn receive_buffer(&self) -> (&'static str, usize) {
+        match self {
             Self::Nflog(watch) => ("nflog", watch.receive_buffer()),
             Self::Ctnetlink(listener) => ("ctnetlink", listener.receive_buffer()),
             Self::Off => ("off", 0),
-        };
-        tracing::info!(source, receive_buffer, "listening");
-        Ok(events)
+        }
     }
 
     /// What to poll.
@@ -84,28 +98,40 @@ impl Events {
     }
 
     /// Hands what is queued to `take`; events caused by requests of netlink port `own` are left out.
-    pub(super) fn drain(&mut self, own: u32, mut take: impl FnMut(Suspect)) -> Result<Lost> {
+    pub(super) fn drain(&mut self, own: u32, mut take: impl FnMut(Suspect)) -> Result<Drained> {
+        let mut all = Drained::default();
         match self {
-            Self::Off => Ok(Lost::default()),
+            Self::Off => {}
             Self::Nflog(watch) => {
-                let drained = watch.drain(DRAIN, |flow| take(Suspect { flow, destroyed: None }))?;
-                let full = drained.full;
-                Ok(Lost { overrun: drained.overrun, malformed: drained.malformed, full })
+                let drained = watch.drain(DRAIN, |flow, at| {
+                    all.logged += 1;
+                    take(Suspect { flow, destroyed: None, at });
+                })?;
+                (all.overrun, all.malformed) = (drained.overrun, drained.malformed);
+                all.full = drained.full;
             }
             Self::Ctnetlink(listener) => {
                 let drained = listener.drain(DRAIN, |event| {
+                    match event.kind {
+                        EventKind::Update => all.updates += 1,
+                        EventKind::Destroy => all.destroys += 1,
+                    }
                     if event.port != own && is_suspicious(&event) {
                         let gone = event.kind == EventKind::Destroy;
                         // Reversed, the server's side is in the other tuple.
                         for flow in [event.entry.reply, event.entry.orig] {
-                            take(Suspect { flow, destroyed: gone.then_some(event.entry) });
+                            take(Suspect {
+                                flow,
+                                destroyed: gone.then_some(event.entry),
+                                at: None,
+                            });
                         }
                     }
                 })?;
-                let full = false;
-                Ok(Lost { overrun: drained.overrun, malformed: drained.malformed, full })
+                (all.overrun, all.malformed) = (drained.overrun, drained.malformed);
             }
         }
+        Ok(all)
     }
 
     /// Watches these ports, and these half-closed connections for as long as they are.

@@ -1,26 +1,31 @@
 //! `ctkeep run`: one worker thread for each namespace, and a runtime for everything else.
 //!
-//! The workers speak blocking netlink and never wait for the runtime; it serves signals.
+//! The workers speak blocking netlink and never wait for the runtime; it serves signals and metrics.
 
 mod control;
 mod events;
 mod lines;
 mod service;
-mod tally;
 mod worker;
 
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
+use tokio::task::spawn_blocking;
+use tokio::time::interval;
 
 use self::control::Control;
 use self::service::Service;
 use crate::error::{Op, Result};
 use crate::host::netns::Namespace;
 use crate::host::privileges::{self, Capability};
+use crate::metrics::history::STEP;
+use crate::metrics::{Metrics, http, textfile};
 use crate::reconcile::policy::Policy;
 use crate::reconcile::pressure::Defence;
 use crate::reconcile::recount;
@@ -76,7 +81,23 @@ pub struct Settings {
     pub defence: Defence,
     /// Whether workers run with real-time priority.
     pub realtime: bool,
+    /// Where metrics go.
+    pub publishing: Publishing,
 }
+
+/// Where metrics go.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Publishing {
+    /// Where they and the status page are served.
+    pub listen: Option<SocketAddr>,
+    /// The file that they are written to.
+    pub textfile: Option<PathBuf>,
+    /// Whether the status page names peers.
+    pub addresses: bool,
+}
+
+/// From one write of the textfile to the next.
+const WRITE: Duration = Duration::from_secs(5);
 
 impl Settings {
     /// What the daemon must be permitted as long as it runs.
@@ -107,6 +128,7 @@ impl Settings {
             && self.defence == other.defence
             && self.realtime == other.realtime
             && self.dry_run == other.dry_run
+            && self.publishing.listen == other.publishing.listen
     }
 }
 
@@ -136,6 +158,20 @@ impl Guard {
             all.push(Self { conntrack: Namespace::Own, sockets: others });
         }
         all
+    }
+
+    /// How metrics call it.
+    fn name(&self) -> String {
+        let name = |namespace: &Namespace| match namespace {
+            Namespace::Own => "own namespace".to_owned(),
+            Namespace::Named(name) => name.clone(),
+        };
+        let sockets: Vec<_> = self.sockets.iter().map(name).collect();
+        if self.is_for_others() {
+            format!("{} in the table of this namespace", sockets.join(", "))
+        } else {
+            sockets.join(", ")
+        }
     }
 
     /// Whether the table is one that only passes the connections on.
@@ -182,7 +218,14 @@ async fn serve(settings: Settings, reload: impl Fn() -> Result<Settings>) -> Res
 
     let guards = Guard::all(&settings.namespaces);
     let (mut running, mut starting) = (guards.len(), guards.len());
-    let control = Arc::new(Control::new(settings, guards.len())?);
+    let publishing = settings.publishing.clone();
+    let control = Arc::new(Control::new(settings, guards.iter().map(Guard::name).collect())?);
+    if let Some(path) = &publishing.textfile {
+        textfile::check(path)?;
+    }
+    if let Some(address) = publishing.listen {
+        tokio::spawn(http::serve(http::bind(address).await?, control.metrics.clone()));
+    }
     let (news, mut inbox) = mpsc::unbounded_channel();
     for (number, guard) in guards.into_iter().enumerate() {
         let (control, news) = (control.clone(), news.clone());
@@ -195,6 +238,8 @@ async fn serve(settings: Settings, reload: impl Fn() -> Result<Settings>) -> Res
     }
 
     let mut service = Service::new();
+    let (mut step, mut write) = (interval(STEP), interval(WRITE));
+    let mut writing = Writing::default();
     let mut first = Ok(());
     while running > 0 {
         tokio::select! {
@@ -204,6 +249,12 @@ async fn serve(settings: Settings, reload: impl Fn() -> Result<Settings>) -> Res
                 service::reloading();
                 take_up(&control, reload());
                 service::ready();
+            }
+            _ = step.tick() => control.metrics.sample(),
+            _ = write.tick() => {
+                if let Some(path) = &control.settings().publishing.textfile {
+                    writing.write(&control.metrics, path).await;
+                }
             }
             () = service.is_due() => service.tell_alive(&control.beats()),
             message = inbox.recv() => match message {
@@ -230,6 +281,27 @@ async fn serve(settings: Settings, reload: impl Fn() -> Result<Settings>) -> Res
     first
 }
 
+/// How the last write of the textfile went: a failure is told once.
+#[derive(Debug, Default)]
+struct Writing {
+    failing: bool,
+}
+
+impl Writing {
+    async fn write(&mut self, metrics: &Arc<Metrics>, path: &Path) {
+        let (metrics, target) = (metrics.clone(), path.to_owned());
+        let result = spawn_blocking(move || textfile::write(&metrics, &target)).await;
+        let error = result.map_or_else(
+            |error| Some(error.to_string()),
+            |result| result.err().map(|error| error.to_string()),
+        );
+        if let Some(error) = error.as_ref().filter(|_| !self.failing) {
+            tracing::warn!(path = %path.display(), error, "metrics file not written");
+        }
+        self.failing = error.is_some();
+    }
+}
+
 fn end(control: &Control) {
     service::stopping();
     control.stop();
@@ -238,11 +310,13 @@ fn end(control: &Control) {
 /// Puts new settings in force where they can be without starting anew.
 fn take_up(control: &Control, new: Result<Settings>) {
     let old = control.settings();
+    let well = new.as_ref().is_ok_and(|new| old.same_foundation(new));
+    control.metrics.reloaded(well);
     match new {
         Err(error) => tracing::error!(%error, "reload failed, keeping the old configuration"),
         Ok(new) if !old.same_foundation(&new) => tracing::error!(
             "reload refused, keeping the old configuration: namespaces, events, nflog group, \
-             recount, device, defence, realtime and dry-run take a restart"
+             recount, device, defence, realtime, dry-run and metrics-listen take a restart"
         ),
         Ok(new) => {
             control.replace(new);

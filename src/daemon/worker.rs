@@ -19,14 +19,14 @@ use thread_priority::{
 use super::control::Control;
 use super::events::Events;
 use super::lines::{Lines, line};
-use super::tally::Tally;
-use super::{Guard, OnExit, Settings};
+use super::{Guard, OnExit, Publishing, Settings};
 use crate::conntrack::{Change, Entry, TcpState};
 use crate::error::{Error, Op, Result};
 use crate::flow::FourTuple;
 use crate::host::netns::Namespace;
 use crate::host::route::Routes;
 use crate::host::{instance, sysctl};
+use crate::metrics::{EventType, Look, Share, Trigger, instant_of};
 use crate::nflog;
 use crate::nftables::Hook;
 use crate::reconcile::apply::{Outcome, apply};
@@ -111,7 +111,8 @@ fn guard_present(
     // Several daemons may serve containers of one host, each with its own share of them.
     let alone = !settings.dry_run && !guard.is_for_others();
     let _only_one = if alone { Some(instance::claim("ctkeep")?) } else { None };
-    let mut worker = Worker::open(settings, guard, present)?;
+    let share = Share::new(&control.metrics, number);
+    let mut worker = Worker::open(settings, guard, present, share)?;
     worker.sweep(Depth::Deep)?;
     tracing::info!(
         ports = worker.scope.ports.len(),
@@ -169,13 +170,6 @@ enum Depth {
     Deep,
 }
 
-/// Why a repair is made, for the log.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Trigger {
-    Event,
-    Sweep,
-}
-
 struct Worker {
     settings: Arc<Settings>,
     tables: Tables,
@@ -196,7 +190,9 @@ struct Worker {
     second_look: Option<(Instant, Vec<Lookup>)>,
     full_table: Option<FullTable>,
     sweep_failing: bool,
-    tally: Tally,
+    /// When the work at hand became known.
+    since: Instant,
+    share: Share,
     lines: Lines,
     checked: Instant,
 }
@@ -209,7 +205,12 @@ struct FullTable {
 }
 
 impl Worker {
-    fn open(settings: Arc<Settings>, guard: &Guard, present: &[Namespace]) -> Result<Self> {
+    fn open(
+        settings: Arc<Settings>,
+        guard: &Guard,
+        present: &[Namespace],
+        share: Share,
+    ) -> Result<Self> {
         let mut sockets: Option<SockDiag> = None;
         let mut homes = Vec::new();
         for namespace in present {
@@ -253,11 +254,13 @@ impl Worker {
             second_look: None,
             full_table: None,
             sweep_failing: false,
-            tally: Tally::default(),
+            since: now,
+            share,
             lines: Lines::new(now),
             checked: now,
             settings,
         };
+        this.tell_receive_buffer();
         // A namespace that may have nothing to do with it gets a device only when it needs one.
         if !guard.is_for_others() {
             this.open_recounter()?;
@@ -312,8 +315,10 @@ impl Worker {
     fn turn(&mut self) -> Result<()> {
         self.sum_up();
         let mut turn = || -> Result<()> {
+            self.since = Instant::now();
             self.take_events()?;
             let now = Instant::now();
+            self.since = now;
             if self.second_look.as_ref().is_some_and(|(at, _)| *at <= now)
                 && let Some((_, lookups)) = self.second_look.take()
             {
@@ -337,7 +342,7 @@ impl Worker {
                     tracing::warn!(%error, "sweep failed, will be repeated");
                 }
                 self.sweep_failing = true;
-                self.tally.sweep_errors += 1;
+                self.share.failed(&error);
                 self.next_sweep = Instant::now() + self.settings.sweep_interval;
                 Ok(())
             }
@@ -348,21 +353,27 @@ impl Worker {
         let own = self.tables.conntrack.port();
         let (scope, policy) = (&self.scope, &self.settings.policy);
         let mut suspects: HashMap<FourTuple, Option<Entry>> = HashMap::new();
-        let lost = self.events.drain(own, |suspect| {
+        let mut since = self.since;
+        let drained = self.events.drain(own, |suspect| {
             if scope.contains(policy, suspect.flow) {
+                since = since.min(suspect.at.map_or(since, instant_of));
                 suspects.insert(suspect.flow, suspect.destroyed);
             }
         })?;
-        if lost.overrun || lost.malformed > 0 {
+        self.since = since;
+        self.share.events(EventType::Nflog, drained.logged);
+        self.share.events(EventType::Update, drained.updates);
+        self.share.events(EventType::Destroy, drained.destroys);
+        if drained.overrun || drained.malformed > 0 {
             tracing::warn!(
-                overrun = lost.overrun,
-                malformed = lost.malformed,
+                overrun = drained.overrun,
+                malformed = drained.malformed,
                 "events were lost, sweeping at once"
             );
             self.next_deep = Instant::now();
-            self.tally.event_overruns += u64::from(lost.overrun);
+            self.share.lost_events(drained.overrun);
         }
-        if lost.full {
+        if drained.full {
             let what = "more connections close at once than are watched: sweeping instead";
             tracing::warn!(at_once = nflog::CLOSING, "{what}");
             self.next_deep = self.next_deep.min(self.soonest_deep);
@@ -403,6 +414,7 @@ impl Worker {
 
     fn sweep(&mut self, depth: Depth) -> Result<()> {
         let began = Instant::now();
+        self.since = began;
         let worked = cpu_time();
         self.scope = self.tables.scope(&self.settings.policy)?;
         let listening = self.scope.ports.clone();
@@ -448,9 +460,11 @@ impl Worker {
         {
             tracing::warn!(%error, "shields stay up for now");
         }
-        self.tally.sweeps += 1;
         let now = Instant::now();
         self.weigh(now)?;
+        if depth == Depth::Deep {
+            self.survey(&snapshot);
+        }
         self.next_sweep =
             now + jittered(self.ledger.pressure().hurry(self.settings.sweep_interval));
         match depth {
@@ -467,7 +481,26 @@ impl Worker {
             Depth::Shallow => self.hasten_deep_sweep(&snapshot),
         }
         tracing::debug!(?depth, views = snapshot.views.len(), took = ?(now - began), "swept");
+        self.share.swept(&snapshot, &self.ledger, began, self.settings.sweep_interval);
         Ok(())
+    }
+
+    /// Has figures taken of the whole tables, where somebody reads them.
+    fn survey(&mut self, snapshot: &Snapshot) {
+        let Publishing { listen, textfile, .. } = &self.settings.publishing;
+        if listen.is_none() && textfile.is_none() {
+            return;
+        }
+        let (scope, policy, ledger) = (&self.scope, &self.settings.policy, &self.ledger);
+        let look = Look { snapshot, scope, policy, ledger };
+        if let Err(error) = self.share.survey(&mut self.tables, look) {
+            tracing::warn!(%error, "metrics of the whole tables stay as they were");
+        }
+    }
+
+    fn tell_receive_buffer(&self) {
+        let (source, bytes) = self.events.receive_buffer();
+        self.share.receive_buffer(source, bytes);
     }
 
     /// Opens the event source anew, after somebody took its table away or a set was full; repairs
@@ -483,6 +516,7 @@ impl Worker {
             Err(error) if error.is_unavailable() => return Err(error),
             Err(error) => tracing::warn!(%error, "no events, the sweep alone"),
         }
+        self.tell_receive_buffer();
         Ok(())
     }
 
@@ -503,7 +537,9 @@ impl Worker {
             let maximum = maximum as f64;
             f64::from(size.entries) / maximum
         });
+        self.share.table(size, maximum);
         if let Some(change) = self.ledger.pressure_mut().tick(fill, now) {
+            self.share.defence_changed(&change);
             tracing::warn!(
                 from = change.from as u8,
                 to = change.to as u8,
@@ -581,10 +617,10 @@ impl Worker {
             began,
         )?;
         let took = began.elapsed();
+        self.share.acted(&outcomes, trigger, self.since);
         let mut again = Vec::new();
         let mut fooled_open = false;
         for outcome in &outcomes {
-            self.tally.add(outcome);
             self.log_outcome(outcome, trigger, took);
             if outcome.action.kind.needs_recount()
                 && let Some(socket) = outcome.action.view.socket
@@ -690,14 +726,15 @@ impl Worker {
 
     /// Gives held entries back, if that is wanted; else they live out their lease.
     fn finish(&mut self) -> Result<()> {
+        let done = self.share.done();
         tracing::info!(
-            actions = ?self.tally.actions,
-            errors = ?self.tally.errors,
-            recounts = ?self.tally.recounts,
-            late_repairs = self.tally.late_repairs,
-            sweeps = self.tally.sweeps,
-            sweep_errors = self.tally.sweep_errors,
-            event_overruns = self.tally.event_overruns,
+            actions = ?done.actions,
+            errors = ?done.errors,
+            recounts = ?done.recounts,
+            late_repairs = done.late_repairs,
+            sweeps = done.sweeps,
+            sweep_errors = done.sweep_errors,
+            event_overruns = done.event_overruns,
             "done so far"
         );
         if self.settings.on_exit == OnExit::Keep || self.settings.dry_run {

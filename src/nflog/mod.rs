@@ -12,6 +12,7 @@ mod layout;
 use std::collections::HashSet;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use etherparse::{LaxNetSlice, LaxSlicedPacket, TransportSlice};
 use netlink_packet_core::{Emitable, NlasIterator, parse_u32_be};
@@ -30,6 +31,7 @@ use layout::{FULL, HELD4, HELD6, PORTS};
 /// `NFNL_SUBSYS_ULOG << 8 | NFULNL_MSG_PACKET` and `| NFULNL_MSG_CONFIG`.
 const NFULNL_MSG_PACKET: u16 = 4 << 8;
 const NFULNL_MSG_CONFIG: u16 = 4 << 8 | 1;
+const NFULA_TIMESTAMP: u16 = 3;
 const NFULA_PAYLOAD: u16 = 9;
 const NFULA_PREFIX: u16 = 10;
 const NFULA_SEQ: u16 = 12;
@@ -146,12 +148,16 @@ impl Watch {
         Ok(())
     }
 
-    /// Hands the connection of every queued packet, seen from the server, to `take`, until none is
-    /// left or `limit` datagrams were read.
+    /// Hands the connection of every queued packet, seen from the server, to `take`, and when the
+    /// packet came, until none is left or `limit` datagrams were read.
     ///
     /// # Errors
     /// The socket is broken. Lost and unreadable packets are not errors but in [`Drained`].
-    pub fn drain(&mut self, limit: usize, mut take: impl FnMut(FourTuple)) -> Result<Drained> {
+    pub fn drain(
+        &mut self,
+        limit: usize,
+        mut take: impl FnMut(FourTuple, Option<SystemTime>),
+    ) -> Result<Drained> {
         let mut drained = Drained::default();
         for _ in 0..limit {
             match self.socket.recv(&mut self.datagram) {
@@ -170,12 +176,12 @@ impl Watch {
             for frame in frames(&self.datagram) {
                 match frame {
                     Ok(frame) if frame.kind == NFULNL_MSG_PACKET => match packet(frame.payload) {
-                        Some(Packet { flow, seq, is_unlearned }) => {
+                        Some(Packet { flow, seq, at, is_unlearned }) => {
                             drained.overrun |=
                                 seq.is_some() && self.next.is_some() && seq != self.next;
                             self.next = seq.map(|seq| seq.wrapping_add(1));
                             drained.full |= is_unlearned;
-                            take(flow.inverse());
+                            take(flow.inverse(), at);
                         }
                         None => drained.malformed += 1,
                     },
@@ -212,24 +218,36 @@ struct Packet {
     flow: FourTuple,
     /// Its number among the packets of the group.
     seq: Option<u32>,
+    /// When it came; kernels before 5.18 tell it only where somebody else asks for it too.
+    at: Option<SystemTime>,
     /// A FIN for which the table had no room.
     is_unlearned: bool,
 }
 
 fn packet(payload: &[u8]) -> Option<Packet> {
     let mut flow = None;
-    let mut seq = None;
+    let (mut seq, mut at) = (None, None);
     let mut is_unlearned = false;
     for attribute in NlasIterator::new(payload.get(NFGENMSG_LEN..)?) {
         let attribute = attribute.ok()?;
         match attribute.kind() {
             NFULA_PAYLOAD => flow = tcp_flow(attribute.value()),
+            NFULA_TIMESTAMP => at = timestamp(attribute.value()),
             NFULA_SEQ => seq = parse_u32_be(attribute.value()).ok(),
             NFULA_PREFIX => is_unlearned = attribute.value().starts_with(FULL.as_bytes()),
             _ => {}
         }
     }
-    Some(Packet { flow: flow?, seq, is_unlearned })
+    Some(Packet { flow: flow?, seq, at, is_unlearned })
+}
+
+/// `struct nfulnl_msg_packet_timestamp`: seconds and microseconds since the epoch.
+fn timestamp(value: &[u8]) -> Option<SystemTime> {
+    let (seconds, rest) = value.split_first_chunk()?;
+    let (micros, _) = rest.split_first_chunk()?;
+    UNIX_EPOCH
+        .checked_add(Duration::from_secs(u64::from_be_bytes(*seconds)))?
+        .checked_add(Duration::from_micros(u64::from_be_bytes(*micros)))
 }
 
 /// The four-tuple of a TCP packet that may be cut off behind its headers.

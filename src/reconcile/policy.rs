@@ -28,6 +28,8 @@ pub struct Policy {
     pub zone: u16,
     /// Remove entries that no socket backs, when they have been so for this long.
     pub reap: Option<Duration>,
+    /// A port of our own that is not guarded for its listener alone.
+    pub own_port: Option<u16>,
 }
 
 impl Default for Policy {
@@ -41,6 +43,7 @@ impl Default for Policy {
             force: false,
             zone: 0,
             reap: None,
+            own_port: None,
         }
     }
 }
@@ -49,7 +52,8 @@ impl Policy {
     /// The scope on a host where these sockets listen.
     pub fn scope(&self, listeners: &[Socket]) -> Scope {
         let ports = if self.ports.is_empty() {
-            listeners.iter().map(|socket| socket.local.port()).collect()
+            let ports = listeners.iter().map(|socket| socket.local.port());
+            ports.filter(|port| Some(*port) != self.own_port).collect()
         } else {
             self.ports.clone()
         };
@@ -86,7 +90,11 @@ impl Scope {
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+
     use super::*;
+    use crate::flow::Endpoint;
+    use crate::sockdiag::Cookie;
 
     #[test]
     fn loopback_is_exempt_unless_asked_for() {
@@ -97,6 +105,26 @@ mod tests {
         let asked = Policy { sources: vec!["127.0.0.0/8".parse().unwrap()], ..policy };
         assert!(asked.admits("127.0.0.9".parse().unwrap()));
         assert!(!asked.admits("198.51.100.7".parse().unwrap()));
+    }
+
+    #[test]
+    fn our_own_port_is_in_scope_only_when_named() {
+        let listener = |port| Socket {
+            local: Endpoint::new(Ipv4Addr::LOCALHOST.into(), port),
+            remote: Endpoint::new(Ipv4Addr::UNSPECIFIED.into(), 0),
+            state: State::Listen,
+            inode: 1,
+            uid: 0,
+            cookie: Cookie(u64::from(port)),
+            interface: 0,
+            recv_queue: 0,
+            send_queue: 0,
+        };
+        let listeners = [listener(80), listener(9815)];
+        let policy = Policy { own_port: Some(9815), ..Policy::default() };
+        assert_eq!(policy.scope(&listeners).ports, HashSet::from([80]));
+        let named = Policy { ports: HashSet::from([9815]), ..policy };
+        assert_eq!(named.scope(&listeners).ports, HashSet::from([9815]));
     }
 
     #[test]

@@ -24,6 +24,7 @@ need ss iproute2
 need sysctl procps
 need setpriv util-linux
 need unshare util-linux
+need promtool prometheus
 
 # A library, and no program in anybody's PATH.
 if [ -e /etc/debian_version ] && ! ls /usr/lib/*/faketime/libfaketime.so.1 >/dev/null 2>&1; then
