@@ -10,8 +10,8 @@ mod lab;
 mod report;
 mod traffic;
 
-use std::io::IoSliceMut;
-use std::net::SocketAddr;
+use std::io::{BufRead, BufReader, IoSliceMut, Read, Write};
+use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -46,6 +46,9 @@ const INNOCENT: usize = 2;
 /// A repair that takes longer counts as lost.
 const PATIENCE: Duration = Duration::from_secs(1);
 
+/// Scrapes of the metrics a second, on one connection.
+const SCRAPES: u32 = 1000;
+
 const NFLOG: &[&str] = &["--defence", "0", "--events", "nflog"];
 
 /// One way to run ctkeep, with or without other traffic.
@@ -54,6 +57,8 @@ struct Arm {
     churn: bool,
     /// All connections are those of one source.
     one_source: bool,
+    /// Metrics are read meanwhile.
+    scraped: bool,
     args: &'static [&'static str],
     targets: [Target; 2],
     repaired: Vec<f64>,
@@ -70,6 +75,7 @@ impl Arm {
             name,
             churn,
             one_source: false,
+            scraped: false,
             args,
             targets,
             repaired: Vec::new(),
@@ -90,6 +96,7 @@ fn main() {
     let mut arms = [
         Arm::new("idle, nflog", false, NFLOG, true),
         Arm { one_source: true, ..Arm::new("idle, nflog, one source", false, NFLOG, false) },
+        Arm { scraped: true, ..Arm::new("scraped, nflog", false, NFLOG, true) },
         Arm::new("idle, ctnetlink", false, &["--defence", "0", "--events", "ctnetlink"], false),
         Arm::new("churn, nflog", true, NFLOG, true),
         Arm::new(
@@ -110,10 +117,12 @@ fn main() {
                 let churn = arm.churn.then(|| {
                     scope.spawn(|| lab.client.within(|| churn(&Exchange::new(&churned), &stop)))
                 });
+                let scrapes =
+                    arm.scraped.then(|| scope.spawn(|| lab.server.within(|| scrape(&stop))));
                 measure(&lab, arm);
                 stop.store(true, Ordering::Relaxed);
-                if let Some(churn) = churn {
-                    arm.rate += churn.join().expect("churn") / PASSES as f64;
+                for beside in [churn, scrapes].into_iter().flatten() {
+                    arm.rate += beside.join().expect("other traffic") / PASSES as f64;
                 }
             });
             drop(daemon);
@@ -129,7 +138,7 @@ fn main() {
         let [half, most] = arm.targets;
         let name = match arm.rate {
             0.0 => arm.name.to_owned(),
-            rate => format!("{} ({rate:.0} connections/s)", arm.name),
+            rate => format!("{} ({rate:.0}/s)", arm.name),
         };
         report::figure(&format!("{name}: p50"), p50, "us", half);
         report::figure(&format!("{name}: p99"), p99, "us", most);
@@ -150,6 +159,33 @@ fn churn(exchange: &Exchange<'_>, stop: &AtomicBool) -> f64 {
     let mut count = 0;
     while !stop.load(Ordering::Relaxed) {
         count += exchange.run(Ending::Rst, Some(CHURN), Instant::now() + SLICE);
+    }
+    report::rate(count, begun.elapsed())
+}
+
+/// Metrics read at a steady pace until told to stop; how many times a second.
+fn scrape(stop: &AtomicBool) -> f64 {
+    let stream = TcpStream::connect("127.0.0.1:9815").expect("the metrics");
+    stream.set_nodelay(true).expect("no delay");
+    let mut answers = BufReader::new(&stream);
+    let (begun, mut count) = (Instant::now(), 0);
+    while !stop.load(Ordering::Relaxed) {
+        (&stream).write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n").expect("a request");
+        let mut length = 0;
+        loop {
+            let mut line = String::new();
+            answers.read_line(&mut line).expect("an answer");
+            match line.trim_end().split_once(": ") {
+                Some(("content-length", text)) => length = text.parse().expect("a length"),
+                Some(_) => {}
+                None if line.trim_end().is_empty() => break,
+                None => assert!(line.starts_with("HTTP/1.1 200"), "{line}"),
+            }
+        }
+        answers.read_exact(&mut vec![0; length]).expect("a body");
+        count += 1;
+        let due = begun + Duration::from_secs(1) / SCRAPES * u32::try_from(count).expect("few");
+        thread::sleep(due.saturating_duration_since(Instant::now()));
     }
     report::rate(count, begun.elapsed())
 }
