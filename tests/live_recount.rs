@@ -125,15 +125,16 @@ fn repair(lab: &Lab, container: Option<&Namespace>, held: &Held, route: &str) {
     let (code, out, err) =
         lab.ctkeep(PROGRAM, &["reconcile", "--source", source, "--recount", route, "--no-header"]);
     assert_eq!(code, 0, "{out}{err}");
-    // A row that is wider than the table is wrapped.
-    let out = out.split_whitespace().collect::<Vec<_>>().join(" ");
-    let revived = out.matches("revive ").count();
-    assert_eq!(revived, LIMIT, "{route}: {out}{err}");
-    match route {
-        "ingress" => assert_eq!(out.matches("recounted by ingress").count(), LIMIT, "{out}{err}"),
-        "loopback" => assert_eq!(out.matches("recounted by loopback").count(), LIMIT, "{out}{err}"),
-        _ => {}
+    // One line for each connection, its addresses and its outcome whole.
+    for conn in &held.conns {
+        let row = out.lines().find(|line| line.contains(&format!(" {} ", conn.client)));
+        let row = row.unwrap_or_else(|| panic!("{route}: no {} in {out}{err}", conn.client));
+        assert!(row.trim_start().starts_with("revive "), "{route}: {out}{err}");
+        if matches!(route, "ingress" | "loopback") {
+            assert!(row.ends_with(&format!("recounted by {route}")), "{out}{err}");
+        }
     }
+    assert_eq!(out.lines().count(), LIMIT, "{route}: {out}{err}");
 }
 
 fn await_repair(lab: &Lab, daemon: &Daemon, held: &Held) {

@@ -1,32 +1,59 @@
 //! Output: aligned tables, JSON lines, and nothing else on stdout.
 
+use std::borrow::Cow;
 use std::io::{self, Write};
 
+use anstream::ColorChoice;
 use anstyle::{AnsiColor, Effects, Style};
-use comfy_table::{Cell, ContentArrangement, Table, presets};
+use comfy_table::{ColumnConstraint, ContentArrangement, Table, Width, presets};
 
 use super::finding::{Finding, Verdict};
 use super::layers::Layers;
-use super::report::Report;
+use super::report::{Connection, Report};
+use super::sources::Source;
 use crate::error::{Op, Result};
 use crate::sockdiag::State;
 
-/// No line of a table is longer, whatever the terminal.
+/// Text is wrapped here, whatever the terminal.
 const WIDTH: u16 = 100;
+/// Blanks between columns.
+const GAP: u16 = 2;
 const BAD: Style = AnsiColor::Red.on_default().effects(Effects::BOLD);
 const WARN: Style = AnsiColor::Yellow.on_default();
 
-/// An empty table in the manner of `ss`.
-pub fn table(headings: &[&str], no_header: bool) -> Table {
+/// What a table does with a row that is too wide.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rows {
+    /// Stays in one line, whatever its width: for rows of addresses.
+    Whole,
+    /// Its last column is text, broken at spaces.
+    Text,
+}
+
+/// A table in the manner of `ss`: aligned, no blanks at the ends of lines, no word ever cut.
+pub fn table(headings: &[&str], rows: Vec<Vec<String>>, kind: Rows, no_header: bool) -> String {
+    let words = rows.iter().filter_map(|row| row.last()).flat_map(|text| text.split_whitespace());
+    let longest = words.map(|word| word.chars().count()).max().unwrap_or(0);
     let mut table = Table::new();
-    table
-        .load_style(presets::NOTHING)
-        .set_content_arrangement(ContentArrangement::Dynamic)
-        .set_width(WIDTH);
+    table.load_style(presets::NOTHING);
     if !no_header {
         table.set_header(headings);
     }
-    table
+    table.add_rows(rows);
+    table.column_iter_mut().for_each(|column| drop(column.set_padding((0, GAP))));
+    if kind == Rows::Text {
+        table.set_content_arrangement(ContentArrangement::Dynamic).set_width(WIDTH);
+        let last = table.column_count().saturating_sub(1);
+        for (index, column) in table.column_iter_mut().enumerate() {
+            column.set_constraint(if index < last {
+                ColumnConstraint::ContentWidth
+            } else {
+                let padded = u16::try_from(longest).unwrap_or(u16::MAX).saturating_add(GAP);
+                ColumnConstraint::LowerBoundary(Width::Fixed(padded))
+            });
+        }
+    }
+    table.to_string().lines().map(|line| format!("{}\n", line.trim_end())).collect()
 }
 
 /// Writes text to stdout; its colours only on a terminal, and not where NO_COLOR is set.
@@ -34,8 +61,13 @@ pub fn table(headings: &[&str], no_header: bool) -> Table {
 /// # Errors
 /// stdout is closed or full.
 pub fn text(text: &str) -> Result<()> {
-    let mut out = anstream::AutoStream::auto(io::stdout().lock());
-    out.write_all(text.as_bytes())
+    let mut out = io::stdout().lock();
+    // In one piece: a stripping stream writes line by line.
+    let wanted = match anstream::AutoStream::choice(&out) {
+        ColorChoice::Never => Cow::Owned(anstream::adapter::strip_str(text).to_string()),
+        _ => Cow::Borrowed(text),
+    };
+    out.write_all(wanted.as_bytes())
         .and_then(|()| out.flush())
         .map_err(|error| Op::new("write to stdout").io(error))
 }
@@ -51,54 +83,51 @@ pub fn line(value: &serde_json::Value) -> Result<()> {
 /// The report for people: sources, disagreements, and the sum of it.
 pub fn report(report: &Report, all: bool, top: Option<usize>, no_header: bool) -> String {
     let headings =
-        ["SOURCE", "HELD", "COUNTED", "UNCOUNTED", "STALE", "CLOSE-WAIT", "ESTABLISHED", "LIMIT"];
-    let mut sources = table(&headings, no_header);
-    for source in report.sources.iter().take(top.unwrap_or(usize::MAX)) {
+        ["SOURCE", "HELD", "COUNTED", "UNCOUNTED", "STALE", "CLOSE-WAIT", "ESTAB", "LIMIT"];
+    let row = |source: &Source| {
         let of = |state| source.sockets.get(&state).copied().unwrap_or(0);
         let limit = match (source.limit, source.over_limit) {
             (None, _) => "-".to_owned(),
             (Some(limit), false) => limit.to_string(),
             (Some(limit), true) => format!("over {limit}"),
         };
-        sources.add_row(vec![
-            Cell::new(source.net),
-            Cell::new(source.held),
-            Cell::new(source.counted),
-            Cell::new(source.uncounted),
-            Cell::new(source.stale),
-            Cell::new(of(State::CloseWait)),
-            Cell::new(of(State::Established)),
-            Cell::new(limit),
-        ]);
-    }
-    let headings = ["CLASS", "REMOTE", "LOCAL", "SOCKET", "ENTRY", "EXPIRES", "PROCESS"];
-    let mut connections = table(&headings, no_header);
-    let listed = report.listed(all);
-    for connection in &listed {
+        vec![
+            source.net.to_string(),
+            source.held.to_string(),
+            source.counted.to_string(),
+            source.uncounted.to_string(),
+            source.stale.to_string(),
+            of(State::CloseWait).to_string(),
+            of(State::Established).to_string(),
+            limit,
+        ]
+    };
+    let rows = report.sources.iter().take(top.unwrap_or(usize::MAX)).map(row).collect();
+    let sources = table(&headings, rows, Rows::Whole, no_header);
+    let headings = ["CLASS", "REMOTE", "LOCAL", "SOCKET", "ENTRY", "LEFT", "PROCESS"];
+    let row = |connection: &Connection| {
         let view = &connection.view;
         let entry = view.entry.and_then(|entry| entry.state());
         let timeout = view.entry.and_then(|entry| entry.timeout);
-        connections.add_row(vec![
-            Cell::new(connection.class),
-            Cell::new(view.flow.dst),
-            Cell::new(view.flow.src),
-            Cell::new(view.socket.map_or("-", |socket| socket.state.name())),
-            Cell::new(entry.map_or("-", |state| state.name())),
-            Cell::new(timeout.map_or("-".to_owned(), |time| format!("{}s", time.as_secs()))),
-            Cell::new(
-                connection
-                    .holder
-                    .as_ref()
-                    .map_or("-".to_owned(), |holder| format!("{}/{}", holder.pid, holder.command)),
-            ),
-        ]);
-    }
-    let mut out = format!("{}\n\n", layers(&report.layers, no_header));
+        let holder = connection.holder.as_ref();
+        vec![
+            connection.class.to_string(),
+            view.flow.dst.to_string(),
+            view.flow.src.to_string(),
+            view.socket.map_or("-", |socket| socket.state.name()).to_owned(),
+            entry.map_or("-", |state| state.name()).to_owned(),
+            timeout.map_or("-".to_owned(), |time| format!("{}s", time.as_secs())),
+            holder.map_or("-".to_owned(), |holder| format!("{}/{}", holder.pid, holder.command)),
+        ]
+    };
+    let connections: Vec<_> = report.listed(all).into_iter().map(row).collect();
+    let mut out = format!("{}\n", layers(&report.layers, no_header));
     if !report.sources.is_empty() {
-        out.push_str(&format!("{sources}\n\n"));
+        out.push_str(&format!("{sources}\n"));
     }
-    if !listed.is_empty() {
-        out.push_str(&format!("{connections}\n\n"));
+    if !connections.is_empty() {
+        out.push_str(&table(&headings, connections, Rows::Whole, no_header));
+        out.push('\n');
     }
     let counts: Vec<_> = report
         .classes()
@@ -108,20 +137,20 @@ pub fn report(report: &Report, all: bool, top: Option<usize>, no_header: bool) -
         .collect();
     let counts = if counts.is_empty() { "no connections".to_owned() } else { counts.join(", ") };
     out.push_str(&format!("{counts}\n"));
-    trim_ends(&out)
+    coloured(&out)
 }
 
 /// Findings, each with what to do about it.
 pub fn findings(findings: &[Finding], no_header: bool) -> String {
-    let mut rows = table(&["FINDING", "VERDICT", "WHAT"], no_header);
-    for finding in findings {
-        rows.add_row(vec![
+    let row = |finding: &Finding| {
+        vec![
             finding.id.to_owned(),
             finding.verdict.to_string(),
             with_advice(&finding.what, &finding.advice),
-        ]);
-    }
-    trim_ends(&rows.to_string())
+        ]
+    };
+    let rows = findings.iter().map(row).collect();
+    coloured(&table(&["FINDING", "VERDICT", "WHAT"], rows, Rows::Text, no_header))
 }
 
 fn with_advice(what: &str, advice: &str) -> String {
@@ -129,10 +158,10 @@ fn with_advice(what: &str, advice: &str) -> String {
 }
 
 /// The layers, each with what is wrong in it; where nothing is, its first figure.
-fn layers(layers: &Layers, no_header: bool) -> Table {
-    let mut rows = table(&["LAYER", "VERDICT", "WHAT"], no_header);
+fn layers(layers: &Layers, no_header: bool) -> String {
+    let mut rows = Vec::new();
     let mut add = |layer: &str, verdict: Verdict, what: &str, advice: &str| {
-        rows.add_row(vec![layer.to_owned(), verdict.to_string(), with_advice(what, advice)]);
+        rows.push(vec![layer.to_owned(), verdict.to_string(), with_advice(what, advice)]);
     };
     let mut findings = |layer: &str, findings: &[Finding], all: bool| {
         let has_trouble = findings.iter().any(|finding| finding.verdict != Verdict::Ok);
@@ -174,12 +203,12 @@ fn layers(layers: &Layers, no_header: bool) -> Table {
             application.advice.as_deref().unwrap_or_default(),
         );
     }
-    rows
+    table(&["LAYER", "VERDICT", "WHAT"], rows, Rows::Text, no_header)
 }
 
-/// Tables pad their last column; nobody wants the blanks. What hurts is coloured.
-fn trim_ends(text: &str) -> String {
-    text.lines().map(|line| format!("{}\n", painted(line.trim_end()))).collect()
+/// The same text with what hurts in colour.
+fn coloured(text: &str) -> String {
+    text.lines().map(|line| format!("{}\n", painted(line))).collect()
 }
 
 fn painted(line: &str) -> String {
@@ -199,6 +228,21 @@ fn painted(line: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn words_stay_whole_and_only_text_is_wrapped() {
+        let long = "x".repeat(120);
+        let row = |text: &str| vec!["name".to_owned(), text.to_owned()];
+        let address = "[2001:db8:aaaa:bbbb:cccc:dddd:eeee:ffff]:20003 ".repeat(3);
+        let whole = table(&["A", "B"], vec![row(address.trim_end())], Rows::Whole, true);
+        assert_eq!(whole, format!("name  {}\n", address.trim_end()));
+        let text = table(&["A", "B"], vec![row(&"word ".repeat(30))], Rows::Text, true);
+        assert_eq!(text.lines().count(), 2);
+        assert!(text.lines().all(|line| line.chars().count() <= usize::from(WIDTH)), "{text}");
+        assert!(text.split_whitespace().skip(1).all(|word| word == "word"), "{text}");
+        let cut = table(&["A", "B"], vec![row(&format!("a {long} b"))], Rows::Text, true);
+        assert!(cut.contains(&long), "{cut}");
+    }
 
     #[test]
     fn only_the_verdict_of_a_line_is_painted() {

@@ -2,12 +2,11 @@
 
 use std::time::Instant;
 
-use comfy_table::Cell;
 use serde_json::json;
 
 use super::Exit;
 use super::args::{Format, Reconcile};
-use crate::audit::render;
+use crate::audit::render::{self, Rows};
 use crate::error::Result;
 use crate::reconcile::apply::{Outcome, apply};
 use crate::reconcile::confirm::{Confirmed, confirm};
@@ -88,20 +87,20 @@ fn print(args: &Reconcile, netns: &str, confirmed: &Confirmed, outcomes: &[Outco
         }
         Format::Table => {
             let headings = ["ACTION", "REMOTE", "LOCAL", "REASON", "RESULT"];
-            let mut table = render::table(&headings, args.output.no_header);
-            for (action, outcome) in rows {
-                table.add_row(vec![
-                    Cell::new(action.kind),
-                    Cell::new(action.view.flow.dst),
-                    Cell::new(action.view.flow.src),
-                    Cell::new(action.reason),
-                    Cell::new(outcome.map_or("planned".to_owned(), result_text)),
-                ]);
-            }
+            let row = |(action, outcome): (&Action, Option<&Outcome>)| {
+                vec![
+                    action.kind.to_string(),
+                    action.view.flow.dst.to_string(),
+                    action.view.flow.src.to_string(),
+                    action.reason.to_string(),
+                    outcome.map_or("planned".to_owned(), result_text),
+                ]
+            };
             if confirmed.actions().is_empty() {
                 return render::text("nothing to repair\n");
             }
-            render::text(&format!("{table}\n"))
+            let rows = rows.map(row).collect();
+            render::text(&render::table(&headings, rows, Rows::Whole, args.output.no_header))
         }
     }
 }
