@@ -6,6 +6,7 @@
 #[path = "../tests/lab/mod.rs"]
 mod lab;
 
+use std::ops::Range;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -21,6 +22,8 @@ const ROUNDS: usize = 9;
 fn main() {
     lab::serve_if_asked();
     let Some(lab) = Lab::new() else { return };
+    // Without a rule that asks for conntrack nothing is tracked.
+    lab.connlimit(80, 100_000);
     lab.server.sysctl("net/netfilter/nf_conntrack_tcp_loose", "0");
     let servers = [lab.serve("[::]:80"), lab.serve("[::]:81")];
     let peers = ["198.51.100.7", "203.0.113.9"].map(|address| lab.peer(address));
@@ -31,14 +34,22 @@ fn main() {
         }
     }
     let foreign = ENTRIES - u32::try_from(conns.len()).expect("a count");
-    lab.server.within(|| insert(foreign));
-    let tools = || time(&lab, "sh", &["-c", "conntrack -L >/dev/null 2>&1; ss -tan >/dev/null"]);
+    lab.server.within(|| insert(0..foreign));
+    compare(&lab, "every socket has its entry");
+    // As after a firewall was started anew: every socket is looked at exactly, and reported.
+    lab.server.run("conntrack -D -p tcp -d 192.0.2.1");
+    lab.server.within(|| insert(foreign..ENTRIES));
+    compare(&lab, "no socket has an entry");
+    drop(servers);
+}
+
+fn compare(lab: &Lab, what: &str) {
     println!(
-        "{} entries, {} sockets, {} in close-wait, median of {ROUNDS}",
-        ENTRIES,
-        conns.len(),
-        lab.sockets("close-wait")
+        "{} entries, {} sockets, {what}; median of {ROUNDS}",
+        lab.server.output("conntrack -C").trim(),
+        lab.sockets("established")
     );
+    let tools = || time(lab, "sh", &["-c", "conntrack -L >/dev/null 2>&1; ss -tan >/dev/null"]);
     for (name, args) in [
         ("ctkeep audit", &["audit"][..]),
         ("ctkeep audit --port (four of them)", &["audit", "--port=80,81,82,83"]),
@@ -48,7 +59,7 @@ fn main() {
         let mut theirs = Vec::new();
         for _ in 0..ROUNDS {
             theirs.push(tools());
-            ours.push(time(&lab, CTKEEP, args));
+            ours.push(time(lab, CTKEEP, args));
         }
         let (ours, theirs) = (median(ours), median(theirs));
         println!(
@@ -56,11 +67,10 @@ fn main() {
             ours.as_secs_f64() / theirs.as_secs_f64()
         );
     }
-    drop(servers);
 }
 
 /// Entries of other hosts.
-fn insert(count: u32) {
+fn insert(numbers: Range<u32>) {
     let mut table = Conntrack::open().expect("conntrack");
     let change = |number: u32| {
         let client =
@@ -75,10 +85,10 @@ fn insert(count: u32) {
             timeout,
         })
     };
-    let changes: Vec<_> = (0..count).map(change).collect();
+    let changes: Vec<_> = numbers.map(change).collect();
     let failed =
         table.change(&changes).expect("a conversation").iter().filter(|r| r.is_err()).count();
-    assert_eq!(failed, 0, "of {count} inserts");
+    assert_eq!(failed, 0, "of {} inserts", changes.len());
 }
 
 fn port(number: u32) -> u16 {

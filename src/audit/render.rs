@@ -40,7 +40,9 @@ pub fn table(headings: &[&str], rows: Vec<Vec<String>>, kind: Rows, no_header: b
         table.set_header(headings);
     }
     table.add_rows(rows);
-    table.column_iter_mut().for_each(|column| drop(column.set_padding((0, GAP))));
+    for column in table.column_iter_mut() {
+        column.set_padding((0, GAP));
+    }
     if kind == Rows::Text {
         table.set_content_arrangement(ContentArrangement::Dynamic).set_width(WIDTH);
         let last = table.column_count().saturating_sub(1);
