@@ -64,6 +64,28 @@ fn a_missing_privilege_is_named_and_ends_with_three() {
     assert!(out.contains("AmbientCapabilities"), "{out}");
 }
 
+/// What was found about `id`.
+fn texts(report: &Value, id: &str) -> String {
+    let findings = report["findings"].as_array().expect("findings").iter();
+    let wanted = findings.filter(|finding| finding["id"] == id);
+    wanted.map(|finding| finding["what"].as_str().unwrap_or_default()).collect()
+}
+
+#[test]
+fn the_routes_are_those_that_a_limit_counted() {
+    let Some(lab) = Lab::new() else { return };
+    let (_, report) = doctor(&lab);
+    let text = texts(&report, "recount-route");
+    assert!(text.contains("counted nudges by ingress and by loopback"), "{text}");
+    // Without TUN devices there is no ingress route.
+    let hidden = format!("mount --bind /dev/null /dev/net/tun; {CTKEEP} doctor --format json");
+    let (_, out, err) = lab.ctkeep("unshare", &["--mount", "sh", "-c", &hidden]);
+    let report = serde_json::from_str(&out).unwrap_or_else(|error| panic!("{error}: {out}{err}"));
+    assert_eq!(verdicts(&report, "recount-route"), ["warn"], "{report:#}");
+    let text = texts(&report, "recount-route");
+    assert!(text.contains("counted nudges by loopback; not by ingress: "), "{text}");
+}
+
 #[test]
 fn the_trial_of_the_recount_routes_leaves_nothing_behind() {
     let Some(lab) = Lab::new() else { return };

@@ -16,7 +16,7 @@ use crate::host::instance;
 use crate::host::ruleset::{Hook, Ruleset};
 use crate::netlink::KernelSocket;
 use crate::reconcile::policy::Policy;
-use crate::reconcile::recount::{Mode, Recounter, Route};
+use crate::reconcile::recount::{Route, Trial};
 use crate::sockdiag::SockDiag;
 
 /// Capabilities by their bits (`include/uapi/linux/capability.h`).
@@ -25,8 +25,6 @@ const CAP_NET_RAW: u64 = 1 << 13;
 const CAP_SYS_PTRACE: u64 = 1 << 19;
 /// What the event socket asks for; holds 13 000 events.
 const RECEIVE_BUFFER: usize = 8 << 20;
-/// Name of the helper device and table of the trial; its namespace has no other.
-const TRIAL: &str = "ctkeep";
 
 /// What was found.
 #[derive(Debug)]
@@ -162,70 +160,75 @@ fn lease(lease: Duration, figures: &Figures) -> Option<Finding> {
 }
 
 /// What a throw-away namespace with the same kernel and the same rights allows.
-fn try_recount(now: Instant) -> Result<(Vec<Route>, bool, Vec<String>)> {
+fn try_recount(now: Instant) -> Result<Trial> {
     thread::scope(|scope| {
         let trial = scope.spawn(|| {
             unshare(CloneFlags::CLONE_NEWNET)
                 .map_err(|errno| Op::new("make a network namespace").io(errno.into()))?;
-            let Some(recounter) = Recounter::open(Mode::Auto, TRIAL, now)? else {
-                return Ok((Vec::new(), false, Vec::new()));
-            };
-            Ok((recounter.routes(), recounter.can_seal(), recounter.shortfalls().to_vec()))
+            Trial::run(now)
         });
         trial.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
 }
 
-fn recount(trial: &Result<(Vec<Route>, bool, Vec<String>)>, limiter: &Limiter) -> Vec<Finding> {
-    let (routes, can_seal, shortfalls) = match trial {
+fn recount(trial: &Result<Trial>, limiter: &Limiter) -> Vec<Finding> {
+    const MODULES: &str = "modprobe -a tun sch_ingress cls_u32 act_mirred nf_tables";
+    let trial = match trial {
         Ok(trial) => trial,
         Err(error) => {
             return vec![Finding::warn(
                 "recount-route",
                 format!("not tried: {error}"),
-                "run ctkeep doctor as root",
+                "run ctkeep doctor as root; modprobe -a nf_tables nft_connlimit",
             )];
         }
     };
-    let names: Vec<_> = routes.iter().map(|route| route.name()).collect();
-    let mut all = Vec::new();
-    let loopback_only = !routes.contains(&Route::Ingress);
-    all.push(match (routes.as_slice(), loopback_only) {
-        ([], _) => Finding::bad(
-            "recount-route",
-            format!("no route works: {}", shortfalls.join("; ")),
-            "modprobe -a tun sch_ingress cls_u32 act_mirred nf_tables",
-        ),
-        (_, true) => Finding::warn(
-            "recount-route",
-            format!("only {} works: {}", names.join(", "), shortfalls.join("; ")),
-            "modprobe -a tun sch_ingress cls_u32 act_mirred nf_tables",
-        ),
-        _ => {
-            Finding::ok("recount-route", format!("tried in an own namespace: {}", names.join(", ")))
+    let mut counted = Vec::new();
+    let mut failed = Vec::new();
+    let mut seal = None;
+    for (route, outcome) in &trial.routes {
+        match outcome {
+            Ok(sealed) => {
+                counted.push(*route);
+                seal = seal.or(Some(sealed));
+            }
+            Err(error) => failed.push(format!("not by {route}: {}", error.cause)),
         }
-    });
+    }
+    let names: Vec<_> = counted.iter().map(|route| route.name()).collect();
+    let what = format!("a limit in an own namespace counted nudges by {}", names.join(" and by "));
+    let loopback_only = !counted.contains(&Route::Ingress);
+    let mut all = vec![match (counted.is_empty(), loopback_only) {
+        (true, _) => Finding::bad(
+            "recount-route",
+            format!("no nudge was counted by a limit in an own namespace: {}", failed.join("; ")),
+            MODULES,
+        ),
+        (false, true) => {
+            Finding::warn("recount-route", format!("{what}; {}", failed.join("; ")), MODULES)
+        }
+        (false, false) if failed.is_empty() => Finding::ok("recount-route", what),
+        (false, false) => Finding::ok("recount-route", format!("{what}; {}", failed.join("; "))),
+    }];
     all.extend(
         limiter.rules.iter().filter(|rule| loopback_only && !is_reached_by_loopback(rule)).map(
             |rule| {
                 Finding::bad(
                     "recount-unreachable",
                     format!("{}: the loopback route does not reach it", rule.place()),
-                    "load the modules of the ingress route: modprobe -a tun sch_ingress cls_u32 \
-                     act_mirred nf_tables",
+                    format!("load the modules of the ingress route: {MODULES}"),
                 )
             },
         ),
     );
-    all.push(if *can_seal {
-        Finding::ok("seal", "revived connections can be made immune to stale RSTs")
-    } else {
-        Finding::warn(
+    all.extend(seal.map(|sealed| match sealed {
+        Ok(()) => Finding::ok("seal", "revived connections can be made immune to stale RSTs"),
+        Err(error) => Finding::warn(
             "seal",
-            "revived connections stay open to the next stale RST",
+            format!("revived connections stay open to the next stale RST: {}", error.cause),
             "modprobe nf_tables",
-        )
-    });
+        ),
+    }));
     all
 }
 

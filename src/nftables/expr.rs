@@ -53,6 +53,8 @@ pub enum Expr {
         /// At once, after a rest.
         burst: u32,
     },
+    /// Count the packet's connection; go on only if there are more than this. `ct count over N`
+    CountOver(u32),
     /// Conntrack leaves the packet alone.
     NoTrack,
     /// This chain is done with the packet.
@@ -132,6 +134,13 @@ impl Expr {
                     nla(NFTA_LIMIT_RATE, &rate.to_be_bytes()),
                     nla(NFTA_LIMIT_UNIT, &1_u64.to_be_bytes()),
                     word(NFTA_LIMIT_BURST, *burst),
+                ],
+            ),
+            Self::CountOver(count) => (
+                "connlimit",
+                vec![
+                    word(NFTA_CONNLIMIT_COUNT, *count),
+                    word(NFTA_CONNLIMIT_FLAGS, NFT_CONNLIMIT_F_INV),
                 ],
             ),
             Self::NoTrack => ("notrack", Vec::new()),

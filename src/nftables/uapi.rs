@@ -47,6 +47,10 @@ pub(super) const NFTA_LIMIT_RATE: u16 = 1;
 pub(super) const NFTA_LIMIT_UNIT: u16 = 2;
 pub(super) const NFTA_LIMIT_BURST: u16 = 3;
 
+pub(super) const NFTA_CONNLIMIT_COUNT: u16 = 1;
+pub(super) const NFTA_CONNLIMIT_FLAGS: u16 = 2;
+pub(super) const NFT_CONNLIMIT_F_INV: u32 = 1;
+
 pub(super) const NFTA_LOG_GROUP: u16 = 1;
 pub(super) const NFTA_LOG_PREFIX: u16 = 2;
 pub(super) const NFTA_LOG_SNAPLEN: u16 = 3;

@@ -11,6 +11,7 @@ mod ingress;
 mod loopback;
 mod packet;
 mod traffic;
+mod trial;
 mod veil;
 
 use std::collections::{HashMap, HashSet};
@@ -24,6 +25,7 @@ use self::budget::Budget;
 use self::ingress::Ingress;
 use self::loopback::RawSockets;
 use self::packet::Silencer;
+pub use self::trial::Trial;
 use self::veil::{Marks, Veil};
 use crate::conntrack::Entry;
 use crate::error::{Cause, Error, Op, Result};

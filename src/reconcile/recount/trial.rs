@@ -1,0 +1,124 @@
+//! Tries every route on a real limit, in a network namespace that nobody else uses.
+
+use std::net::{Ipv4Addr, TcpListener};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use netlink_packet_core::Emitable;
+use netlink_packet_route::link::{LinkFlags, LinkMessage};
+use netlink_sys::protocols::NETLINK_ROUTE;
+use tun_rs::{DeviceBuilder, Layer, SyncDevice};
+
+use super::{Mode, Recounter, Route};
+use crate::conntrack::{Change, Conntrack, Entry, Insert, Status, TcpState, Zone};
+use crate::error::{Cause, Op, Result};
+use crate::flow::{Endpoint, FourTuple};
+use crate::netlink::{Connection, KernelSocket, Request};
+use crate::nftables::{Chain, Expr, Hook, Layout, Set, Table, tuple};
+
+const RTM_NEWLINK: u16 = 16;
+/// `lo` is the first device of every namespace.
+const LOOPBACK: u32 = 1;
+const IPPROTO_TCP: u8 = 6;
+const NFPROTO_IPV4: u8 = 2;
+const PORT: u16 = 80;
+/// The limit's table, and its set of connections that were counted.
+const LIMIT: &str = "limit";
+const COUNTED: &str = "counted";
+/// A packet may wait for another processor.
+const TRIES: u32 = 100;
+const PAUSE: Duration = Duration::from_millis(2);
+/// The entry of the trial; the namespace lives shorter.
+const TIMEOUT: Duration = Duration::from_secs(60);
+
+/// What became of a nudge by each route.
+#[derive(Debug)]
+pub struct Trial {
+    /// Whether a limit counted the connection after the nudge, and then whether it could be sealed.
+    pub routes: [(Route, Result<Result<()>>); 2],
+}
+
+impl Trial {
+    /// Sends a nudge by each route past a limit. The calling thread must be in a namespace of its
+    /// own: devices, rules and entries are made there.
+    ///
+    /// # Errors
+    /// The namespace cannot be furnished: a privilege, conntrack or `ct count` is missing.
+    pub fn run(now: Instant) -> Result<Self> {
+        set_loopback_up()?;
+        let op = Op::new("listen in trial namespace");
+        // As on the host: the server's port is open, and its TCP drops the nudge in silence.
+        let _server = TcpListener::bind(("0.0.0.0", PORT)).map_err(|error| op.io(error))?;
+        drop(limit()?);
+        let by_ingress = || {
+            let _client = interface_of_client()?;
+            try_out(Mode::Ingress, [198, 51, 100, 7], [198, 51, 100, 1], now)
+        };
+        let by_loopback = || try_out(Mode::Loopback, [127, 0, 0, 2], [127, 0, 0, 1], now);
+        Ok(Self { routes: [(Route::Ingress, by_ingress()), (Route::Loopback, by_loopback())] })
+    }
+}
+
+/// Makes an entry as a repair does, nudges, and asks the limit.
+fn try_out(mode: Mode, client: [u8; 4], server: [u8; 4], now: Instant) -> Result<Result<()>> {
+    let (client, server) = (Endpoint::new(client.into(), 1024), Endpoint::new(server.into(), PORT));
+    let flow = FourTuple::new(client, server);
+    let op = Op::on("recount", flow);
+    let unavailable = |what: &str| op.failed(Cause::Unavailable(what.to_owned()));
+    let mut limit = limit()?;
+    let mut recounter =
+        Recounter::open(mode, "ctkeep", now)?.ok_or_else(|| unavailable("no route"))?;
+    let like = Entry::plain(flow, Zone::default());
+    let (state, status) = (TcpState::Established, Status::FRESH);
+    let insert = Change::Insert(Insert { like, state, status, timeout: TIMEOUT });
+    Conntrack::open()?.change(&[insert])?.into_iter().collect::<Result<()>>()?;
+    recounter.nudge(&like)?;
+    for _ in 0..TRIES {
+        // An element that is not there cannot be removed.
+        match limit.remove(COUNTED, &[tuple::key(flow)]) {
+            Ok(()) => return Ok(recounter.seal(&like)),
+            Err(error) if error.is_absent() => thread::sleep(PAUSE),
+            Err(error) => return Err(error),
+        }
+    }
+    Err(unavailable("sent, and the limit did not count it"))
+}
+
+/// `ct count over 0 add @counted { ip saddr . tcp sport . ip daddr . tcp dport }`: what the limit
+/// counts leaves its name. Each limit counts from zero.
+fn limit() -> Result<Table> {
+    let mut rule = vec![Expr::NfProto, Expr::Equals(vec![NFPROTO_IPV4])];
+    rule.extend([Expr::L4Proto, Expr::Equals(vec![IPPROTO_TCP]), Expr::CountOver(0)]);
+    rule.extend(tuple::load_v4());
+    rule.push(Expr::Add(COUNTED));
+    let counted = Set {
+        name: COUNTED,
+        key_length: tuple::KEY_V4,
+        size: 16,
+        timeout: Some(TIMEOUT),
+        elements: Vec::new(),
+    };
+    let chain = Chain { name: "input", hook: Hook::Input, priority: 0, rules: vec![rule] };
+    Table::create(LIMIT, &Layout { sets: vec![counted], chains: vec![chain] })
+}
+
+/// The device that the client is reached by.
+fn interface_of_client() -> Result<SyncDevice> {
+    let op = Op::new("create interface of trial");
+    let device = DeviceBuilder::new().name("client").layer(Layer::L2);
+    let device = device.ipv4(Ipv4Addr::new(198, 51, 100, 1), 24, None).enable(true).build_sync();
+    device.map_err(|error| op.failed(Cause::Unavailable(format!("{error} (modprobe tun)"))))
+}
+
+/// `ip link set lo up`
+fn set_loopback_up() -> Result<()> {
+    let op = Op::new("set loopback up");
+    let mut message = LinkMessage::default();
+    message.header.index = LOOPBACK;
+    message.header.flags = LinkFlags::Up;
+    message.header.change_mask = LinkFlags::Up;
+    let mut body = vec![0; message.buffer_len()];
+    message.emit(&mut body);
+    let request = Request { op, kind: RTM_NEWLINK, flags: 0, body, joined: false };
+    Connection::new(KernelSocket::open(op, NETLINK_ROUTE)?).execute(&request)
+}
