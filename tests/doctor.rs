@@ -64,6 +64,19 @@ fn a_missing_privilege_is_named_and_ends_with_three() {
     assert!(out.contains("AmbientCapabilities"), "{out}");
 }
 
+#[test]
+fn a_limit_on_a_port_of_a_bridge_is_bad() {
+    let Some(lab) = Lab::new() else { return };
+    lab.server.feed("ip -batch -", "link add br0 type bridge\nlink set eth0 master br0\n");
+    lab.server
+        .run("iptables -A INPUT -i eth0 -p tcp --syn -m connlimit --connlimit-above 3 -j DROP");
+    let (code, report) = doctor(&lab);
+    assert_eq!(code, 1, "{report:#}");
+    assert_eq!(verdicts(&report, "limit-interface"), ["bad"]);
+    assert!(texts(&report, "limit-interface").contains("come in by bridge br0"), "{report:#}");
+    assert!(texts(&report, "ingress-device").contains("bridge br0 of eth0"), "{report:#}");
+}
+
 /// What was found about `id`.
 fn texts(report: &Value, id: &str) -> String {
     let findings = report["findings"].as_array().expect("findings").iter();

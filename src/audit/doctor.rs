@@ -13,7 +13,9 @@ use super::limiter::{Before, LimitRule, Limiter};
 use crate::conntrack::Conntrack;
 use crate::error::{Error, Op, Result};
 use crate::host::instance;
+use crate::host::link::links;
 use crate::host::ruleset::{Hook, Ruleset};
+use crate::host::unit::Unit;
 use crate::netlink::KernelSocket;
 use crate::reconcile::policy::Policy;
 use crate::reconcile::recount::{Route, Trial};
@@ -70,8 +72,9 @@ pub fn examine(policy: &Policy, now: Instant) -> Diagnosis {
     }
     let trial = try_recount(now);
     findings.extend(recount(&trial, &limiter));
+    findings.extend(judge::devices(&links().unwrap_or_default(), &limiter));
     findings.push(receive_buffer());
-    findings.push(open_files());
+    findings.extend(Unit::read().iter().flat_map(judge::unit));
     findings.push(daemon());
     let is_unavailable = findings
         .iter()
@@ -254,21 +257,6 @@ fn receive_buffer() -> Finding {
             format!("sysctl -w net.core.rmem_max={RECEIVE_BUFFER}"),
         ),
         Err(error) => unavailable(&error),
-    }
-}
-
-/// A sweep over several namespaces and the HTTP clients of the metrics need a few dozen.
-fn open_files() -> Finding {
-    const NEEDED: u64 = 256;
-    let limit = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE);
-    match limit {
-        Ok((soft, _)) if soft < NEEDED => Finding::warn(
-            "open-files",
-            format!("at most {soft} open files"),
-            format!("LimitNOFILE={NEEDED} in the systemd unit, or ulimit -n {NEEDED}"),
-        ),
-        Ok((soft, _)) => Finding::ok("open-files", format!("up to {soft} open files")),
-        Err(errno) => Finding::warn("open-files", format!("the limit is unknown: {errno}"), ""),
     }
 }
 

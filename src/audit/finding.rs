@@ -5,7 +5,7 @@ use std::fmt;
 use serde::Serialize;
 
 /// Every identifier there is; docs/doctor.md has a section for each.
-pub const IDENTIFIERS: [&str; 33] = [
+pub const IDENTIFIERS: [&str; 36] = [
     "kernel",
     "privilege-net-admin",
     "privilege-net-raw",
@@ -24,6 +24,7 @@ pub const IDENTIFIERS: [&str; 33] = [
     "limit-shadowed",
     "limit-without-syn",
     "limit-forwarded",
+    "limit-interface",
     "port-untracked",
     "source-over-limit",
     "syncookies-off",
@@ -35,9 +36,11 @@ pub const IDENTIFIERS: [&str; 33] = [
     "half-closed-held",
     "recount-route",
     "recount-unreachable",
+    "ingress-device",
     "seal",
     "receive-buffer",
     "open-files",
+    "unit-limits",
     "daemon",
 ];
 

@@ -1,0 +1,56 @@
+//! The network devices, by rtnetlink.
+
+use netlink_packet_core::{Emitable, Parseable};
+use netlink_packet_route::link::{LinkAttribute, LinkInfo, LinkMessage};
+use netlink_sys::protocols::NETLINK_ROUTE;
+
+use crate::error::{Op, Result};
+use crate::netlink::{Connection, KernelSocket, Request};
+
+const RTM_GETLINK: u16 = 18;
+
+/// A network device.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Link {
+    /// Its number.
+    pub index: u32,
+    /// Its name.
+    pub name: String,
+    /// What `ip -d link` calls its type: `bridge`, `bond`, `vlan`, `vrf`, ...; empty for hardware.
+    pub kind: String,
+    /// Number of the bridge, bond or VRF that it is a port of.
+    pub master: Option<u32>,
+}
+
+/// All devices of the namespace that the calling thread is in. Equivalent: `ip -d link`.
+///
+/// # Errors
+/// A broken conversation, or a message that cannot be read.
+pub fn links() -> Result<Vec<Link>> {
+    let op = Op::new("list of network devices");
+    let message = LinkMessage::default();
+    let mut body = vec![0; message.buffer_len()];
+    message.emit(&mut body);
+    let request = Request { op, kind: RTM_GETLINK, flags: 0, body, joined: false };
+    let mut connection = Connection::new(KernelSocket::open(op, NETLINK_ROUTE)?);
+    connection.dump(&request, |all: &mut Vec<Link>, frame| {
+        let message = LinkMessage::parse(frame.payload).map_err(|error| op.malformed(error))?;
+        let mut link = Link { index: message.header.index, ..Link::default() };
+        for attribute in message.attributes {
+            match attribute {
+                LinkAttribute::IfName(name) => link.name = name,
+                LinkAttribute::Controller(index) => link.master = Some(index),
+                LinkAttribute::LinkInfo(infos) => {
+                    let kind = infos.iter().find_map(|info| match info {
+                        LinkInfo::Kind(kind) => Some(kind.to_string()),
+                        _ => None,
+                    });
+                    link.kind = kind.unwrap_or_default();
+                }
+                _ => {}
+            }
+        }
+        all.push(link);
+        Ok(())
+    })
+}
