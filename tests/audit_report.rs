@@ -95,10 +95,11 @@ fn the_table_is_plain_text_of_a_hundred_columns() {
     assert!(!out.contains('\u{1b}'), "colours without a terminal:\n{out}");
     assert!(out.contains("over 3"), "{out}");
     for line in out.lines() {
-        // Rows of connections are never broken, and addresses of IPv6 are long.
-        let is_connection = ["CLASS", "entry-", "agree"].iter().any(|word| line.starts_with(word));
+        // Rows of addresses are never broken, and those of IPv6 are long.
+        let of_addresses = ["CLASS", "entry-", "agree", "SOURCE", "198.51.", "203.0.", "2001:"];
+        let is_long = of_addresses.iter().any(|word| line.starts_with(word));
         let columns = line.chars().count();
-        assert!(columns <= 100 || is_connection, "{columns} columns: {line}");
+        assert!(columns <= 100 || is_long, "{columns} columns: {line}");
         assert_eq!(line, line.trim_end());
     }
     let (remote, local) = (conn.client.to_string(), conn.server.to_string());
@@ -409,6 +410,30 @@ fn churn_is_never_taken_for_a_disagreement() {
         assert!(failed.is_empty(), "{} of {RUNS}: {}", failed.len(), failed.join("\n"));
     });
     assert!(served.load(Ordering::Relaxed) > RUNS, "hardly any churn");
+}
+
+/// The daemon tells root alone.
+#[test]
+fn a_running_daemon_tells_for_how_long_connections_are_held() {
+    let Some((lab, _server, _conns)) = bypassed() else { return };
+    let oldest = |report: &Value| {
+        let sources = report["sources"].as_array().expect("sources").clone();
+        let of = |name: &str| sources.iter().find(|s| s["source"] == name).cloned();
+        let [half, open] = ["198.51.100.7/32", "203.0.113.9/32"].map(|name| of(name).expect(name));
+        assert_eq!(open["oldest_half_close_seconds"], Value::Null, "an open connection");
+        half["oldest_half_close_seconds"].as_u64()
+    };
+    assert_eq!(oldest(&audit(&lab, &[]).1), None, "nobody to ask");
+    let _daemon = lab.daemon(CTKEEP, &[]);
+    wait_for("an age", Duration::from_secs(10), || {
+        oldest(&audit(&lab, &[]).1).is_some_and(|age| (1..10).contains(&age))
+    });
+    let nobody = "--reuid=65534 --clear-groups --inh-caps=+net_admin --ambient-caps=+net_admin";
+    let mut args: Vec<&str> = nobody.split(' ').collect();
+    args.extend(["--", CTKEEP, "audit", "--format=json"]);
+    let (_, out, err) = lab.ctkeep("setpriv", &args);
+    let report = serde_json::from_str(&out).unwrap_or_else(|error| panic!("{error}: {out}{err}"));
+    assert_eq!(oldest(&report), None, "an ordinary user is told nothing");
 }
 
 #[test]

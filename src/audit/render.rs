@@ -84,8 +84,17 @@ pub fn line(value: &serde_json::Value) -> Result<()> {
 
 /// The report for people: sources, disagreements, and the sum of it.
 pub fn report(report: &Report, all: bool, top: Option<usize>, no_header: bool) -> String {
-    let headings =
-        ["SOURCE", "HELD", "COUNTED", "UNCOUNTED", "STALE", "CLOSE-WAIT", "ESTAB", "LIMIT"];
+    let headings = [
+        "SOURCE",
+        "HELD",
+        "COUNTED",
+        "UNCOUNTED",
+        "STALE",
+        "CLOSE-WAIT",
+        "ESTAB",
+        "OLDEST",
+        "LIMIT",
+    ];
     let row = |source: &Source| {
         let of = |state| source.sockets.get(&state).copied().unwrap_or(0);
         let limit = match (source.limit, source.over_limit) {
@@ -101,6 +110,7 @@ pub fn report(report: &Report, all: bool, top: Option<usize>, no_header: bool) -
             source.stale.to_string(),
             of(State::CloseWait).to_string(),
             of(State::Established).to_string(),
+            source.oldest_half_close.map_or("-".to_owned(), |age| format!("{age}s")),
             limit,
         ]
     };

@@ -15,6 +15,7 @@ use super::sources::{Measure, Source, loads, sources};
 use crate::conntrack::TcpState;
 use crate::error::Result;
 use crate::flow::FourTuple;
+use crate::host::instance;
 use crate::host::ruleset::Ruleset;
 use crate::reconcile::ledger::Ledger;
 use crate::reconcile::observe::Tables;
@@ -67,6 +68,8 @@ pub struct Seen {
     pub figures: Option<Figures>,
     /// Who holds which inode.
     pub holders: HashMap<u32, Holder>,
+    /// For how many seconds a running daemon has held connections, by the cookie of the socket.
+    pub ages: HashMap<u64, u64>,
 }
 
 impl Seen {
@@ -95,6 +98,7 @@ impl Seen {
             limiter: Limiter::of(&Ruleset::read()),
             figures: Some(Figures::read(&mut tables.conntrack)?),
             holders: holders(&inodes),
+            ages: instance::ages("ctkeep"),
         };
         Ok((seen, scope))
     }
@@ -170,7 +174,7 @@ impl Report {
             sockets,
             entries,
             connections,
-            sources: sources(snapshot.views.iter().copied(), measure, &loads),
+            sources: sources(snapshot.views.iter().copied(), measure, &loads, &seen.ages),
             layers,
             netns: seen.netns,
             kernel: seen.kernel,
@@ -219,6 +223,7 @@ impl Report {
                     "counted": source.counted,
                     "uncounted": source.uncounted,
                     "stale": source.stale,
+                    "oldest_half_close_seconds": source.oldest_half_close,
                     "limit": source.limit,
                     "over_limit": source.over_limit,
                 })

@@ -26,6 +26,8 @@ pub struct Source {
     pub uncounted: usize,
     /// Counted entries without a socket.
     pub stale: usize,
+    /// For how many seconds a daemon has held the oldest of its half-closed connections.
+    pub oldest_half_close: Option<u64>,
     /// The limit that it is nearest to, or furthest beyond.
     pub limit: Option<u32>,
     /// More sockets are held than that limit allows.
@@ -64,11 +66,13 @@ impl Measure<'_> {
     }
 }
 
-/// Sources of these connections, those that hurt most first.
+/// Sources of these connections, those that hurt most first. `ages` are seconds by the cookie of
+/// the socket.
 pub fn sources(
     views: impl IntoIterator<Item = View>,
     measure: Measure<'_>,
     loads: &[Load],
+    ages: &HashMap<u64, u64>,
 ) -> Vec<Source> {
     let mut by_net: HashMap<IpNet, Source> = HashMap::new();
     for view in views {
@@ -80,6 +84,7 @@ pub fn sources(
             counted: 0,
             uncounted: 0,
             stale: 0,
+            oldest_half_close: None,
             limit: measure.limit,
             over_limit: false,
         });
@@ -90,6 +95,10 @@ pub fn sources(
                 *source.sockets.entry(socket.state).or_default() += 1;
                 source.held += usize::from(is_open(&view));
                 source.uncounted += usize::from(is_open(&view) && !counted);
+                if socket.state == State::CloseWait {
+                    let age = ages.get(&socket.cookie.0).copied();
+                    source.oldest_half_close = source.oldest_half_close.max(age);
+                }
             }
             None => source.stale += usize::from(counted),
         }

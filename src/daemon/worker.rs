@@ -4,6 +4,7 @@ use std::collections::hash_map::RandomState;
 use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasher, Hasher};
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -31,7 +32,7 @@ use crate::nflog;
 use crate::nftables::Hook;
 use crate::reconcile::apply::{Outcome, apply};
 use crate::reconcile::confirm::{Confirmed, confirm};
-use crate::reconcile::ledger::{Ledger, Shield};
+use crate::reconcile::ledger::{Held, Ledger, Shield};
 use crate::reconcile::observe::{Exact, Tables};
 use crate::reconcile::plan::{Action, ActionKind, plan};
 use crate::reconcile::policy::Scope;
@@ -110,9 +111,10 @@ fn guard_present(
     guard.conntrack.enter()?;
     // Several daemons may serve containers of one host, each with its own share of them.
     let alone = !settings.dry_run && !guard.is_for_others();
-    let _only_one = if alone { Some(instance::claim("ctkeep")?) } else { None };
+    let claim = if alone { Some(instance::claim("ctkeep")?) } else { None };
     let share = Share::new(&control.metrics, number);
     let mut worker = Worker::open(settings, guard, present, share)?;
+    worker.claim = claim;
     worker.sweep(Depth::Deep)?;
     tracing::info!(
         ports = worker.scope.ports.len(),
@@ -175,6 +177,8 @@ struct Worker {
     tables: Tables,
     recounter: Option<Recounter>,
     device: String,
+    /// Where the audit asks.
+    claim: Option<UnixListener>,
     events: Events,
     hook: Hook,
     scope: Scope,
@@ -242,6 +246,7 @@ impl Worker {
             tables,
             recounter: None,
             device: name,
+            claim: None,
             events,
             hook,
             scope,
@@ -305,6 +310,7 @@ impl Worker {
         }
         let mut fds = vec![PollFd::new(control.wake().as_fd(), PollFlags::POLLIN)];
         fds.extend(self.events.fd().map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
+        fds.extend(self.claim.iter().map(|claim| PollFd::new(claim.as_fd(), PollFlags::POLLIN)));
         // Signs of life and the namespaces want a turn now and then.
         let time = deadline.saturating_duration_since(Instant::now()).min(COME_BACK);
         wait_for(&mut fds, time)
@@ -319,6 +325,10 @@ impl Worker {
             self.take_events()?;
             let now = Instant::now();
             self.since = now;
+            if let Some(claim) = &self.claim {
+                let age = |held: Held| (held.cookie.0, (now - held.since).as_secs());
+                instance::answer(claim, self.ledger.held().map(age));
+            }
             if self.second_look.as_ref().is_some_and(|(at, _)| *at <= now)
                 && let Some((_, lookups)) = self.second_look.take()
             {

@@ -1,11 +1,18 @@
 //! One daemon for each network namespace.
 //!
 //! An abstract socket address belongs to the network namespace and is free again when the process
-//! ends, however that happens: no file, no stale lock.
+//! ends, however that happens: no file, no stale lock. The audit asks by the same socket how long
+//! connections have been held; only root is answered, and only root is believed.
 
-use std::io::ErrorKind;
+use std::collections::HashMap;
+use std::io::{ErrorKind, Read, Write};
 use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr, UnixListener};
+use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
+use std::thread;
+use std::time::Duration;
+
+use nix::sys::socket::{getsockopt, sockopt};
+use nix::unistd::Uid;
 
 use crate::error::{Cause, Op, Result};
 
@@ -16,10 +23,57 @@ use crate::error::{Cause, Op, Result};
 pub fn claim(name: &str) -> Result<UnixListener> {
     let op = Op::new("claim network namespace");
     let address = SocketAddr::from_abstract_name(name).map_err(|error| op.io(error))?;
-    UnixListener::bind_addr(&address).map_err(|error| match error.kind() {
+    let listener = UnixListener::bind_addr(&address).map_err(|error| match error.kind() {
         ErrorKind::AddrInUse => {
             op.failed(Cause::Unavailable("another ctkeep guards this namespace already".to_owned()))
         }
         _ => op.io(error),
+    })?;
+    listener.set_nonblocking(true).map_err(|error| op.io(error))?;
+    Ok(listener)
+}
+
+/// Longest that either side waits for the other.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Answers one question, where there is one: for each socket cookie the seconds that it has been
+/// held. Whoever asks and does not read keeps nobody waiting.
+pub fn answer(listener: &UnixListener, ages: impl Iterator<Item = (u64, u64)>) {
+    let Ok((mut stream, _)) = listener.accept() else { return };
+    if !is_trusted(&stream) {
+        return;
+    }
+    let text: String = ages.map(|(cookie, age)| format!("{cookie:x} {age}\n")).collect();
+    let answer = move || {
+        let _ = stream.set_write_timeout(Some(PATIENCE));
+        let _ = stream.write_all(text.as_bytes());
+    };
+    drop(thread::Builder::new().name("answer".to_owned()).spawn(answer));
+}
+
+/// Asks the daemon that has claimed `name` in the network namespace of the calling thread; empty
+/// where there is none.
+pub fn ages(name: &str) -> HashMap<u64, u64> {
+    let ask = || {
+        let address = SocketAddr::from_abstract_name(name).ok()?;
+        let mut stream = UnixStream::connect_addr(&address).ok()?;
+        stream.set_read_timeout(Some(PATIENCE)).ok()?;
+        let mut text = String::new();
+        // Cut short by the time, it still tells what it tells.
+        let _ = is_trusted(&stream).then(|| stream.read_to_string(&mut text));
+        Some(text)
+    };
+    let line = |line: &str| {
+        let (cookie, age) = line.split_once(' ')?;
+        Some((u64::from_str_radix(cookie, 16).ok()?, age.parse().ok()?))
+    };
+    ask().unwrap_or_default().lines().filter_map(line).collect()
+}
+
+/// Whether the other end belongs to root, or to the same user.
+fn is_trusted(stream: &UnixStream) -> bool {
+    getsockopt(stream, sockopt::PeerCredentials).is_ok_and(|peer| {
+        let uid = Uid::from_raw(peer.uid());
+        uid.is_root() || uid == Uid::effective()
     })
 }
