@@ -4,11 +4,13 @@ mod lab;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::{Read, Write};
-use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
+use ctkeep::conntrack::{Change, Conntrack, Entry, Insert, Status, TcpState, Zone};
+use ctkeep::flow::{Endpoint, FourTuple};
 use lab::{Lab, SERVER_V4, holds_within, wait_for};
 use serde_json::Value;
 use socket2::{Domain, SockRef, Socket, Type};
@@ -221,15 +223,38 @@ fn without_zeros(counts: &Value) -> BTreeMap<String, u64> {
     counts.filter(|(_, count)| *count > 0).collect()
 }
 
-/// Two thousand connections in every state and class, of both families, redirected, in a zone, and
-/// among entries that belong to other hosts.
+/// Entries of other hosts, as on a router: what matters is how many there are.
+fn insert_foreign(lab: &Lab, count: u32) {
+    let change = |number: u32| {
+        let client = Ipv4Addr::from(0x0a40_0000 + number / 50_000);
+        let port = u16::try_from(number % 50_000 + 10_000).expect("a port");
+        let flow = FourTuple::new(
+            Endpoint::new(client.into(), port),
+            Endpoint::new([172, 16, 0, 1].into(), 443),
+        );
+        Change::Insert(Insert {
+            like: Entry::plain(flow, Zone::default()),
+            state: TcpState::Established,
+            status: Status::ASSURED,
+            timeout: Duration::from_secs(3600),
+        })
+    };
+    let changes: Vec<_> = (0..count).map(change).collect();
+    let results = lab.server.within(|| Conntrack::open()?.change(&changes)).expect("inserts");
+    assert!(results.iter().all(Result::is_ok), "not all of {count} entries could be made");
+}
+
+/// Two thousand connections in every state and class, of both families, redirected, in a zone,
+/// translated to a container, and among 200 000 entries that belong to other hosts. The eleventh
+/// state, that of a socket with no connection, is in no table of the kernel.
 #[test]
 fn two_thousand_mixed_connections_agree_with_an_independent_count() {
     let Some(lab) = Lab::new() else { return };
-    let ports = [80, 81, 82, 83, 84, 85, 86];
+    let ports = [80, 81, 82, 83, 84, 85, 86, 87, 88];
     lab.server.feed(
         "iptables-restore",
-        "*nat\n-A PREROUTING -p tcp --dport 8080 -j REDIRECT --to-ports 80\nCOMMIT\n\
+        "*nat\n-A PREROUTING -p tcp --dport 8080 -j REDIRECT --to-ports 80\n\
+         -A PREROUTING -p tcp --dport 8081 -j DNAT --to-destination 10.0.0.2:80\nCOMMIT\n\
          *raw\n-A PREROUTING -p tcp --dport 86 -j CT --zone 5\n\
          -A OUTPUT -p tcp --sport 86 -j CT --zone 5\nCOMMIT\n",
     );
@@ -239,8 +264,10 @@ fn two_thousand_mixed_connections_agree_with_an_independent_count() {
     }
     lab.server.sysctl("net/netfilter/nf_conntrack_tcp_timeout_unacknowledged", "600");
     lab.server.sysctl("net/netfilter/nf_conntrack_tcp_timeout_max_retrans", "600");
+    let container = lab.container();
+    let _in_container = lab::Server::start(&container, "[::]:80");
     let _open = lab.serve("[::]:80 [::]:86");
-    let mut closing = lab.serve("[::]:81 [::]:82 [::]:83 [::]:84");
+    let mut closing = lab.serve("[::]:81 [::]:82 [::]:83 [::]:84 0.0.0.0:87");
     let mut talking = lab.serve("[::]:85");
     let mut conns = Vec::new();
     for (address, count) in
@@ -256,6 +283,10 @@ fn two_thousand_mixed_connections_agree_with_an_independent_count() {
         if address.contains('.') {
             conns.extend(peer.open(8080, 20));
             conns.extend(peer.open(86, 20));
+            conns.extend(peer.open(87, 20));
+            let translated = peer.open(8081, 20);
+            assert_eq!(translated.len(), 20, "{address} to the container");
+            conns.extend(translated);
         }
         for _ in 0..5 {
             conns.push(peer.syn_only(80));
@@ -292,6 +323,11 @@ fn two_thousand_mixed_connections_agree_with_an_independent_count() {
         conn.await_fin();
         conn.ack();
     }
+    for conn in by_port.get_mut(&87).unwrap() {
+        conn.await_fin();
+        conn.ack();
+        conn.fin();
+    }
     for conn in by_port.get_mut(&84).unwrap() {
         // Crossing FINs: this one does not acknowledge the server's.
         conn.fin();
@@ -316,6 +352,8 @@ fn two_thousand_mixed_connections_agree_with_an_independent_count() {
                 let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("socket");
                 socket.set_nonblocking(true).expect("non-blocking");
                 socket.set_reuse_address(true).expect("reuse address");
+                // From a port that is looked after, though nobody listens there.
+                socket.bind(&SocketAddr::from((SERVER_V4, 88)).into()).expect("bind");
                 let to = SocketAddr::from(([198, 51, 100, 200], 1000 + index));
                 let _ = socket.connect(&to.into());
                 socket
@@ -324,11 +362,12 @@ fn two_thousand_mixed_connections_agree_with_an_independent_count() {
     });
     assert_eq!(lab.sockets("syn-sent"), outgoing.len());
 
+    insert_foreign(&lab, 200_000);
     let flags: Vec<String> = ports.iter().map(|port| format!("--port={port}")).collect();
     let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
     let mut last = String::new();
     // Retransmissions move a few states while the tools work; a disagreement that is one stays.
-    let agrees = holds_within(Duration::from_secs(30), || {
+    let agrees = holds_within(Duration::from_secs(60), || {
         let (before, _) = counted_by_tools(&lab, &ports);
         let (_, report) = audit(&lab, &flags);
         let (states, classes) = counted_by_tools(&lab, &ports);
@@ -345,7 +384,18 @@ fn two_thousand_mixed_connections_agree_with_an_independent_count() {
     {
         assert!(last.contains(name), "no {name} in\n{last}");
     }
-    for state in ["syn-recv", "fin-wait-1", "fin-wait-2", "close-wait", "last-ack", "closing"] {
+    for state in [
+        "established",
+        "syn-sent",
+        "syn-recv",
+        "fin-wait-1",
+        "fin-wait-2",
+        "time-wait",
+        "close-wait",
+        "last-ack",
+        "listening",
+        "closing",
+    ] {
         assert!(last.contains(state), "no {state} in\n{last}");
     }
     drop(conns);

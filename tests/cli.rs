@@ -224,7 +224,8 @@ fn exit_codes_follow_a_disagreement_through_its_repair() {
 fn of_contract(sources: &Value) -> Value {
     let mut sources = sources.clone();
     for source in sources.as_array_mut().expect("a list") {
-        source.as_object_mut().expect("an object").remove("limit");
+        let source = source.as_object_mut().expect("an object");
+        source.retain(|key, _| !["limit", "oldest_half_close_seconds"].contains(&key.as_str()));
     }
     sources
 }
