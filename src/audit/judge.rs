@@ -1,4 +1,4 @@
-//! Judges figures and rules. Pure: the thresholds stand here and in docs/audit.md.
+//! Judges figures, rules, devices and units. Pure: the thresholds stand here and in docs/doctor.md.
 
 use super::figures::{Table, Tcp};
 use super::finding::Finding;
