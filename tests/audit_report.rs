@@ -162,6 +162,9 @@ fn sockets_shared_by_workers_are_shown_once() {
 
 type Ends = (SocketAddr, SocketAddr);
 
+/// Seconds; so long that what is about to expire outlasts the test.
+const LEASE: u64 = 600;
+
 /// An independent count, from the output of `ss` and `conntrack -L` alone.
 fn counted_by_tools(lab: &Lab, ports: &[u16]) -> (BTreeMap<String, u64>, BTreeMap<String, u64>) {
     let in_scope = |local: &SocketAddr| ports.contains(&local.port());
@@ -194,7 +197,7 @@ fn counted_by_tools(lab: &Lab, ports: &[u16]) -> (BTreeMap<String, u64>, BTreeMa
                 "LAST_ACK" | "TIME_WAIT" | "CLOSE" => "entry-closed",
                 "ESTABLISHED" if name == "established" => "agree",
                 state if opening.contains(&state) => "agree",
-                _ if entry.timeout < 30 => "entry-expiring",
+                _ if entry.timeout < LEASE / 2 => "entry-expiring",
                 _ => "agree",
             },
             (None, Some(_)) => "entry-reversed",
@@ -299,8 +302,8 @@ fn two_thousand_mixed_connections_agree_with_an_independent_count() {
     }
     // Every third is half-closed; every third of those sends a stale RST.
     for port in [80, 86, 8080] {
-        // The last ones are about to be forgotten.
-        let lasting = if port == 8080 { "25" } else { "600" };
+        // The last ones are to be forgotten before half a lease has passed.
+        let lasting = if port == 8080 { "200" } else { "600" };
         lab.server.sysctl("net/netfilter/nf_conntrack_tcp_timeout_close_wait", lasting);
         for (index, conn) in by_port.get_mut(&port).unwrap().iter_mut().enumerate() {
             if index % 3 == 0 && index < 900 {
@@ -363,7 +366,8 @@ fn two_thousand_mixed_connections_agree_with_an_independent_count() {
     assert_eq!(lab.sockets("syn-sent"), outgoing.len());
 
     insert_foreign(&lab, 200_000);
-    let flags: Vec<String> = ports.iter().map(|port| format!("--port={port}")).collect();
+    let mut flags: Vec<String> = ports.iter().map(|port| format!("--port={port}")).collect();
+    flags.push(format!("--lease={LEASE}s"));
     let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
     let mut last = String::new();
     // Retransmissions move a few states while the tools work; a disagreement that is one stays.
