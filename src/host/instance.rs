@@ -2,15 +2,17 @@
 //!
 //! An abstract socket address belongs to the network namespace and is free again when the process
 //! ends, however that happens: no file, no stale lock. The audit asks by the same socket how long
-//! connections have been held; only root is answered, and only root is believed.
+//! connections have been held; only administrators are answered, and only they are believed.
 
 use std::collections::HashMap;
+use std::fs;
 use std::io::{ErrorKind, Read, Write};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::thread;
 use std::time::Duration;
 
+use caps::{CapSet, Capability};
 use nix::sys::socket::{getsockopt, sockopt};
 use nix::unistd::Uid;
 
@@ -70,10 +72,20 @@ pub fn ages(name: &str) -> HashMap<u64, u64> {
     ask().unwrap_or_default().lines().filter_map(line).collect()
 }
 
-/// Whether the other end belongs to root, or to the same user.
+/// Whether the other end belongs to root, to the same user, or to somebody who may change the
+/// table anyway: the service runs under a user of its own.
 fn is_trusted(stream: &UnixStream) -> bool {
     getsockopt(stream, sockopt::PeerCredentials).is_ok_and(|peer| {
         let uid = Uid::from_raw(peer.uid());
-        uid.is_root() || uid == Uid::effective()
+        uid.is_root() || uid == Uid::effective() || may_change_tables(peer.pid())
     })
+}
+
+/// Whether a process has `CAP_NET_ADMIN`, and not just in a user namespace that it made itself.
+fn may_change_tables(pid: i32) -> bool {
+    let user_namespace = |of: &str| fs::read_link(format!("/proc/{of}/ns/user")).ok();
+    let theirs = user_namespace(&pid.to_string());
+    theirs.is_some()
+        && theirs == user_namespace("self")
+        && caps::has_cap(Some(pid), CapSet::Effective, Capability::CAP_NET_ADMIN).unwrap_or(false)
 }

@@ -32,7 +32,7 @@ pub(super) const FULL: &str = "full";
 
 /// How long a FIN is remembered; a sweep finds the connection long before.
 const FIN_MEMORY: Duration = Duration::from_secs(3);
-/// Closing connections of a family that are remembered at once: this many in [`FIN_MEMORY`].
+/// Closing connections of a family that are remembered at once: this many in three seconds.
 pub const CLOSING: u32 = 262_144;
 /// Half-closed connections that are watched for longer.
 const HELD: u32 = 1 << 20;
