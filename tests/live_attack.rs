@@ -16,6 +16,7 @@ const PORT: u16 = 80;
 const LIMIT: usize = 10;
 const ROUNDS: usize = 12;
 const ATTACKER: &str = "198.51.100.7";
+const ATTACKER6: &str = "2001:db8:1::7";
 
 /// From burst to burst. Bursts that come faster than ctkeep reacts gain a limit each
 /// (docs/attack.md); a machine that runs other tests at the same time reacts late.
@@ -37,21 +38,26 @@ impl Rule {
 
     fn set_up(self, lab: &Lab, limit: usize) {
         let iptables = |packets: &str| {
-            lab.server.run(&format!(
-                "iptables -A INPUT -p tcp {packets} --dport {PORT} -m connlimit \
-                 --connlimit-above {limit} --connlimit-mask 32 -j DROP"
-            ));
+            for (program, mask) in [("iptables", 32), ("ip6tables", 128)] {
+                lab.server.run(&format!(
+                    "{program} -A INPUT -p tcp {packets} --dport {PORT} -m connlimit \
+                     --connlimit-above {limit} --connlimit-mask {mask} -j DROP"
+                ));
+            }
         };
         let nft = |rule: &str| {
-            lab.server.feed(
-                "nft -f -",
-                &format!(
-                    "table ip attack {{\n\
-                     set sources {{\n type ipv4_addr\n size 65535\n flags dynamic\n }}\n\
-                     chain incoming {{\n type filter hook input priority 0\n\
-                     tcp dport {PORT} {rule} drop\n }}\n}}\n"
-                ),
-            );
+            for (family, address) in [("ip", "ipv4_addr"), ("ip6", "ipv6_addr")] {
+                let rule = rule.replace("ip saddr", &format!("{family} saddr"));
+                lab.server.feed(
+                    "nft -f -",
+                    &format!(
+                        "table {family} attack {{\n\
+                         set sources {{\n type {address}\n size 65535\n flags dynamic\n }}\n\
+                         chain incoming {{\n type filter hook input priority 0\n\
+                         tcp dport {PORT} {rule} drop\n }}\n}}\n"
+                    ),
+                );
+            }
         };
         let over = format!("ct count over {limit}");
         let syn = "tcp flags & (syn|ack) == syn";
@@ -79,10 +85,12 @@ enum Trick {
     HoleThenRst,
     HoleTwice,
     AckThenRst,
+    /// The first FIN, the RST and the next SYNs in one burst.
+    FinThenRst,
 }
 
 impl Trick {
-    const ALL: [Self; 10] = [
+    const ALL: [Self; 11] = [
         Self::StaleRst,
         Self::RstInWindow,
         Self::RstInTwoFragments,
@@ -93,10 +101,11 @@ impl Trick {
         Self::HoleThenRst,
         Self::HoleTwice,
         Self::AckThenRst,
+        Self::FinThenRst,
     ];
 
     fn half_closes(self) -> bool {
-        !matches!(self, Self::HoleThenRst | Self::HoleTwice | Self::AckThenRst)
+        !matches!(self, Self::HoleThenRst | Self::HoleTwice | Self::AckThenRst | Self::FinThenRst)
     }
 
     fn play(self, peer: &Peer, conn: &RawConn) {
@@ -133,6 +142,10 @@ impl Trick {
             Self::AckThenRst => {
                 conn.ack_at(100);
                 conn.rst_at(100);
+            }
+            Self::FinThenRst => {
+                conn.fin_at(0);
+                conn.rst_at(-5);
             }
         }
     }
@@ -181,20 +194,22 @@ struct Scene {
     attacker: Peer,
     daemon: Option<Daemon>,
     held: Vec<RawConn>,
+    source: &'static str,
     limit: usize,
 }
 
 impl Scene {
     fn new(rule: Rule, events: Option<&str>) -> Option<Self> {
-        Self::with_limit(LIMIT, rule, events)
+        Self::of(ATTACKER, LIMIT, rule, events)
     }
 
-    fn with_limit(limit: usize, rule: Rule, events: Option<&str>) -> Option<Self> {
+    fn of(source: &'static str, limit: usize, rule: Rule, events: Option<&str>) -> Option<Self> {
         let lab = Lab::new()?;
         rule.set_up(&lab, limit);
-        let server = lab.serve("0.0.0.0:80");
-        let attacker = lab.peer(ATTACKER);
-        let mut this = Self { lab, server, attacker, daemon: None, held: Vec::new(), limit };
+        let server = lab.serve("[::]:80");
+        let attacker = lab.peer(source);
+        let held = Vec::new();
+        let mut this = Self { lab, server, attacker, daemon: None, held, source, limit };
         this.daemon = events.map(|events| this.start(events));
         Some(this)
     }
@@ -228,7 +243,7 @@ impl Scene {
     }
 
     fn sockets(&self) -> usize {
-        self.sockets_of(ATTACKER)
+        self.sockets_of(self.source)
     }
 
     fn sockets_of(&self, source: &str) -> usize {
@@ -285,21 +300,21 @@ fn assert_bounded(counts: &[usize], what: &str) {
 }
 
 /// Without ctkeep it works, or the test would prove nothing.
-fn assert_grows(rule: Rule, trick: Trick) {
-    let Some(mut scene) = Scene::new(rule, None) else { return };
+fn assert_grows(source: &'static str, rule: Rule, trick: Trick) {
+    let Some(mut scene) = Scene::of(source, LIMIT, rule, None) else { return };
     let counts = scene.attack(trick, ROUNDS);
-    eprintln!("{rule:?} {trick:?} stock: {counts:?}");
+    eprintln!("{source} {rule:?} {trick:?} stock: {counts:?}");
     let (half, last) = (counts.get(ROUNDS / 2), counts.last());
     assert!(
         last > half && last > Some(&(2 * LIMIT)),
-        "{rule:?} {trick:?}: the stock kernel resists: {counts:?}"
+        "{source} {rule:?} {trick:?}: the stock kernel resists: {counts:?}"
     );
 }
 
-fn assert_resisted(rule: Rule, trick: Trick, events: &str) {
-    let Some(mut scene) = Scene::new(rule, Some(events)) else { return };
+fn assert_resisted(source: &'static str, rule: Rule, trick: Trick, events: &str) {
+    let Some(mut scene) = Scene::of(source, LIMIT, rule, Some(events)) else { return };
     let counts = scene.attack(trick, ROUNDS);
-    let what = format!("{rule:?} {trick:?} {events}");
+    let what = format!("{source} {rule:?} {trick:?} {events}");
     assert_bounded(&counts, &what);
     scene.assert_all_counted(&what);
     scene.assert_room_for_one(&what);
@@ -318,32 +333,54 @@ fn each<T: Copy + Send + Sync>(all: &[T], test: impl Fn(T) + Sync) {
 
 #[test]
 fn every_trick_works_on_the_stock_kernel() {
-    each(&Trick::ALL, |trick| assert_grows(Rule::IptablesSyn, trick));
+    each(&Trick::ALL, |trick| assert_grows(ATTACKER, Rule::IptablesSyn, trick));
 }
 
 #[test]
 fn every_rule_is_fooled_on_the_stock_kernel() {
-    each(&Rule::ALL, |rule| assert_grows(rule, Trick::FinAgainThenRst));
+    each(&Rule::ALL, |rule| assert_grows(ATTACKER, rule, Trick::FinAgainThenRst));
 }
 
 #[test]
 fn no_trick_gains_without_end_nflog() {
-    each(&Trick::ALL, |trick| assert_resisted(Rule::IptablesSyn, trick, "nflog"));
+    each(&Trick::ALL, |trick| assert_resisted(ATTACKER, Rule::IptablesSyn, trick, "nflog"));
 }
 
 #[test]
 fn no_trick_gains_without_end_ctnetlink() {
-    each(&Trick::ALL, |trick| assert_resisted(Rule::IptablesSyn, trick, "ctnetlink"));
+    each(&Trick::ALL, |trick| assert_resisted(ATTACKER, Rule::IptablesSyn, trick, "ctnetlink"));
 }
 
 #[test]
 fn no_rule_is_fooled_for_long_nflog() {
-    each(&Rule::ALL, |rule| assert_resisted(rule, Trick::FinAgainThenRst, "nflog"));
+    each(&Rule::ALL, |rule| assert_resisted(ATTACKER, rule, Trick::FinAgainThenRst, "nflog"));
 }
 
 #[test]
 fn no_rule_is_fooled_for_long_ctnetlink() {
-    each(&Rule::ALL, |rule| assert_resisted(rule, Trick::FinAgainThenRst, "ctnetlink"));
+    each(&Rule::ALL, |rule| assert_resisted(ATTACKER, rule, Trick::FinAgainThenRst, "ctnetlink"));
+}
+
+/// Over IPv6, with every way to write the limit. The tricks that are made of IPv4 headers are not
+/// played, and conntrack's view of TCP is the same for both.
+const OVER_IPV6: [(Rule, Trick); 7] = [
+    (Rule::IptablesSyn, Trick::FinAgainThenRst),
+    (Rule::IptablesSyn, Trick::HoleThenRst),
+    (Rule::IptablesSyn, Trick::FinThenRst),
+    (Rule::IptablesAny, Trick::StaleRst),
+    (Rule::NftSet, Trick::FinAgain),
+    (Rule::NftPlain, Trick::RstInWindow),
+    (Rule::NftMeter, Trick::SynThenRst),
+];
+
+#[test]
+fn tricks_work_over_ipv6_on_the_stock_kernel() {
+    each(&OVER_IPV6, |(rule, trick)| assert_grows(ATTACKER6, rule, trick));
+}
+
+#[test]
+fn no_trick_gains_without_end_over_ipv6() {
+    each(&OVER_IPV6, |(rule, trick)| assert_resisted(ATTACKER6, rule, trick, "nflog"));
 }
 
 /// The whole limit anew in each burst: FINs and RSTs of what is held, then SYNs, with other
@@ -399,7 +436,7 @@ fn two_hundred_rounds_of_forty() {
     let pause = Duration::from_millis(pause.unwrap_or(40));
     for rule in Rule::ALL {
         for events in [Some("nflog"), Some("ctnetlink"), None] {
-            let Some(mut scene) = Scene::with_limit(FORTY, rule, events) else { return };
+            let Some(mut scene) = Scene::of(ATTACKER, FORTY, rule, events) else { return };
             let mut counts = Vec::new();
             // Each round sends two packets for each socket held: the stock kernel's time is up
             // before the rounds are.
