@@ -195,6 +195,7 @@ struct Scene {
     daemon: Option<Daemon>,
     held: Vec<RawConn>,
     source: &'static str,
+    rule: Rule,
     limit: usize,
 }
 
@@ -209,7 +210,7 @@ impl Scene {
         let server = lab.serve("[::]:80");
         let attacker = lab.peer(source);
         let held = Vec::new();
-        let mut this = Self { lab, server, attacker, daemon: None, held, source, limit };
+        let mut this = Self { lab, server, attacker, daemon: None, held, source, rule, limit };
         this.daemon = events.map(|events| this.start(events));
         Some(this)
     }
@@ -261,7 +262,13 @@ impl Scene {
         // The newest first: the oldest have been through the most.
         while self.held.len() > LIMIT {
             let conn = self.held.pop().expect("a connection");
-            conn.rst_at(0);
+            if matches!(self.rule, Rule::IptablesAny) {
+                // Above the limit this rule drops whatever the source sends, its RSTs too.
+                let (address, port) = (conn.client.ip(), conn.client.port());
+                self.lab.server.run(&format!("ss -K -t dst {address} dport = {port}"));
+            } else {
+                conn.rst_at(0);
+            }
         }
         let settled = holds_within(Duration::from_secs(5), || self.sockets() == LIMIT);
         assert!(settled, "{what}: {} sockets are left", self.sockets());
