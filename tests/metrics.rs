@@ -15,6 +15,7 @@ use std::os::unix::fs::symlink;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use lab::http::{self, Answer, samples};
 use lab::{Lab, Namespace, wait_for};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -27,49 +28,16 @@ const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
 /// Looks at everything as often as it can.
 const EAGER: [&str; 4] = ["--sweep-interval", "100ms", "--deep-interval", "200ms"];
 
-struct Answer {
-    status: u16,
-    head: String,
-    body: String,
-}
-
-impl Answer {
-    fn has(&self, name: &str, value: &str) -> bool {
-        self.head.lines().any(|line| line == format!("{name}: {value}"))
-    }
-}
-
 fn connect(namespace: &Namespace) -> TcpStream {
-    let stream = namespace.within(|| TcpStream::connect(ADDRESS)).expect("a connection");
-    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-    stream
+    http::connect(namespace, ADDRESS).expect("a connection")
 }
 
 fn ask(namespace: &Namespace, method: &str, path: &str, headers: &str) -> Answer {
-    let mut stream = connect(namespace);
-    let request =
-        format!("{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{headers}\r\n");
-    stream.write_all(request.as_bytes()).expect("a request");
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).expect("an answer");
-    let (head, body) = answer.split_once("\r\n\r\n").expect("a head");
-    let status = head.split(' ').nth(1).expect("a status").parse().expect("a number");
-    Answer { status, head: head.to_owned(), body: body.to_owned() }
+    http::ask(namespace, ADDRESS, &format!("{method} {path}"), headers).expect("an answer")
 }
 
 fn get(namespace: &Namespace, path: &str) -> Answer {
     ask(namespace, "GET", path, "")
-}
-
-/// Samples by name and labels, as they are written.
-fn samples(text: &str) -> HashMap<String, f64> {
-    text.lines()
-        .filter(|line| !line.starts_with('#'))
-        .map(|line| {
-            let (name, value) = line.rsplit_once(' ').expect("a sample");
-            (name.to_owned(), value.parse().expect("a number"))
-        })
-        .collect()
 }
 
 fn scrape(namespace: &Namespace) -> HashMap<String, f64> {

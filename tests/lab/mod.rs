@@ -18,6 +18,7 @@
 #![allow(dead_code, unused_imports, unreachable_pub)]
 
 mod daemon;
+pub mod http;
 mod namespace;
 mod peer;
 pub mod rules;
