@@ -12,8 +12,8 @@ STATIC = x86_64-unknown-linux-musl
 # Without root the live tests run in a user namespace, where the kernel allows it.
 AS_ROOT := $(if $(filter 0,$(shell id -u)),,unshare --user --map-root-user)
 
-.PHONY: all demo test check bench install stage deb rpm static package-test kubernetes-check tools \
-	cargo-deny cargo-deb cargo-generate-rpm
+.PHONY: all demo test check bench install stage deb rpm static package-test kubernetes-check dashboard-check \
+	tools test-tools cargo-deny cargo-deb cargo-generate-rpm
 
 all:
 	$(CARGO) build --locked --profile $(PROFILE)
@@ -24,7 +24,7 @@ demo: tools
 	CTKEEP=$(CURDIR)/target/debug/ctkeep $(AS_ROOT) target/debug/examples/demo
 
 # Everything: unit, golden bytes, conversations, plan table, command line, live kernel.
-test: tools
+test: test-tools
 	$(CARGO) test --locked --no-run
 	$(AS_ROOT) $(CARGO) test --locked
 
@@ -79,14 +79,20 @@ static:
 	@echo $(TARGET)/$(STATIC)/release/ctkeep
 
 # The package, in a Debian of its own under its own systemd: install, attack, upgrade, purge.
-package-test: tools
+package-test: test-tools
 	packaging/test.sh
 
 kubernetes-check:
 	packaging/kubernetes/check.sh
 
+dashboard-check:
+	packaging/grafana/check.sh
+
 tools:
 	@sh tests/lab/tools.sh
+
+test-tools:
+	@sh tests/lab/tools.sh tests
 
 cargo-deny cargo-deb cargo-generate-rpm:
 	@$(CARGO) $(@:cargo-%=%) --version >/dev/null 2>&1 || $(CARGO) install --locked $@

@@ -226,10 +226,19 @@ impl Lab {
 /// When it cannot and `CTKEEP_REQUIRE_KERNEL=1`: in CI a missing feature is a failure.
 pub fn require() -> bool {
     static CAPABLE: OnceLock<Result<(), String>> = OnceLock::new();
-    static SKIPPED: AtomicUsize = AtomicUsize::new(0);
     let Err(reason) = CAPABLE.get_or_init(probe) else {
         return true;
     };
+    skip(reason);
+    false
+}
+
+/// Says on stderr why the test is skipped, with a running number.
+///
+/// # Panics
+/// When `CTKEEP_REQUIRE_KERNEL=1`.
+pub fn skip(reason: &str) {
+    static SKIPPED: AtomicUsize = AtomicUsize::new(0);
     assert!(
         std::env::var_os("CTKEEP_REQUIRE_KERNEL").is_none_or(|value| value != "1"),
         "the lab is required (CTKEEP_REQUIRE_KERNEL=1) and impossible: {reason}"
@@ -240,7 +249,6 @@ pub fn require() -> bool {
     // Written to the descriptor itself: the test harness swallows what the print macros write in
     // a test that passes, and a skip must be seen.
     let _ = std::io::stderr().write_all(line.as_bytes());
-    false
 }
 
 /// Tries once everything that the tests take for granted.

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Installs the programs that the live tests and the demonstration drive. Does nothing, and needs no
-# privilege, when all of them are present.
+# Installs the programs that the demonstration and the benchmarks drive, and with the word `tests`
+# those of the tests too. Does nothing, and needs no privilege, when all of them are present.
 set -eu
 
 # Where Debian keeps them; not in everybody's PATH.
@@ -24,11 +24,14 @@ need ss iproute2
 need sysctl procps
 need setpriv util-linux
 need unshare util-linux
-need promtool prometheus
-
-# A library, and no program in anybody's PATH.
-if [ -e /etc/debian_version ] && ! ls /usr/lib/*/faketime/libfaketime.so.1 >/dev/null 2>&1; then
-    packages="${packages:+$packages }libfaketime"
+if [ "${1-}" = tests ]; then
+    need prometheus prometheus
+    # Not every distribution has it as a package; without it one test is skipped.
+    ! grep -qx 'ID=debian' /etc/os-release || need chromium chromium
+    # A library, and no program in anybody's PATH.
+    if [ -e /etc/debian_version ] && ! ls /usr/lib/*/faketime/libfaketime.so.1 >/dev/null 2>&1; then
+        packages="${packages:+$packages }libfaketime"
+    fi
 fi
 
 if [ -z "$packages" ]; then
@@ -48,7 +51,18 @@ fi
 echo "installing: $packages" >&2
 export DEBIAN_FRONTEND=noninteractive
 log=$(mktemp)
-trap 'rm -f "$log"' EXIT
+remove=$log
+# Debian starts a service when it is installed, and at each boot. Of Prometheus the tests want
+# nothing but its programs.
+policy=/usr/sbin/policy-rc.d
+if [ ! -e $policy ]; then
+    printf '#!/bin/sh\nexit 101\n' >$policy
+    chmod 0755 $policy
+    remove="$log $policy"
+fi
+# One file a word.
+# shellcheck disable=SC2086
+trap 'rm -f $remove' EXIT
 # One package a word.
 # shellcheck disable=SC2086
 if ! { apt-get update -qq && apt-get install -y -qq --no-install-recommends $packages; } \
@@ -57,3 +71,6 @@ if ! { apt-get update -qq && apt-get install -y -qq --no-install-recommends $pac
     echo "failed: $install" >&2
     exit 1
 fi
+case " $packages " in
+*" prometheus "*) ! command -v systemctl >/dev/null 2>&1 || systemctl --quiet disable prometheus ;;
+esac
