@@ -72,5 +72,8 @@ if ! { apt-get update -qq && apt-get install -y -qq --no-install-recommends $pac
     exit 1
 fi
 case " $packages " in
-*" prometheus "*) ! command -v systemctl >/dev/null 2>&1 || systemctl --quiet disable prometheus ;;
+*" prometheus "*)
+    ! command -v systemctl >/dev/null 2>&1 || systemctl --quiet disable prometheus ||
+        echo "prometheus starts with the machine; systemctl disable prometheus ends that" >&2
+    ;;
 esac
