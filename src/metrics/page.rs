@@ -16,13 +16,13 @@ const SCRIPT: &str = include_str!("page.js");
 /// Nothing but the page's own style and script, by their SHA-256, and its own address for the
 /// refresh. A test compares the digests.
 pub(super) const POLICY: &str = "default-src 'none'; \
-    style-src 'sha256-V1S02eLmSxkfrOhNXkohvBidJtH2iv4ATkRx5DAcig4='; \
+    style-src 'sha256-dxGuilxPxz0nEeCtYNF7+/O2/0eoeWP4ByNxX+BJxxo='; \
     script-src 'sha256-iyVPJegmVT5aqcDyBfsAV6g1p4le2qkNzyFg6feHza0='; \
     connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
 /// Size of the plot, in its own units.
 const WIDTH: f64 = 720.0;
-const HEIGHT: f64 = 160.0;
+const HEIGHT: f64 = 120.0;
 
 /// Text that means nothing in HTML, neither between tags nor in an attribute.
 struct Escaped<T>(T);
@@ -111,7 +111,7 @@ fn figures(out: &mut String, metrics: &Metrics, total: &Gauges) -> fmt::Result {
     figure("defence", "defence level", &format_args!("{level} ({level_name})"))?;
     figure("held", "held connections", &total.sum(Gauge::Held))?;
     figure("sources", "their sources", &total.sum(Gauge::HeldSources))?;
-    figure("oldest", "held for at most", &age(oldest.unwrap_or_default()))?;
+    figure("oldest", "longest held", &age(oldest.unwrap_or_default()))?;
     figure("table", "conntrack table", &format_args!("{entries} of {limit} ({fill:.1} %)"))?;
     figure("mismatches", "mismatches left", &mismatches)?;
     figure("late", "late repairs", &counts.late_repairs.get())?;
