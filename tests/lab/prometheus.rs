@@ -1,6 +1,6 @@
 //! Debian's Prometheus in a namespace, with the alert rules of the packages, asked over its API.
 
-#![allow(dead_code, unreachable_pub)]
+#![allow(dead_code, unreachable_pub, clippy::indexing_slicing)]
 
 use std::fs;
 use std::process::{Child, Command, Stdio};
