@@ -5,6 +5,7 @@ CARGO ?= cargo
 PREFIX ?= /usr/local
 SYSCONFDIR ?= /etc
 DOCDIR = $(PREFIX)/share/doc/ctkeep
+DATADIR = $(PREFIX)/share/ctkeep
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 PROFILE ?= release
 BUILD = $(TARGET)/$(PROFILE:dev=debug)
@@ -51,6 +52,8 @@ install: all
 		install -m 0644 etc/ctkeep.toml.example $(DESTDIR)$(SYSCONFDIR)/ctkeep/ctkeep.toml
 	install -m 0644 README.md docs/*.md docs/*.json $(DESTDIR)$(DOCDIR)
 	install -m 0644 etc/ctkeep.toml.example packaging/ctkeep.service.d/*.conf $(DESTDIR)$(DOCDIR)/examples
+	install -D -m 0644 packaging/prometheus/ctkeep.rules.yml $(DESTDIR)$(DATADIR)/prometheus/ctkeep.rules.yml
+	install -D -m 0644 packaging/grafana/ctkeep.json $(DESTDIR)$(DATADIR)/grafana/ctkeep.json
 	$(BUILD)/ctkeep man >$(DESTDIR)$(PREFIX)/share/man/man8/ctkeep.8
 	$(BUILD)/ctkeep man ctkeep.toml >$(DESTDIR)$(PREFIX)/share/man/man5/ctkeep.toml.5
 	$(BUILD)/ctkeep completions bash >$(DESTDIR)$(PREFIX)/share/bash-completion/completions/ctkeep

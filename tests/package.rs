@@ -1,10 +1,13 @@
 //! The package in a Debian of its own, under its own systemd, in the lab's server: installed,
-//! started, attacked, upgraded, removed and purged. `make package-test` prepares that Debian.
+//! started, attacked, watched by Prometheus, upgraded, removed and purged. `make package-test`
+//! prepares that Debian.
 
 // A helper of a test that meets the unexpected ends by a panic.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::indexing_slicing)]
 
 mod lab;
+#[path = "lab/prometheus.rs"]
+mod prometheus;
 #[path = "lab/scene.rs"]
 mod scene;
 
@@ -14,7 +17,8 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
-use lab::{Namespace, holds_within, wait_for};
+use lab::{Namespace, holds_within, http, wait_for};
+use prometheus::Prometheus;
 use scene::{LIMIT, Limiter, SOON, Scene, TRIES};
 
 /// Boots the Debian; a machine whose control groups are those of version 1 shows it version 2.
@@ -163,7 +167,9 @@ fn the_package_installs_guards_upgrades_and_leaves_nothing() {
     );
     assert_ne!(machine.show("MainPID"), before, "started anew");
     assert_eq!(machine.show("ActiveState"), "active");
-    assert_eq!(attack(&scene), LIMIT, "after the upgrade: {}", machine.journal());
+    is_seen_in_prometheus(&scene, Path::new(&root), || {
+        assert_eq!(attack(&scene), LIMIT, "after the upgrade: {}", machine.journal());
+    });
 
     machine.run("dpkg --remove ctkeep");
     assert!(!machine.try_run("systemctl is-active ctkeep").0, "stopped");
@@ -172,6 +178,33 @@ fn the_package_installs_guards_upgrades_and_leaves_nothing() {
     assert_eq!(attack(&scene), TRIES, "nobody repairs any more");
     machine.run("dpkg --purge ctkeep");
     assert_eq!(machine.traces(), "");
+}
+
+/// What the service serves, what Prometheus makes of it with the rules of the package, and that
+/// both see the attack.
+fn is_seen_in_prometheus(scene: &Scene, root: &Path, attack: impl FnOnce()) {
+    let server = &scene.lab.server;
+    let get = |path| http::ask(server, "127.0.0.1:9815", path, "").expect("the service listens");
+    wait_for("health", SOON, || get("GET /healthz").status == 200);
+    let revives =
+        || http::samples(&get("GET /metrics").body)["ctkeep_actions_total{action=\"revive\"}"];
+    assert_eq!(revives(), 0.0);
+    let rules = root.join("usr/share/ctkeep/prometheus/ctkeep.rules.yml");
+    let prometheus = Prometheus::start(server, rules.to_str().unwrap());
+    prometheus.await_value("up", |up| up == 1.0);
+    prometheus.await_value("sum(ctkeep_actions_total{action=\"revive\"})", |count| count == 0.0);
+    attack();
+    let count = LIMIT as f64;
+    assert!(revives() >= count);
+    for (expression, least) in [
+        ("sum(ctkeep_actions_total{action=\"revive\"})", count),
+        ("sum(ctkeep_reaction_seconds_count)", count),
+        ("max_over_time(sum(ctkeep_held_connections)[1m:200ms])", 1.0),
+        ("sum(rate(ctkeep_actions_total{action=\"revive\"}[1m])) > bool 0", 1.0),
+        ("count(ALERTS{alertname=\"CtkeepTcpLoose\", alertstate=\"firing\"})", 1.0),
+    ] {
+        prometheus.await_value(expression, |value| value >= least);
+    }
 }
 
 fn a_hung_daemon_is_replaced(machine: &Machine) {
