@@ -21,12 +21,15 @@ if [ -n "$install" ]; then
 fi
 
 mkdir -p "$cache"
-rm -rf target/debian
-# The quick build, that the other tests have made: this one is about what is around the program.
-make -s deb PROFILE=dev VERSION="$version-1"
-make -s deb PROFILE=dev VERSION="$version-2"
-old=$(echo "$PWD/target/debian/ctkeep_$version-1_"*.deb)
-new=$(echo "$PWD/target/debian/ctkeep_$version-2_"*.deb)
+rm -f "$cache"/*.deb
+for revision in 1 2; do
+    # The quick build, that the other tests have made: this one is about what is around the program.
+    make -s deb PROFILE=dev VERSION="$version-$revision"
+    # The next one would throw it away.
+    mv "target/debian/ctkeep_$version-${revision}_"*.deb "$cache"
+done
+old=$(echo "$cache/ctkeep_$version-1_"*.deb)
+new=$(echo "$cache/ctkeep_$version-2_"*.deb)
 lintian --allow-root --fail-on error "$new"
 
 # shellcheck source=/dev/null
