@@ -14,12 +14,11 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use ctkeep::conntrack::{
-    Change, Conntrack, Drained, Entry, EntryKey, EventKind, Filter, Insert, Listener, Status,
-    TcpState, Zone,
+    Change, Conntrack, Entry, EntryKey, EventKind, Filter, Insert, Listener, Status, TcpState, Zone,
 };
 use ctkeep::flow::{AF_INET, FourTuple};
 use ctkeep::netlink::script::{Reply, Script};
-use ctkeep::netlink::{Connection, Request, Transport};
+use ctkeep::netlink::{Connection, Drained, Request, Transport};
 use ctkeep::sockdiag::{Lookup, SockDiag, Socket, State, States};
 use ctkeep::{Cause, Error, Op};
 use played::{

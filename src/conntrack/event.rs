@@ -3,19 +3,17 @@
 //! Events make a repair fast; they prove nothing. They can be lost, and entries made while nobody
 //! listened never send any (`nf_conntrack_events=2`).
 
-use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use netlink_packet_core::NLM_F_CREATE;
 use netlink_sys::protocols::NETLINK_NETFILTER;
-use nix::libc;
 use socket2::SockFilter;
 
 use super::decode;
 use super::entry::{Entry, TcpState};
 use super::uapi::*;
 use crate::error::{Op, Result};
-use crate::netlink::{KernelSocket, Transport, frames};
+use crate::netlink::{Drained, KernelSocket, Transport, drain};
 
 /// Asked for; 13 000 events queue in 8 MiB, the default buffer holds 166.
 const EVENT_BUFFER: usize = 8 << 20;
@@ -38,15 +36,6 @@ pub struct Event {
     pub entry: Entry,
     /// Netlink port of the request that caused it; 0 for packets and timeouts.
     pub port: u32,
-}
-
-/// What a call to [`Listener::drain`] met beside events.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Drained {
-    /// The kernel dropped events: look at everything.
-    pub overrun: bool,
-    /// Messages that could not be read: look at everything.
-    pub malformed: u32,
 }
 
 /// Receives the events of one network namespace.
@@ -186,38 +175,17 @@ impl<T: Transport> Listener<T> {
     /// # Errors
     /// The socket is broken. Lost and unreadable events are not errors but in [`Drained`].
     pub fn drain(&mut self, limit: usize, mut take: impl FnMut(Event)) -> Result<Drained> {
-        let mut drained = Drained::default();
-        for _ in 0..limit {
-            match self.transport.recv(&mut self.datagram) {
-                Ok(()) => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
-                    drained.overrun = true;
-                    continue;
-                }
-                Err(error) if error.kind() == io::ErrorKind::InvalidData => {
-                    drained.malformed += 1;
-                    continue;
-                }
-                Err(error) => return Err(Op::new("receive conntrack events").io(error)),
+        let op = Op::new("receive conntrack events");
+        drain(&mut self.transport, &mut self.datagram, limit, op, |frame| {
+            let kind = match frame.kind {
+                IPCTNL_MSG_CT_NEW if frame.flags & NLM_F_CREATE == 0 => EventKind::Update,
+                IPCTNL_MSG_CT_DELETE => EventKind::Destroy,
+                _ => return Ok(()),
+            };
+            if let Some(entry) = decode::entry(frame.payload)? {
+                take(Event { kind, entry, port: frame.port });
             }
-            for frame in frames(&self.datagram) {
-                let Ok(frame) = frame else {
-                    drained.malformed += 1;
-                    break;
-                };
-                let kind = match frame.kind {
-                    IPCTNL_MSG_CT_NEW if frame.flags & NLM_F_CREATE == 0 => EventKind::Update,
-                    IPCTNL_MSG_CT_DELETE => EventKind::Destroy,
-                    _ => continue,
-                };
-                match decode::entry(frame.payload) {
-                    Ok(Some(entry)) => take(Event { kind, entry, port: frame.port }),
-                    Ok(None) => {}
-                    Err(_) => drained.malformed += 1,
-                }
-            }
-        }
-        Ok(drained)
+            Ok(())
+        })
     }
 }

@@ -14,7 +14,7 @@ use crate::flow::FourTuple;
 use crate::netlink::{Connection, KernelSocket, Transport};
 
 pub use entry::{Entry, EntryKey, HelperName, SeqAdj, Status, SynProxy, Tcp, TcpState, Zone};
-pub use event::{Drained, Event, EventKind, Listener};
+pub use event::{Event, EventKind, Listener};
 pub use request::{Change, Filter, Insert};
 
 /// Reads and changes the conntrack table of one network namespace.

@@ -5,10 +5,12 @@
 //! returns is whole, or it is an error.
 
 mod conn;
+mod drain;
 mod frame;
 pub mod script;
 mod transport;
 
 pub use conn::{Connection, Request};
+pub use drain::{Drained, drain};
 pub use frame::{Frame, frames};
 pub use transport::{KernelSocket, Transport};

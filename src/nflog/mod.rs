@@ -10,20 +10,18 @@
 mod layout;
 
 use std::collections::HashSet;
-use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use etherparse::{LaxNetSlice, LaxSlicedPacket, TransportSlice};
-use netlink_packet_core::{Emitable, NlasIterator, parse_u32_be};
+use netlink_packet_core::{DecodeError, Emitable, NlasIterator, parse_u32_be};
 use netlink_packet_netfilter::nflog::{ConfigCmd, ConfigFlags, ConfigMode, ConfigNla};
 use netlink_packet_netfilter::{NetfilterHeader, NetfilterProtoFamily};
 use netlink_sys::protocols::NETLINK_NETFILTER;
-use nix::libc;
 
 use crate::error::{Op, Result};
 use crate::flow::{Endpoint, FourTuple};
-use crate::netlink::{Connection, KernelSocket, Request, Transport, frames};
+use crate::netlink::{Connection, KernelSocket, Request, drain};
 use crate::nftables::{Hook, Table, tuple};
 pub use layout::CLOSING;
 use layout::{FULL, HELD4, HELD6, PORTS};
@@ -158,42 +156,22 @@ impl Watch {
         limit: usize,
         mut take: impl FnMut(FourTuple, Option<SystemTime>),
     ) -> Result<Drained> {
-        let mut drained = Drained::default();
-        for _ in 0..limit {
-            match self.socket.recv(&mut self.datagram) {
-                Ok(()) => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
-                    drained.overrun = true;
-                    continue;
-                }
-                Err(error) if error.kind() == io::ErrorKind::InvalidData => {
-                    drained.malformed += 1;
-                    continue;
-                }
-                Err(error) => return Err(Op::new("receive logged packets").io(error)),
+        let (mut is_gap, mut full) = (false, false);
+        let next = &mut self.next;
+        let op = Op::new("receive logged packets");
+        let lost = drain(&mut self.socket, &mut self.datagram, limit, op, |frame| {
+            if frame.kind != NFULNL_MSG_PACKET {
+                return Ok(());
             }
-            for frame in frames(&self.datagram) {
-                match frame {
-                    Ok(frame) if frame.kind == NFULNL_MSG_PACKET => match packet(frame.payload) {
-                        Some(Packet { flow, seq, at, is_unlearned }) => {
-                            drained.overrun |=
-                                seq.is_some() && self.next.is_some() && seq != self.next;
-                            self.next = seq.map(|seq| seq.wrapping_add(1));
-                            drained.full |= is_unlearned;
-                            take(flow.inverse(), at);
-                        }
-                        None => drained.malformed += 1,
-                    },
-                    Ok(_) => {}
-                    Err(_) => {
-                        drained.malformed += 1;
-                        break;
-                    }
-                }
-            }
-        }
-        Ok(drained)
+            let Packet { flow, seq, at, is_unlearned } = packet(frame.payload)
+                .ok_or_else(|| DecodeError::from("no TCP packet in the log message"))?;
+            is_gap |= seq.is_some() && next.is_some() && seq != *next;
+            *next = seq.map(|seq| seq.wrapping_add(1));
+            full |= is_unlearned;
+            take(flow.inverse(), at);
+            Ok(())
+        })?;
+        Ok(Drained { overrun: lost.overrun || is_gap, malformed: lost.malformed, full })
     }
 }
 
