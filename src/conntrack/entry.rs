@@ -230,6 +230,17 @@ impl TcpState {
         }
     }
 
+    /// The setting (`net.netfilter.*`) of the timeout that the kernel gives an entry in this state.
+    pub fn timeout_setting(self) -> Option<String> {
+        let name = match self {
+            Self::None => return None,
+            // The kernel has one for both.
+            Self::SynSent2 => Self::SynSent.name(),
+            state => state.name(),
+        };
+        Some(format!("nf_conntrack_tcp_timeout_{}", name.replace('-', "_")))
+    }
+
     /// Whether connlimit and `ct count` count an entry in this state: all but CLOSE and
     /// TIME_WAIT (`already_closed()` in `nf_conncount.c`).
     pub fn is_counted(self) -> bool {

@@ -793,16 +793,5 @@ fn cpu_time() -> Duration {
 
 /// The timeout that the kernel itself gives an entry in this state.
 fn kernel_timeout(state: TcpState) -> Option<Duration> {
-    let name = match state {
-        TcpState::SynSent | TcpState::SynSent2 => "syn_sent",
-        TcpState::SynRecv => "syn_recv",
-        TcpState::Established => "established",
-        TcpState::FinWait => "fin_wait",
-        TcpState::CloseWait => "close_wait",
-        TcpState::LastAck => "last_ack",
-        TcpState::TimeWait => "time_wait",
-        TcpState::Close => "close",
-        TcpState::None => return None,
-    };
-    sysctl::conntrack(&format!("nf_conntrack_tcp_timeout_{name}")).map(Duration::from_secs)
+    sysctl::conntrack(&state.timeout_setting()?).map(Duration::from_secs)
 }

@@ -14,7 +14,7 @@ use crate::reconcile::observe::Tables;
 use crate::reconcile::plan::cell;
 use crate::reconcile::policy::{Policy, Scope};
 use crate::reconcile::snapshot::{Snapshot, View};
-use crate::sockdiag::{Lookup, Socket, State, States};
+use crate::sockdiag::{Lookup, Socket, State};
 
 /// So many disagreements are made sure of by exact look-ups, some milliseconds; of more than these
 /// the dump is believed.
@@ -43,10 +43,10 @@ pub(super) fn survey<T: Transport>(
     let Look { snapshot, scope, policy, .. } = look;
     let in_scope = |socket: &Socket| scope.contains(policy, socket.flow());
     let open = [State::Established, State::CloseWait];
-    let rest = States::connected().iter().filter(|state| !open.contains(state)).collect();
-    let mut others = tables.sockets.sockets(rest)?;
+    let rest = State::ALL.into_iter().filter(|state| !open.contains(state)).collect();
+    let (mut listeners, mut others): (Vec<_>, Vec<_>) =
+        tables.sockets.sockets(rest)?.into_iter().partition(|it| it.state == State::Listen);
     others.retain(in_scope);
-    let mut listeners = tables.sockets.listeners()?;
     listeners.retain(|socket| scope.ports.contains(&socket.local.port()));
 
     let seen = snapshot.views.iter().filter_map(|view| view.socket.as_ref());
@@ -163,8 +163,8 @@ fn settings<T: Transport>(tables: &mut Tables<T>, gauges: &mut Gauges) -> Result
         gauges.set(Gauge::Drops, &[kind], count as f64);
     }
     for state in timed_states() {
-        let name = format!("nf_conntrack_tcp_timeout_{}", state.name().replace('-', "_"));
-        if let Some(seconds) = sysctl::conntrack(&name) {
+        let setting = state.timeout_setting();
+        if let Some(seconds) = setting.and_then(|name| sysctl::conntrack(&name)) {
             gauges.set(Gauge::Timeout, &[state.name()], seconds as f64);
         }
     }
