@@ -98,7 +98,11 @@ impl Known {
     fn held(&self, cookie: Cookie) -> Option<Held> {
         let Hold { since, shield } = self.hold?;
         let lookup = Lookup { flow: self.flow, interface: self.interface };
-        Some(Held { cookie, lookup, orig: self.last_entry().orig, since, shield })
+        let orig = match &self.entry {
+            Last::Plain(_) => self.flow.inverse(),
+            Last::Other(entry) => entry.orig,
+        };
+        Some(Held { cookie, lookup, orig, since, shield })
     }
 }
 
