@@ -29,10 +29,7 @@ fn fool(lab: &Lab, peer: &Peer, port: u16) -> Vec<RawConn> {
 
 /// Whether all of them are counted again.
 fn is_repaired(lab: &Lab, conns: &[RawConn]) -> bool {
-    let alive = |conn: &RawConn| {
-        matches!(lab.entry_state(conn).as_deref(), Some("ESTABLISHED" | "CLOSE_WAIT"))
-    };
-    conns.iter().all(alive)
+    conns.iter().all(|conn| lab.is_alive(conn))
 }
 
 fn await_repair(lab: &Lab, peer: &Peer, port: u16, conns: &[RawConn], when: &str) {

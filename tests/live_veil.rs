@@ -16,9 +16,7 @@ const SOON: Duration = Duration::from_secs(10);
 
 fn await_repair(lab: &Lab, daemon: &Daemon, conns: &[RawConn]) {
     wait_for("repair", SOON, || {
-        let alive = conns.iter().filter(|conn| {
-            matches!(lab.entry_state(conn).as_deref(), Some("ESTABLISHED" | "CLOSE_WAIT"))
-        });
+        let alive = conns.iter().filter(|conn| lab.is_alive(conn));
         alive.count() == LIMIT && daemon.log().matches("revive").count() >= LIMIT
     });
 }

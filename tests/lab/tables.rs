@@ -66,6 +66,11 @@ impl Lab {
         self.entry(conn).map(|entry| entry.state)
     }
 
+    /// Whether the entry is one of an open or half-closed connection.
+    pub fn is_alive(&self, conn: &RawConn) -> bool {
+        matches!(self.entry_state(conn).as_deref(), Some("ESTABLISHED" | "CLOSE_WAIT"))
+    }
+
     fn entry_lines(&self, family: &str) -> Vec<String> {
         let list = format!("conntrack -L -f {family} -p tcp -o id,extended");
         let lines = self.server.output(&list);
