@@ -25,8 +25,8 @@ use super::{Metrics, page};
 use crate::error::{Error, Result};
 
 /// Connections at once; the oldest makes room for one more, so that idle and slow ones keep nobody
-/// out.
-const CONNECTIONS: usize = 64;
+/// out, and leave the workers their descriptors where only 64 are allowed.
+const CONNECTIONS: usize = 16;
 /// A request's head must be there within this time; likewise the next on the same connection.
 const HEAD: Duration = Duration::from_secs(10);
 /// No connection lasts longer: a client may read its answer as slowly as it likes until then.
@@ -60,19 +60,24 @@ pub(crate) async fn serve(listener: TcpListener, metrics: Arc<Metrics>) {
         match listener.accept().await {
             Ok((stream, _)) => {
                 connections.retain(|connection| !connection.is_finished());
-                if connections.len() >= CONNECTIONS
-                    && let Some(oldest) = connections.pop_front()
-                {
-                    oldest.abort();
+                if connections.len() >= CONNECTIONS {
+                    end_oldest(&mut connections);
                 }
                 let task = tokio::spawn(converse(stream, metrics.clone()));
                 connections.push_back(task.abort_handle());
             }
             Err(error) => {
                 tracing::debug!(%error, "connection not accepted");
+                end_oldest(&mut connections);
                 sleep(PAUSE).await;
             }
         }
+    }
+}
+
+fn end_oldest(connections: &mut VecDeque<AbortHandle>) {
+    if let Some(oldest) = connections.pop_front() {
+        oldest.abort();
     }
 }
 

@@ -99,11 +99,11 @@ impl Daemon {
         log.split(|letter: char| !letter.is_alphanumeric()).any(|word| word == "ready")
     }
 
-    fn has_ended(&mut self) -> bool {
+    pub fn has_ended(&mut self) -> bool {
         self.child.try_wait().expect("the daemon's status").is_some()
     }
 
-    fn signal(&self, signal: Signal) {
+    pub fn signal(&self, signal: Signal) {
         kill(self.id(), signal).expect("a running daemon");
     }
 
