@@ -497,3 +497,33 @@ fn out_of_memory_is_an_end_like_any_other() {
     wait_for("repair of all", SOON, counted);
     assert_eq!(scene.open(LIMIT).len(), 0, "the limit lets more in");
 }
+
+/// A container ends under the daemon: its namespace goes away with it, and the others are guarded
+/// as before.
+#[test]
+fn a_namespace_that_is_deleted_is_let_go() {
+    let Some(dying) = Scene::new(Limiter::Connlimit) else { return };
+    let Some(mut living) = Scene::new(Limiter::Connlimit) else { return };
+    let paths = [dying.lab.server.path(), living.lab.server.path()];
+    let args: Vec<_> = paths.iter().flat_map(|path| ["--netns", path]).collect();
+    living.daemon = Some(Daemon::start(&living.lab.client, CTKEEP, &args, &[]));
+    for scene in [&dying, &living] {
+        let conns = scene.half_closed();
+        conns.iter().for_each(|conn| conn.rst(-5));
+        wait_for("repair", SOON, || conns.iter().all(|conn| scene.is_counted(conn)));
+        // The kernel keeps a namespace as long as a socket of it is closing.
+        conns.iter().for_each(|conn| conn.rst(0));
+        wait_for("end of the sockets", SOON, || scene.open_sockets() == 0);
+    }
+    let Scene { lab: lab::Lab { server, client, .. }, server: process, .. } = dying;
+    process.kill();
+    drop(server);
+    // The kernel takes a cable away with either of its ends.
+    wait_for("end of the namespace", SOON, || !client.output("ip -o link").contains("eth0"));
+    living.peer = living.lab.peer("198.51.100.9");
+    let conns = living.half_closed();
+    conns.iter().for_each(|conn| conn.rst(-5));
+    living.await_repair("action=", &conns);
+    assert_eq!(living.open(LIMIT).len(), 0, "the limit lets more in");
+    assert!(living.daemon().logged("a namespace has come or gone"), "{}", living.daemon().log());
+}

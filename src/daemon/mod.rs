@@ -160,6 +160,11 @@ impl Guard {
         all
     }
 
+    /// Which namespaces its names stand for now.
+    fn identities(&self) -> Vec<Option<(u64, u64)>> {
+        self.sockets.iter().map(Namespace::identity).collect()
+    }
+
     /// How metrics call it.
     fn name(&self) -> String {
         let name = |namespace: &Namespace| match namespace {

@@ -71,6 +71,7 @@ pub(super) fn run(
             sleep(control, COME_BACK)?;
             continue;
         }
+        let begun_with = guard.identities();
         // On a thread of its own, which would else keep a dead namespace alive.
         let ended = thread::scope(|scope| {
             let span = &span;
@@ -80,9 +81,14 @@ pub(super) fn run(
                 })
                 .join()
                 .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        })?;
-        if ended == Ended::NamespacesChanged {
-            tracing::warn!("a namespace has come or gone, starting anew");
+        });
+        match ended {
+            Ok(Ended::Stopped) => {}
+            Err(error) if guard.identities() == begun_with => return Err(error),
+            // Whatever failed, failed in a namespace that was on its way.
+            Ok(Ended::NamespacesChanged) | Err(_) => {
+                tracing::warn!("a namespace has come or gone, starting anew");
+            }
         }
     }
     Ok(())
@@ -106,8 +112,7 @@ fn guard_present(
     if settings.realtime {
         prefer_realtime();
     }
-    let identities = || guard.sockets.iter().map(Namespace::identity).collect::<Vec<_>>();
-    let begun_with = identities();
+    let begun_with = guard.identities();
     guard.conntrack.enter()?;
     // Several daemons may serve containers of one host, each with its own share of them.
     let alone = !settings.dry_run && !guard.is_for_others();
@@ -128,7 +133,7 @@ fn guard_present(
         worker.wait(control)?;
         worker.settings = control.settings();
         worker.turn()?;
-        if worker.is_due_to_check_namespaces() && identities() != begun_with {
+        if worker.is_due_to_check_namespaces() && guard.identities() != begun_with {
             return Ok(Ended::NamespacesChanged);
         }
     }

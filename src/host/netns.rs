@@ -73,13 +73,16 @@ impl Namespace {
     }
 
     /// What tells the namespace from another one that takes its name later: device and inode of
-    /// its file. `None` when there is none by this name.
+    /// its file. `None` when there is none by this name: `ip netns add` makes an empty file first.
     pub fn identity(&self) -> Option<(u64, u64)> {
+        const OWN: &str = "/proc/thread-self/ns/net";
         let path = match self {
-            Self::Own => PathBuf::from("/proc/thread-self/ns/net"),
+            Self::Own => PathBuf::from(OWN),
             Self::Named(name) => Self::path(name),
         };
-        fs::metadata(path).ok().map(|file| (file.dev(), file.ino()))
+        let file = fs::metadata(path).ok()?;
+        // All namespaces are files of one file system.
+        (file.dev() == fs::metadata(OWN).ok()?.dev()).then(|| (file.dev(), file.ino()))
     }
 
     /// Checks that the namespace exists.
