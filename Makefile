@@ -13,7 +13,7 @@ STATIC = x86_64-unknown-linux-musl
 # Without root the live tests run in a user namespace, where the kernel allows it.
 AS_ROOT := $(if $(filter 0,$(shell id -u)),,unshare --user --map-root-user)
 
-.PHONY: all demo test check bench install stage deb rpm static package-test kubernetes-check dashboard-check \
+.PHONY: all demo test check soak bench install stage deb rpm static package-test kubernetes-check dashboard-check \
 	tools test-tools cargo-deny cargo-deb cargo-generate-rpm
 
 all:
@@ -34,6 +34,10 @@ check: cargo-deny
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items
 	$(CARGO) deny --log-level error check bans licenses sources
+
+# Hours of mixed load: make soak SOAK=8h
+soak: tools
+	CTKEEP_SOAK=$(or $(SOAK),30m) $(AS_ROOT) $(CARGO) test --locked --test soak -- --ignored --nocapture a_long_load
 
 bench: tools
 	$(CARGO) bench --locked --bench '*'

@@ -4,11 +4,11 @@ mod lab;
 #[path = "lab/scene.rs"]
 mod scene;
 
-use std::net::{SocketAddr, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::thread;
 use std::time::Duration;
 
-use lab::{Entry, Lab, RawConn, Server, wait_for};
+use lab::{ACK, Entry, FIN, Lab, RST, RawConn, SYN, Server, wait_for};
 use scene::{CLIENT, CTKEEP, LIMIT, Limiter, PORT, SOON, Scene, TRIES, host};
 use socket2::{Domain, Socket, Type};
 
@@ -329,4 +329,39 @@ fn outside(scene: &Scene, line: &str) -> (i32, String) {
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let (text, code) = text.rsplit_once("code ").expect("the exit code");
     (code.trim().parse().expect("a number"), text.to_owned())
+}
+
+/// A flood of segments from addresses that never opened a connection: with ctkeep the server sends
+/// what it would send without it, and its table holds the same.
+#[test]
+fn spoofed_peers_make_ctkeep_send_and_hold_nothing() {
+    const SPOOFED: u8 = 50;
+    const FLAGS: [u8; 6] = [FIN | ACK, FIN | ACK, RST, ACK, SYN | ACK, RST | ACK];
+    let seen = scene::contrast(Limiter::Connlimit, CLIENT, &EAGER, |scene| {
+        let held = scene.half_closed();
+        let frames = scene.lab.client_sees(|| {
+            for number in 0..SPOOFED {
+                for (conn, flags) in held.iter().cycle().zip(FLAGS) {
+                    let mut segment = conn.segment(flags, 0);
+                    segment.source.set_ip(IpAddr::from([203, 0, 113, number]));
+                    scene.peer.send(&segment);
+                }
+            }
+            thread::sleep(A_WHILE);
+        });
+        let spoofed = scene
+            .lab
+            .entries()
+            .into_iter()
+            .filter(|entry| held.iter().all(|conn| entry.orig != of(conn)));
+        let mut entries: Vec<_> = spoofed.map(|entry| (entry.orig, entry.state)).collect();
+        entries.sort();
+        if let Some(daemon) = &scene.daemon {
+            assert!(!daemon.logged(" > 192.0.2.1:80 reason"), "{}", daemon.log());
+        }
+        (frames.len(), entries)
+    });
+    let Some(seen) = seen else { return };
+    assert!(seen.without.0 >= usize::from(SPOOFED), "the server answers: {}", seen.without.0);
+    assert_eq!(seen.with, seen.without);
 }

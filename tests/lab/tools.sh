@@ -26,6 +26,7 @@ need setpriv util-linux
 need unshare util-linux
 if [ "${1-}" = tests ]; then
     need prometheus prometheus
+    need strace strace
     # Not every distribution has it as a package; without it one test is skipped.
     ! grep -qx 'ID=debian' /etc/os-release || need chromium chromium
     # A library, and no program in anybody's PATH.
