@@ -13,7 +13,7 @@ STATIC = x86_64-unknown-linux-musl
 # Without root the live tests run in a user namespace, where the kernel allows it.
 AS_ROOT := $(if $(filter 0,$(shell id -u)),,unshare --user --map-root-user)
 
-.PHONY: all demo test check soak bench install stage deb rpm static package-test kubernetes-check dashboard-check \
+.PHONY: all demo test check advisories soak bench install stage deb rpm static package-test kubernetes-check dashboard-check \
 	tools test-tools cargo-deny cargo-deb cargo-generate-rpm
 
 all:
@@ -34,6 +34,10 @@ check: cargo-deny
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items
 	$(CARGO) deny --log-level error check bans licenses sources
+
+# Known weaknesses of the locked dependencies; needs the network.
+advisories: cargo-deny
+	$(CARGO) deny --log-level error check advisories
 
 # Hours of mixed load: make soak SOAK=8h
 soak: tools
