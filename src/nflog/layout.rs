@@ -1,7 +1,7 @@
 //! The table: which packets are logged.
 //!
-//! A packet without FIN or RST, or to another port, leaves at the third rule. Priority -150:
-//! conntrack (-200) has seen the packet, the filter rules have not.
+//! A packet without FIN or RST leaves at the first rule, one to another port at the third.
+//! Priority -150: conntrack (-200) has seen the packet, the filter rules have not.
 //!
 //! There is no `ct` expression here, on purpose: one would switch conntrack on in a namespace that
 //! has been living without. So a flood of stray FINs can fill the set of closing connections (at
@@ -67,8 +67,9 @@ pub(super) fn layout(hook: Hook, group: u16, ports: &HashSet<u16>, closing: u32)
     let any = |mask: u8| [&flags(mask)[..], &[Expr::Differs(vec![0])]].concat();
     let log = |prefix| Expr::Log { group, snaplen: super::SNAPLEN, prefix };
     let mut rules = vec![
-        vec![Expr::L4Proto, Expr::Differs(vec![IPPROTO_TCP]), Expr::Accept],
+        // First, and of whatever protocol: it is what most packets are.
         [&flags(FIN | RST)[..], &[Expr::Equals(vec![0]), Expr::Accept]].concat(),
+        vec![Expr::L4Proto, Expr::Differs(vec![IPPROTO_TCP]), Expr::Accept],
         vec![Expr::transport(TCP_DESTINATION_PORT, 2), Expr::NotIn(PORTS), Expr::Accept],
     ];
     for (family, closing, held, key) in [
@@ -80,9 +81,11 @@ pub(super) fn layout(hook: Hook, group: u16, ports: &HashSet<u16>, closing: u32)
         for known in [held, closing] {
             rules.push([&of_family[..], &key, &[Expr::In(known)], &tell].concat());
         }
-        let fin = [&of_family[..], &any(FIN), &key].concat();
-        rules.push([&fin[..], &[Expr::Add(closing)]].concat());
-        rules.push([&fin[..], &[Expr::NotIn(closing), UNLEARNED, log(Some(FULL))]].concat());
+        // With an RST it is an RST, to TCP and to conntrack.
+        let fin = [&of_family[..], &flags(FIN | RST), &[Expr::Equals(vec![FIN])]].concat();
+        rules.push([&fin[..], &key, &[Expr::Add(closing), Expr::Accept]].concat());
+        // Nothing can be added to a full set, and the rule above ends there.
+        rules.push([&fin[..], &[UNLEARNED, log(Some(FULL)), Expr::Accept]].concat());
     }
     rules.push([&any(RST)[..], &[UNHERALDED, log(None)]].concat());
     let chain = Chain { name: "watch", hook, priority: PRIORITY, rules };

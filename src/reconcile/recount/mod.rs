@@ -17,7 +17,7 @@ mod veil;
 use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::net::IpAddr;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
@@ -75,13 +75,20 @@ impl fmt::Display for Route {
 /// Addresses whose destination is remembered between two refreshes.
 const REMEMBERED: usize = 65_536;
 
+/// For so long after its last use the veil stays, and costs every packet a little.
+const VEIL_REST: Duration = Duration::from_secs(60);
+
 /// Sends nudges and seals in one network namespace.
 #[derive(Debug)]
 pub struct Recounter {
     raw: RawSockets,
     ingress: Option<Ingress>,
     loopback: bool,
+    /// The veil's name, where it can be had.
+    veiled: Option<String>,
     veil: Option<Veil>,
+    /// When something last went out behind the veil.
+    used: Option<Instant>,
     marks: Marks,
     routes: Routes,
     remembered: HashMap<(IpAddr, Option<IpAddr>), Destination>,
@@ -104,7 +111,9 @@ impl Recounter {
             raw: RawSockets::open()?,
             ingress: None,
             loopback: mode != Mode::Ingress,
+            veiled: None,
             veil: None,
+            used: None,
             marks,
             routes: Routes::open()?,
             remembered: HashMap::new(),
@@ -112,12 +121,12 @@ impl Recounter {
             shortfalls: Vec::new(),
         };
         match Veil::open(name, marks) {
-            Ok(veil) => this.veil = Some(veil),
+            Ok(veil) => (this.veil, this.veiled) = (Some(veil), Some(name.to_owned())),
             Err(error) if mode == Mode::Ingress => return Err(missing(error)),
             Err(error) => this.shortfalls.push(error.to_string()),
         }
         // Without the veil a rule that rejects would answer the client.
-        if mode != Mode::Loopback && this.veil.is_some() {
+        if mode != Mode::Loopback && this.veiled.is_some() {
             match Ingress::open(name) {
                 Ok(ingress) => this.ingress = Some(ingress),
                 Err(error) if mode == Mode::Ingress => return Err(missing(error)),
@@ -135,7 +144,19 @@ impl Recounter {
 
     /// Whether entries can be sealed.
     pub fn can_seal(&self) -> bool {
-        self.veil.is_some()
+        self.veiled.is_some()
+    }
+
+    /// The veil, raised now if it was down; `None` where it cannot be had.
+    ///
+    /// # Errors
+    /// The kernel refused it this time.
+    fn veil(&mut self) -> Result<Option<&mut Veil>> {
+        self.used = Some(Instant::now());
+        if let (Some(name), None) = (&self.veiled, &self.veil) {
+            self.veil = Some(Veil::open(name, self.marks)?);
+        }
+        Ok(self.veil.as_mut())
     }
 
     /// What could not be had, in words.
@@ -160,6 +181,7 @@ impl Recounter {
     /// No route reaches the rules for this connection; the last one's reason.
     pub(super) fn nudge(&mut self, entry: &Entry) -> Result<Route> {
         let op = Op::on("recount", entry.orig);
+        self.veil()?;
         let mut failed = None;
         let mut routes = self.routes();
         if entry.synproxy.is_some() {
@@ -220,7 +242,7 @@ impl Recounter {
     /// There is no veil that keeps it on this host, or the send failed.
     pub(super) fn seal(&mut self, entry: &Entry) -> Result<()> {
         let op = Op::on("seal", entry.orig);
-        let Some(marks) = self.veil.as_ref().map(Veil::marks) else {
+        let Some(marks) = self.veil()?.map(|veil| veil.marks()) else {
             return Err(op.failed(Cause::Unavailable("no nftables table of our own".to_owned())));
         };
         let packet = packet::seal(entry.reply, marks.seal)
@@ -231,7 +253,7 @@ impl Recounter {
             Err(error) => Err(op.io(error)),
             Ok(()) => {
                 // Somebody took the table away: no more seals, they would leave this host.
-                self.veil = None;
+                (self.veil, self.veiled) = (None, None);
                 self.ingress = None;
                 Err(op.failed(Cause::Unavailable("our nftables table is gone".to_owned())))
             }
@@ -243,20 +265,24 @@ impl Recounter {
     /// # Errors
     /// The sets are full, or the table is gone.
     pub(super) fn shield(&mut self, wanted: &[(FourTuple, Shield)]) -> Result<()> {
-        match &mut self.veil {
-            Some(veil) if !wanted.is_empty() => veil.shield(wanted),
-            _ => Ok(()),
+        if wanted.is_empty() {
+            return Ok(());
         }
+        self.veil()?.map_or(Ok(()), |veil| veil.shield(wanted))
     }
 
-    /// Shields only connections that are held.
+    /// Shields only connections that are held, and takes the veil away where nothing needs it.
     ///
     /// # Errors
     /// The table is gone.
     pub fn lower_shields(&mut self, ledger: &Ledger) -> Result<()> {
-        let Some(veil) = self.veil.as_mut().filter(|veil| veil.shielded().next().is_some()) else {
+        let Some(veil) = &mut self.veil else { return Ok(()) };
+        if veil.shielded().next().is_none() {
+            if self.used.is_none_or(|used| used.elapsed() >= VEIL_REST) {
+                self.veil = None;
+            }
             return Ok(());
-        };
+        }
         let held: HashSet<_> = ledger.held().map(|held| held.orig).collect();
         let over: Vec<_> = veil.shielded().filter(|flow| !held.contains(flow)).collect();
         veil.unshield(&over)

@@ -157,9 +157,10 @@ fn chains(marks: Marks) -> [Chain; 2] {
     let quoted = marks.nudge.to_be_bytes().to_vec();
     let is = |protocol: u8| [Expr::L4Proto, Expr::Equals(vec![protocol])];
     let at = |offset: u32, bytes: &[u8]| [Expr::transport(offset, 4), Expr::Equals(bytes.to_vec())];
+    // What nearly every packet fails comes first: each expression costs every packet.
     let answer_of_tcp = [
-        &is(IPPROTO_TCP)[..],
-        &at(TCP_ACK, &answered),
+        &at(TCP_ACK, &answered)[..],
+        &is(IPPROTO_TCP),
         &[
             Expr::transport(TCP_FLAGS, 1),
             Expr::Mask(vec![SYN_OR_RST]),
@@ -171,7 +172,8 @@ fn chains(marks: Marks) -> [Chain; 2] {
     let quote = |protocol: u8, header: u32| {
         [&is(protocol)[..], &at(ICMP_QUOTE + header + TCP_SEQ, &quoted), &[Expr::Drop]].concat()
     };
-    let seal = [&is(IPPROTO_TCP)[..], &at(TCP_SEQ, &marks.seal.to_be_bytes()), &[Expr::Drop]];
+    let other_tcp = [&is(IPPROTO_TCP)[..], &[Expr::Accept]].concat();
+    let seal = [&at(TCP_SEQ, &marks.seal.to_be_bytes())[..], &is(IPPROTO_TCP), &[Expr::Drop]];
     [
         Chain {
             name: "answers",
@@ -179,6 +181,7 @@ fn chains(marks: Marks) -> [Chain; 2] {
             priority: BEFORE_CONNTRACK,
             rules: vec![
                 answer_of_tcp,
+                other_tcp,
                 quote(IPPROTO_ICMP, IPV4_HEADER),
                 quote(IPPROTO_ICMPV6, IPV6_HEADER),
             ],
@@ -197,8 +200,9 @@ fn chains(marks: Marks) -> [Chain; 2] {
 fn shield() -> Chain {
     let flags = |mask: u8| [Expr::transport(TCP_FLAGS, 1), Expr::Mask(vec![mask])];
     let mut rules = vec![
-        vec![Expr::L4Proto, Expr::Differs(vec![IPPROTO_TCP]), Expr::Accept],
+        // First, and of whatever protocol: it is what most packets are.
         [&flags(FIN_OR_RST)[..], &[Expr::Equals(vec![0]), Expr::Accept]].concat(),
+        vec![Expr::L4Proto, Expr::Differs(vec![IPPROTO_TCP]), Expr::Accept],
     ];
     let [fins4, fins6] = FINS;
     let [all4, all6] = ALL;
