@@ -7,7 +7,7 @@ mod lab;
 #[path = "lab/scene.rs"]
 mod scene;
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::process::{Command, Output, Stdio};
 
 use lab::{Lab, RawConn, wait_for};
@@ -332,6 +332,30 @@ fn a_second_daemon_in_the_same_namespace_is_refused() {
     // One that only looks is welcome, and so is a repair by hand.
     let (code, out, err) = scene.ctkeep(&["reconcile"]);
     assert_eq!((code, out.as_str(), err.as_str()), (0, "nothing to repair\n", ""));
+}
+
+/// Any user can take the address that an instance claims, and fill its queue.
+#[test]
+fn a_user_who_takes_the_address_keeps_no_daemon_out() {
+    let Some(mut scene) = Scene::new(Limiter::Connlimit) else { return };
+    // Perl is there on every Debian; its own pack_sockaddr_un() would pad the name.
+    let squatter = "socket(S, AF_UNIX, SOCK_STREAM, 0); \
+                    bind(S, pack('Sa*', AF_UNIX, qq(\\0ctkeep))) or die; \
+                    listen(S, 0); syswrite(STDOUT, 'bound'); sleep(600)";
+    let mut command = Command::new("setpriv");
+    command.args(["--reuid=65533", "--clear-groups", "--", "perl", "-MSocket", "-e", squatter]);
+    let prepare = |command: &mut Command| drop(command.stdout(Stdio::piped()));
+    let mut child = scene.lab.server.spawn_with(&command, prepare).expect("a squatter");
+    let mut said = [0; 5];
+    child.stdout.take().expect("a pipe").read_exact(&mut said).expect("a bound socket");
+    scene.guard(&[]);
+    assert!(scene.daemon().logged("no administrator"), "{}", scene.daemon().log());
+    let conns = scene.half_closed();
+    conns.iter().for_each(|conn| conn.rst(-5));
+    scene.await_repair("revive", &conns);
+    assert_eq!(scene.open(LIMIT).len(), 0, "the limit lets more in");
+    child.kill().expect("a squatter");
+    child.wait().expect("its end");
 }
 
 /// The fields of `explain --format json`.

@@ -116,7 +116,13 @@ fn guard_present(
     guard.conntrack.enter()?;
     // Several daemons may serve containers of one host, each with its own share of them.
     let alone = !settings.dry_run && !guard.is_for_others();
-    let claim = if alone { Some(instance::claim("ctkeep")?) } else { None };
+    let claim = if alone { instance::claim("ctkeep")? } else { None };
+    if alone && claim.is_none() {
+        tracing::warn!(
+            "the abstract socket \"ctkeep\" belongs to somebody who is no administrator (ss -xlp): \
+             guarding all the same; a second instance would not be noticed"
+        );
+    }
     let share = Share::new(&control.metrics, number);
     let mut worker = Worker::open(settings, guard, present, share)?;
     worker.claim = claim;

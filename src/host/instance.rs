@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::thread;
@@ -15,24 +16,44 @@ use std::time::Duration;
 use caps::{CapSet, Capability};
 use nix::sys::socket::{getsockopt, sockopt};
 use nix::unistd::Uid;
+use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::error::{Cause, Op, Result};
 
 /// Claims `name` in the network namespace of the calling thread for as long as the value lives.
 ///
+/// `None` where somebody has it who could not run ctkeep: any user can take any abstract address,
+/// and keeps no daemon from its work by it.
+///
 /// # Errors
-/// Another process has it.
-pub fn claim(name: &str) -> Result<UnixListener> {
+/// Another ctkeep has it.
+pub fn claim(name: &str) -> Result<Option<UnixListener>> {
     let op = Op::new("claim network namespace");
     let address = SocketAddr::from_abstract_name(name).map_err(|error| op.io(error))?;
-    let listener = UnixListener::bind_addr(&address).map_err(|error| match error.kind() {
-        ErrorKind::AddrInUse => {
-            op.failed(Cause::Unavailable("another ctkeep guards this namespace already".to_owned()))
+    let listener = match UnixListener::bind_addr(&address) {
+        Ok(listener) => listener,
+        Err(error) if error.kind() == ErrorKind::AddrInUse => {
+            return if is_held_by_another(name) {
+                let what = "another ctkeep guards this namespace already".to_owned();
+                Err(op.failed(Cause::Unavailable(what)))
+            } else {
+                Ok(None)
+            };
         }
-        _ => op.io(error),
-    })?;
+        Err(error) => return Err(op.io(error)),
+    };
     listener.set_nonblocking(true).map_err(|error| op.io(error))?;
-    Ok(listener)
+    Ok(Some(listener))
+}
+
+/// Whether somebody listens at `name` who is trusted. A queue that is kept full blocks nobody.
+fn is_held_by_another(name: &str) -> bool {
+    let connect = || {
+        let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None).ok()?;
+        socket.connect(&SockAddr::unix(format!("\0{name}")).ok()?).ok()?;
+        Some(UnixStream::from(OwnedFd::from(socket)))
+    };
+    connect().is_some_and(|stream| is_trusted(&stream))
 }
 
 /// Longest that either side waits for the other.
