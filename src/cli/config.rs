@@ -4,7 +4,7 @@
 //! of their values and one set of messages. A flag on the command line replaces the file's value.
 
 use std::ffi::OsString;
-use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use clap::parser::ValueSource;
@@ -28,14 +28,17 @@ impl From<clap::Error> for Failure {
     }
 }
 
-/// Parses the arguments, and the file that `--config` names.
-pub(super) fn matches(args: impl IntoIterator<Item = OsString>) -> Result<ArgMatches, Failure> {
+/// Parses the arguments, and the file that `--config` names, of which `read` gets the text.
+pub(super) fn matches(
+    args: impl IntoIterator<Item = OsString>,
+    read: impl FnOnce(&Path) -> io::Result<String>,
+) -> Result<ArgMatches, Failure> {
     let mut args: Vec<OsString> = args.into_iter().collect();
     let matches = Cli::command().try_get_matches_from(&args)?;
     let Some((name, typed)) = matches.subcommand() else { return Ok(matches) };
     let Ok(Some(path)) = typed.try_get_one::<PathBuf>("config") else { return Ok(matches) };
-    let text = fs::read_to_string(path)
-        .map_err(|error| Failure::File(usage(format!("{}: {error}", path.display()))))?;
+    let text =
+        read(path).map_err(|error| Failure::File(usage(format!("{}: {error}", path.display()))))?;
     let added = flags(&text, path, name, typed).map_err(Failure::File)?;
     args.extend(added.into_iter().map(OsString::from));
     Ok(Cli::command().try_get_matches_from(&args)?)

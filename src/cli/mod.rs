@@ -10,7 +10,11 @@ mod manual;
 mod reconcile;
 mod run;
 
+use std::ffi::OsString;
+use std::fmt::Debug;
+use std::fs;
 use std::io;
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::FromArgMatches;
@@ -43,7 +47,7 @@ impl From<Exit> for ExitCode {
 
 /// Runs the program with the arguments of the process.
 pub fn main() -> ExitCode {
-    let matches = match config::matches(std::env::args_os()) {
+    let matches = match config::matches(std::env::args_os(), |path| fs::read_to_string(path)) {
         Ok(matches) => matches,
         Err(config::Failure::Clap(error)) => error.exit(),
         Err(config::Failure::File(error)) => return fail(&error),
@@ -58,9 +62,27 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// What these arguments mean, the program's name first; `read` gets the file that they name.
+///
+/// # Errors
+/// What is wrong with them, or with the file.
+pub fn check(
+    args: impl IntoIterator<Item = OsString>,
+    read: impl FnOnce(&Path) -> io::Result<String>,
+) -> Result<impl Debug> {
+    parse(args, read)
+}
+
 /// The command line again, with the file that it names as that is now.
 fn arguments() -> Result<Command> {
-    let matches = config::matches(std::env::args_os()).map_err(|failure| match failure {
+    parse(std::env::args_os(), |path| fs::read_to_string(path))
+}
+
+fn parse(
+    args: impl IntoIterator<Item = OsString>,
+    read: impl FnOnce(&Path) -> io::Result<String>,
+) -> Result<Command> {
+    let matches = config::matches(args, read).map_err(|failure| match failure {
         config::Failure::Clap(error) => Error::usage("reload", error.to_string()),
         config::Failure::File(error) => error,
     })?;

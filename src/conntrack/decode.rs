@@ -165,6 +165,9 @@ fn tuple(nested: &[u8]) -> Decoded<Option<Tuple>> {
     let [src, dst] = addrs.ok_or_else(|| missing("CTA_TUPLE_IP"))?;
     let [src_port, dst_port] = ports.ok_or_else(|| missing("CTA_TUPLE_PROTO"))?;
     let flow = FourTuple::new(Endpoint::new(src, src_port), Endpoint::new(dst, dst_port));
+    if flow.src.addr().is_ipv4() != flow.dst.addr().is_ipv4() {
+        return Err(missing("addresses of one family"));
+    }
     Ok(Some(Tuple { flow, zone }))
 }
 

@@ -16,7 +16,8 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpListener;
 use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 
@@ -81,7 +82,11 @@ fn end_oldest(connections: &mut VecDeque<AbortHandle>) {
     }
 }
 
-async fn converse(stream: TcpStream, metrics: Arc<Metrics>) {
+/// Answers one client until it has enough, or too little to say.
+pub async fn converse<S>(stream: S, metrics: Arc<Metrics>)
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
     let service = service_fn(move |request: Request<Incoming>| {
         let response = answer(&request, &metrics);
         async move { Ok::<_, Infallible>(response) }

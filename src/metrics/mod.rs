@@ -8,7 +8,7 @@
 mod counts;
 mod gauges;
 pub(crate) mod history;
-pub(crate) mod http;
+pub mod http;
 mod page;
 mod process;
 mod survey;

@@ -191,18 +191,20 @@ fn config(op: Op, group: u16, attributes: &[ConfigNla]) -> Request {
 }
 
 /// A logged packet.
-struct Packet {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Packet {
     /// From its sender to its receiver.
-    flow: FourTuple,
+    pub flow: FourTuple,
     /// Its number among the packets of the group.
-    seq: Option<u32>,
+    pub seq: Option<u32>,
     /// When it came; kernels before 5.18 tell it only where somebody else asks for it too.
-    at: Option<SystemTime>,
+    pub at: Option<SystemTime>,
     /// A FIN for which the table had no room.
-    is_unlearned: bool,
+    pub is_unlearned: bool,
 }
 
-fn packet(payload: &[u8]) -> Option<Packet> {
+/// The packet in the payload of a log message; `None` where there is no TCP packet in it.
+pub fn packet(payload: &[u8]) -> Option<Packet> {
     let mut flow = None;
     let (mut seq, mut at) = (None, None);
     let mut is_unlearned = false;

@@ -32,7 +32,8 @@ pub fn read(name: &str) -> Vec<Vec<u8>> {
     parse(&text)
 }
 
-fn parse(text: &str) -> Vec<Vec<u8>> {
+/// The datagrams in the text of one.
+pub fn parse(text: &str) -> Vec<Vec<u8>> {
     let mut datagrams = vec![Vec::new()];
     for line in text.lines() {
         let bytes = line.split('#').next().unwrap();

@@ -8,6 +8,7 @@
 #![allow(dead_code, unreachable_pub)]
 #![allow(clippy::indexing_slicing, clippy::unwrap_used, clippy::cast_possible_truncation)]
 
+pub mod crate_reader;
 pub mod hex;
 pub mod host;
 

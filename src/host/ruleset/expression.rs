@@ -11,6 +11,7 @@ use super::attribute::Attributes;
 use super::nft::Sets;
 use super::{Family, Key, Limit, Match, Outcome, Ports, Rule, xt};
 use crate::error::Result;
+use crate::netlink::Transport;
 
 const NFTA_LIST_ELEM: u16 = 1;
 const NFTA_EXPR_NAME: u16 = 1;
@@ -98,10 +99,10 @@ impl Element {
 }
 
 /// The expressions of one rule; a verdict map makes several rules of it.
-pub(super) fn rules(
+pub(super) fn rules<T: Transport>(
     family: Family,
     list: Attributes<'_>,
-    sets: &mut Sets<'_>,
+    sets: &mut Sets<'_, T>,
 ) -> Result<Vec<Rule>> {
     let mut machine = Machine::new(family, sets);
     for (kind, expression) in list.iter() {
@@ -127,15 +128,15 @@ pub(super) fn listed(expression: &[u8]) -> Vec<u8> {
     list
 }
 
-struct Machine<'s, 'c> {
+struct Machine<'s, 'c, T> {
     registers: HashMap<u32, Register>,
     rule: Rule,
     mapped: Vec<Rule>,
-    sets: &'s mut Sets<'c>,
+    sets: &'s mut Sets<'c, T>,
 }
 
-impl<'s, 'c> Machine<'s, 'c> {
-    fn new(family: Family, sets: &'s mut Sets<'c>) -> Self {
+impl<'s, 'c, T: Transport> Machine<'s, 'c, T> {
+    fn new(family: Family, sets: &'s mut Sets<'c, T>) -> Self {
         let mut rule = Rule::default();
         rule.matches.ipv4 = match family {
             Family::Ip => Some(true),

@@ -17,6 +17,7 @@ use std::process::{Command, Stdio};
 
 use ipnet::IpNet;
 
+pub use nft::chains as nft_chains;
 pub use ports::Ports;
 pub use saved::parse as parse_saved;
 

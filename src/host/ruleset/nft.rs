@@ -10,7 +10,7 @@ use super::attribute::Attributes;
 use super::expression::{self, Element};
 use super::{Base, Chain, Family, Hook, Rule};
 use crate::error::{Op, Result};
-use crate::netlink::{Connection, KernelSocket, Request};
+use crate::netlink::{Connection, KernelSocket, Request, Transport};
 
 const NFNL_SUBSYS_NFTABLES: u16 = 10;
 const NFT_MSG_GETCHAIN: u16 = 4;
@@ -48,14 +48,14 @@ struct Declared {
 }
 
 /// A table's sets, of which a rule names one.
-pub(super) struct Sets<'c> {
-    connection: &'c mut Connection<KernelSocket>,
+pub(super) struct Sets<'c, T> {
+    connection: &'c mut Connection<T>,
     family: u8,
     table: String,
     declared: &'c HashMap<(u8, String, String), Declared>,
 }
 
-impl Sets<'_> {
+impl<T: Transport> Sets<'_, T> {
     /// The elements of a set.
     pub(super) fn elements(&mut self, set: &str) -> Result<Vec<Element>> {
         let attributes = [
@@ -89,7 +89,14 @@ impl Sets<'_> {
 /// The chains of the network namespace that the calling thread is in.
 pub(super) fn read() -> Result<Vec<Chain>> {
     let op = Op::new("open nftables netlink");
-    let mut connection = Connection::new(KernelSocket::open(op, NETLINK_NETFILTER)?);
+    chains(&mut Connection::new(KernelSocket::open(op, NETLINK_NETFILTER)?))
+}
+
+/// The chains that a kernel tells of, with their rules.
+///
+/// # Errors
+/// The kernel refused, or a message was lost or malformed.
+pub fn chains<T: Transport>(connection: &mut Connection<T>) -> Result<Vec<Chain>> {
     let found = connection.dump(
         &get("dump of nft chains", NFT_MSG_GETCHAIN, 0, &[]),
         |all: &mut Vec<Chain>, frame| {
@@ -104,7 +111,7 @@ pub(super) fn read() -> Result<Vec<Chain>> {
         }
         other => other?,
     };
-    let declared = declared_sets(&mut connection)?;
+    let declared = declared_sets(connection)?;
     let rules = connection.dump(
         &get("dump of nft rules", NFT_MSG_GETRULE, 0, &[]),
         |all: &mut Vec<Vec<u8>>, frame| {
@@ -128,7 +135,7 @@ pub(super) fn read() -> Result<Vec<Chain>> {
                 && chain.name == name
         });
         let Some(owner) = owner else { continue };
-        let mut sets = Sets { connection: &mut connection, family, table, declared: &declared };
+        let mut sets = Sets { connection: &mut *connection, family, table, declared: &declared };
         let position = owner.rules.last().map_or(1, |rule| rule.position + 1);
         let rules = expression::rules(owner.family, expressions, &mut sets)?;
         owner.rules.extend(rules.into_iter().map(|rule| Rule { position, ..rule }));
@@ -153,8 +160,8 @@ fn chain(message: &[u8]) -> Option<Chain> {
     })
 }
 
-fn declared_sets(
-    connection: &mut Connection<KernelSocket>,
+fn declared_sets<T: Transport>(
+    connection: &mut Connection<T>,
 ) -> Result<HashMap<(u8, String, String), Declared>> {
     let request = get("dump of nft sets", NFT_MSG_GETSET, 0, &[]);
     connection.dump(&request, |all: &mut HashMap<_, _>, frame| {
