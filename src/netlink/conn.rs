@@ -12,6 +12,9 @@ use crate::error::{Cause, Op, Result};
 /// Messages in one send. Each gets at most two answers, so the receive buffer always has room.
 const BATCH: usize = 64;
 
+/// Bytes that may come in answer to one send. A table of ten million entries fills less.
+const ANSWER: u64 = 4 << 30;
+
 /// How often an interrupted dump is begun anew.
 const DUMP_ATTEMPTS: u32 = 5;
 
@@ -180,11 +183,9 @@ impl<T: Transport> Connection<T> {
         self.transport.send(&self.outgoing).map_err(|error| op.io(error))?;
 
         let mut refused: Option<crate::error::Error> = None;
-        let mut done = 0;
+        let (mut done, mut room) = (0, ANSWER);
         while done < requests.len() {
-            self.transport
-                .recv(&mut self.incoming)
-                .map_err(|error| op.failed(receive_failure(error)))?;
+            self.receive(op, &mut room)?;
             for frame in frames(&self.incoming) {
                 let frame = frame.map_err(|error| op.malformed(error))?;
                 let Some(index) = answer_index(frame.seq, first, requests.len(), op)? else {
@@ -224,6 +225,17 @@ impl<T: Transport> Connection<T> {
         Ok(())
     }
 
+    /// Receives the next datagram of an answer, of which `room` bytes may still come.
+    fn receive(&mut self, op: Op, room: &mut u64) -> Result<()> {
+        self.transport
+            .recv(&mut self.incoming)
+            .map_err(|error| op.failed(receive_failure(error)))?;
+        // One without content counts, too.
+        let length = self.incoming.len().max(NLMSG_HDRLEN) as u64;
+        *room = room.checked_sub(length).ok_or_else(|| op.malformed("it has no end"))?;
+        Ok(())
+    }
+
     /// Sends `messages` between `begin` and `end`: the kernel carries out all of them or none
     /// (`nfnetlink_rcv_batch()`).
     ///
@@ -248,11 +260,9 @@ impl<T: Transport> Connection<T> {
         end.write(&mut self.outgoing, 0, self.seq)?;
         self.transport.send(&self.outgoing).map_err(|error| op.io(error))?;
 
-        let mut done = 0;
+        let (mut done, mut room) = (0, ANSWER);
         while done < messages.len() {
-            self.transport
-                .recv(&mut self.incoming)
-                .map_err(|error| op.failed(receive_failure(error)))?;
+            self.receive(op, &mut room)?;
             for frame in frames(&self.incoming) {
                 let frame = frame.map_err(|error| op.malformed(error))?;
                 if answer_index(frame.seq, first, messages.len() + 2, op)?.is_none()
@@ -308,10 +318,9 @@ impl<T: Transport> Connection<T> {
 
         let mut consistent = true;
         let mut refused = None;
+        let mut room = ANSWER;
         loop {
-            self.transport
-                .recv(&mut self.incoming)
-                .map_err(|error| op.failed(receive_failure(error)))?;
+            self.receive(op, &mut room)?;
             for frame in frames(&self.incoming) {
                 let frame = frame.map_err(|error| op.malformed(error))?;
                 if answer_index(frame.seq, self.seq, 1, op)?.is_none() {

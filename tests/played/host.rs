@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use ctkeep::conntrack::{Conntrack, Entry, Status, Tcp, TcpState, Zone};
 use ctkeep::flow::{Endpoint, FourTuple};
+use ctkeep::netlink::Transport;
 use ctkeep::reconcile::observe::Tables;
 use ctkeep::sockdiag::{Cookie, SockDiag, Socket, State};
 
@@ -33,13 +34,18 @@ pub type Shared = Rc<RefCell<Host>>;
 impl Host {
     /// The host, and ctkeep's view of it.
     pub fn open(self) -> (Shared, Tables<Played>) {
+        self.open_by(|played, _| played)
+    }
+
+    /// The same by transports of the caller's own; `true` for that of the entries.
+    pub fn open_by<T: Transport>(self, way: impl Fn(Played, bool) -> T) -> (Shared, Tables<T>) {
         let host = Rc::new(RefCell::new(self));
         let (for_entries, for_sockets) = (host.clone(), host.clone());
         let conntrack = obliging(move |request| for_entries.borrow_mut().entries(request));
         let sockets = obliging(move |request| for_sockets.borrow().sockets(request));
         let tables = Tables {
-            conntrack: Conntrack::new(conntrack),
-            sockets: SockDiag::new(sockets),
+            conntrack: Conntrack::new(way(conntrack, true)),
+            sockets: SockDiag::new(way(sockets, false)),
             homes: Vec::new(),
         };
         (host, tables)
@@ -168,7 +174,8 @@ fn zone(body: &[u8]) -> Zone {
     }
 }
 
-fn tuple(nested: &[u8]) -> FourTuple {
+/// The tuple in `CTA_TUPLE_ORIG` or `CTA_TUPLE_REPLY`.
+pub fn tuple(nested: &[u8]) -> FourTuple {
     let addr = |v4, v6| match (descend(nested, &[1, v4]), descend(nested, &[1, v6])) {
         (Some(bytes), _) => <[u8; 4]>::try_from(bytes).unwrap().into(),
         (_, Some(bytes)) => <[u8; 16]>::try_from(bytes).unwrap().into(),
