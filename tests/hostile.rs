@@ -13,8 +13,10 @@ use std::ops::Range;
 use std::rc::Rc;
 use std::time::Instant;
 
+use ctkeep::audit::limiter::Limiter;
 use ctkeep::conntrack::{Entry, Tcp, TcpState, decode};
 use ctkeep::flow::{Endpoint, FourTuple};
+use ctkeep::host::ruleset::{Key, Ruleset, nft_chains};
 use ctkeep::netlink::{Connection, Request, Transport};
 use ctkeep::reconcile::apply::{Outcome, apply};
 use ctkeep::reconcile::confirm::confirm;
@@ -27,8 +29,8 @@ use ctkeep::{Op, Result};
 use played::host::{Host, Shared, tuple};
 use played::{
     CT_DELETE, CT_NEW, ENOBUFS, ENOENT, ENOMEM, EPERM, NLM_F_DUMP_INTR, NLMSG_DONE, NLMSG_ERROR,
-    NLMSG_NOOP, NLMSG_OVERRUN, Played, descend, entry, flow, outgoing_entry, requests,
-    reversed_entry, socket, u16_at, u32_at,
+    NLMSG_NOOP, NLMSG_OVERRUN, Played, attribute, descend, entry, flow, nest, outgoing_entry,
+    requests, reversed_entry, socket, u16_at, u32_at,
 };
 
 const EINTR: i32 = 4;
@@ -508,4 +510,41 @@ fn a_tuple_of_two_address_families_is_malformed() {
     }
     let error = decode::entry(&bytes).unwrap_err().to_string();
     assert!(error.contains("one family"), "{error}");
+}
+
+/// A dynamic set that counts by the source, with a mask of 20 bytes.
+#[test]
+fn a_mask_in_a_rule_dump_is_never_longer_than_its_address() {
+    let number = |kind, value: u32| attribute(kind, &value.to_be_bytes());
+    let text = |kind, text: &str| attribute(kind, format!("{text}\0").as_bytes());
+    let expression = |name, parts: &[Vec<u8>]| nest(1, &[text(1, name), nest(2, parts)]);
+    let rule = [
+        expression("payload", &[number(1, 1), number(2, 1), number(3, 12), number(4, 4)]),
+        expression("bitwise", &[number(1, 1), number(2, 1), nest(4, &[attribute(1, &[0xff; 20])])]),
+        expression(
+            "dynset",
+            &[
+                text(1, "s"),
+                number(4, 1),
+                nest(7, &[text(1, "connlimit"), nest(2, &[number(1, 10), number(2, 1)])]),
+            ],
+        ),
+    ];
+    let chain = [text(1, "t"), text(3, "in"), nest(4, &[number(1, 1), number(2, 0)])];
+    let rule = [text(1, "t"), text(2, "in"), nest(4, &rule)];
+    let set = [text(1, "t"), text(2, "s"), number(5, 4)];
+    let kernel = played::obliging(move |request| {
+        let (kind, parts): (u16, &[Vec<u8>]) = match request.kind & 0xff {
+            4 => (3, &chain),
+            7 => (6, &rule),
+            10 => (9, &set),
+            _ => return Ok(Vec::new()),
+        };
+        let payload = [vec![2, 0, 0, 0], parts.concat()].concat();
+        Ok(vec![played::message(10 << 8 | kind, 2, request.seq, &payload)])
+    });
+    let chains = nft_chains(&mut Connection::new(kernel)).unwrap();
+    assert_eq!(chains[0].rules[0].limit.unwrap().key, Key::Source(32));
+    let limiter = Limiter::of(&Ruleset { chains, unread: Vec::new() });
+    assert_eq!((limiter.prefix(true), limiter.prefix(false)), (Some(32), None));
 }

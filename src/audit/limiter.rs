@@ -105,7 +105,9 @@ impl Limiter {
             .iter()
             .filter(|rule| rule.family.covers(ipv4))
             .filter(|rule| rule.matches.ipv4.is_none_or(|wanted| wanted == ipv4))
-            .filter_map(LimitRule::source_prefix);
+            .filter_map(LimitRule::source_prefix)
+            // One for both families may count by an address of the other.
+            .filter(|bits| *bits <= if ipv4 { 32 } else { 128 });
         let first = found.next()?;
         found.all(|prefix| prefix == first).then_some(first)
     }

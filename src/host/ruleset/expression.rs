@@ -542,9 +542,9 @@ fn number(value: &[u8]) -> u32 {
     value.get(..4).and_then(|bytes| bytes.try_into().ok()).map_or(0, u32::from_ne_bytes)
 }
 
-/// Prefix length of a masked address, or of one loaded only in part.
+/// Prefix length of a masked address of which `length` bytes are loaded.
 fn prefix(mask: Option<&[u8]>, length: u32) -> u8 {
-    let ones = |mask: &[u8]| mask.iter().map(|byte| byte.count_ones()).sum();
+    let ones = |mask: &[u8]| mask.iter().zip(0..length).map(|(byte, _)| byte.count_ones()).sum();
     u8::try_from(mask.map_or(length * 8, ones)).unwrap_or(u8::MAX)
 }
 

@@ -49,7 +49,8 @@ fn rule(words: &[String], ipv4: bool) -> Rule {
     let mut rule = Rule::default();
     rule.matches.ipv4 = Some(ipv4);
     let mut count = Limit { count: 0, over: true, key: Key::Other, dynamic: false };
-    let (mut prefix, mut by_source, mut counts) = (if ipv4 { 32 } else { 128 }, true, false);
+    let longest = if ipv4 { 32 } else { 128 };
+    let (mut prefix, mut by_source, mut counts) = (longest, true, false);
     let mut rest = words.iter().map(String::as_str);
     let mut not = false;
     while let Some(word) = rest.next() {
@@ -93,7 +94,9 @@ fn rule(words: &[String], ipv4: bool) -> Rule {
             "--connlimit-upto" => {
                 (counts, count.over, count.count) = (true, false, number(value()));
             }
-            "--connlimit-mask" => prefix = value().parse().unwrap_or(prefix),
+            "--connlimit-mask" => {
+                prefix = value().parse().map_or(longest, |bits: u8| bits.min(longest));
+            }
             "--connlimit-saddr" => by_source = true,
             "--connlimit-daddr" => by_source = false,
             "-j" => rule.outcome = outcome(value()),
@@ -188,6 +191,17 @@ fn words(line: &str) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_mask_is_never_longer_than_an_address() {
+        let text = "*filter\n:INPUT ACCEPT [0:0]\n-A INPUT -m connlimit --connlimit-above 16 \
+            --connlimit-mask 64 -j DROP\n";
+        for (family, bits) in [(Family::Ip, 32), (Family::Ip6, 64)] {
+            let chains = parse(text, family);
+            let limit = chains[0].rules[0].limit.unwrap();
+            assert_eq!(limit.key, Key::Source(bits));
+        }
+    }
 
     #[test]
     fn a_saved_connlimit_rule_is_read_with_its_context() {
