@@ -13,8 +13,11 @@ STATIC = x86_64-unknown-linux-musl
 # Without root the live tests run in a user namespace, where the kernel allows it.
 AS_ROOT := $(if $(filter 0,$(shell id -u)),,unshare --user --map-root-user)
 
-.PHONY: all demo test check advisories soak bench install stage deb rpm static package-test kubernetes-check dashboard-check \
-	tools test-tools cargo-deny cargo-deb cargo-generate-rpm
+FUZZ_SECONDS ?= 60
+FUZZ_TARGETS = conntrack sockdiag netlink nflog ruleset saved options http
+
+.PHONY: all demo test check advisories fuzz soak bench install stage deb rpm static package-test \
+	kubernetes-check dashboard-check tools test-tools cargo-deny cargo-deb cargo-generate-rpm cargo-fuzz
 
 all:
 	$(CARGO) build --locked --profile $(PROFILE)
@@ -45,6 +48,14 @@ soak: tools
 
 bench: tools
 	$(CARGO) bench --locked --bench '*'
+
+# Each target for FUZZ_SECONDS, from the committed seeds on. Needs a nightly compiler.
+fuzz: cargo-fuzz
+	cd fuzz && for target in $(FUZZ_TARGETS); do \
+		mkdir -p corpus/$$target && \
+		$(CARGO) +nightly fuzz run --fuzz-dir . $$target corpus/$$target seeds/$$target -- \
+			-max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=2048 -print_final_stats=1 || exit; \
+	done
 
 install: all
 	install -D -m 0755 $(BUILD)/ctkeep $(DESTDIR)$(PREFIX)/sbin/ctkeep
@@ -105,5 +116,5 @@ tools:
 test-tools:
 	@sh tests/lab/tools.sh tests
 
-cargo-deny cargo-deb cargo-generate-rpm:
+cargo-deny cargo-deb cargo-generate-rpm cargo-fuzz:
 	@$(CARGO) $(@:cargo-%=%) --version >/dev/null 2>&1 || $(CARGO) install --locked $@
