@@ -12,8 +12,9 @@ use ctkeep::reconcile::observe::Tables;
 use ctkeep::sockdiag::{Cookie, SockDiag, Socket, State};
 
 use super::{
-    CT_DELETE, CT_GET, CT_GET_STATS, CT_NEW, EEXIST, EINVAL, ENOENT, NLM_F_CREATE, Played, Request,
-    attribute, attributes, descend, entry_message, message, obliging, socket_message, u32_at,
+    CT_DELETE, CT_GET, CT_GET_STATS, CT_NEW, EEXIST, EINVAL, ENOENT, ENOMEM, NLM_F_CREATE, Played,
+    Request, attribute, attributes, descend, entry_message, message, obliging, socket_message,
+    u32_at,
 };
 
 /// Both tables. Change them at will between two requests.
@@ -23,6 +24,10 @@ pub struct Host {
     pub entries: Vec<Entry>,
     /// Sockets that dumps skip, as they do under churn; look-ups find them.
     pub skipped: Vec<Cookie>,
+    /// Entries that the table has room for, where it is limited.
+    pub maximum: Option<usize>,
+    /// Dumps go from the last to the first.
+    pub is_listed_backwards: bool,
     /// How many requests changed the table.
     pub changes: usize,
     /// How many dumps walked it.
@@ -62,7 +67,8 @@ impl Host {
                     && !self.skipped.contains(&socket.cookie)
             };
             let found = self.sockets.iter().filter(wanted);
-            return Ok(found.map(|socket| socket_message(request.seq, socket)).collect());
+            let found = found.map(|socket| socket_message(request.seq, socket)).collect();
+            return Ok(self.listed(found));
         }
         let port = |at: usize| u16::from_be_bytes([body[at], body[at + 1]]);
         let end = |at: usize, port| match family {
@@ -86,7 +92,8 @@ impl Host {
                 // As a kernel before 5.8, which knows no filter.
                 let wanted = |e: &&Entry| family == 0 || e.orig.family() == family;
                 let found = self.entries.iter().filter(wanted);
-                Ok(found.map(|entry| entry_message(request.seq, entry)).collect())
+                let found = found.map(|entry| entry_message(request.seq, entry)).collect();
+                Ok(self.listed(found))
             }
             CT_GET => {
                 let index = self.find(body).ok_or(ENOENT)?;
@@ -101,6 +108,9 @@ impl Host {
                 self.changes += 1;
                 match self.find(body) {
                     Some(_) if request.flags & NLM_F_CREATE != 0 => Err(EEXIST),
+                    None if self.maximum.is_some_and(|most| self.entries.len() >= most) => {
+                        Err(ENOMEM)
+                    }
                     None if request.flags & NLM_F_CREATE == 0 => Err(ENOENT),
                     Some(index) => {
                         update(&mut self.entries[index], body);
@@ -128,6 +138,13 @@ impl Host {
             }
             _ => Err(EINVAL),
         }
+    }
+
+    fn listed(&self, mut messages: Vec<Vec<u8>>) -> Vec<Vec<u8>> {
+        if self.is_listed_backwards {
+            messages.reverse();
+        }
+        messages
     }
 
     /// The kernel finds an entry by either of its tuples, in its zone.

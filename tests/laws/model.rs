@@ -1,0 +1,343 @@
+//! A small kernel with a limiter, an application, and packets of peers that mean harm.
+//!
+//! Sockets and entries are those of a [`Host`], so that every question and every change of ctkeep
+//! passes the real bytes. What packets do to them is as measured on Linux 6.18 (docs/attack.md),
+//! reduced to what a decision can depend on. The packets of recount and seal are not sent here:
+//! their effect, which the live tests prove, is put in by [`Model::recounted`].
+
+#![allow(unreachable_pub)]
+
+use std::collections::{HashMap, HashSet};
+use std::net::IpAddr;
+use std::time::Duration;
+
+use ctkeep::conntrack::{Entry, Status, Tcp, TcpState, Zone};
+use ctkeep::flow::{Endpoint, FourTuple};
+use ctkeep::reconcile::ledger::Shield;
+use ctkeep::sockdiag::{Cookie, Socket, State};
+
+use crate::played::host::Shared;
+use crate::played::{self, entry, flow, reversed_entry};
+
+pub const PORT: u16 = 80;
+pub const SERVER: &str = "192.0.2.1";
+
+/// How long the kernel gives an entry (`nf_conntrack_tcp_timeout_*`), in seconds.
+fn timeout(state: TcpState) -> u64 {
+    match state {
+        TcpState::Established => 432_000,
+        TcpState::CloseWait => 60,
+        TcpState::LastAck => 30,
+        TcpState::Close => 10,
+        _ => 120,
+    }
+}
+
+/// An RST that ends nothing, but for the exact one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rst {
+    /// TCP takes it, too.
+    Exact,
+    /// Before the FIN's number, or in the window: conntrack believes it once it has seen a FIN.
+    Stale,
+    /// Behind an ACK of the same number: conntrack believes it always.
+    Ahead,
+}
+
+pub struct Model {
+    pub host: Shared,
+    pub limit: usize,
+    /// The limiter's list of each source: original tuples.
+    lists: HashMap<IpAddr, Vec<FourTuple>>,
+    /// Entries that conntrack has seen a packet of the server for, after ctkeep put them there.
+    sealed: HashSet<Cookie>,
+    /// Connections whose packets of a kind conntrack does not see.
+    shields: HashMap<Cookie, Shield>,
+    /// What events have told of.
+    pub told: Vec<FourTuple>,
+    cookies: u64,
+    ids: u32,
+}
+
+impl Model {
+    pub fn new(host: Shared, limit: usize) -> Self {
+        Self {
+            host,
+            limit,
+            lists: HashMap::new(),
+            sealed: HashSet::new(),
+            shields: HashMap::new(),
+            told: Vec::new(),
+            cookies: 0,
+            ids: 1 << 20,
+        }
+    }
+
+    /// The connection of a peer's port, seen from the server.
+    pub fn flow(source: u8, port: u16) -> FourTuple {
+        flow(&format!("{SERVER}:{PORT}"), &format!("198.51.100.{source}:{port}"))
+    }
+
+    pub fn socket(&self, flow: FourTuple) -> Option<Socket> {
+        self.host.borrow().sockets.iter().find(|socket| socket.flow() == flow).copied()
+    }
+
+    pub fn entry(&self, flow: FourTuple) -> Option<Entry> {
+        let host = self.host.borrow();
+        host.entries.iter().find(|e| e.reply == flow || e.orig == flow).copied()
+    }
+
+    fn set_entry(&self, flow: FourTuple, change: impl FnOnce(&mut Entry)) {
+        let mut host = self.host.borrow_mut();
+        if let Some(entry) = host.entries.iter_mut().find(|e| e.reply == flow || e.orig == flow) {
+            change(entry);
+        }
+    }
+
+    fn set_state(&self, flow: FourTuple, state: TcpState) {
+        self.set_entry(flow, |entry| {
+            entry.timeout = Some(Duration::from_secs(timeout(state)));
+            entry.tcp = entry.tcp.map(|tcp| Tcp { state, ..tcp });
+        });
+    }
+
+    fn remove_entry(&self, flow: FourTuple) {
+        self.host.borrow_mut().entries.retain(|e| e.reply != flow && e.orig != flow);
+    }
+
+    fn insert(&mut self, entry: Entry) -> bool {
+        let mut host = self.host.borrow_mut();
+        if host.maximum.is_some_and(|most| host.entries.len() >= most) {
+            // Early drop: what is not assured goes first.
+            let Some(victim) = host.entries.iter().position(|e| !is_assured(e)) else {
+                return false;
+            };
+            host.entries.remove(victim);
+        }
+        self.ids += 1;
+        host.entries.push(Entry { id: Some(self.ids), ..entry });
+        true
+    }
+
+    /// The limiter's look at its list: what has no entry or a closed one is thrown out.
+    fn sweep_list(&mut self, source: IpAddr) {
+        let host = self.host.clone();
+        let host = host.borrow();
+        let counts = |orig: &FourTuple| {
+            let entry = host.entries.iter().find(|e| e.orig == *orig || e.reply == *orig);
+            entry.and_then(Entry::state).is_some_and(TcpState::is_counted)
+        };
+        self.lists.entry(source).or_default().retain(counts);
+    }
+
+    /// Whether the limiter has the connection in its list, and would leave it there.
+    pub fn is_counted(&mut self, flow: FourTuple) -> bool {
+        self.sweep_list(flow.dst.addr());
+        self.lists[&flow.dst.addr()].contains(&flow.inverse())
+    }
+
+    /// A SYN of the peer; whether a new connection has come of it.
+    pub fn syn(&mut self, flow: FourTuple) -> bool {
+        let (source, orig) = (flow.dst.addr(), flow.inverse());
+        self.sweep_list(source);
+        let old = self.entry(flow).and_then(|entry| entry.state());
+        match old {
+            Some(TcpState::Close | TcpState::TimeWait) => self.remove_entry(flow),
+            // Ignored by conntrack; what TCP makes of it without a socket is left out.
+            Some(_) => return false,
+            None => {}
+        }
+        let list = self.lists.entry(source).or_default();
+        if list.len() >= self.limit {
+            return false;
+        }
+        if self.socket(flow).is_some() {
+            // TCP answers with a challenge.
+            let opening =
+                Entry { status: Some(Status::FRESH), ..entry(flow, TcpState::SynSent, 120) };
+            if self.insert(opening) {
+                self.lists.entry(source).or_default().push(orig);
+            }
+            return false;
+        }
+        let state = TcpState::Established;
+        if !self.insert(entry(flow, state, timeout(state))) {
+            return false;
+        }
+        self.lists.entry(source).or_default().push(orig);
+        self.cookies += 1;
+        let (local, remote) = (flow.src.to_string(), flow.dst.to_string());
+        let socket = played::socket(&local, &remote, State::Established, self.cookies);
+        self.host.borrow_mut().sockets.push(socket);
+        true
+    }
+
+    /// A FIN of the peer; behind a hole TCP does not take it.
+    pub fn fin(&mut self, flow: FourTuple, hole: bool) {
+        let Some(socket) = self.socket(flow) else { return };
+        let mut is_first = false;
+        if socket.state == State::Established && !hole {
+            is_first = true;
+            let mut host = self.host.borrow_mut();
+            let socket = host.sockets.iter_mut().find(|s| s.flow() == flow).unwrap();
+            socket.state = State::CloseWait;
+        }
+        if self.shields.contains_key(&socket.cookie) {
+            return;
+        }
+        let next = match self.entry(flow).and_then(|entry| entry.state()) {
+            // The server's ACK follows.
+            Some(TcpState::Established) if is_first => TcpState::CloseWait,
+            Some(TcpState::Established | TcpState::SynRecv) => TcpState::FinWait,
+            Some(TcpState::FinWait | TcpState::CloseWait) => TcpState::LastAck,
+            Some(TcpState::LastAck) => TcpState::TimeWait,
+            _ => return,
+        };
+        self.set_state(flow, next);
+        self.told.push(flow);
+    }
+
+    pub fn rst(&mut self, flow: FourTuple, rst: Rst) {
+        let Some(socket) = self.socket(flow) else { return };
+        if rst == Rst::Exact {
+            self.host.borrow_mut().sockets.retain(|socket| socket.flow() != flow);
+        }
+        if self.shields.get(&socket.cookie) == Some(&Shield::All) {
+            return;
+        }
+        let state = self.entry(flow).and_then(|entry| entry.state());
+        match (state, rst) {
+            (None | Some(TcpState::None), _) => return,
+            (Some(TcpState::Established), Rst::Stale) => {
+                if self.sealed.contains(&socket.cookie) {
+                    self.set_entry(flow, |entry| entry.timeout = Some(Duration::from_secs(300)));
+                }
+                return;
+            }
+            _ => self.set_state(flow, TcpState::Close),
+        }
+        self.told.push(flow);
+    }
+
+    /// Data of the server, which its client does not answer.
+    pub fn server_sends(&mut self, flow: FourTuple) {
+        if self.socket(flow).is_none() {
+            return;
+        }
+        match self.entry(flow).and_then(|entry| entry.state()) {
+            // Loose pick-up takes the server for the client.
+            None => {
+                let entry = reversed_entry(flow, TcpState::Established, 300);
+                self.insert(entry);
+            }
+            Some(TcpState::Established) => self.set_state(flow, TcpState::Established),
+            Some(_) => {}
+        }
+    }
+
+    /// The application closes.
+    pub fn close(&mut self, flow: FourTuple) {
+        if self.socket(flow).is_none() {
+            return;
+        }
+        self.host.borrow_mut().sockets.retain(|socket| socket.flow() != flow);
+        match self.entry(flow).and_then(|entry| entry.state()) {
+            Some(TcpState::Established) => self.set_state(flow, TcpState::FinWait),
+            Some(TcpState::CloseWait | TcpState::FinWait) => {
+                self.set_state(flow, TcpState::LastAck);
+            }
+            _ => {}
+        }
+    }
+
+    /// Somebody deletes the entry, or a full table loses it.
+    pub fn evict(&mut self, flow: FourTuple) {
+        self.remove_entry(flow);
+        self.told.push(flow);
+    }
+
+    /// Entries of handshakes that never end.
+    pub fn flood(&mut self, count: u16) {
+        for port in 0..count {
+            let flow = flow(&format!("{SERVER}:{PORT}"), &format!("203.0.113.9:{}", 2000 + port));
+            if self.entry(flow).is_none() {
+                let opening = entry(flow, TcpState::SynRecv, 60);
+                self.insert(Entry { status: Some(Status::FRESH), ..opening });
+            }
+        }
+    }
+
+    pub fn pass(&mut self, seconds: u64) {
+        let mut host = self.host.borrow_mut();
+        for entry in &mut host.entries {
+            let left = entry.timeout.unwrap_or_default();
+            entry.timeout = Some(left.saturating_sub(Duration::from_secs(seconds)));
+        }
+        host.entries.retain(|entry| entry.timeout != Some(Duration::ZERO));
+    }
+
+    /// What the packets of a recount, and of a seal, do behind a repair that was made in place.
+    pub fn recounted(&mut self, socket: &Socket, seal: bool) {
+        let flow = socket.flow();
+        let state = self.entry(flow).and_then(|entry| entry.state());
+        self.set_entry(flow, |entry| {
+            entry.tcp = entry.tcp.map(|tcp| Tcp { flags: [0x08; 2], ..tcp });
+        });
+        let list = self.lists.entry(flow.dst.addr()).or_default();
+        if state.is_some() && !list.contains(&flow.inverse()) {
+            list.push(flow.inverse());
+        }
+        self.sealed.remove(&socket.cookie);
+        if seal {
+            self.sealed(socket);
+            self.set_entry(flow, |entry| {
+                let tcp = entry.tcp.map(|tcp| Tcp { state: TcpState::Established, ..tcp });
+                entry.tcp = tcp;
+            });
+        }
+    }
+
+    /// The entry is held as ESTABLISHED.
+    pub fn sealed(&mut self, socket: &Socket) {
+        self.sealed.insert(socket.cookie);
+    }
+
+    pub fn shield(&mut self, cookie: Cookie, shield: Shield) {
+        self.shields.insert(cookie, shield);
+    }
+
+    /// They belong to the process.
+    pub fn drop_shields(&mut self) {
+        self.shields.clear();
+    }
+
+    /// How many connections the server holds open for a source.
+    pub fn held_by(&self, source: u8) -> usize {
+        let of = |socket: &&Socket| socket.remote.addr() == Self::flow(source, 1).dst.addr();
+        self.host.borrow().sockets.iter().filter(of).count()
+    }
+}
+
+fn is_assured(entry: &Entry) -> bool {
+    entry.status.is_some_and(Status::is_assured)
+}
+
+/// A connection that is none of ctkeep's business: a port that is not guarded, or one that this
+/// host opened.
+pub fn bystanders() -> (Vec<Socket>, Vec<Entry>) {
+    let elsewhere = flow(&format!("{SERVER}:22"), "198.51.100.77:4000");
+    let outgoing = flow(&format!("{SERVER}:{PORT}"), "198.51.100.77:4001");
+    let flows = [elsewhere, outgoing];
+    let sockets = flows.iter().zip(1 << 40..).map(|(flow, cookie)| {
+        played::socket(&flow.src.to_string(), &flow.dst.to_string(), State::CloseWait, cookie)
+    });
+    let closed = entry(elsewhere, TcpState::Close, 1_000_000);
+    let plain = Entry::plain(outgoing, Zone::default());
+    let opened = Entry { status: closed.status, timeout: closed.timeout, tcp: closed.tcp, ..plain };
+    (sockets.collect(), vec![closed, opened])
+}
+
+/// The server's endpoint.
+pub fn server() -> Endpoint {
+    played::endpoint(&format!("{SERVER}:{PORT}"))
+}
