@@ -12,6 +12,7 @@
 //! - [`netlink`]: bytes to and from the kernel; a list is whole or an error.
 //! - [`conntrack`], [`sockdiag`]: the two tables, one typed request for each thing asked; [`host`]:
 //!   routes, settings, namespaces.
+//! - [`nflog`], [`shield`]: what can fool conntrack, told by a table of ours or kept from it.
 //! - [`reconcile`]: observe, plan (pure), confirm by exact look-up, apply, recount; the ledger of
 //!   what is held.
 //! - [`audit`]: the report of one look.
@@ -30,6 +31,7 @@ pub mod netlink;
 pub mod nflog;
 pub mod nftables;
 pub mod reconcile;
+pub mod shield;
 pub mod sockdiag;
 
 pub use error::{Cause, Error, Op, Result};

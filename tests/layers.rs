@@ -14,7 +14,7 @@ const LAYERS: [&[&str]; 10] = [
     &["error"],
     &["netlink"],
     &["conntrack", "sockdiag", "nftables", "host"],
-    &["nflog"],
+    &["nflog", "shield"],
     &["reconcile"],
     &["audit"],
     &["metrics"],
@@ -59,7 +59,8 @@ const IMPURE: [&str; 19] = [
 ];
 
 /// Crates that only these modules may use.
-const RESERVED: [(&str, &[&str]); 5] = [
+const RESERVED: [(&str, &[&str]); 6] = [
+    ("aya", &["shield"]),
     ("tokio", &["daemon", "metrics"]),
     ("hyper", &["metrics"]),
     ("prometheus_client", &["metrics"]),

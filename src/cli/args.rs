@@ -10,7 +10,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
 
-use crate::daemon::{EventSource, OnExit};
+use crate::daemon::{EventSource, OnExit, ShieldMode};
 use crate::error::{Error, Result};
 use crate::flow::Endpoint;
 use crate::host::netns::Namespace;
@@ -224,6 +224,14 @@ pub(super) struct Run {
     #[arg(long, value_name = "ROUTE", default_value = "auto", value_parser = recount_mode())]
     pub recount: Mode,
 
+    /// Keep FINs and RSTs that TCP would not act on from conntrack: off, where possible, or on
+    #[arg(long, value_name = "WHEN", default_value = "off", value_parser = shield())]
+    pub shield: ShieldMode,
+
+    /// The bit of the packet mark that the shield works with
+    #[arg(long, value_name = "BIT", default_value = "0x2000", value_parser = mark_bit)]
+    pub shield_mark: u32,
+
     /// Name of the helper device and nftables table that are made for recount
     #[arg(long, value_name = "NAME", default_value = "ctkeep0", value_parser = device)]
     pub device: String,
@@ -411,6 +419,24 @@ fn device(text: &str) -> std::result::Result<String, String> {
         && !matches!(text, "." | "..")
         && text.bytes().all(|byte| byte.is_ascii_graphic() && !b"/:%".contains(&byte));
     if valid { Ok(text.to_owned()) } else { Err("no name for an interface".to_owned()) }
+}
+
+fn mark_bit(text: &str) -> std::result::Result<u32, String> {
+    let bit = match text.strip_prefix("0x") {
+        Some(digits) => u32::from_str_radix(digits, 16),
+        None => text.parse(),
+    };
+    bit.ok()
+        .filter(|bit| bit.is_power_of_two())
+        .ok_or_else(|| "expected a number with one bit set, such as 0x2000".to_owned())
+}
+
+fn shield() -> impl TypedValueParser<Value = ShieldMode> {
+    PossibleValuesParser::new(["auto", "on", "off"]).map(|name| match name.as_str() {
+        "auto" => ShieldMode::Auto,
+        "on" => ShieldMode::On,
+        _ => ShieldMode::Off,
+    })
 }
 
 fn recount_mode() -> impl TypedValueParser<Value = Mode> {

@@ -40,6 +40,8 @@ fn settings(args: Run) -> Result<Settings> {
         policy,
         recount: args.recount,
         device: args.device,
+        shield: args.shield,
+        shield_mark: args.shield_mark,
         events: args.events,
         nflog_group: args.nflog_group,
         sweep_interval: args.sweep_interval,

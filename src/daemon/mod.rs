@@ -29,6 +29,7 @@ use crate::metrics::{Metrics, http, textfile};
 use crate::reconcile::policy::Policy;
 use crate::reconcile::pressure::Defence;
 use crate::reconcile::recount;
+use crate::shield::Program;
 
 /// Where the fast path learns that an entry has changed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -54,6 +55,18 @@ pub enum OnExit {
     Release,
 }
 
+/// Whether FINs and RSTs that TCP does not act on are kept from conntrack.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ShieldMode {
+    /// Where the kernel allows it.
+    Auto,
+    /// Or not at all.
+    On,
+    /// They are not.
+    #[default]
+    Off,
+}
+
 /// Everything that the daemon is told.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -67,6 +80,10 @@ pub struct Settings {
     pub events: EventSource,
     /// NFLOG group of the source `nflog`.
     pub nflog_group: u16,
+    /// Shield.
+    pub shield: ShieldMode,
+    /// The bit of the packet mark that the shield works with.
+    pub shield_mark: u32,
     /// From sweep to sweep over half-closed sockets.
     pub sweep_interval: Duration,
     /// From sweep to sweep over every socket of the scope.
@@ -101,8 +118,11 @@ const WRITE: Duration = Duration::from_secs(5);
 
 impl Settings {
     /// What the daemon must be permitted as long as it runs.
-    fn privileges(&self) -> Vec<Capability> {
+    fn privileges(&self, programs: &[Option<Program>]) -> Vec<Capability> {
         let mut all = vec![Capability::CAP_NET_ADMIN, Capability::CAP_NET_RAW];
+        if programs.iter().flatten().any(Program::needs_bpf_for_good) {
+            all.push(Capability::CAP_BPF);
+        }
         if self.namespaces.iter().any(|namespace| *namespace != Namespace::Own) {
             // To enter them whenever they come back, by paths such as /proc/PID/ns/net or below a
             // user's own directory.
@@ -124,6 +144,8 @@ impl Settings {
             && self.events == other.events
             && self.nflog_group == other.nflog_group
             && self.recount == other.recount
+            && self.shield == other.shield
+            && self.shield_mark == other.shield_mark
             && self.device == other.device
             && self.defence == other.defence
             && self.realtime == other.realtime
@@ -191,8 +213,12 @@ impl Guard {
 /// # Errors
 /// The first worker's error.
 pub fn run(settings: Settings, reload: impl Fn() -> Result<Settings>) -> Result<()> {
+    let programs = Guard::all(&settings.namespaces)
+        .iter()
+        .map(|guard| load_shield(&settings, guard))
+        .collect::<Result<Vec<_>>>()?;
     // While this is the only thread: the others inherit what is left.
-    if let Err(error) = privileges::keep_only(&settings.privileges()) {
+    if let Err(error) = privileges::keep_only(&settings.privileges(&programs)) {
         tracing::warn!(%error, "keeping privileges that are not needed");
     }
     let op = Op::new("start runtime");
@@ -200,9 +226,29 @@ pub fn run(settings: Settings, reload: impl Fn() -> Result<Settings>) -> Result<
         .enable_all()
         .build()
         .map_err(|error| op.io(error))?;
-    let result = runtime.block_on(serve(settings, reload));
+    let result = runtime.block_on(serve(settings, programs, reload));
     tracing::info!("stopped");
     result
+}
+
+/// The shield of one guard, as long as there is the privilege to load it. Sockets behind a table
+/// that only passes connections on are in other namespaces, where it does not look.
+fn load_shield(settings: &Settings, guard: &Guard) -> Result<Option<Program>> {
+    if settings.shield == ShieldMode::Off || guard.is_for_others() {
+        return Ok(None);
+    }
+    if settings.dry_run {
+        tracing::info!("no shield: it would change what conntrack sees");
+        return Ok(None);
+    }
+    match Program::load(settings.shield_mark) {
+        Ok(program) => Ok(Some(program)),
+        Err(error) if settings.shield == ShieldMode::On => Err(error),
+        Err(error) => {
+            tracing::warn!(%error, "no shield, repairing alone");
+            Ok(None)
+        }
+    }
 }
 
 /// What a worker tells the runtime.
@@ -214,7 +260,11 @@ enum News {
     Ended(Result<()>),
 }
 
-async fn serve(settings: Settings, reload: impl Fn() -> Result<Settings>) -> Result<()> {
+async fn serve(
+    settings: Settings,
+    programs: Vec<Option<Program>>,
+    reload: impl Fn() -> Result<Settings>,
+) -> Result<()> {
     let op = Op::new("start runtime");
     let listen = |kind| signal(kind).map_err(|error| op.io(error));
     let mut terminate = listen(SignalKind::terminate())?;
@@ -232,11 +282,11 @@ async fn serve(settings: Settings, reload: impl Fn() -> Result<Settings>) -> Res
         tokio::spawn(http::serve(http::bind(address).await?, control.metrics.clone()));
     }
     let (news, mut inbox) = mpsc::unbounded_channel();
-    for (number, guard) in guards.into_iter().enumerate() {
+    for (number, (guard, program)) in guards.into_iter().zip(programs).enumerate() {
         let (control, news) = (control.clone(), news.clone());
         let worker = move || {
             let ready = || drop(news.send(News::Ready));
-            let result = worker::run(&guard, number, &control, &ready);
+            let result = worker::run(&guard, number, program, &control, &ready);
             drop(news.send(News::Ended(result)));
         };
         thread::Builder::new().name("worker".to_owned()).spawn(worker).map_err(|e| op.io(e))?;
@@ -321,7 +371,7 @@ fn take_up(control: &Control, new: Result<Settings>) {
         Err(error) => tracing::error!(%error, "reload failed, keeping the old configuration"),
         Ok(new) if !old.same_foundation(&new) => tracing::error!(
             "reload refused, keeping the old configuration: namespaces, events, nflog group, \
-             recount, device, defence, realtime, dry-run and metrics-listen take a restart"
+             recount, shield, device, defence, realtime, dry-run and metrics-listen take a restart"
         ),
         Ok(new) => {
             control.replace(new);

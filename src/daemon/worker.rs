@@ -20,7 +20,7 @@ use thread_priority::{
 use super::control::Control;
 use super::events::Events;
 use super::lines::{Lines, line};
-use super::{Guard, OnExit, Publishing, Settings};
+use super::{Guard, OnExit, Publishing, Settings, ShieldMode};
 use crate::conntrack::{Change, Entry, TcpState};
 use crate::error::{Error, Op, Result};
 use crate::flow::FourTuple;
@@ -38,6 +38,7 @@ use crate::reconcile::plan::{Action, ActionKind, plan};
 use crate::reconcile::policy::Scope;
 use crate::reconcile::recount::{Mode, Recounter};
 use crate::reconcile::snapshot::Snapshot;
+use crate::shield::Program;
 use crate::sockdiag::{Cookie, Lookup, SockDiag, Socket, State, States};
 
 /// The event of a packet can come before TCP has processed it, so a repaired connection is looked
@@ -56,6 +57,7 @@ const COME_BACK: Duration = Duration::from_secs(1);
 pub(super) fn run(
     guard: &Guard,
     number: usize,
+    mut program: Option<Program>,
     control: &Control,
     ready: &(dyn Fn() + Sync),
 ) -> Result<()> {
@@ -75,9 +77,12 @@ pub(super) fn run(
         // On a thread of its own, which would else keep a dead namespace alive.
         let ended = thread::scope(|scope| {
             let span = &span;
+            let program = program.as_mut();
             scope
                 .spawn(move || {
-                    span.in_scope(|| guard_present(guard, number, &present, control, ready))
+                    span.in_scope(|| {
+                        guard_present(guard, number, program, &present, control, ready)
+                    })
                 })
                 .join()
                 .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
@@ -104,6 +109,7 @@ enum Ended {
 fn guard_present(
     guard: &Guard,
     number: usize,
+    program: Option<&mut Program>,
     present: &[Namespace],
     control: &Control,
     ready: &(dyn Fn() + Sync),
@@ -126,6 +132,9 @@ fn guard_present(
     let share = Share::new(&control.metrics, number);
     let mut worker = Worker::open(settings, guard, present, share)?;
     worker.claim = claim;
+    if let Some(program) = program {
+        worker.raise_shield(program)?;
+    }
     worker.sweep(Depth::Deep)?;
     tracing::info!(
         ports = worker.scope.ports.len(),
@@ -183,7 +192,7 @@ enum Depth {
     Deep,
 }
 
-struct Worker {
+struct Worker<'p> {
     settings: Arc<Settings>,
     tables: Tables,
     recounter: Option<Recounter>,
@@ -192,6 +201,7 @@ struct Worker {
     claim: Option<UnixListener>,
     events: Events,
     hook: Hook,
+    shield: Option<crate::shield::Shield<'p>>,
     scope: Scope,
     /// Ports that had a listener in this run and may still have connections.
     ports_ever: HashSet<u16>,
@@ -219,7 +229,7 @@ struct FullTable {
     last_said: Instant,
 }
 
-impl Worker {
+impl<'p> Worker<'p> {
     fn open(
         settings: Arc<Settings>,
         guard: &Guard,
@@ -260,6 +270,7 @@ impl Worker {
             claim: None,
             events,
             hook,
+            shield: None,
             scope,
             ports_ever: HashSet::new(),
             ledger: Ledger::new(settings.defence, settings.policy.zone),
@@ -303,6 +314,21 @@ impl Worker {
         Ok(())
     }
 
+    /// Keeps from conntrack what would fool it, before the first look at what it knows.
+    fn raise_shield(&mut self, program: &'p mut Program) -> Result<()> {
+        let name = format!("{}-shield", self.device);
+        let (mark, ports) = (self.settings.shield_mark, &self.scope.ports);
+        match crate::shield::Shield::raise(program, &name, mark, ports) {
+            Ok(shield) => {
+                tracing::info!(devices = shield.devices(), mark, "shield raised");
+                self.shield = Some(shield);
+            }
+            Err(error) if self.settings.shield == ShieldMode::On => return Err(error),
+            Err(error) => tracing::warn!(%error, "no shield, repairing alone"),
+        }
+        Ok(())
+    }
+
     /// Whether a second has passed since the last look at the namespaces.
     fn is_due_to_check_namespaces(&mut self) -> bool {
         let now = Instant::now();
@@ -321,6 +347,7 @@ impl Worker {
         }
         let mut fds = vec![PollFd::new(control.wake().as_fd(), PollFlags::POLLIN)];
         fds.extend(self.events.fd().map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
+        fds.extend(self.shield.iter().map(|it| PollFd::new(it.as_fd(), PollFlags::POLLIN)));
         fds.extend(self.claim.iter().map(|claim| PollFd::new(claim.as_fd(), PollFlags::POLLIN)));
         // Signs of life and the namespaces want a turn now and then.
         let time = deadline.saturating_duration_since(Instant::now()).min(COME_BACK);
@@ -333,6 +360,9 @@ impl Worker {
         self.sum_up();
         let mut turn = || -> Result<()> {
             self.since = Instant::now();
+            if let Some(shield) = &mut self.shield {
+                shield.follow_devices()?;
+            }
             self.take_events()?;
             let now = Instant::now();
             self.since = now;
@@ -466,6 +496,10 @@ impl Worker {
             .collect();
         if let Err(error) = self.events.follow(&self.scope.ports, half_closed) {
             self.reopen_events(&error)?;
+        }
+        if let Some(shield) = &mut self.shield {
+            shield.follow(&self.scope.ports)?;
+            self.share.shield(shield.devices(), shield.counts()?);
         }
         if depth == Depth::Shallow {
             self.ledger.settle(&snapshot);

@@ -1,7 +1,7 @@
 //! The network devices, by rtnetlink.
 
 use netlink_packet_core::{Emitable, Parseable};
-use netlink_packet_route::link::{LinkAttribute, LinkInfo, LinkMessage};
+use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
 use netlink_sys::protocols::NETLINK_ROUTE;
 
 use crate::error::{Op, Result};
@@ -20,6 +20,8 @@ pub struct Link {
     pub kind: String,
     /// Number of the bridge, bond or VRF that it is a port of.
     pub master: Option<u32>,
+    /// Whether packets that go out by it come in by it.
+    pub is_loopback: bool,
 }
 
 /// All devices of the namespace that the calling thread is in. Equivalent: `ip -d link`.
@@ -35,7 +37,8 @@ pub fn links() -> Result<Vec<Link>> {
     let mut connection = Connection::new(KernelSocket::open(op, NETLINK_ROUTE)?);
     connection.dump(&request, |all: &mut Vec<Link>, frame| {
         let message = LinkMessage::parse(frame.payload).map_err(|error| op.malformed(error))?;
-        let mut link = Link { index: message.header.index, ..Link::default() };
+        let is_loopback = message.header.flags.contains(LinkFlags::Loopback);
+        let mut link = Link { index: message.header.index, is_loopback, ..Link::default() };
         for attribute in message.attributes {
             match attribute {
                 LinkAttribute::IfName(name) => link.name = name,

@@ -11,6 +11,7 @@ use prometheus_client::registry::Unit;
 
 use crate::audit::classes::Class;
 use crate::conntrack::TcpState;
+use crate::shield::DECISIONS;
 use crate::sockdiag::State;
 
 /// Address families.
@@ -48,6 +49,8 @@ pub(super) enum Gauge {
     DefenceLevel,
     QueueConnections,
     QueueLimit,
+    ShieldPackets,
+    ShieldDevices,
 }
 
 /// How the values of several guards become one.
@@ -59,7 +62,7 @@ enum Merge {
 }
 
 impl Gauge {
-    const ALL: [Self; 20] = [
+    const ALL: [Self; 22] = [
         Self::Mode,
         Self::LastReload,
         Self::Sockets,
@@ -80,6 +83,8 @@ impl Gauge {
         Self::DefenceLevel,
         Self::QueueConnections,
         Self::QueueLimit,
+        Self::ShieldPackets,
+        Self::ShieldDevices,
     ];
 
     /// Name without its unit, and help.
@@ -150,6 +155,13 @@ impl Gauge {
             Self::QueueLimit => {
                 ("ctkeep_listen_queue_limit", "Connections that may wait on this port.")
             }
+            Self::ShieldPackets => (
+                "ctkeep_shield_packets",
+                "FINs and RSTs of guarded connections, by what the shield made of them.",
+            ),
+            Self::ShieldDevices => {
+                ("ctkeep_shield_devices", "Network devices that the shield is attached to.")
+            }
         }
     }
 
@@ -183,6 +195,7 @@ impl Gauge {
             Self::ReceiveBuffer => &["socket"],
             Self::Timeout => &["state"],
             Self::Drops => &["kind"],
+            Self::ShieldPackets => &["decision"],
             Self::QueueConnections | Self::QueueLimit => &["port"],
             _ => &[],
         }
@@ -208,6 +221,7 @@ impl Gauge {
             Self::ReceiveBuffer => one(&BUFFERS),
             Self::Timeout => one(&timed_states().map(TcpState::name)),
             Self::Drops => one(&DROPS),
+            Self::ShieldPackets => one(&DECISIONS),
             Self::QueueConnections | Self::QueueLimit => Vec::new(),
             _ => vec![Vec::new()],
         }
@@ -283,7 +297,7 @@ impl Gauges {
             if let Some(known) = self.0.get(&gauge) {
                 values.extend(known.iter().map(|(labels, value)| (labels.clone(), *value)));
             }
-            let is_counter = gauge == Gauge::Drops;
+            let is_counter = matches!(gauge, Gauge::Drops | Gauge::ShieldPackets);
             let kind = if is_counter { MetricType::Counter } else { MetricType::Gauge };
             let unit = gauge.unit();
             let mut encoder = encoder.encode_descriptor(name, help, unit.as_ref(), kind)?;

@@ -42,6 +42,7 @@ use crate::reconcile::ledger::Ledger;
 use crate::reconcile::observe::Tables;
 use crate::reconcile::pressure::Transition;
 use crate::reconcile::snapshot::Snapshot;
+use crate::shield::DECISIONS;
 use crate::sockdiag::{Cookie, State};
 
 /// A written exposition serves for this long: a flood of scrapes costs copies.
@@ -318,6 +319,16 @@ impl Share {
             for socket in BUFFERS {
                 let bytes = if socket == source { bytes as f64 } else { 0.0 };
                 guard.gauges.set(Gauge::ReceiveBuffer, &[socket], bytes);
+            }
+        });
+    }
+
+    /// The shield is at this many devices, and has decided so often.
+    pub fn shield(&self, devices: usize, decisions: [u64; DECISIONS.len()]) {
+        self.guard(|guard| {
+            guard.gauges.set(Gauge::ShieldDevices, &[], devices as f64);
+            for (decision, count) in DECISIONS.into_iter().zip(decisions) {
+                guard.gauges.set(Gauge::ShieldPackets, &[decision], count as f64);
             }
         });
     }

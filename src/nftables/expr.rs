@@ -13,6 +13,12 @@ pub enum Expr {
     NfProto,
     /// Load the layer 4 protocol number (1 byte). `meta l4proto`
     L4Proto,
+    /// Load the packet's mark (4 bytes of the machine's order). `meta mark`
+    Mark,
+    /// Make what was loaded the packet's mark. `meta mark set`
+    SetMark,
+    /// Load the number of the device it came in by (4 bytes of the machine's order). `meta iif`
+    InputDevice,
     /// Load bytes of a header into the 4-byte register `register` (0 is the first) and on.
     /// `@nh,offset,length` or `@th,offset,length` (in bytes here)
     Load {
@@ -83,6 +89,12 @@ impl Expr {
         let (name, data) = match self {
             Self::NfProto => ("meta", meta(NFT_META_NFPROTO)),
             Self::L4Proto => ("meta", meta(NFT_META_L4PROTO)),
+            Self::Mark => ("meta", meta(NFT_META_MARK)),
+            Self::SetMark => {
+                let data = [(NFTA_META_KEY, NFT_META_MARK), (NFTA_META_SREG, NFT_REG32_00)];
+                ("meta", data.map(|(kind, value)| word(kind, value)).into())
+            }
+            Self::InputDevice => ("meta", meta(NFT_META_IIF)),
             Self::Load { header, offset, length, register } => {
                 let base = match header {
                     Header::Network => NFT_PAYLOAD_NETWORK_HEADER,

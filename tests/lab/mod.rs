@@ -17,6 +17,7 @@
 // Each test crate uses the part it needs, and `pub` marks what the lab offers to it.
 #![allow(dead_code, unused_imports, unreachable_pub)]
 
+mod batch;
 mod daemon;
 pub mod http;
 mod namespace;

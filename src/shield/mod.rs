@@ -1,0 +1,245 @@
+//! The shield: conntrack never sees a FIN or RST that TCP does not act on.
+//!
+//! A packet program at the ingress of every device looks at the FINs and RSTs of guarded ports,
+//! asks the kernel's own socket what TCP will make of them, and marks those that TCP will not act
+//! on. An nftables chain of our own takes the mark away and says `notrack`. So the limiter never
+//! forgets, not even within one batch of packets, where a repair comes too late by nature. What it
+//! does not cover (docs/shield.md) stays the reconciler's.
+
+mod layout;
+#[cfg_attr(not(shield), path = "absent.rs")]
+mod program;
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::os::fd::{AsFd, BorrowedFd};
+
+use netlink_sys::protocols::NETLINK_ROUTE;
+
+use crate::error::{Op, Result};
+use crate::host::link::{Link, links};
+use crate::host::sysctl;
+use crate::netlink::{KernelSocket, drain};
+use crate::nftables::Table;
+use program::Attached;
+pub(crate) use program::Program;
+
+/// Whether this program was built with a shield.
+pub const IS_BUILT_IN: bool = cfg!(shield);
+
+/// What becomes of a packet that the shield looks at, as metrics call it, in the order of
+/// `enum decision` in shield.bpf.c.
+pub const DECISIONS: [&str; 8] = [
+    "fin_learned",
+    "fin_hidden",
+    "rst_shown",
+    "rst_hidden",
+    "rst_delayed",
+    "fragment_dropped",
+    "not_learned",
+    "not_read",
+];
+
+/// `RTMGRP_LINK` as a group number: devices come, go and change.
+const RTNLGRP_LINK: u32 = 1;
+/// Messages about devices that are read at once.
+const DRAIN: usize = 1024;
+
+/// The program at the devices of one network namespace, and the table that goes with it.
+#[derive(Debug)]
+pub(crate) struct Shield<'p> {
+    program: &'p mut Program,
+    table: Table,
+    name: String,
+    mark: u32,
+    monitor: KernelSocket,
+    datagram: Vec<u8>,
+    attached: BTreeMap<u32, (String, Attached)>,
+    ports: HashSet<u16>,
+    refused: HashSet<u32>,
+}
+
+impl<'p> Shield<'p> {
+    /// Raises it over these local ports in the network namespace of the calling thread, at every
+    /// device that TCP packets come in by.
+    ///
+    /// # Errors
+    /// nf_tables is missing, or another process owns a table of this name. A device that refuses
+    /// the program is a log line.
+    pub(crate) fn raise(
+        program: &'p mut Program,
+        name: &str,
+        mark: u32,
+        ports: &HashSet<u16>,
+    ) -> Result<Self> {
+        let op = Op::new("watch network devices");
+        // The table first: nobody else is to see a mark.
+        let table = Table::create(name, &layout::layout(mark, Vec::new()))?;
+        let monitor = KernelSocket::open(op, NETLINK_ROUTE)?;
+        monitor.set_non_blocking().map_err(|error| op.io(error))?;
+        monitor.join(RTNLGRP_LINK).map_err(|error| op.io(error))?;
+        program.set_ports(ports)?;
+        let mut this = Self {
+            program,
+            table,
+            name: name.to_owned(),
+            mark,
+            monitor,
+            datagram: Vec::new(),
+            attached: BTreeMap::new(),
+            ports: ports.clone(),
+            refused: HashSet::new(),
+        };
+        this.attach_all()?;
+        Ok(this)
+    }
+
+    /// Guards exactly these local ports from now on, and makes sure that the table is still there.
+    ///
+    /// # Errors
+    /// The kernel refuses the change.
+    pub(crate) fn follow(&mut self, ports: &HashSet<u16>) -> Result<()> {
+        if *ports != self.ports {
+            self.program.set_ports(ports)?;
+            self.ports.clone_from(ports);
+        }
+        self.confirm_table()
+    }
+
+    /// Takes note of devices that came, went or changed.
+    ///
+    /// # Errors
+    /// The list of devices cannot be had.
+    pub(crate) fn follow_devices(&mut self) -> Result<()> {
+        let op = Op::new("watch network devices");
+        let mut changed = false;
+        let drained = drain(&mut self.monitor, &mut self.datagram, DRAIN, op, |_| {
+            changed = true;
+            Ok(())
+        })?;
+        if changed || drained.overrun || drained.malformed > 0 {
+            self.attach_all()?;
+        }
+        Ok(())
+    }
+
+    /// How often it decided what, in the order of [`DECISIONS`].
+    ///
+    /// # Errors
+    /// The kernel refuses to tell.
+    pub(crate) fn counts(&self) -> Result<[u64; DECISIONS.len()]> {
+        self.program.counts()
+    }
+
+    /// At how many devices it is.
+    pub(crate) fn devices(&self) -> usize {
+        self.attached.len()
+    }
+
+    fn attach_all(&mut self) -> Result<()> {
+        let wanted: HashMap<u32, String> =
+            wanted(links()?).into_iter().map(|link| (link.index, link.name)).collect();
+        let gone: Vec<u32> =
+            self.attached.keys().filter(|index| !wanted.contains_key(index)).copied().collect();
+        for index in gone {
+            if let Some((device, attached)) = self.attached.remove(&index) {
+                self.program.detach(attached);
+                self.table.remove(layout::DEVICES, &[layout::device_key(index)])?;
+                tracing::info!(device, "shield taken off");
+            }
+        }
+        self.refused.retain(|index| wanted.contains_key(index));
+        for (index, device) in wanted {
+            if self.attached.contains_key(&index) {
+                continue;
+            }
+            // In the set before the first packet can be marked.
+            self.table.add(layout::DEVICES, &[layout::device_key(index)])?;
+            match self.program.attach(&device) {
+                Ok(attached) => {
+                    tracing::info!(device, how = attached.how(), "shield attached");
+                    self.attached.insert(index, (device, attached));
+                }
+                Err(error) => {
+                    self.table.remove(layout::DEVICES, &[layout::device_key(index)])?;
+                    if self.refused.insert(index) {
+                        tracing::warn!(device, %error, "no shield at this device");
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Before 5.12 tables have no owner, and anybody's `nft flush ruleset` takes ours.
+    fn confirm_table(&mut self) -> Result<()> {
+        let devices: Vec<_> =
+            self.attached.keys().map(|index| layout::device_key(*index)).collect();
+        if devices.is_empty() || self.table.add(layout::DEVICES, &devices).is_ok() {
+            return Ok(());
+        }
+        tracing::warn!("the table of the shield is gone, making it anew");
+        self.table = Table::create(&self.name, &layout::layout(self.mark, devices))?;
+        Ok(())
+    }
+}
+
+impl AsFd for Shield<'_> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.monitor.as_fd()
+    }
+}
+
+impl Drop for Shield<'_> {
+    fn drop(&mut self) {
+        // The program before the table: nobody else is to see a mark.
+        for (_, attached) in std::mem::take(&mut self.attached).into_values() {
+            self.program.detach(attached);
+        }
+    }
+}
+
+/// The devices that packets reach IP from. A packet must be judged once: a port of a bridge or
+/// bond hands it on to that, and so do we; a VRF takes it as the port saw it.
+fn wanted(links: Vec<Link>) -> Vec<Link> {
+    let kinds: HashMap<u32, String> =
+        links.iter().map(|link| (link.index, link.kind.clone())).collect();
+    let kind = |index| kinds.get(&index).map_or("", String::as_str);
+    // Then conntrack sees packets at the ports of a bridge, before the bridge itself has them.
+    let is_filtered = |family| sysctl::number(&format!("net.bridge.bridge-nf-call-{family}"));
+    let bridges_filter = ["iptables", "ip6tables"].map(is_filtered).contains(&Some(1));
+    links
+        .into_iter()
+        .filter(|link| {
+            let is_port = link.master.is_some_and(|master| kind(master) != "vrf");
+            let is_filtered_bridge = link.kind == "bridge" && bridges_filter;
+            !(link.is_loopback || is_port || is_filtered_bridge || link.kind == "vrf")
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_packet_meets_the_program_once() {
+        let link = |index, name: &str, kind: &str, master| Link {
+            index,
+            name: name.to_owned(),
+            kind: kind.to_owned(),
+            master,
+            is_loopback: name == "lo",
+        };
+        let wanted = wanted(vec![
+            link(1, "lo", "", None),
+            link(2, "eth0", "", Some(5)),
+            link(3, "eth1", "", Some(6)),
+            link(4, "eth2", "", None),
+            link(5, "bond0", "bond", None),
+            link(6, "red", "vrf", None),
+            link(7, "bond0.5", "vlan", None),
+        ]);
+        let names: Vec<_> = wanted.iter().map(|link| link.name.as_str()).collect();
+        assert_eq!(names, ["eth1", "eth2", "bond0", "bond0.5"]);
+    }
+}
