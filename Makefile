@@ -17,7 +17,8 @@ FUZZ_SECONDS ?= 60
 FUZZ_TARGETS = conntrack sockdiag netlink nflog ruleset saved options http
 
 .PHONY: all demo test check advisories fuzz soak bench install stage deb rpm static package-test \
-	kubernetes-check dashboard-check tools test-tools cargo-deny cargo-deb cargo-generate-rpm cargo-fuzz
+	kubernetes-check dashboard-check tools shield-tools test-tools cargo-deny cargo-deb cargo-generate-rpm \
+	cargo-fuzz
 
 all:
 	$(CARGO) build --locked --profile $(PROFILE)
@@ -46,7 +47,7 @@ advisories: cargo-deny
 soak: tools
 	CTKEEP_SOAK=$(or $(SOAK),30m) $(AS_ROOT) $(CARGO) test --locked --test soak -- --ignored --nocapture a_long_load
 
-bench: tools
+bench: shield-tools
 	$(CARGO) bench --locked --bench '*'
 
 # Each target for FUZZ_SECONDS, from the committed seeds on. Needs a nightly compiler.
@@ -112,6 +113,10 @@ dashboard-check:
 
 tools:
 	@sh tests/lab/tools.sh
+
+# What the build needs for the shield; without it the shield is left out.
+shield-tools:
+	@sh tests/lab/tools.sh shield
 
 test-tools:
 	@sh tests/lab/tools.sh tests

@@ -11,12 +11,11 @@ use std::thread;
 use std::time::Duration;
 
 use etherparse::{IpFragOffset, Ipv4Header, Ipv4Options};
-use lab::{ACK, Daemon, FIN, Lab, PSH, Peer, RST, RawConn, SYN, Server, holds_within, wait_for};
+use lab::{ACK, Daemon, FIN, Lab, PSH, Peer, RST, RawConn, SYN, Server};
 
 const CTKEEP: &str = env!("CARGO_BIN_EXE_ctkeep");
 const PORT: u16 = 80;
 const LIMIT: usize = 5;
-const SOON: Duration = Duration::from_secs(5);
 /// An answer to a SYN takes microseconds; its absence must be waited for.
 const ANSWER: Duration = Duration::from_millis(150);
 

@@ -21,6 +21,7 @@ mod batch;
 mod daemon;
 pub mod http;
 mod namespace;
+pub mod neighbour;
 mod peer;
 pub mod rules;
 mod segment;

@@ -1,6 +1,7 @@
 #!/bin/sh
-# Installs the programs that the demonstration and the benchmarks drive, and with the word `tests`
-# those of the tests too. Does nothing, and needs no privilege, when all of them are present.
+# Installs the programs that the demonstration drives; with the word `shield` also the compiler of
+# the shield's packet program, and with the word `tests` all that the tests want. Does nothing, and
+# needs no privilege, when all of them are present.
 set -eu
 
 # Where Debian keeps them; not in everybody's PATH.
@@ -24,7 +25,15 @@ need ss iproute2
 need sysctl procps
 need setpriv util-linux
 need unshare util-linux
+if [ "${1-}" = shield ] || [ "${1-}" = tests ]; then
+    need clang clang
+    # Headers, and no program in anybody's PATH.
+    if [ -e /etc/debian_version ] && [ ! -e /usr/include/bpf/bpf_helpers.h ]; then
+        packages="${packages:+$packages }libbpf-dev"
+    fi
+fi
 if [ "${1-}" = tests ]; then
+    need ethtool ethtool
     need prometheus prometheus
     need strace strace
     # Not every distribution has it as a package; without it one test is skipped.

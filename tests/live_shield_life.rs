@@ -1,0 +1,419 @@
+//! The shield among others: what passes as before, what comes and goes beside it, and how it ends.
+
+mod lab;
+
+use std::fs::{self, Permissions};
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::unix::fs::PermissionsExt;
+use std::thread;
+use std::time::Duration;
+
+use lab::neighbour::{Place, programs};
+use lab::{
+    ACK, Daemon, Frame, Kind, Lab, PSH, Peer, RST, RawConn, SYN, Segment, Server, holds_within,
+    http, wait_for,
+};
+
+const CTKEEP: &str = env!("CARGO_BIN_EXE_ctkeep");
+const METRICS: &str = "127.0.0.1:9815";
+const SOURCE: &str = "198.51.100.7";
+const SOURCE6: &str = "2001:db8:1::7";
+const LIMIT: u32 = 3;
+const SOON: Duration = Duration::from_secs(10);
+/// The default of --shield-mark.
+const MARK: u32 = 0x2000;
+const PROGRAM: &str = "ctkeep_shield";
+const STRICT: &str = "*filter\n:INPUT DROP [0:0]\n:OUTPUT ACCEPT [0:0]\n\
+    -A INPUT -i lo -j ACCEPT\n\
+    -A INPUT -m conntrack --ctstate INVALID -j DROP\n\
+    -A OUTPUT -m conntrack --ctstate INVALID -j DROP\n\
+    -A INPUT -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT\n\
+    -A INPUT -p tcp --dport 80 -m conntrack --ctstate NEW -j ACCEPT\n\
+    COMMIT\n";
+
+fn lab() -> Option<Lab> {
+    let lab = Lab::new()?;
+    if !ctkeep::shield::IS_BUILT_IN {
+        lab::skip("ctkeep was built without clang, hence without the shield");
+        return None;
+    }
+    Some(lab)
+}
+
+fn shielded(lab: &Lab) -> Daemon {
+    lab.daemon(CTKEEP, &["--port", "80", "--shield", "on", "--metrics-listen", METRICS])
+}
+
+/// A limited server whose shield works alone: nothing is repaired.
+fn scene() -> Option<(Lab, Server, Daemon)> {
+    let lab = lab()?;
+    lab.connlimit(80, LIMIT);
+    let server = lab.serve("[::]:80");
+    let daemon = shielded(&lab);
+    daemon.stop();
+    Some((lab, server, daemon))
+}
+
+/// A FIN and an RST that TCP does not take, for as many connections as the limit allows; how many
+/// more the limit admits then.
+fn gain(peer: &Peer) -> usize {
+    let mut held = peer.hold(80, LIMIT as usize);
+    for conn in &mut held {
+        conn.fin();
+        conn.rst(-5);
+    }
+    let begun = (0..LIMIT).map(|_| peer.syn_only(80)).collect();
+    peer.complete(begun, Duration::from_millis(200)).len()
+}
+
+fn is_over(lab: &Lab, conn: &RawConn) -> bool {
+    let closed = |state: String| matches!(state.as_str(), "CLOSE" | "TIME_WAIT");
+    lab.socket_state(conn).is_none() && lab.entry_state(conn).is_none_or(closed)
+}
+
+/// An RST that TCP accepts ends the socket and the entry: at once after a FIN, and one batch later
+/// without.
+#[test]
+fn exact_rsts_close_socket_and_entry_together() {
+    for source in [SOURCE, SOURCE6] {
+        let Some(lab) = lab() else { return };
+        let _server = lab.serve("[::]:80");
+        for restore in ["iptables-restore", "ip6tables-restore"] {
+            lab.server.feed(restore, STRICT);
+        }
+        let daemon = shielded(&lab);
+        daemon.stop();
+        let peer = lab.peer(source);
+        let mut conns = peer.hold(80, 5);
+        for (conn, trick) in conns.iter_mut().zip(0..) {
+            match trick {
+                0 => conn.rst_at(0),
+                1 => {
+                    conn.fin();
+                    conn.rst(0);
+                }
+                2 => {
+                    conn.fin();
+                    conn.rst(1);
+                }
+                3 => {
+                    lab.half_close(conn);
+                    conn.rst(1);
+                }
+                _ => {
+                    conn.send(b"a request");
+                    conn.rst_at(0);
+                }
+            }
+            let over = holds_within(SOON, || is_over(&lab, conn));
+            let state = (lab.socket_state(conn), lab.entry_state(conn));
+            assert!(over, "{source}, number {trick}: {state:?}");
+        }
+    }
+}
+
+/// TCP also accepts an RST at the end of what it has acknowledged selectively (RFC 5961). Such an
+/// RST must not be kept from conntrack, nor from rules that drop what it does not track.
+#[test]
+fn an_rst_at_the_end_of_a_selective_acknowledgement_is_shown() {
+    for (offset, decision) in [(100, "rst_hidden"), (59, "rst_shown")] {
+        let Some(lab) = lab() else { return };
+        let _server = lab.serve("0.0.0.0:80");
+        let _daemon = shielded(&lab);
+        // A real client, for the option that allows these acknowledgements.
+        let mut stream = None;
+        let frames = lab.client_sees(|| {
+            stream = lab.client.within(|| TcpStream::connect("192.0.2.1:80")).ok();
+        });
+        let stream = stream.expect("a connection");
+        let (seq, ack) = frames.iter().find_map(answer_to_syn).expect("an answer to the SYN");
+        let segment = |flags, offset, payload: &[u8]| Segment {
+            source: stream.local_addr().expect("an address"),
+            destination: stream.peer_addr().expect("an address"),
+            seq: ack.wrapping_add(offset),
+            ack: seq.wrapping_add(1),
+            flags,
+            payload: payload.to_vec(),
+        };
+        let peer = lab.peer(SOURCE);
+        peer.send(&segment(PSH | ACK, 50, b"the third"));
+        peer.send(&segment(RST, offset, &[]));
+        await_decisions(&lab, &[("rst_delayed", 1.0), (decision, 1.0)]);
+        let sockets = lab.all_sockets();
+        let is_there = sockets.iter().any(|it| it.state == "established" && it.local.port() == 80);
+        assert_eq!(is_there, decision == "rst_hidden", "what TCP made of it");
+    }
+}
+
+fn answer_to_syn(frame: &Frame) -> Option<(u32, u32)> {
+    match frame.kind {
+        Kind::Tcp { flags, seq, ack, .. } if flags == SYN | ACK => Some((seq, ack)),
+        _ => None,
+    }
+}
+
+/// Who only knows the addresses and ports cannot keep the client's own FIN from conntrack.
+#[test]
+fn a_fin_beyond_the_window_is_not_learned() {
+    let Some((lab, _server, _daemon)) = scene() else { return };
+    let peer = lab.peer(SOURCE);
+    for offset in [5_000_000, -5_000_000] {
+        let mut conn = peer.connect(80).expect("a connection");
+        conn.fin_at(offset);
+        assert_eq!(lab.entry_state(&conn).as_deref(), Some("ESTABLISHED"));
+        lab.half_close(&mut conn);
+        let seen = || matches!(lab.entry_state(&conn).as_deref(), Some("FIN_WAIT" | "CLOSE_WAIT"));
+        assert!(holds_within(SOON, seen), "{offset}: {:?}", lab.entry_state(&conn));
+    }
+}
+
+/// What the server answers to whatever the shield hides is what it answers without.
+#[test]
+fn tcp_answers_as_before() {
+    let answers = |is_shielded: bool| -> Option<Vec<String>> {
+        let lab = lab()?;
+        let _server = lab.serve("0.0.0.0:80");
+        let daemon = is_shielded.then(|| shielded(&lab));
+        if let Some(daemon) = &daemon {
+            daemon.stop();
+        }
+        let peer = lab.peer(SOURCE);
+        let mut all = Vec::new();
+        // One connection each: challenge ACKs are rationed.
+        for trick in 0..5 {
+            let mut conn = peer.connect(80).expect("a connection");
+            let frames = lab.client_sees(|| {
+                if trick < 4 {
+                    lab.half_close(&mut conn);
+                }
+                match trick {
+                    0 => conn.rst(6),
+                    1 => conn.rst(200_000),
+                    2 => conn.fin_again(),
+                    3 => conn.syn(),
+                    _ => conn.rst_at(100),
+                }
+                thread::sleep(Duration::from_millis(100));
+            });
+            // The ports are no news.
+            let kinds = frames.iter().map(|frame| match frame.kind {
+                Kind::Tcp { flags, payload, .. } => format!("{trick}: {flags:#x} {payload}"),
+                Kind::Icmp { .. } => format!("{trick}: icmp"),
+            });
+            all.extend(kinds);
+        }
+        Some(all)
+    };
+    let (Some(stock), Some(shielded)) = (answers(false), answers(true)) else { return };
+    assert!(stock.len() > 5, "{stock:?}");
+    assert_eq!(stock, shielded);
+}
+
+/// A client that half-closes gets all that the server has to say, under rules that drop what is
+/// INVALID both ways.
+#[test]
+fn half_closed_streams_are_whole() {
+    const LENGTH: usize = 8 << 20;
+    for address in ["192.0.2.1:80", "[2001:db8::1]:80"] {
+        let Some(lab) = lab() else { return };
+        for restore in ["iptables-restore", "ip6tables-restore"] {
+            let neighbours = "-A INPUT -p ipv6-icmp -j ACCEPT\nCOMMIT\n";
+            let is_ipv6 = restore.starts_with("ip6");
+            let rules =
+                if is_ipv6 { STRICT.replace("COMMIT\n", neighbours) } else { STRICT.into() };
+            lab.server.feed(restore, &rules);
+        }
+        let address: SocketAddr = address.parse().expect("an address");
+        let listener = lab.server.within(|| TcpListener::bind(address)).expect("a listener");
+        let _daemon = shielded(&lab);
+        let server = thread::spawn(move || {
+            let (mut stream, _) = listener.accept().expect("a client");
+            let mut request = String::new();
+            stream.read_to_string(&mut request).expect("a request");
+            stream.write_all(&[b'x'; LENGTH]).expect("a client that reads");
+            request
+        });
+        let mut stream = lab.client.within(|| TcpStream::connect(address)).expect("a server");
+        stream.write_all(b"GET").expect("a server that reads");
+        stream.shutdown(Shutdown::Write).expect("a half-close");
+        let mut received = Vec::new();
+        stream.read_to_end(&mut received).expect("a stream");
+        assert_eq!(received.len(), LENGTH);
+        assert_eq!(server.join().expect("a server"), "GET");
+    }
+}
+
+/// Nobody else sees the mark, and a flush of all rules takes nothing of the shield's.
+#[test]
+fn the_mark_is_gone_before_any_other_chain_and_a_flush_changes_nothing() {
+    let Some((lab, _server, _daemon)) = scene() else { return };
+    let count = "table inet eyes { chain c { type filter hook prerouting priority -309; \
+                 meta mark & 0x2000 != 0 counter; meta mark 0 counter; }; }";
+    lab.server.feed("nft -f -", count);
+    let peer = lab.peer(SOURCE);
+    assert_eq!(gain(&peer), 0);
+    let counts = lab.server.output("nft list table inet eyes");
+    assert!(counts.contains("!= 0x00000000 counter packets 0 bytes 0"), "{counts}");
+    lab.server.run("nft flush ruleset");
+    lab.connlimit(80, LIMIT);
+    assert_eq!(gain(&lab.peer("198.51.100.8")), 0);
+}
+
+#[test]
+fn it_is_there_after_the_link_was_down() {
+    let Some((lab, _server, _daemon)) = scene() else { return };
+    lab.server.run("ip link set eth0 down");
+    lab.server.feed(
+        "ip -batch -",
+        "link set eth0 up\n\
+         addr replace 2001:db8::1/64 dev eth0 nodad\n\
+         neigh replace 192.0.2.2 lladdr 02:00:00:00:00:02 dev eth0\n\
+         neigh replace 2001:db8::2 lladdr 02:00:00:00:00:02 dev eth0\n\
+         route replace 198.51.100.0/24 via 192.0.2.2\n",
+    );
+    wait_for("carrier", SOON, || lab.server.output("ip -o link show eth0").contains("state UP"));
+    assert_eq!(gain(&lab.peer(SOURCE)), 0);
+}
+
+/// It follows devices that come and go, and is at a bridge rather than at its ports.
+#[test]
+fn devices_are_followed() {
+    let Some(lab) = lab() else { return };
+    lab.connlimit(80, LIMIT);
+    let _server = lab.serve("[::]:80");
+    let daemon = shielded(&lab);
+    let has = |device: &str| {
+        programs(&lab.server, device).is_some_and(|programs| programs.contains(&PROGRAM.into()))
+    };
+    assert!(has("eth0") && !has("lo"));
+    lab.server.run("ip link add hot0 type veth peer name hot1");
+    wait_for("the shield at a new device", SOON, || has("hot0") && has("hot1"));
+    lab.server.run("ip link del hot0");
+    wait_for("its end", SOON, || daemon.log().matches("shield taken off").count() == 2);
+
+    // Else conntrack sees packets before the bridge does, and the shield keeps away.
+    for family in ["iptables", "ip6tables"] {
+        lab.server.sysctl(&format!("net/bridge/bridge-nf-call-{family}"), "0");
+    }
+    lab.server.feed(
+        "ip -batch -",
+        "link add br0 address 02:00:00:00:00:01 type bridge\n\
+         link set br0 up\n\
+         addr del 192.0.2.1/24 dev eth0\n\
+         link set eth0 master br0\n\
+         addr add 192.0.2.1/24 dev br0\n\
+         neigh add 192.0.2.2 lladdr 02:00:00:00:00:02 dev br0\n\
+         route add 198.51.100.0/24 via 192.0.2.2\n",
+    );
+    wait_for("the shield at the bridge", SOON, || has("br0") && !has("eth0"));
+    daemon.stop();
+    assert_eq!(gain(&lab.peer(SOURCE)), 0);
+}
+
+/// Whatever stands behind it may take packets for itself, and what stands before it may use the
+/// same mark: conntrack sees what it saw before.
+#[test]
+fn neighbours_make_no_difference() {
+    let Some((lab, _server, _daemon)) = scene() else { return };
+    let behind = lab.neighbour(Place::Last, 0);
+    let order = programs(&lab.server, "eth0");
+    assert_eq!(order, Some(vec![PROGRAM.to_owned(), "neighbour".to_owned()]));
+    assert_eq!(gain(&lab.peer(SOURCE)), 0);
+    drop(behind);
+    let _before = lab.neighbour(Place::First, MARK);
+    let peer = lab.peer("198.51.100.8");
+    let conns = peer.hold(80, 1);
+    let states: Vec<_> = conns.iter().filter_map(|conn| lab.entry_state(conn)).collect();
+    assert_eq!(states, ["ESTABLISHED"]);
+}
+
+/// Program and table go with the process, however it ends.
+#[test]
+fn a_killed_daemon_leaves_nothing_behind() {
+    let Some((lab, _server, daemon)) = scene() else { return };
+    let table = || lab.server.output("nft list tables").contains("ctkeep0-shield");
+    assert!(table());
+    assert_eq!(programs(&lab.server, "eth0"), Some(vec![PROGRAM.to_owned()]));
+    daemon.kill();
+    wait_for("the end of the program", SOON, || {
+        programs(&lab.server, "eth0") == Some(Vec::new()) && !table()
+    });
+    // The next one starts as the first did.
+    let daemon = shielded(&lab);
+    assert_eq!(programs(&lab.server, "eth0"), Some(vec![PROGRAM.to_owned()]));
+    let (status, log) = daemon.term();
+    assert!(status.success(), "{log}");
+    assert_eq!(programs(&lab.server, "eth0"), Some(Vec::new()));
+    assert!(!table());
+}
+
+#[test]
+fn decisions_are_counted() {
+    let Some(lab) = lab() else { return };
+    let _server = lab.serve("0.0.0.0:80");
+    let _daemon = shielded(&lab);
+    let peer = lab.peer(SOURCE);
+    let mut conns = peer.hold(80, 4);
+    for conn in conns.iter_mut().take(3) {
+        conn.fin();
+        conn.fin_again();
+        conn.rst(-5);
+    }
+    for conn in conns.iter().skip(3) {
+        conn.rst_at(0);
+    }
+    let wanted = [
+        ("fin_learned", 3.0),
+        ("fin_hidden", 3.0),
+        ("rst_hidden", 3.0),
+        ("rst_delayed", 1.0),
+        ("rst_shown", 1.0),
+        ("fragment_dropped", 0.0),
+        ("not_learned", 0.0),
+        ("not_read", 0.0),
+    ];
+    await_decisions(&lab, &wanted);
+}
+
+fn await_decisions(lab: &Lab, wanted: &[(&str, f64)]) {
+    let counted = || {
+        let answer = http::ask(&lab.server, METRICS, "GET /metrics", "").expect("an answer");
+        let samples = http::samples(&answer.body);
+        let is = |(decision, count): &(&str, f64)| {
+            let name = format!("ctkeep_shield_packets_total{{decision=\"{decision}\"}}");
+            samples.get(&name) == Some(count)
+        };
+        wanted.iter().all(is) && samples.get("ctkeep_shield_devices").is_some_and(|it| *it >= 1.0)
+    };
+    assert!(holds_within(SOON, counted), "{wanted:?}");
+}
+
+/// It fails open: where the program cannot be loaded, `auto` says so in one line and repairs.
+#[test]
+fn without_the_privilege_it_is_one_line() {
+    let Some(lab) = lab() else { return };
+    let _server = lab.serve("0.0.0.0:80");
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("ctkeep");
+    let bounds = "--bounding-set=-all,+net_admin,+net_raw";
+    let script = format!("#!/bin/sh\nexec setpriv {bounds} -- {CTKEEP} \"$@\"\n");
+    fs::write(&path, script).expect("a script");
+    fs::set_permissions(&path, Permissions::from_mode(0o755)).expect("a program");
+    let program = path.to_str().expect("a path in UTF-8");
+    let daemon = lab.daemon(program, &["--shield", "auto"]);
+    let log = daemon.log();
+    assert_eq!(log.matches("no shield, repairing alone").count(), 1, "{log}");
+    assert_eq!(programs(&lab.server, "eth0"), Some(Vec::new()));
+}
+
+/// Where it is asked for, it must be had.
+#[test]
+fn asked_for_in_vain_it_ends_the_start() {
+    let Some(lab) = lab() else { return };
+    let bounds = "--bounding-set=-all,+net_admin,+net_raw";
+    let words = [bounds, "--", CTKEEP, "run", "--shield", "on"];
+    let (code, _, log) = lab.ctkeep("setpriv", &words);
+    assert_eq!(code, 3, "{log}");
+    assert!(log.contains("CAP_BPF"), "{log}");
+}
