@@ -417,3 +417,27 @@ fn asked_for_in_vain_it_ends_the_start() {
     assert_eq!(code, 3, "{log}");
     assert!(log.contains("CAP_BPF"), "{log}");
 }
+
+/// Nothing but extending is left to the sweep, and that is in time.
+#[test]
+fn sweeps_are_few_and_extend_in_time() {
+    let Some(lab) = lab() else { return };
+    lab.connlimit(80, LIMIT);
+    let _server = lab.serve("0.0.0.0:80");
+    // A quarter of it is two seconds.
+    lab.server.sysctl("net/netfilter/nf_conntrack_tcp_timeout_close_wait", "8");
+    let _daemon = shielded(&lab);
+    let peer = lab.peer(SOURCE);
+    let mut held = peer.hold(80, LIMIT as usize);
+    held.iter_mut().for_each(|conn| lab.half_close(conn));
+    let sweeps = || {
+        let answer = http::ask(&lab.server, METRICS, "GET /metrics", "").expect("an answer");
+        http::samples(&answer.body).get("ctkeep_sweeps_total").copied().expect("a counter")
+    };
+    let before = sweeps();
+    thread::sleep(Duration::from_secs(12));
+    let swept = sweeps() - before;
+    assert!((4.0..9.0).contains(&swept), "{swept} sweeps in 12 seconds");
+    assert!(held.iter().all(|conn| lab.is_alive(conn)), "all entries live");
+    assert_eq!(peer.admitted(80, 3), 0);
+}

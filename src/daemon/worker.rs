@@ -38,7 +38,7 @@ use crate::reconcile::plan::{Action, ActionKind, plan};
 use crate::reconcile::policy::Scope;
 use crate::reconcile::recount::{Mode, Recounter};
 use crate::reconcile::snapshot::Snapshot;
-use crate::shield::Program;
+use crate::shield::{self, Program};
 use crate::sockdiag::{Cookie, Lookup, SockDiag, Socket, State, States};
 
 /// The event of a packet can come before TCP has processed it, so a repaired connection is looked
@@ -132,8 +132,10 @@ fn guard_present(
     let share = Share::new(&control.metrics, number);
     let mut worker = Worker::open(settings, guard, present, share)?;
     worker.claim = claim;
-    if let Some(program) = program {
-        worker.raise_shield(program)?;
+    match program {
+        Some(program) => worker.raise_shield(program)?,
+        None if alone => shield::remove_leftovers(),
+        None => {}
     }
     worker.sweep(Depth::Deep)?;
     tracing::info!(
@@ -148,8 +150,11 @@ fn guard_present(
         worker.wait(control)?;
         worker.settings = control.settings();
         worker.turn()?;
-        if worker.is_due_to_check_namespaces() && guard.identities() != begun_with {
-            return Ok(Ended::NamespacesChanged);
+        if worker.is_due_to_check_namespaces() {
+            worker.tell_shield();
+            if guard.identities() != begun_with {
+                return Ok(Ended::NamespacesChanged);
+            }
         }
     }
     worker.finish()?;
@@ -201,7 +206,9 @@ struct Worker<'p> {
     claim: Option<UnixListener>,
     events: Events,
     hook: Hook,
-    shield: Option<crate::shield::Shield<'p>>,
+    shield: Option<shield::Shield<'p>>,
+    /// A guarded connection has been seen that the shield does not cover.
+    is_uncovered: bool,
     scope: Scope,
     /// Ports that had a listener in this run and may still have connections.
     ports_ever: HashSet<u16>,
@@ -271,6 +278,7 @@ impl<'p> Worker<'p> {
             events,
             hook,
             shield: None,
+            is_uncovered: false,
             scope,
             ports_ever: HashSet::new(),
             ledger: Ledger::new(settings.defence, settings.policy.zone),
@@ -316,9 +324,8 @@ impl<'p> Worker<'p> {
 
     /// Keeps from conntrack what would fool it, before the first look at what it knows.
     fn raise_shield(&mut self, program: &'p mut Program) -> Result<()> {
-        let name = format!("{}-shield", self.device);
         let (mark, ports) = (self.settings.shield_mark, &self.scope.ports);
-        match crate::shield::Shield::raise(program, &name, mark, ports) {
+        match shield::Shield::raise(program, &self.device, mark, ports) {
             Ok(shield) => {
                 tracing::info!(devices = shield.devices(), mark, "shield raised");
                 self.shield = Some(shield);
@@ -327,6 +334,15 @@ impl<'p> Worker<'p> {
             Err(error) => tracing::warn!(%error, "no shield, repairing alone"),
         }
         Ok(())
+    }
+
+    /// Publishes what the shield has decided.
+    fn tell_shield(&self) {
+        match self.shield.as_ref().map(|shield| (shield.devices(), shield.counts())) {
+            Some((devices, Ok(counts))) => self.share.shield(devices, counts),
+            Some((_, Err(error))) => tracing::debug!(%error, "counters stay as they were"),
+            None => {}
+        }
     }
 
     /// Whether a second has passed since the last look at the namespaces.
@@ -499,7 +515,6 @@ impl<'p> Worker<'p> {
         }
         if let Some(shield) = &mut self.shield {
             shield.follow(&self.scope.ports)?;
-            self.share.shield(shield.devices(), shield.counts()?);
         }
         if depth == Depth::Shallow {
             self.ledger.settle(&snapshot);
@@ -520,8 +535,12 @@ impl<'p> Worker<'p> {
         if depth == Depth::Deep {
             self.survey(&snapshot);
         }
-        self.next_sweep =
-            now + jittered(self.ledger.pressure().hurry(self.settings.sweep_interval));
+        // Translated, it has another tuple on the wire than its socket.
+        let is_translated = |entry: Entry| entry.is_translated();
+        self.is_uncovered = self.is_uncovered && depth == Depth::Shallow
+            || snapshot.views.iter().filter_map(|view| view.entry).any(is_translated);
+        let interval = self.sweep_interval();
+        self.next_sweep = now + jittered(self.ledger.pressure().hurry(interval));
         match depth {
             Depth::Deep => {
                 self.forget_closed_ports(&snapshot, &listening);
@@ -536,8 +555,24 @@ impl<'p> Worker<'p> {
             Depth::Shallow => self.hasten_deep_sweep(&snapshot),
         }
         tracing::debug!(?depth, views = snapshot.views.len(), took = ?(now - began), "swept");
-        self.share.swept(&snapshot, &self.ledger, began, self.settings.sweep_interval);
+        self.share.swept(&snapshot, &self.ledger, began, interval);
         Ok(())
+    }
+
+    /// From sweep to sweep. Where the shield covers every guarded connection nothing is left to do
+    /// but to extend, well before an entry can expire.
+    fn sweep_interval(&self) -> Duration {
+        let own = self.settings.sweep_interval;
+        let is_covered = self.shield.as_ref().is_some_and(shield::Shield::is_whole)
+            && !self.is_uncovered
+            && !matches!(self.events, Events::Off);
+        if !is_covered {
+            return own;
+        }
+        let states = [TcpState::FinWait, TcpState::CloseWait];
+        let timeouts = states.into_iter().filter_map(kernel_timeout);
+        let shortest = timeouts.fold(self.settings.policy.lease, Duration::min);
+        own.max(shortest / 4)
     }
 
     /// Has figures taken of the whole tables, where somebody reads them.

@@ -49,6 +49,8 @@ const DRAIN: usize = 1024;
 pub(crate) struct Shield<'p> {
     program: &'p mut Program,
     table: Table,
+    /// Our own helper device: nothing comes in by it but what recount sends.
+    own: String,
     name: String,
     mark: u32,
     monitor: KernelSocket,
@@ -56,24 +58,26 @@ pub(crate) struct Shield<'p> {
     attached: BTreeMap<u32, (String, Attached)>,
     ports: HashSet<u16>,
     refused: HashSet<u32>,
+    leaves_bridge_out: bool,
 }
 
 impl<'p> Shield<'p> {
     /// Raises it over these local ports in the network namespace of the calling thread, at every
-    /// device that TCP packets come in by.
+    /// device that TCP packets come in by but for `own`, which gives the table its name.
     ///
     /// # Errors
     /// nf_tables is missing, or another process owns a table of this name. A device that refuses
     /// the program is a log line.
     pub(crate) fn raise(
         program: &'p mut Program,
-        name: &str,
+        own: &str,
         mark: u32,
         ports: &HashSet<u16>,
     ) -> Result<Self> {
         let op = Op::new("watch network devices");
+        let name = format!("{own}-shield");
         // The table first: nobody else is to see a mark.
-        let table = Table::create(name, &layout::layout(mark, Vec::new()))?;
+        let table = Table::create(&name, &layout::layout(mark, Vec::new()))?;
         let monitor = KernelSocket::open(op, NETLINK_ROUTE)?;
         monitor.set_non_blocking().map_err(|error| op.io(error))?;
         monitor.join(RTNLGRP_LINK).map_err(|error| op.io(error))?;
@@ -81,13 +85,15 @@ impl<'p> Shield<'p> {
         let mut this = Self {
             program,
             table,
-            name: name.to_owned(),
+            own: own.to_owned(),
+            name,
             mark,
             monitor,
             datagram: Vec::new(),
             attached: BTreeMap::new(),
             ports: ports.clone(),
             refused: HashSet::new(),
+            leaves_bridge_out: false,
         };
         this.attach_all()?;
         Ok(this)
@@ -135,9 +141,17 @@ impl<'p> Shield<'p> {
         self.attached.len()
     }
 
+    /// Whether it is everywhere that it could be wanted: no device has refused it, and none was
+    /// left out for what its bridge does.
+    pub(crate) fn is_whole(&self) -> bool {
+        self.refused.is_empty() && !self.leaves_bridge_out
+    }
+
     fn attach_all(&mut self) -> Result<()> {
+        let links = links()?;
+        self.leaves_bridge_out = bridges_filter() && links.iter().any(|link| link.kind == "bridge");
         let wanted: HashMap<u32, String> =
-            wanted(links()?).into_iter().map(|link| (link.index, link.name)).collect();
+            wanted(links, &self.own).into_iter().map(|link| (link.index, link.name)).collect();
         let gone: Vec<u32> =
             self.attached.keys().filter(|index| !wanted.contains_key(index)).copied().collect();
         for index in gone {
@@ -200,21 +214,36 @@ impl Drop for Shield<'_> {
 
 /// The devices that packets reach IP from. A packet must be judged once: a port of a bridge or
 /// bond hands it on to that, and so do we; a VRF takes it as the port saw it.
-fn wanted(links: Vec<Link>) -> Vec<Link> {
+fn wanted(links: Vec<Link>, own: &str) -> Vec<Link> {
     let kinds: HashMap<u32, String> =
         links.iter().map(|link| (link.index, link.kind.clone())).collect();
     let kind = |index| kinds.get(&index).map_or("", String::as_str);
-    // Then conntrack sees packets at the ports of a bridge, before the bridge itself has them.
-    let is_filtered = |family| sysctl::number(&format!("net.bridge.bridge-nf-call-{family}"));
-    let bridges_filter = ["iptables", "ip6tables"].map(is_filtered).contains(&Some(1));
     links
         .into_iter()
         .filter(|link| {
             let is_port = link.master.is_some_and(|master| kind(master) != "vrf");
-            let is_filtered_bridge = link.kind == "bridge" && bridges_filter;
-            !(link.is_loopback || is_port || is_filtered_bridge || link.kind == "vrf")
+            let is_filtered_bridge = link.kind == "bridge" && bridges_filter();
+            !(link.is_loopback
+                || link.name == own
+                || is_port
+                || is_filtered_bridge
+                || link.kind == "vrf")
         })
         .collect()
+}
+
+/// Whether conntrack sees packets at the ports of a bridge, before the bridge itself has them.
+fn bridges_filter() -> bool {
+    let is_filtered = |family| sysctl::number(&format!("net.bridge.bridge-nf-call-{family}"));
+    ["iptables", "ip6tables"].map(is_filtered).contains(&Some(1))
+}
+
+/// Takes off every device what a killed process left there, where links do not end with it.
+pub(crate) fn remove_leftovers() {
+    match links() {
+        Ok(links) => links.iter().for_each(|link| program::remove_leftovers(&link.name)),
+        Err(error) => tracing::warn!(%error, "no look for what another run left"),
+    }
 }
 
 #[cfg(test)]
@@ -230,7 +259,7 @@ mod tests {
             master,
             is_loopback: name == "lo",
         };
-        let wanted = wanted(vec![
+        let links = vec![
             link(1, "lo", "", None),
             link(2, "eth0", "", Some(5)),
             link(3, "eth1", "", Some(6)),
@@ -238,7 +267,9 @@ mod tests {
             link(5, "bond0", "bond", None),
             link(6, "red", "vrf", None),
             link(7, "bond0.5", "vlan", None),
-        ]);
+            link(8, "ctkeep0", "tun", None),
+        ];
+        let wanted = wanted(links, "ctkeep0");
         let names: Vec<_> = wanted.iter().map(|link| link.name.as_str()).collect();
         assert_eq!(names, ["eth1", "eth2", "bond0", "bond0.5"]);
     }

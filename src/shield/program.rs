@@ -70,7 +70,7 @@ impl Program {
     /// Whether its maps may be changed and read by who holds `CAP_BPF` alone. Since 5.19 that
     /// takes no privilege; a kernel with TCX is younger, and attaches without it too.
     pub(crate) fn needs_bpf_for_good(&self) -> bool {
-        KernelVersion::current().map_or(true, |version| version < KernelVersion::new(6, 6, 0))
+        is_before_tcx()
     }
 
     /// Attaches it to the ingress of a device: by TCX before all others that are there, or by a
@@ -88,12 +88,7 @@ impl Program {
         }
         // It may be there already, and then stays: whose it is cannot be told.
         let _ = qdisc_add_clsact(device);
-        // A filter outlives the process that was killed.
-        match qdisc_detach_program(device, ingress, NAME) {
-            Ok(()) => tracing::info!(device, "removed what another run left"),
-            Err(TcError::IoError(_)) => {}
-            Err(error) => tracing::debug!(device, error = all_of(&error), "no filters to remove"),
-        }
+        remove_leftovers(device);
         let id = classifier
             .attach_with_options(device, ingress, TcAttachOptions::Netlink(FIRST))
             .map_err(|error| attach_failed(device, &error))?;
@@ -151,6 +146,22 @@ impl Program {
         let op = Op::new("shield program");
         let program = self.0.program_mut(NAME).ok_or_else(|| op.malformed("not in the object"))?;
         program.try_into().map_err(|error: ProgramError| failed(op, &error))
+    }
+}
+
+fn is_before_tcx() -> bool {
+    KernelVersion::current().map_or(true, |version| version < KernelVersion::new(6, 6, 0))
+}
+
+/// A filter outlives the process that was killed; a link does not.
+pub(super) fn remove_leftovers(device: &str) {
+    if !is_before_tcx() {
+        return;
+    }
+    match qdisc_detach_program(device, TcAttachType::Ingress, NAME) {
+        Ok(()) => tracing::info!(device, "removed what another run left"),
+        Err(TcError::IoError(_)) => {}
+        Err(error) => tracing::debug!(device, error = all_of(&error), "no filters to remove"),
     }
 }
 
