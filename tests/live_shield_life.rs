@@ -14,6 +14,7 @@ use lab::{
     ACK, Daemon, Frame, Kind, Lab, PSH, Peer, RST, RawConn, SYN, Segment, Server, holds_within,
     http, wait_for,
 };
+use serde_json::{Value, json};
 
 const CTKEEP: &str = env!("CARGO_BIN_EXE_ctkeep");
 const METRICS: &str = "127.0.0.1:9815";
@@ -440,4 +441,45 @@ fn sweeps_are_few_and_extend_in_time() {
     assert!((4.0..9.0).contains(&swept), "{swept} sweeps in 12 seconds");
     assert!(held.iter().all(|conn| lab.is_alive(conn)), "all entries live");
     assert_eq!(peer.admitted(80, 3), 0);
+}
+
+/// The commands say what the shield covers: by a guarded port, untranslated, from the wire.
+#[test]
+fn the_commands_tell_what_is_covered() {
+    let Some(lab) = lab() else { return };
+    lab.connlimit(80, LIMIT);
+    let _server = lab.serve("0.0.0.0:80 0.0.0.0:81 0.0.0.0:82");
+    lab.server.run("iptables -t nat -A PREROUTING -p tcp --dport 8080 -j REDIRECT --to-ports 82");
+    let verdict = || {
+        let (_, out, err) = lab.ctkeep(CTKEEP, &["doctor", "--format", "json"]);
+        let report: Value = serde_json::from_str(&out).unwrap_or_else(|_| panic!("{out}{err}"));
+        let all = report["findings"].as_array().expect("findings");
+        let one = all.iter().find(|finding| finding["id"] == "shield").expect("a finding");
+        one["verdict"].as_str().expect("a verdict").to_owned()
+    };
+    assert_eq!(verdict(), "warn", "it would work, and is down");
+    let ports = ["--port", "80", "--port", "82", "--shield", "on"];
+    let _daemon = lab.daemon(CTKEEP, &ports);
+    assert_eq!(verdict(), "ok");
+    let peer = lab.peer(SOURCE);
+    let conns = [80, 81, 8080].map(|port| peer.connect(port).expect("a connection"));
+    let (_, out, _) = lab.ctkeep(CTKEEP, &["audit", "--all", "--format", "json"]);
+    let report: Value = serde_json::from_str(&out).expect("a report");
+    let explained = |conn: &RawConn| {
+        // The server's end is the socket's.
+        let port = if conn.server.port() == 8080 { 82 } else { conn.server.port() };
+        let local = SocketAddr::new(conn.server.ip(), port);
+        let (_, out, _) =
+            lab.ctkeep(CTKEEP, &["explain", &local.to_string(), &conn.client.to_string()]);
+        let line = out.lines().find(|line| line.starts_with("shield")).expect("a line").to_owned();
+        let shielded = report["connections"].as_array().expect("connections").iter();
+        let mut one = shielded.filter(|it| it["remote"] == conn.client.to_string());
+        (line, one.next().expect("the connection")["shielded"].clone())
+    };
+    let [guarded, other, redirected] = conns.each_ref().map(explained);
+    assert_eq!(guarded, ("shield      covers it".to_owned(), json!(true)));
+    assert_eq!(other, ("shield      not this port".to_owned(), json!(false)));
+    assert!(redirected.0.contains("translated") && redirected.1 == json!(false), "{redirected:?}");
+    let (_, out, _) = lab.ctkeep(CTKEEP, &["audit"]);
+    assert!(out.contains("1 of 3 connections under the shield"), "{out}");
 }

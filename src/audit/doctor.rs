@@ -19,6 +19,7 @@ use crate::host::unit::Unit;
 use crate::netlink::KernelSocket;
 use crate::reconcile::policy::Policy;
 use crate::reconcile::recount::{Route, Trial};
+use crate::shield;
 use crate::sockdiag::SockDiag;
 
 /// Capabilities by their bits (`include/uapi/linux/capability.h`).
@@ -76,6 +77,7 @@ pub fn examine(policy: &Policy, now: Instant) -> Diagnosis {
     findings.push(receive_buffer());
     findings.extend(Unit::read().iter().flat_map(judge::unit));
     findings.push(daemon());
+    findings.push(shield(!limiter.rules.is_empty()));
     let is_unavailable = findings
         .iter()
         .any(|finding| finding.verdict == Verdict::Bad && MISSING.contains(&finding.id));
@@ -268,6 +270,34 @@ fn daemon() -> Finding {
             "systemctl enable --now ctkeep",
         ),
         Err(_) => Finding::ok("daemon", "ctkeep run guards this namespace"),
+    }
+}
+
+/// Recommended where it would work and there is a limit to keep.
+fn shield(is_limited: bool) -> Finding {
+    if let Some(shield) = instance::ask("ctkeep").shield {
+        let ports = shield.ports.len();
+        return if shield.is_whole {
+            Finding::ok("shield", format!("up, over {ports} ports"))
+        } else {
+            Finding::warn(
+                "shield",
+                format!("up, over {ports} ports, but not at every device"),
+                "journalctl -u ctkeep names them; docs/shield.md says why",
+            )
+        };
+    }
+    if !shield::IS_BUILT_IN {
+        return Finding::ok("shield", "not built into this ctkeep");
+    }
+    match shield::try_load() {
+        Ok(()) if is_limited => Finding::warn(
+            "shield",
+            "down: in one burst of packets a client gains connections that are counted only later",
+            "shield = \"auto\" in ctkeep.toml, and the drop-in shield.conf",
+        ),
+        Ok(()) => Finding::ok("shield", "could be raised"),
+        Err(error) => Finding::ok("shield", format!("cannot be raised: {}", error.cause)),
     }
 }
 

@@ -5,7 +5,7 @@ use std::fmt;
 use serde::Serialize;
 
 /// Every identifier there is; docs/doctor.md has a section for each.
-pub const IDENTIFIERS: [&str; 36] = [
+pub const IDENTIFIERS: [&str; 37] = [
     "kernel",
     "privilege-net-admin",
     "privilege-net-raw",
@@ -42,6 +42,7 @@ pub const IDENTIFIERS: [&str; 36] = [
     "open-files",
     "unit-limits",
     "daemon",
+    "shield",
 ];
 
 /// How bad a finding is.

@@ -1,6 +1,7 @@
 //! Where the two tables disagree, as a report for people and programs.
 
 pub mod classes;
+pub mod cover;
 pub mod doctor;
 pub mod figures;
 pub mod finding;

@@ -7,6 +7,7 @@ use anstream::ColorChoice;
 use anstyle::{AnsiColor, Effects, Style};
 use comfy_table::{ColumnConstraint, ContentArrangement, Table, Width, presets};
 
+use super::cover::Cover;
 use super::finding::{Finding, Verdict};
 use super::layers::Layers;
 use super::report::{Connection, Report};
@@ -149,6 +150,11 @@ pub fn report(report: &Report, all: bool, top: Option<usize>, no_header: bool) -
         .collect();
     let counts = if counts.is_empty() { "no connections".to_owned() } else { counts.join(", ") };
     out.push_str(&format!("{counts}\n"));
+    let all = &report.connections;
+    let covered = all.iter().filter(|it| it.cover.is_some_and(Cover::is_certain)).count();
+    if covered > 0 {
+        out.push_str(&format!("{covered} of {} connections under the shield\n", all.len()));
+    }
     coloured(&out)
 }
 

@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime};
 use serde_json::{Value, json};
 
 use super::classes::Class;
+use super::cover::Cover;
 use super::figures::Figures;
 use super::layers::{Inputs, Layers};
 use super::limiter::Limiter;
@@ -15,7 +16,7 @@ use super::sources::{Measure, Source, loads, sources};
 use crate::conntrack::TcpState;
 use crate::error::Result;
 use crate::flow::FourTuple;
-use crate::host::instance;
+use crate::host::instance::{self, Told};
 use crate::host::ruleset::Ruleset;
 use crate::reconcile::ledger::Ledger;
 use crate::reconcile::observe::Tables;
@@ -47,6 +48,8 @@ pub struct Connection {
     pub class: Class,
     /// Who holds the socket.
     pub holder: Option<Holder>,
+    /// How the shield stands to it; `None` for saved tables.
+    pub cover: Option<Cover>,
 }
 
 /// All that was seen in one look at one host, or read from files.
@@ -68,8 +71,8 @@ pub struct Seen {
     pub figures: Option<Figures>,
     /// Who holds which inode.
     pub holders: HashMap<u32, Holder>,
-    /// For how many seconds a running daemon has held connections, by the cookie of the socket.
-    pub ages: HashMap<u64, u64>,
+    /// What a running daemon tells of itself; `None` for saved tables.
+    pub told: Option<Told>,
 }
 
 impl Seen {
@@ -98,7 +101,7 @@ impl Seen {
             limiter: Limiter::of(&Ruleset::read()),
             figures: Some(Figures::read(&mut tables.conntrack)?),
             holders: holders(&inodes),
-            ages: instance::ages("ctkeep"),
+            told: Some(instance::ask("ctkeep")),
         };
         Ok((seen, scope))
     }
@@ -127,6 +130,7 @@ impl Report {
     /// Names and adds up what was seen. Pure.
     pub fn of(seen: Seen, scope: &Scope, policy: &Policy, request: Request) -> Self {
         let Seen { snapshot, ledger, limiter, .. } = &seen;
+        let told = seen.told.clone().unwrap_or_default();
         let in_scope = |socket: &&Socket| scope.ports.contains(&socket.local.port());
         let listeners: Vec<Socket> = seen.listeners.iter().filter(in_scope).copied().collect();
         let mut sockets: BTreeMap<_, _> = State::ALL.map(|state| (state, 0)).into();
@@ -164,6 +168,7 @@ impl Report {
                 view: *view,
                 class: Class::of(cell(view, snapshot, scope, policy, ledger)),
                 holder: holder(view),
+                cover: seen.told.as_ref().map(|told| Cover::of(told.shield.as_ref(), view)),
             })
             .collect();
         Self {
@@ -174,7 +179,7 @@ impl Report {
             sockets,
             entries,
             connections,
-            sources: sources(snapshot.views.iter().copied(), measure, &loads, &seen.ages),
+            sources: sources(snapshot.views.iter().copied(), measure, &loads, &told.ages),
             layers,
             netns: seen.netns,
             kernel: seen.kernel,
@@ -272,6 +277,7 @@ fn connection_json(connection: &Connection) -> Value {
         "uid": socket.map(|socket| socket.uid),
         "recv_queue": socket.map(|socket| socket.recv_queue),
         "send_queue": socket.map(|socket| socket.send_queue),
+        "shielded": connection.cover.map(Cover::is_certain),
     })
 }
 

@@ -6,6 +6,7 @@ use serde_json::json;
 
 use super::Exit;
 use super::args::{Explain, Format};
+use crate::audit::cover::Cover;
 use crate::audit::limiter::Limiter;
 use crate::audit::processes::{Holder, holders};
 use crate::audit::render;
@@ -13,6 +14,7 @@ use crate::audit::sources::loads;
 use crate::conntrack::Entry;
 use crate::error::{Error, Result};
 use crate::flow::FourTuple;
+use crate::host::instance;
 use crate::host::ruleset::Ruleset;
 use crate::reconcile::ledger::Ledger;
 use crate::reconcile::observe::Tables;
@@ -55,7 +57,8 @@ pub(super) fn run(args: &Explain) -> Result<Exit> {
         let holder = holders(&inodes).into_values().next();
         let limits = limits(&Limiter::of(&Ruleset::read()), &view, &around);
         let in_scope = scope.contains(&policy, flow);
-        Ok(Found { view, cell, in_scope, is_swapped, holder, limits })
+        let cover = Cover::of(instance::ask("ctkeep").shield.as_ref(), &view);
+        Ok(Found { view, cell, in_scope, cover, is_swapped, holder, limits })
     })?;
     match args.output.format {
         Format::Json => render::line(&to_json(&found))?,
@@ -75,6 +78,7 @@ struct Found {
     /// The addresses were given the other way round.
     is_swapped: bool,
     holder: Option<Holder>,
+    cover: Cover,
     limits: Vec<String>,
 }
 
@@ -144,6 +148,7 @@ fn to_text(found: &Found) -> String {
          in scope    {}\n\
          tracked     {}\n\
          limits      {limits}\n\
+         shield      {}\n\
          cell        {}\n\
          would do    {verdict}\n\
          because     {reason}\n\
@@ -154,6 +159,7 @@ fn to_text(found: &Found) -> String {
         yes(view.is_counted()),
         yes(*in_scope),
         yes(cell.tracked),
+        found.cover,
         named(cell),
     )
 }
@@ -224,6 +230,7 @@ fn to_json(found: &Found) -> serde_json::Value {
         "pid": holder.as_ref().map(|holder| holder.pid),
         "command": holder.as_ref().map(|holder| &holder.command),
         "limits": found.limits,
+        "shielded": found.cover.is_certain(),
         "cell": named(cell),
         "action": action,
         "reason": reason,

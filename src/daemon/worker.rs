@@ -384,7 +384,11 @@ impl<'p> Worker<'p> {
             self.since = now;
             if let Some(claim) = &self.claim {
                 let age = |held: Held| (held.cookie.0, (now - held.since).as_secs());
-                instance::answer(claim, self.ledger.held().map(age));
+                let shield = self.shield.as_ref().map(|shield| instance::Shielded {
+                    ports: self.scope.ports.clone(),
+                    is_whole: shield.is_whole(),
+                });
+                instance::answer(claim, self.ledger.held().map(age), shield.as_ref());
             }
             if self.second_look.as_ref().is_some_and(|(at, _)| *at <= now)
                 && let Some((_, lookups)) = self.second_look.take()

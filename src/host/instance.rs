@@ -2,9 +2,10 @@
 //!
 //! An abstract socket address belongs to the network namespace and is free again when the process
 //! ends, however that happens: no file, no stale lock. The audit asks by the same socket how long
-//! connections have been held; only administrators are answered, and only they are believed.
+//! connections have been held, and what the shield covers; only administrators are answered, and
+//! only they are believed.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::OwnedFd;
@@ -59,14 +60,46 @@ fn is_held_by_another(name: &str) -> bool {
 /// Longest that either side waits for the other.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// Answers one question, where there is one: for each socket cookie the seconds that it has been
-/// held. Whoever asks and does not read keeps nobody waiting.
-pub fn answer(listener: &UnixListener, ages: impl Iterator<Item = (u64, u64)>) {
+/// What the shield of a daemon covers.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Shielded {
+    /// Local ports.
+    pub ports: HashSet<u16>,
+    /// Whether it is at every device that packets come in by.
+    pub is_whole: bool,
+}
+
+/// What a daemon tells of itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Told {
+    /// For each socket cookie the seconds that it has been held.
+    pub ages: HashMap<u64, u64>,
+    /// Its shield, where it is up.
+    pub shield: Option<Shielded>,
+}
+
+/// The line that tells of a shield begins with this.
+const SHIELD: &str = "shield";
+const WHOLE: &str = "whole";
+const PARTLY: &str = "partly";
+
+/// Answers one question, where there is one: as [`Told`]. Whoever asks and does not read keeps
+/// nobody waiting.
+pub fn answer(
+    listener: &UnixListener,
+    ages: impl Iterator<Item = (u64, u64)>,
+    shield: Option<&Shielded>,
+) {
     let Ok((mut stream, _)) = listener.accept() else { return };
     if !is_trusted(&stream) {
         return;
     }
-    let text: String = ages.map(|(cookie, age)| format!("{cookie:x} {age}\n")).collect();
+    let mut text: String = ages.map(|(cookie, age)| format!("{cookie:x} {age}\n")).collect();
+    if let Some(shield) = shield {
+        let how = if shield.is_whole { WHOLE } else { PARTLY };
+        let ports: Vec<_> = shield.ports.iter().map(u16::to_string).collect();
+        text.push_str(&format!("{SHIELD} {how} {}\n", ports.join(" ")));
+    }
     let answer = move || {
         let _ = stream.set_write_timeout(Some(PATIENCE));
         let _ = stream.write_all(text.as_bytes());
@@ -76,7 +109,7 @@ pub fn answer(listener: &UnixListener, ages: impl Iterator<Item = (u64, u64)>) {
 
 /// Asks the daemon that has claimed `name` in the network namespace of the calling thread; empty
 /// where there is none.
-pub fn ages(name: &str) -> HashMap<u64, u64> {
+pub fn ask(name: &str) -> Told {
     let ask = || {
         let address = SocketAddr::from_abstract_name(name).ok()?;
         let mut stream = UnixStream::connect_addr(&address).ok()?;
@@ -86,11 +119,26 @@ pub fn ages(name: &str) -> HashMap<u64, u64> {
         let _ = is_trusted(&stream).then(|| stream.read_to_string(&mut text));
         Some(text)
     };
-    let line = |line: &str| {
-        let (cookie, age) = line.split_once(' ')?;
-        Some((u64::from_str_radix(cookie, 16).ok()?, age.parse().ok()?))
-    };
-    ask().unwrap_or_default().lines().filter_map(line).collect()
+    told(&ask().unwrap_or_default())
+}
+
+fn told(text: &str) -> Told {
+    let mut told = Told::default();
+    for line in text.lines() {
+        let mut words = line.split(' ');
+        match (words.next(), words.next()) {
+            (Some(SHIELD), how) => {
+                let ports = words.filter_map(|port| port.parse().ok()).collect();
+                told.shield = Some(Shielded { ports, is_whole: how == Some(WHOLE) });
+            }
+            (Some(cookie), Some(age)) => {
+                let age = u64::from_str_radix(cookie, 16).ok().zip(age.parse().ok());
+                told.ages.extend(age);
+            }
+            _ => {}
+        }
+    }
+    told
 }
 
 /// Whether the other end belongs to root, to the same user, or to somebody who may change the
@@ -109,4 +157,16 @@ fn may_change_tables(pid: i32) -> bool {
     theirs.is_some()
         && theirs == user_namespace("self")
         && caps::has_cap(Some(pid), CapSet::Effective, Capability::CAP_NET_ADMIN).unwrap_or(false)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_is_read_line_by_line() {
+        let shield = Some(Shielded { ports: [80, 443].into(), is_whole: true });
+        let told = told("1f 20\nshield whole 80 443\nnonsense\n");
+        assert_eq!(told, Told { ages: [(31, 20)].into(), shield });
+    }
 }

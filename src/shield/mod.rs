@@ -238,6 +238,14 @@ fn bridges_filter() -> bool {
     ["iptables", "ip6tables"].map(is_filtered).contains(&Some(1))
 }
 
+/// Whether the kernel takes the program, with the privileges of this process.
+///
+/// # Errors
+/// It does not, or there is none.
+pub fn try_load() -> Result<()> {
+    Program::load(1).map(drop)
+}
+
 /// Takes off every device what a killed process left there, where links do not end with it.
 pub(crate) fn remove_leftovers() {
     match links() {
