@@ -27,7 +27,8 @@ const BOOT: &str = "\
         || { umount -l /sys/fs/cgroup; mount -t cgroup2 none /sys/fs/cgroup; }
     systemd-nspawn --quiet --boot --console=pipe --register=no --keep-unit \
         --machine=ctkeep-package-test --resolv-conf=off --timezone=off --link-journal=no \
-        --capability=CAP_NET_ADMIN --network-namespace-path=/proc/self/ns/net --directory=\"$1\"";
+        --capability=CAP_NET_ADMIN,CAP_BPF,CAP_PERFMON --system-call-filter=bpf \
+        --network-namespace-path=/proc/self/ns/net --directory=\"$1\"";
 
 /// A booted Debian; dropping it ends it.
 struct Machine {
@@ -223,7 +224,7 @@ fn a_hung_daemon_is_replaced(machine: &Machine) {
 /// The documented drop-ins give what their options take.
 fn drop_ins_suffice(machine: &Machine) {
     machine.run("cp /usr/share/doc/ctkeep/examples/*.conf /etc/systemd/system/ctkeep.service.d");
-    machine.configure("netns = [\"blue\"]\nrealtime = true\n");
+    machine.configure("netns = [\"blue\"]\nrealtime = true\nshield = \"on\"\n");
     let (started, _) = machine.try_run("systemctl daemon-reload && systemctl restart ctkeep");
     assert!(!started, "without the namespace");
     machine.run("ip netns add blue");
@@ -234,6 +235,7 @@ fn drop_ins_suffice(machine: &Machine) {
     assert!(holds_within(SOON, || entered() >= before + 2), "again: {}", machine.journal());
     let journal = machine.journal();
     assert!(!journal.contains("no real-time priority"), "{journal}");
+    assert!(journal.contains("shield raised"), "{journal}");
     machine.run(
         "ip netns del blue && rm -r /etc/systemd/system/ctkeep.service.d \
          && systemctl daemon-reload",

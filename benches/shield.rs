@@ -1,0 +1,153 @@
+//! What the shield costs ordinary clients, a packet, and a host that is flooded.
+
+#[path = "../tests/lab/mod.rs"]
+mod lab;
+mod report;
+mod traffic;
+
+use std::time::{Duration, Instant};
+
+use aya::programs::loaded_programs;
+use aya::sys::{Stats, enable_stats};
+use lab::{ACK, Daemon, FIN, Lab, RST, SYN, Segment};
+use report::Target;
+use traffic::{CTKEEP, Ending, Work};
+
+const ROUNDS: usize = 9;
+const TIME: Duration = Duration::from_millis(700);
+/// Without ctkeep; with sweeps alone; with sweeps and the shield. The event source has its own
+/// price, which is that of the benchmark `clients`.
+const ARMS: [Option<&[&str]>; 3] =
+    [None, Some(&["--events", "off"]), Some(&["--events", "off", "--shield", "on"])];
+const FLOODS: [(&str, u8); 4] = [("SYN", SYN), ("RST", RST), ("FIN", FIN | ACK), ("ACK", ACK)];
+
+fn main() {
+    lab::serve_if_asked();
+    let Some(lab) = Lab::new() else { return };
+    if !ctkeep::shield::IS_BUILT_IN {
+        eprintln!("built without the shield: make shield-tools");
+        return;
+    }
+    lab.connlimit(80, 10_000);
+    lab.connlimit(81, 10_000);
+    traffic::widen_ports(&lab);
+    clients(&lab);
+    packets(&lab);
+    floods(&lab);
+}
+
+fn start(lab: &Lab, arm: usize) -> Option<Daemon> {
+    ARMS.get(arm).copied().flatten().map(|args| lab.daemon(CTKEEP, args))
+}
+
+fn clients(lab: &Lab) {
+    let listeners = [80, 81].map(|port| traffic::listener(lab, port));
+    for ending in Ending::ALL {
+        traffic::clients(lab, &listeners, ending, TIME, None);
+    }
+    // By ending, then by arm, then by round.
+    let mut work: [[Vec<Work>; 3]; 3] = Default::default();
+    for round in 0..ROUNDS {
+        for turn in 0..ARMS.len() {
+            let arm = (round + turn) % ARMS.len();
+            let daemon = start(lab, arm);
+            let pid = daemon.as_ref().map(Daemon::pid);
+            for (work, ending) in work.iter_mut().zip(Ending::ALL) {
+                let new = traffic::clients(lab, &listeners, ending, TIME, pid);
+                work.get_mut(arm).expect("three arms").push(new);
+            }
+        }
+    }
+    let by_time = |work: &Work| work.per_second;
+    let by_cpu = |work: &Work| work.per_cpu_second;
+    show("Ordinary clients on all cores, by time", &work, by_time);
+    show("The same, by CPU time of everything together", &work, by_cpu);
+}
+
+fn show(title: &str, work: &[[Vec<Work>; 3]; 3], rate: impl Fn(&Work) -> f64) {
+    report::heading(title);
+    for (arms, ending) in work.iter().zip(Ending::ALL) {
+        let rates = arms.each_ref().map(|work| work.iter().map(&rate).collect::<Vec<_>>());
+        let [without, sweeps, shield] = &rates;
+        let name = ending.name();
+        let target = Target::AtLeast(if ending == Ending::Keepalive { 0.98 } else { 0.95 });
+        report::figure(&format!("{name}, stock"), report::median(without), "/s", Target::None);
+        let median = report::median(shield);
+        let own = report::paired(shield, sweeps);
+        report::ratio(&format!("{name}, shield : sweeps alone"), median, "/s", own, target);
+        let all = report::paired(shield, without);
+        report::ratio(&format!("{name}, shield : stock"), median, "/s", all, Target::None);
+    }
+}
+
+/// By the kernel's own statistics, which cost some nanoseconds themselves.
+fn packets(lab: &Lab) {
+    report::heading("The program's time for a packet, by run_time_ns / run_cnt");
+    let _statistics = enable_stats(Stats::RunTime).expect("statistics of programs");
+    let listeners = [80, 81].map(|port| traffic::listener(lab, port));
+    for ending in Ending::ALL {
+        let each = (0..ROUNDS).map(|_| {
+            let _daemon = start(lab, 2);
+            let before = used();
+            traffic::clients(lab, &listeners, ending, TIME, None);
+            per_packet(before, used())
+        });
+        let median = report::median(&each.collect::<Vec<_>>());
+        report::figure(ending.name(), median, "ns", Target::AtMost(100.0));
+    }
+}
+
+/// Time and packets of the program that is loaded now.
+fn used() -> (Duration, u64) {
+    let ours = loaded_programs().flatten().filter(|it| it.name_as_str() == Some("ctkeep_shield"));
+    ours.map(|it| (it.run_time(), it.run_count()))
+        .fold((Duration::ZERO, 0), |(time, count), (more, again)| (time + more, count + again))
+}
+
+fn per_packet(before: (Duration, u64), after: (Duration, u64)) -> f64 {
+    #[allow(clippy::cast_precision_loss, reason = "far below 2^52")]
+    let count = (after.1 - before.1) as f64;
+    (after.0 - before.0).as_secs_f64() * 1e9 / count
+}
+
+/// Packets of connections that nobody has, as fast as one core sends them.
+fn floods(lab: &Lab) {
+    report::heading("Packets of unknown connections from one core; ratio to sweeps alone");
+    let _listener = traffic::listener(lab, 80);
+    let peer = lab.peer("198.51.100.7");
+    let flood = |flags: u8| {
+        let end = Instant::now() + TIME;
+        let used = report::cpu();
+        let mut count = 0_usize;
+        while Instant::now() < end {
+            for _ in 0..64 {
+                let number = u32::try_from(count % 60_000).unwrap_or_default();
+                peer.send(&Segment {
+                    source: ([198, 51, 100, 7], 1024 + u16::try_from(number).unwrap_or(0)).into(),
+                    destination: (lab::SERVER_V4, 80).into(),
+                    seq: number << 8,
+                    ack: 1,
+                    flags,
+                    payload: Vec::new(),
+                });
+                count += 1;
+            }
+        }
+        report::rate(count, report::cpu() - used)
+    };
+    for (name, flags) in FLOODS {
+        let (mut stock, mut shield) = (Vec::new(), Vec::new());
+        for round in 0..ROUNDS {
+            for turn in 0..2 {
+                let is_shield = (round + turn) % 2 == 1;
+                let _daemon = start(lab, if is_shield { 2 } else { 1 });
+                lab.server.run("conntrack -F");
+                let rate = flood(flags);
+                if is_shield { shield.push(rate) } else { stock.push(rate) }
+            }
+        }
+        let ratio = report::paired(&shield, &stock);
+        let name = format!("{name} flood, by CPU time");
+        report::ratio(&name, report::median(&shield), "/s", ratio, Target::AtLeast(0.9));
+    }
+}
