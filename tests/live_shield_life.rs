@@ -11,10 +11,11 @@ use std::time::Duration;
 
 use lab::neighbour::{Place, programs};
 use lab::{
-    ACK, Daemon, Frame, Kind, Lab, PSH, Peer, RST, RawConn, SYN, Segment, Server, holds_within,
-    http, wait_for,
+    ACK, Daemon, FIN, Frame, Kind, Lab, PSH, Peer, RST, RawConn, SYN, Segment, Server,
+    holds_within, http, wait_for,
 };
 use serde_json::{Value, json};
+use tun_rs::{DeviceBuilder, Layer};
 
 const CTKEEP: &str = env!("CARGO_BIN_EXE_ctkeep");
 const METRICS: &str = "127.0.0.1:9815";
@@ -169,11 +170,18 @@ fn a_fin_beyond_the_window_is_not_learned() {
     }
 }
 
-/// What the server answers to whatever the shield hides is what it answers without.
+/// What the server answers to whatever the shield hides is what it answers without: under plain
+/// rules, and under strict ones with the rule of docs/shield.md.
 #[test]
 fn tcp_answers_as_before() {
+    let accepted =
+        "-A INPUT -p tcp --dport 80 -m conntrack --ctstate UNTRACKED ! --syn -j ACCEPT\n";
+    let strict = STRICT.replace("COMMIT\n", &format!("{accepted}COMMIT\n"));
     let answers = |is_shielded: bool| -> Option<Vec<String>> {
         let lab = lab()?;
+        if is_shielded {
+            lab.server.feed("iptables-restore", &strict);
+        }
         let _server = lab.serve("0.0.0.0:80");
         let daemon = is_shielded.then(|| shielded(&lab));
         if let Some(daemon) = &daemon {
@@ -482,4 +490,56 @@ fn the_commands_tell_what_is_covered() {
     assert!(redirected.0.contains("translated") && redirected.1 == json!(false), "{redirected:?}");
     let (_, out, _) = lab.ctkeep(CTKEEP, &["audit"]);
     assert!(out.contains("1 of 3 connections under the shield"), "{out}");
+}
+
+/// Devices without link headers: the second pass of an RST has none either.
+#[test]
+fn a_tunnel_is_covered() {
+    let Some(lab) = lab() else { return };
+    lab.connlimit(80, LIMIT);
+    let _server = lab.serve("0.0.0.0:80");
+    let device = lab
+        .server
+        .within(|| DeviceBuilder::new().name("tun0").layer(Layer::L3).enable(true).build_sync());
+    let device = &device.expect("a tunnel");
+    lab.server.run("ip addr add 203.0.113.1/24 dev tun0");
+    let daemon = shielded(&lab);
+    daemon.stop();
+    let connect = |port: u16| {
+        let source = SocketAddr::from(([203, 0, 113, 2], port));
+        let destination = SocketAddr::from(([203, 0, 113, 1], 80));
+        let mut buffer = [0; 2048];
+        let send = move |flags, seq, ack| {
+            let payload = Vec::new();
+            let segment = Segment { source, destination, seq, ack, flags, payload };
+            device.send(&segment.to_packet()).expect("a packet");
+        };
+        send(SYN, 1000, 0);
+        let seq = loop {
+            let length = device.recv(&mut buffer).expect("an answer");
+            let frame = buffer.get(..length).and_then(Frame::parse);
+            if let Some((seq, _)) = frame.as_ref().and_then(answer_to_syn) {
+                break seq;
+            }
+        };
+        send(ACK, 1001, seq.wrapping_add(1));
+        (source, move |flags, offset: u32| send(flags, 1001 + offset, seq.wrapping_add(1)))
+    };
+    let states = |remote: SocketAddr| {
+        let socket = lab.all_sockets().into_iter().find(|it| it.remote == remote);
+        let entry = lab.entries().into_iter().find(|it| it.orig.0 == remote);
+        (socket.map(|it| it.state), entry.map(|it| it.state))
+    };
+    let (fooled, send) = connect(4000);
+    send(FIN | ACK, 0);
+    send(FIN | ACK, 0);
+    send(RST, 50);
+    let counted = ["FIN_WAIT", "CLOSE_WAIT"];
+    let (socket, entry) = states(fooled);
+    assert_eq!(socket.as_deref(), Some("close-wait"));
+    assert!(counted.contains(&entry.as_deref().unwrap_or_default()), "{entry:?}");
+    let (closed, send) = connect(4001);
+    send(RST, 0);
+    let is_over = || states(closed) == (None, Some("CLOSE".to_owned()));
+    assert!(holds_within(SOON, is_over), "{:?}", states(closed));
 }

@@ -336,6 +336,13 @@ impl<'p> Worker<'p> {
         Ok(())
     }
 
+    /// What fails about the shield is tried again, and never stands in the way of a repair.
+    fn tend_shield(&mut self, tend: impl FnOnce(&mut shield::Shield<'p>) -> Result<()>) {
+        if let Some(Err(error)) = self.shield.as_mut().map(tend) {
+            line!(self.lines.fits("shield"), warn, %error, "shield does not follow, will be tried again");
+        }
+    }
+
     /// Publishes what the shield has decided.
     fn tell_shield(&self) {
         match self.shield.as_ref().map(|shield| (shield.devices(), shield.counts())) {
@@ -376,9 +383,7 @@ impl<'p> Worker<'p> {
         self.sum_up();
         let mut turn = || -> Result<()> {
             self.since = Instant::now();
-            if let Some(shield) = &mut self.shield {
-                shield.follow_devices()?;
-            }
+            self.tend_shield(shield::Shield::follow_devices);
             self.take_events()?;
             let now = Instant::now();
             self.since = now;
@@ -517,9 +522,8 @@ impl<'p> Worker<'p> {
         if let Err(error) = self.events.follow(&self.scope.ports, half_closed) {
             self.reopen_events(&error)?;
         }
-        if let Some(shield) = &mut self.shield {
-            shield.follow(&self.scope.ports)?;
-        }
+        let ports = self.scope.ports.clone();
+        self.tend_shield(|shield| shield.follow(&ports));
         if depth == Depth::Shallow {
             self.ledger.settle(&snapshot);
         }

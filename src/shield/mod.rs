@@ -59,6 +59,8 @@ pub(crate) struct Shield<'p> {
     ports: HashSet<u16>,
     refused: HashSet<u32>,
     leaves_bridge_out: bool,
+    /// Devices have changed since the last look at them.
+    is_stale: bool,
 }
 
 impl<'p> Shield<'p> {
@@ -94,6 +96,7 @@ impl<'p> Shield<'p> {
             ports: ports.clone(),
             refused: HashSet::new(),
             leaves_bridge_out: false,
+            is_stale: true,
         };
         this.attach_all()?;
         Ok(this)
@@ -117,15 +120,13 @@ impl<'p> Shield<'p> {
     /// The list of devices cannot be had.
     pub(crate) fn follow_devices(&mut self) -> Result<()> {
         let op = Op::new("watch network devices");
-        let mut changed = false;
+        let is_stale = &mut self.is_stale;
         let drained = drain(&mut self.monitor, &mut self.datagram, DRAIN, op, |_| {
-            changed = true;
+            *is_stale = true;
             Ok(())
         })?;
-        if changed || drained.overrun || drained.malformed > 0 {
-            self.attach_all()?;
-        }
-        Ok(())
+        self.is_stale |= drained.overrun || drained.malformed > 0;
+        if self.is_stale { self.attach_all() } else { Ok(()) }
     }
 
     /// How often it decided what, in the order of [`DECISIONS`].
@@ -181,6 +182,7 @@ impl<'p> Shield<'p> {
                 }
             }
         }
+        self.is_stale = false;
         Ok(())
     }
 
