@@ -344,8 +344,10 @@ fn a_user_who_takes_the_address_keeps_no_daemon_out() {
                     listen(S, 0); syswrite(STDOUT, 'bound'); sleep(600)";
     let mut command = Command::new("setpriv");
     command.args(["--reuid=65533", "--clear-groups", "--", "perl", "-MSocket", "-e", squatter]);
-    let prepare = |command: &mut Command| drop(command.stdout(Stdio::piped()));
-    let mut child = scene.lab.server.spawn_with(&command, prepare).expect("a squatter");
+    let child = scene.lab.server.spawn_with(&command, |command| {
+        command.stdout(Stdio::piped());
+    });
+    let mut child = child.expect("a squatter");
     let mut said = [0; 5];
     child.stdout.take().expect("a pipe").read_exact(&mut said).expect("a bound socket");
     scene.guard(&[]);
