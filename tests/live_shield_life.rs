@@ -9,7 +9,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::thread;
 use std::time::Duration;
 
-use lab::neighbour::{Place, programs};
+use lab::neighbour::{Place, has_tcx, programs};
 use lab::{
     ACK, Daemon, FIN, Frame, Kind, Lab, PSH, Peer, RST, RawConn, SYN, Segment, Server,
     holds_within, http, wait_for,
@@ -192,10 +192,12 @@ fn tcp_answers_as_before() {
         // One connection each: challenge ACKs are rationed.
         for trick in 0..5 {
             let mut conn = peer.connect(80).expect("a connection");
+            if trick < 4 {
+                lab.half_close(&mut conn);
+                // Or it goes with the next answer.
+                assert!(conn.await_ack(), "the FIN is acknowledged");
+            }
             let frames = lab.client_sees(|| {
-                if trick < 4 {
-                    lab.half_close(&mut conn);
-                }
                 match trick {
                     0 => conn.rst(6),
                     1 => conn.rst(200_000),
@@ -215,7 +217,7 @@ fn tcp_answers_as_before() {
         Some(all)
     };
     let (Some(stock), Some(shielded)) = (answers(false), answers(true)) else { return };
-    assert!(stock.len() > 5, "{stock:?}");
+    assert!(stock.len() >= 4, "{stock:?}");
     assert_eq!(stock, shielded);
 }
 
@@ -292,9 +294,7 @@ fn devices_are_followed() {
     lab.connlimit(80, LIMIT);
     let _server = lab.serve("[::]:80");
     let daemon = shielded(&lab);
-    let has = |device: &str| {
-        programs(&lab.server, device).is_some_and(|programs| programs.contains(&PROGRAM.into()))
-    };
+    let has = |device: &str| programs(&lab.server, device).contains(&PROGRAM.to_owned());
     assert!(has("eth0") && !has("lo"));
     lab.server.run("ip link add hot0 type veth peer name hot1");
     wait_for("the shield at a new device", SOON, || has("hot0") && has("hot1"));
@@ -325,9 +325,12 @@ fn devices_are_followed() {
 #[test]
 fn neighbours_make_no_difference() {
     let Some((lab, _server, _daemon)) = scene() else { return };
+    if !has_tcx(&lab.server) {
+        return;
+    }
     let behind = lab.neighbour(Place::Last, 0);
     let order = programs(&lab.server, "eth0");
-    assert_eq!(order, Some(vec![PROGRAM.to_owned(), "neighbour".to_owned()]));
+    assert_eq!(order, [PROGRAM, "neighbour"]);
     assert_eq!(gain(&lab.peer(SOURCE)), 0);
     drop(behind);
     let _before = lab.neighbour(Place::First, MARK);
@@ -341,19 +344,22 @@ fn neighbours_make_no_difference() {
 #[test]
 fn a_killed_daemon_leaves_nothing_behind() {
     let Some((lab, _server, daemon)) = scene() else { return };
+    if !has_tcx(&lab.server) {
+        return;
+    }
     let table = || lab.server.output("nft list tables").contains("ctkeep0-shield");
     assert!(table());
-    assert_eq!(programs(&lab.server, "eth0"), Some(vec![PROGRAM.to_owned()]));
+    assert_eq!(programs(&lab.server, "eth0"), [PROGRAM]);
     daemon.kill();
     wait_for("the end of the program", SOON, || {
-        programs(&lab.server, "eth0") == Some(Vec::new()) && !table()
+        programs(&lab.server, "eth0").is_empty() && !table()
     });
     // The next one starts as the first did.
     let daemon = shielded(&lab);
-    assert_eq!(programs(&lab.server, "eth0"), Some(vec![PROGRAM.to_owned()]));
+    assert_eq!(programs(&lab.server, "eth0"), [PROGRAM]);
     let (status, log) = daemon.term();
     assert!(status.success(), "{log}");
-    assert_eq!(programs(&lab.server, "eth0"), Some(Vec::new()));
+    assert!(programs(&lab.server, "eth0").is_empty());
     assert!(!table());
 }
 
@@ -413,7 +419,7 @@ fn without_the_privilege_it_is_one_line() {
     let daemon = lab.daemon(program, &["--shield", "auto"]);
     let log = daemon.log();
     assert_eq!(log.matches("no shield, repairing alone").count(), 1, "{log}");
-    assert_eq!(programs(&lab.server, "eth0"), Some(Vec::new()));
+    assert!(programs(&lab.server, "eth0").is_empty());
 }
 
 /// Where it is asked for, it must be had.
@@ -502,12 +508,13 @@ fn a_tunnel_is_covered() {
         .server
         .within(|| DeviceBuilder::new().name("tun0").layer(Layer::L3).enable(true).build_sync());
     let device = &device.expect("a tunnel");
-    lab.server.run("ip addr add 203.0.113.1/24 dev tun0");
+    device.set_nonblocking(true).expect("a device that can be polled");
+    lab.server.run("ip addr add 10.9.0.1/24 dev tun0");
     let daemon = shielded(&lab);
     daemon.stop();
     let connect = |port: u16| {
-        let source = SocketAddr::from(([203, 0, 113, 2], port));
-        let destination = SocketAddr::from(([203, 0, 113, 1], 80));
+        let source = SocketAddr::from(([10, 9, 0, 2], port));
+        let destination = SocketAddr::from(([10, 9, 0, 1], 80));
         let mut buffer = [0; 2048];
         let send = move |flags, seq, ack| {
             let payload = Vec::new();
@@ -515,13 +522,14 @@ fn a_tunnel_is_covered() {
             device.send(&segment.to_packet()).expect("a packet");
         };
         send(SYN, 1000, 0);
-        let seq = loop {
-            let length = device.recv(&mut buffer).expect("an answer");
+        let mut answer = None;
+        wait_for("an answer to the SYN", SOON, || {
+            let length = device.recv(&mut buffer).unwrap_or_default();
             let frame = buffer.get(..length).and_then(Frame::parse);
-            if let Some((seq, _)) = frame.as_ref().and_then(answer_to_syn) {
-                break seq;
-            }
-        };
+            answer = frame.as_ref().and_then(answer_to_syn);
+            answer.is_some()
+        });
+        let (seq, _) = answer.expect("an answer");
         send(ACK, 1001, seq.wrapping_add(1));
         (source, move |flags, offset: u32| send(flags, 1001 + offset, seq.wrapping_add(1)))
     };

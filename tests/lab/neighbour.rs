@@ -57,10 +57,24 @@ fn compile(object: &Path) {
     assert!(status.expect("clang").success(), "neighbour.bpf.c");
 }
 
-/// The programs at a device's ingress, in order, by TCX. `None` when there is no such device.
-pub fn programs(namespace: &Namespace, device: &str) -> Option<Vec<String>> {
-    namespace.within(|| {
-        let (_, programs) = SchedClassifier::query_tcx(device, TcAttachType::Ingress).ok()?;
-        Some(programs.iter().map(|it| it.name_as_str().unwrap_or("?").to_owned()).collect())
-    })
+/// The programs at a device's ingress, in order; of a kernel before TCX, its filters.
+pub fn programs(namespace: &Namespace, device: &str) -> Vec<String> {
+    match namespace.within(|| SchedClassifier::query_tcx(device, TcAttachType::Ingress)) {
+        Ok((_, programs)) => {
+            programs.iter().map(|it| it.name_as_str().unwrap_or("?").to_owned()).collect()
+        }
+        // "filter ... handle 0x1 NAME direct-action ..."
+        Err(_) => namespace
+            .try_run(&format!("tc filter show dev {device} ingress"))
+            .unwrap_or_default()
+            .lines()
+            .filter_map(|line| line.split_once(" handle ")?.1.split(' ').nth(1))
+            .map(str::to_owned)
+            .collect(),
+    }
+}
+
+/// Whether programs stand in an order, and go with the process that attached them (6.6).
+pub fn has_tcx(namespace: &Namespace) -> bool {
+    namespace.within(|| SchedClassifier::query_tcx("lo", TcAttachType::Ingress)).is_ok()
 }
