@@ -10,6 +10,8 @@ use crate::host::ruleset::{
 const DEPTH: usize = 16;
 /// So many rules are walked for each base chain: rule sets of thousands of services fan out.
 const STEPS: usize = 200_000;
+/// So many limits are told of: each path to a limit that asks for other packets is one of its own.
+const LIMITS: usize = 1000;
 /// Conntrack's own hook (`NF_IP_PRI_CONNTRACK`): NOTRACK works before it.
 const CONNTRACK: i32 = -200;
 /// Destination NAT (`NF_IP_PRI_NAT_DST`): rules before it see the port that the client asked for.
@@ -91,9 +93,15 @@ impl Limiter {
             .collect();
         bases.sort_by_key(|(_, base)| (base.hook, base.priority));
         for (chain, base) in bases {
-            let mut walk =
-                Walk { ruleset, base, found: &mut found, before: Vec::new(), steps: STEPS };
-            walk.chain(chain, &Match::default(), DEPTH);
+            let mut walk = Walk {
+                ruleset,
+                base,
+                found: &mut found,
+                before: Vec::new(),
+                path: Vec::new(),
+                steps: STEPS,
+            };
+            walk.chain(chain, &Match::default());
         }
         found
     }
@@ -184,11 +192,23 @@ struct Walk<'r> {
     found: &'r mut Limiter,
     /// Rules met so far that take packets off the path.
     before: Vec<Match>,
+    /// Chains between the base chain and the rule, with both ends.
+    path: Vec<&'r Chain>,
     steps: usize,
 }
 
-impl Walk<'_> {
-    fn chain(&mut self, chain: &Chain, path: &Match, depth: usize) {
+impl<'r> Walk<'r> {
+    fn chain(&mut self, chain: &'r Chain, path: &Match) {
+        // The kernel takes no rules that go round in circles; a text may have some.
+        if self.path.len() > DEPTH || self.path.iter().any(|on_it| std::ptr::eq(*on_it, chain)) {
+            return;
+        }
+        self.path.push(chain);
+        self.rules(chain, path);
+        self.path.pop();
+    }
+
+    fn rules(&mut self, chain: &'r Chain, path: &Match) {
         for rule in &chain.rules {
             let Some(steps) = self.steps.checked_sub(1) else { return };
             self.steps = steps;
@@ -204,10 +224,8 @@ impl Walk<'_> {
             }
             match &rule.outcome {
                 Outcome::Jump(name) | Outcome::Goto(name) => {
-                    if let (Some(next), Some(depth)) =
-                        (self.named(chain, name), depth.checked_sub(1))
-                    {
-                        self.chain(next, &matches, depth);
+                    if let Some(next) = self.named(chain, name) {
+                        self.chain(next, &matches);
                     }
                 }
                 Outcome::Accept if rule.limit.is_none() => self.before.push(matches),
@@ -235,10 +253,7 @@ impl Walk<'_> {
         matches!((path.ipv4, rule.matches.ipv4), (Some(a), Some(b)) if a != b)
     }
 
-    fn named<'a>(&self, from: &Chain, name: &str) -> Option<&'a Chain>
-    where
-        Self: 'a,
-    {
+    fn named(&self, from: &Chain, name: &str) -> Option<&'r Chain> {
         self.ruleset.chains.iter().find(|chain| {
             chain.family == from.family && chain.table == from.table && chain.name == name
         })
@@ -266,7 +281,7 @@ impl Walk<'_> {
                 before.push(kind);
             }
         }
-        self.found.rules.push(LimitRule {
+        let found = LimitRule {
             family: chain.family,
             table: chain.table.clone(),
             chain: chain.name.clone(),
@@ -277,6 +292,49 @@ impl Walk<'_> {
             matches,
             outcome: rule.outcome.clone(),
             before,
-        });
+        };
+        if self.found.rules.len() < LIMITS {
+            if !self.found.rules.contains(&found) {
+                self.found.rules.push(found);
+            }
+            return;
+        }
+        let rest = format!("limits beyond the first {LIMITS}");
+        if !self.found.unread.contains(&rest) {
+            self.found.unread.push(rest);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::ruleset::parse_saved;
+
+    #[test]
+    fn rules_that_go_round_in_circles_have_an_end() {
+        let goto = "-A limits -p tcp -g limits\n".repeat(3);
+        let text = format!(
+            "*filter\n:INPUT DROP [0:0]\n:limits - [0:0]\n-A INPUT -g limits\n{goto}\
+             -A limits -p tcp -m connlimit --connlimit-above 40 -j DROP\n"
+        );
+        let ruleset = Ruleset { chains: parse_saved(&text, Family::Ip), unread: Vec::new() };
+        let places: Vec<_> = Limiter::of(&ruleset).rules.iter().map(LimitRule::place).collect();
+        assert_eq!(places, ["ip filter limits rule 4"]);
+    }
+
+    #[test]
+    fn one_limit_on_many_paths_is_told_of_a_thousand_times_at_most() {
+        let mut text = "*filter\n:INPUT DROP [0:0]\n".to_owned();
+        for level in 0..11 {
+            let (from, to) = (["INPUT".to_owned(), format!("c{level}")], level + 1);
+            let from = &from[usize::from(level > 0)];
+            let jump = |net| format!("-A {from} -s 10.{level}.{net}.0/24 -j c{to}\n");
+            text.push_str(&format!(":c{to} - [0:0]\n{}{}", jump(0), jump(1)));
+        }
+        text.push_str("-A c11 -p tcp -m connlimit --connlimit-above 40 -j DROP\n");
+        let ruleset = Ruleset { chains: parse_saved(&text, Family::Ip), unread: Vec::new() };
+        let limiter = Limiter::of(&ruleset);
+        assert_eq!((limiter.rules.len(), limiter.unread.len()), (LIMITS, 1));
     }
 }
