@@ -94,8 +94,8 @@ impl Table<KernelSocket> {
         let connection = Connection::new(socket);
         let mut this = Self { connection, name: name.to_owned(), owned: true };
         match this.build(op, layout, NFT_TABLE_F_OWNER) {
-            // Before 5.12 tables have no owner.
-            Err(error) if error.errno() == Some(Errno::EOPNOTSUPP) => {
+            // Before 5.12 tables have no owner; 5.10 knows no such flag and says EINVAL.
+            Err(error) if matches!(error.errno(), Some(Errno::EOPNOTSUPP | Errno::EINVAL)) => {
                 this.owned = false;
                 this.build(op, layout, 0)?;
             }
