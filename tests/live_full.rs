@@ -69,7 +69,7 @@ fn assert_patient(defence: &str, words: &str) {
         scene.lab.server.run(&format!("conntrack -D -p tcp --orig-src {src} --sport {sport}"));
     }
     fill(&scene, maximum);
-    closed.iter().for_each(|conn| conn.rst(-5));
+    closed.iter().for_each(|conn| conn.stale_rst());
     scene.thaw();
 
     // What needs no room is done.

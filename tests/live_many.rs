@@ -81,7 +81,7 @@ fn assert_each_is_held_at_its_limit(trick: impl Fn(&RawConn)) {
 
 #[test]
 fn five_hundred_stale_rsts_from_fifty_sources_gain_nothing() {
-    assert_each_is_held_at_its_limit(|conn| conn.rst(-5));
+    assert_each_is_held_at_its_limit(|conn| conn.stale_rst());
 }
 
 #[test]

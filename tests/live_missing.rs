@@ -124,7 +124,7 @@ fn untracked(lab: &Lab) -> Vec<RawConn> {
             lab.half_close(conn);
         }
         if index > 1 {
-            conn.rst(-5);
+            conn.stale_rst();
         }
         if index > 2 {
             conn.fin_again();
@@ -144,7 +144,7 @@ fn assert_nothing_is_inserted(lab: &Lab) {
     let conns = untracked(lab);
     let daemon = lab.daemon(CTKEEP, &[&BRISK[..], &["--deep-interval", "300ms"]].concat());
     for conn in &conns {
-        conn.rst(-5);
+        conn.stale_rst();
     }
     let newcomer = lab.peer(CLIENT).open_promptly(PORT, 1);
     assert_eq!(newcomer.len(), 1);
@@ -210,7 +210,7 @@ fn pick_up(
 fn expire(scene: &Scene, conns: &[RawConn]) {
     scene.lab.server.sysctl("net/netfilter/nf_conntrack_tcp_timeout_close", "1");
     for conn in conns {
-        conn.rst(-5);
+        conn.stale_rst();
     }
 }
 
@@ -269,7 +269,7 @@ fn assert_family_is_guarded(source: &str, listen: &str) {
             scene.guard(&["--port", "80"]);
         }
         let admitted = scene.attack(|scene, conn| {
-            conn.rst(-5);
+            conn.stale_rst();
             scene.await_repair("revive", std::slice::from_ref(conn));
         });
         if guarded {

@@ -111,7 +111,7 @@ impl Scene {
 
     fn harm(&self, harm: Harm) {
         match harm {
-            Harm::StaleRst => self.conns.iter().for_each(|conn| conn.rst(-5)),
+            Harm::StaleRst => self.conns.iter().for_each(|conn| conn.stale_rst()),
             Harm::Deletion => {
                 self.lab.server.run("conntrack -D -p tcp");
             }
@@ -303,7 +303,7 @@ fn labels_survive() {
         let daemon = scene.lab.daemon(PROGRAM, &[]);
         daemon.stop();
         match harm {
-            Harm::StaleRst => scene.conns.iter().for_each(|conn| conn.rst(-5)),
+            Harm::StaleRst => scene.conns.iter().for_each(|conn| conn.stale_rst()),
             Harm::Deletion => scene.lab.server.run("conntrack -D -p tcp"),
         }
         daemon.cont();
@@ -347,7 +347,7 @@ fn an_entry_of_the_same_tuple_in_another_zone_is_left_alone() {
         let daemon = scene.lab.daemon(PROGRAM, &[]);
         daemon.stop();
         match harm {
-            Harm::StaleRst => scene.conns.iter().for_each(|conn| conn.rst(-5)),
+            Harm::StaleRst => scene.conns.iter().for_each(|conn| conn.stale_rst()),
             Harm::Deletion => scene.lab.server.run("conntrack -D -w 0 -p tcp"),
         }
         assert_eq!(lines(), before, "the harm is done to the others only");

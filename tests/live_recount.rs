@@ -101,7 +101,7 @@ fn close_wait(place: &Namespace) -> usize {
 /// list; what it began is withdrawn at once.
 fn throw_out(site: Site, all: &[Held]) {
     for held in all {
-        held.conns.iter().for_each(|conn| conn.rst(-5));
+        held.conns.iter().for_each(|conn| conn.stale_rst());
         if site.proxy {
             held.peer.connect(80).expect("the proxy answers").rst(0);
         } else {

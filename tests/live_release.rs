@@ -8,7 +8,7 @@ mod scene;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use lab::{RawConn, Server, holds_within, wait_for};
+use lab::{RawConn, Server, holds_within, kernel, wait_for};
 use scene::{CTKEEP, LIMIT, Limiter, SOON, Scene};
 
 /// From the end of the sockets to a free limit.
@@ -24,7 +24,7 @@ fn held(limiter: Limiter, args: &[&str]) -> Option<(Scene, Vec<RawConn>)> {
     scene.guard(args);
     let conns = scene.half_closed();
     for conn in &conns {
-        conn.rst(-5);
+        conn.stale_rst();
     }
     scene.await_repair("revive", &conns);
     assert_eq!(scene.admitted(), 0, "a full limit");
@@ -89,7 +89,7 @@ fn connections_of_a_killed_server_with_unread_data_are_released() {
     for conn in &mut conns {
         conn.send(b"GET / HTTP/1.0\r\n\r\n");
         scene.lab.half_close(conn);
-        conn.rst(-5);
+        conn.stale_rst();
     }
     scene.await_repair("revive", &conns);
     assert_eq!(scene.admitted(), 0, "a full limit");
@@ -131,7 +131,7 @@ fn connections_that_ended_meanwhile_are_released_and_not_revived() {
     let Some((mut scene, mut conns)) = held(Limiter::Connlimit, &[]) else { return };
     scene.freeze();
     for conn in &conns {
-        conn.rst(-5);
+        conn.stale_rst();
     }
     scene.server.close_all();
     agree(&mut conns);
@@ -175,7 +175,7 @@ fn a_port_that_is_used_again_is_a_new_connection() {
         assert!(entry.timeout > 60, "the kernel's own timeout: {entry:?}");
         conn.fin();
         assert!(conn.await_ack());
-        conn.rst(-5);
+        conn.stale_rst();
     }
     wait_for("two revivals", SOON, || conns.iter().all(|conn| scene.told("revive", conn) >= 2));
     assert_eq!(scene.admitted(), 0);
@@ -196,7 +196,7 @@ fn after_kill_9_the_entries_live_one_lease_and_nothing_else_remains() {
     scene.guard(&["--lease", "3s", "--sweep-interval", "500ms"]);
     let conns = scene.half_closed();
     for conn in &conns {
-        conn.rst(-5);
+        conn.stale_rst();
     }
     scene.await_repair("revive", &conns);
     // Through at least one renewal.
@@ -209,9 +209,14 @@ fn after_kill_9_the_entries_live_one_lease_and_nothing_else_remains() {
     let lived = killed.elapsed();
     // Whole seconds, and the moment to look.
     assert!(lived < LEASE + Duration::from_secs(2), "{lived:?}");
-    wait_for("end of all traces", SOON, || traces(&scene) == before);
     assert_eq!(scene.lab.sockets("close-wait"), LIMIT, "nothing ended but ctkeep");
     assert_eq!(scene.admitted(), LIMIT, "the positive control");
+    if !kernel::tables_have_owners() {
+        // The next run takes them over and, at its end, away.
+        let (status, log) = scene.lab.daemon(CTKEEP, &[]).term();
+        assert!(status.success(), "{log}");
+    }
+    wait_for("end of all traces", SOON, || traces(&scene) == before);
 }
 
 #[test]
@@ -221,7 +226,7 @@ fn sigterm_ends_it_with_code_0_and_leaves_the_lease() {
     scene.guard(&["--lease", "20s"]);
     let conns = scene.half_closed();
     for conn in &conns {
-        conn.rst(-5);
+        conn.stale_rst();
     }
     scene.await_repair("revive", &conns);
     let (status, log) = scene.daemon.take().expect("a daemon").term();
@@ -242,7 +247,7 @@ fn on_exit_release_gives_entries_the_timeouts_of_the_kernel() {
     scene.guard(&["--on-exit", "release"]);
     let conns = scene.half_closed();
     for conn in &conns {
-        conn.rst(-5);
+        conn.stale_rst();
     }
     scene.await_repair("revive", &conns);
     let (status, log) = scene.daemon.take().expect("a daemon").term();
@@ -260,7 +265,7 @@ fn a_restart_takes_over_what_was_held() {
     scene.guard(&args);
     let conns = scene.half_closed();
     for conn in &conns {
-        conn.rst(-5);
+        conn.stale_rst();
     }
     scene.await_repair("revive", &conns);
     scene.daemon.take().expect("a daemon").kill();

@@ -23,7 +23,7 @@ const SOURCE: &str = "198.51.100.7";
 fn fool(lab: &Lab, peer: &Peer, port: u16) -> Vec<RawConn> {
     let mut conns = peer.hold(port, LIMIT);
     conns.iter_mut().for_each(|conn| lab.half_close(conn));
-    conns.iter().for_each(|conn| conn.rst(-5));
+    conns.iter().for_each(|conn| conn.stale_rst());
     conns
 }
 

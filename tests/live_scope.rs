@@ -72,7 +72,7 @@ fn busy_scene(args: &[&str]) -> Option<(Scene, RawConn)> {
 
 /// The positive control: of this one ctkeep takes care.
 fn assert_at_work(scene: &Scene, conn: &RawConn) {
-    conn.rst(-5);
+    conn.stale_rst();
     scene.await_repair("revive", std::slice::from_ref(conn));
 }
 
@@ -112,7 +112,7 @@ fn another_port_is_never_touched() {
     let mut conns = scene.peer.open_promptly(443, LIMIT);
     for conn in &mut conns {
         scene.lab.half_close(conn);
-        conn.rst(-5);
+        conn.stale_rst();
         scene.await_forgotten(conn);
     }
     assert_at_work(&scene, &held);
@@ -133,7 +133,7 @@ fn assert_sources_are_told_apart(args: &[&str], peers: &[(&str, bool)]) {
         assert_eq!(ours.len(), LIMIT, "{source}");
         for conn in &mut ours {
             scene.lab.half_close(conn);
-            conn.rst(-5);
+            conn.stale_rst();
         }
         conns.push((peer, ours, *guarded));
     }
@@ -228,7 +228,7 @@ fn drifted() -> Option<(Scene, [RawConn; 4])> {
     conns.extend(scene.lab.peer(OTHER).open_promptly(PORT, 1));
     let conns: [RawConn; 4] = conns.try_into().ok().expect("four connections");
     let [closed, finished, ..] = &conns;
-    closed.rst(-5);
+    closed.stale_rst();
     finished.fin_again();
     scene.await_forgotten(closed);
     scene.await_forgotten(finished);
@@ -297,7 +297,7 @@ fn another_namespace_is_guarded_from_outside() {
     let path = scene.lab.server.path();
     let conns = scene.half_closed();
     for conn in &conns {
-        conn.rst(-5);
+        conn.stale_rst();
         scene.await_forgotten(conn);
     }
     let newcomers = scene.open(TRIES);

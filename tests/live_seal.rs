@@ -39,7 +39,7 @@ impl Scene {
         let mut conns = peer.hold(80, LIMIT);
         conns.iter_mut().for_each(|conn| lab.half_close(conn));
         wait_for("ACKs of the FINs", SOON, || conns.iter_mut().all(RawConn::await_ack));
-        conns.iter().for_each(|conn| conn.rst(-5));
+        conns.iter().for_each(|conn| conn.stale_rst());
         let scene = Self { lab, server, daemon, peer, conns };
         wait_for("seal", SOON, || {
             scene.entries() == ["ESTABLISHED"; LIMIT] && scene.revived() == LIMIT

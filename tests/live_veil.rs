@@ -53,7 +53,7 @@ fn silent_below_the_limit(route: &str, source: &str, dropped: &str) {
     conns.iter_mut().for_each(|conn| lab.half_close(conn));
     wait_for("ACKs of the FINs", SOON, || conns.iter_mut().all(RawConn::await_ack));
     daemon.stop();
-    conns.iter().for_each(|conn| conn.rst(-5));
+    conns.iter().for_each(|conn| conn.stale_rst());
     let names = ["TcpExtTCPChallengeACK", "TcpExtTCPSYNChallenge", "TcpOutRsts", "TcpOutSegs"];
     let counters = || names.map(|name| counter(&lab, name));
     let (before, dropped_before) = (counters(), counter(&lab, dropped));
@@ -102,7 +102,7 @@ fn silent_over_the_limit(route: &str, source: &str, tool: &str, rules: &str) {
     conns.iter_mut().for_each(|conn| lab.half_close(conn));
     wait_for("ACKs of the FINs", SOON, || conns.iter_mut().all(RawConn::await_ack));
     daemon.stop();
-    conns.iter().for_each(|conn| conn.rst(-5));
+    conns.iter().for_each(|conn| conn.stale_rst());
     let others = peer.hold(80, LIMIT);
     let seen = lab.client_sees(|| {
         daemon.cont();
@@ -170,7 +170,7 @@ fn silent_behind_a_syn_proxy(route: &str) {
     conns.iter_mut().for_each(|conn| lab.half_close(conn));
     wait_for("ACKs of the FINs", SOON, || conns.iter_mut().all(RawConn::await_ack));
     daemon.stop();
-    conns.iter().for_each(|conn| conn.rst(-5));
+    conns.iter().for_each(|conn| conn.stale_rst());
     let seen = lab.client_sees(|| {
         daemon.cont();
         await_repair(&lab, &daemon, &conns);
@@ -208,7 +208,7 @@ fn nothing_is_left_of_a_daemon_that_is_killed() {
     let daemon = lab.daemon(PROGRAM, &[]);
     let mut conn = lab.peer("198.51.100.7").connect(80).expect("below the limit");
     lab.half_close(&mut conn);
-    conn.rst(-5);
+    conn.stale_rst();
     wait_for("repair", SOON, || daemon.logged("revive"));
     assert!(traces(&lab).len() >= 3, "device, table, qdisc: {:?}", traces(&lab));
     daemon.kill();
@@ -232,7 +232,7 @@ fn a_device_name_that_is_taken_leaves_the_loopback_route() {
     conns.iter_mut().for_each(|conn| lab.half_close(conn));
     wait_for("ACKs of the FINs", SOON, || conns.iter_mut().all(RawConn::await_ack));
     daemon.stop();
-    conns.iter().for_each(|conn| conn.rst(-5));
+    conns.iter().for_each(|conn| conn.stale_rst());
     peer.syn_only(80).rst(0);
     daemon.cont();
     await_repair(&lab, &daemon, &conns);

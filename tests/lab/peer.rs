@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
+use super::kernel;
 use super::namespace::Namespace;
 use super::segment::{ACK, FIN, Frame, Kind, PSH, RST, SYN, Segment};
 use super::wire::Wire;
@@ -233,6 +234,11 @@ impl RawConn {
     pub fn rst(&self, offset: i64) {
         let base = self.fin_seq.unwrap_or(self.next_seq);
         self.transmit(RST, shifted(base, offset), 0, &[]);
+    }
+
+    /// An RST that the server's TCP ignores and conntrack believes.
+    pub fn stale_rst(&self) {
+        self.rst(kernel::stale_rst());
     }
 
     pub fn send(&mut self, data: &[u8]) {
