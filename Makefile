@@ -15,10 +15,12 @@ AS_ROOT := $(if $(filter 0,$(shell id -u)),,unshare --user --map-root-user)
 
 FUZZ_SECONDS ?= 60
 FUZZ_TARGETS = conntrack sockdiag netlink nflog ruleset saved options http
+# Debian's: bullseye, bookworm, trixie, and the newest of all. One of them: make test-kernels KERNELS=6.1
+KERNELS ?= 5.10 6.1 6.12 sid
 
-.PHONY: all demo test check advisories fuzz soak bench install stage deb rpm static package-test \
-	kubernetes-check dashboard-check tools shield-tools test-tools cargo-deny cargo-deb cargo-generate-rpm \
-	cargo-fuzz
+.PHONY: all demo test test-kernels check advisories fuzz soak bench install stage deb rpm static package-test \
+	kubernetes-check dashboard-check tools shield-tools test-tools kernel-tools cargo-deny cargo-deb \
+	cargo-generate-rpm cargo-fuzz
 
 all:
 	$(CARGO) build --locked --profile $(PROFILE)
@@ -32,6 +34,10 @@ demo: tools
 test: test-tools
 	$(CARGO) test --locked --no-run
 	$(AS_ROOT) $(CARGO) test --locked
+
+# The core of the live tests on other kernels, in QEMU.
+test-kernels: shield-tools kernel-tools
+	CARGO="$(CARGO)" tests/kernels/run.sh $(KERNELS)
 
 check: cargo-deny
 	$(CARGO) fmt --check
@@ -120,6 +126,9 @@ shield-tools:
 
 test-tools:
 	@sh tests/lab/tools.sh tests
+
+kernel-tools:
+	@sh tests/lab/tools.sh kernels
 
 cargo-deny cargo-deb cargo-generate-rpm cargo-fuzz:
 	@$(CARGO) $(@:cargo-%=%) --version >/dev/null 2>&1 || $(CARGO) install --locked $@

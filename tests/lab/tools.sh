@@ -1,7 +1,8 @@
 #!/bin/sh
 # Installs the programs that the demonstration drives; with the word `shield` also the compiler of
-# the shield's packet program, and with the word `tests` all that the tests want. Does nothing, and
-# needs no privilege, when all of them are present.
+# the shield's packet program, with the word `tests` all that the tests want, and with the word
+# `kernels` what boots other kernels. Does nothing, and needs no privilege, when all of them are
+# present.
 set -eu
 
 # Where Debian keeps them; not in everybody's PATH.
@@ -42,6 +43,13 @@ if [ "${1-}" = tests ]; then
     if [ -e /etc/debian_version ] && ! ls /usr/lib/*/faketime/libfaketime.so.1 >/dev/null 2>&1; then
         packages="${packages:+$packages }libfaketime"
     fi
+elif [ "${1-}" = kernels ]; then
+    need qemu-system-x86_64 qemu-system-x86
+    need busybox busybox-static
+    need cpio cpio
+    need depmod kmod
+    need xz xz-utils
+    need gzip gzip
 fi
 
 if [ -z "$packages" ]; then
