@@ -34,8 +34,6 @@ pub(super) const FULL: &str = "full";
 const FIN_MEMORY: Duration = Duration::from_secs(3);
 /// Closing connections of a family that are remembered at once: this many in three seconds.
 pub const CLOSING: u32 = 262_144;
-/// Half-closed connections that are watched for longer.
-const HELD: u32 = 1 << 20;
 
 const IPPROTO_TCP: u8 = 6;
 const NFPROTO_IPV4: u8 = 2;
@@ -56,12 +54,12 @@ pub(super) fn layout(hook: Hook, group: u16, ports: &HashSet<u16>, closing: u32)
     let sets = vec![
         Set {
             elements: ports.iter().map(|port| port_key(*port)).collect(),
-            ..set(PORTS, 2, u32::from(u16::MAX), None)
+            ..set(PORTS, 2, None, None)
         },
-        set(CLOSING4, 16, closing, Some(FIN_MEMORY)),
-        set(CLOSING6, 40, closing, Some(FIN_MEMORY)),
-        set(HELD4, 16, HELD, None),
-        set(HELD6, 40, HELD, None),
+        set(CLOSING4, 16, Some(closing), Some(FIN_MEMORY)),
+        set(CLOSING6, 40, Some(closing), Some(FIN_MEMORY)),
+        set(HELD4, 16, None, None),
+        set(HELD6, 40, None, None),
     ];
     let flags = |mask: u8| [Expr::transport(TCP_FLAGS, 1), Expr::Mask(vec![mask])];
     let any = |mask: u8| [&flags(mask)[..], &[Expr::Differs(vec![0])]].concat();

@@ -44,8 +44,9 @@ pub struct Set {
     pub name: &'static str,
     /// Length of an element in bytes, each field of it padded to 4.
     pub key_length: u32,
-    /// Most elements; what does not fit is not added.
-    pub size: u32,
+    /// Most elements; what does not fit is not added. The kernel sets aside room for all of them
+    /// at once, 25 bytes each: without it a set begins small and grows.
+    pub size: Option<u32>,
     /// Elements that rules add go after this time. Without it, rules add none.
     pub timeout: Option<Duration>,
     /// The elements to begin with.
@@ -155,8 +156,10 @@ impl<T: Transport> Table<T> {
             // Only `nft list` reads the type.
             word(NFTA_SET_KEY_TYPE, 0),
             word(NFTA_SET_KEY_LEN, set.key_length),
-            nested(NFTA_SET_DESC, &[word(NFTA_SET_DESC_SIZE, set.size)]),
         ];
+        if let Some(size) = set.size {
+            attributes.push(nested(NFTA_SET_DESC, &[word(NFTA_SET_DESC_SIZE, size)]));
+        }
         if let Some(timeout) = set.timeout {
             let milliseconds = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
             attributes.push(word(NFTA_SET_FLAGS, NFT_SET_EVAL | NFT_SET_TIMEOUT));

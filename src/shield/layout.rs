@@ -4,7 +4,6 @@ use crate::nftables::{Chain, Expr, Hook, Layout, Set};
 
 /// The devices that the program is at.
 pub(super) const DEVICES: &str = "devices";
-const MOST: u32 = 1 << 16;
 
 /// Before the raw table (-300) and conntrack (-200); after reassembly (-400).
 const PRIORITY: i32 = -310;
@@ -18,7 +17,7 @@ pub(super) fn layout(mark: u32, devices: Vec<Vec<u8>>) -> Layout {
         vec![Expr::InputDevice, Expr::NotIn(DEVICES), Expr::Accept],
         [&unmark[..], &[Expr::NoTrack, Expr::Accept]].concat(),
     ];
-    let set = Set { name: DEVICES, key_length: 4, size: MOST, timeout: None, elements: devices };
+    let set = Set { name: DEVICES, key_length: 4, size: None, timeout: None, elements: devices };
     let chain = Chain { name: "hide", hook: Hook::Prerouting, priority: PRIORITY, rules };
     Layout { sets: vec![set], chains: vec![chain] }
 }

@@ -94,7 +94,7 @@ fn limit() -> Result<Table> {
     let counted = Set {
         name: COUNTED,
         key_length: tuple::KEY_V4,
-        size: 16,
+        size: Some(16),
         timeout: Some(TIMEOUT),
         elements: Vec::new(),
     };

@@ -38,8 +38,6 @@ const NFPROTO_IPV6: u8 = 10;
 /// Sets of shielded tuples, IPv4 and IPv6.
 const FINS: [&str; 2] = ["fins4", "fins6"];
 const ALL: [&str; 2] = ["all4", "all6"];
-/// As many as are held at most.
-const SHIELDS: u32 = 1 << 20;
 
 /// Before conntrack (-200) and before the raw table (-300).
 const BEFORE_CONNTRACK: i32 = -310;
@@ -84,7 +82,7 @@ impl Veil {
         let sets =
             [FINS, ALL].into_iter().flat_map(|names| {
                 names.into_iter().zip([tuple::KEY_V4, tuple::KEY_V6]).map(|(name, key_length)| {
-                    Set { name, key_length, size: SHIELDS, timeout: None, elements: Vec::new() }
+                    Set { name, key_length, size: None, timeout: None, elements: Vec::new() }
                 })
             });
         let layout = Layout { sets: sets.collect(), chains };
