@@ -90,10 +90,9 @@ impl Namespace {
     /// # Errors
     /// It does not: a usage error that names it.
     pub fn check(&self) -> Result<()> {
-        match self {
-            Self::Own => Ok(()),
-            Self::Named(name) => open(name).map(drop),
-        }
+        let Self::Named(name) = self else { return Ok(()) };
+        open(name)?;
+        self.identity().map(drop).ok_or_else(|| no_namespace(name))
     }
 }
 
@@ -113,9 +112,13 @@ fn open(name: &str) -> Result<File> {
 fn enter(name: &str, file: &File) -> Result<()> {
     setns(file, CloneFlags::CLONE_NEWNET).map_err(|errno| match errno {
         Errno::EPERM => not_permitted(format!("'{name}' may not be entered")),
-        Errno::EINVAL => Error::usage("--netns", format!("'{name}' is no network namespace")),
+        Errno::EINVAL => no_namespace(name),
         _ => Op::new("enter network namespace").io(errno.into()),
     })
+}
+
+fn no_namespace(name: &str) -> Error {
+    Error::usage("--netns", format!("'{name}' is no network namespace"))
 }
 
 fn not_permitted(what: String) -> Error {
