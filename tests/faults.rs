@@ -5,7 +5,7 @@
 //! what failed, and the next healthy pass repairs, which a refused connection proves.
 //!
 //! `CTKEEP_FAULTS=all` tries every call with every error (by default each call with one of them in
-//! turn), and `CTKEEP_KILLS` says how many daemons are killed (by default 24).
+//! turn), and `CTKEEP_KILLS` says how many daemons are killed (by default 12).
 
 mod lab;
 #[path = "lab/scene.rs"]
@@ -333,7 +333,7 @@ fn killed_at_any_moment_it_leaves_nothing_that_lasts() {
     if !lab::require() {
         return;
     }
-    let count = std::env::var("CTKEEP_KILLS").ok().map_or(24, |n| n.parse().expect("a number"));
+    let count = std::env::var("CTKEEP_KILLS").ok().map_or(12, |n| n.parse().expect("a number"));
     let guard = ["--port", "80", "--lease", "2s", "--sweep-interval", "200ms"];
     let late = AtomicUsize::new(0);
     in_lanes(4, count, |work| {
