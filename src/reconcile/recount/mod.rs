@@ -242,10 +242,10 @@ impl Recounter {
     /// There is no veil that keeps it on this host, or the send failed.
     pub(super) fn seal(&mut self, entry: &Entry) -> Result<()> {
         let op = Op::on("seal", entry.orig);
-        let Some(marks) = self.veil()?.map(|veil| veil.marks()) else {
+        if self.veil()?.is_none() {
             return Err(op.failed(Cause::Unavailable("no nftables table of our own".to_owned())));
-        };
-        let packet = packet::seal(entry.reply, marks.seal)
+        }
+        let packet = packet::seal(entry.reply, self.marks.seal)
             .ok_or_else(|| op.malformed("addresses of two families"))?;
         match self.raw.send(&packet, entry.reply.dst.addr()) {
             // The veil's verdict, after conntrack has seen it.

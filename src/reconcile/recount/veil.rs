@@ -44,11 +44,10 @@ const BEFORE_CONNTRACK: i32 = -310;
 /// Right after conntrack.
 const AFTER_CONNTRACK: i32 = -199;
 
-/// The table, and the numbers that it goes by.
+/// The table, and what it shields.
 #[derive(Debug)]
 pub(super) struct Veil {
     table: Table,
-    marks: Marks,
     shields: HashMap<FourTuple, Shield>,
 }
 
@@ -86,7 +85,7 @@ impl Veil {
                 })
             });
         let layout = Layout { sets: sets.collect(), chains };
-        Ok(Self { table: Table::create(name, &layout)?, marks, shields: HashMap::new() })
+        Ok(Self { table: Table::create(name, &layout)?, shields: HashMap::new() })
     }
 
     /// Shields these tuples, seen from the peer, at least so far.
@@ -143,10 +142,6 @@ impl Veil {
             }
         }
         Ok(())
-    }
-
-    pub(super) fn marks(&self) -> Marks {
-        self.marks
     }
 }
 
