@@ -7,7 +7,7 @@ mod traffic;
 
 use std::time::Duration;
 
-use lab::{Daemon, Lab};
+use lab::Lab;
 use report::Target;
 use traffic::{CTKEEP, Ending, Work};
 
@@ -23,27 +23,10 @@ fn main() {
     lab.connlimit(80, 10_000);
     lab.connlimit(81, 10_000);
     traffic::widen_ports(&lab);
-    let listeners = [80, 81].map(|port| traffic::listener(&lab, port));
-    for ending in Ending::ALL {
-        traffic::clients(&lab, &listeners, ending, TIME, None);
-    }
-
-    // By ending, then by arm, then by round.
-    let mut work: [[Vec<Work>; 3]; 3] = Default::default();
-    for round in 0..ROUNDS {
-        for turn in 0..ARMS.len() {
-            // Each round begins with another arm: what drifts meets all of them.
-            let arm = (round + turn) % ARMS.len();
-            let source = ARMS.get(arm).copied().flatten();
-            let daemon = source.map(|source| lab.daemon(CTKEEP, &["--events", source]));
-            let pid = daemon.as_ref().map(Daemon::pid);
-            for (work, ending) in work.iter_mut().zip(Ending::ALL) {
-                let new = traffic::clients(&lab, &listeners, ending, TIME, pid);
-                work.get_mut(arm).expect("three arms").push(new);
-            }
-            drop(daemon);
-        }
-    }
+    let work = traffic::in_turn(&lab, ROUNDS, TIME, |arm| {
+        let source = ARMS.get(arm).copied().flatten();
+        source.map(|source| lab.daemon(CTKEEP, &["--events", source]))
+    });
 
     show("Ordinary clients on all cores, by time", &work, |work| work.per_second);
     show("The same, by CPU time of everything together", &work, |work| work.per_cpu_second);

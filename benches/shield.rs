@@ -41,23 +41,7 @@ fn start(lab: &Lab, arm: usize) -> Option<Daemon> {
 }
 
 fn clients(lab: &Lab) {
-    let listeners = [80, 81].map(|port| traffic::listener(lab, port));
-    for ending in Ending::ALL {
-        traffic::clients(lab, &listeners, ending, TIME, None);
-    }
-    // By ending, then by arm, then by round.
-    let mut work: [[Vec<Work>; 3]; 3] = Default::default();
-    for round in 0..ROUNDS {
-        for turn in 0..ARMS.len() {
-            let arm = (round + turn) % ARMS.len();
-            let daemon = start(lab, arm);
-            let pid = daemon.as_ref().map(Daemon::pid);
-            for (work, ending) in work.iter_mut().zip(Ending::ALL) {
-                let new = traffic::clients(lab, &listeners, ending, TIME, pid);
-                work.get_mut(arm).expect("three arms").push(new);
-            }
-        }
-    }
+    let work = traffic::in_turn(lab, ROUNDS, TIME, |arm| start(lab, arm));
     let by_time = |work: &Work| work.per_second;
     let by_cpu = |work: &Work| work.per_cpu_second;
     show("Ordinary clients on all cores, by time", &work, by_time);

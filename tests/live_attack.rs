@@ -244,14 +244,7 @@ impl Scene {
     }
 
     fn sockets(&self) -> usize {
-        self.sockets_of(self.source)
-    }
-
-    fn sockets_of(&self, source: &str) -> usize {
-        let source: std::net::IpAddr = source.parse().expect("an address");
-        let sockets = self.lab.all_sockets().into_iter();
-        let open = |state: &str| matches!(state, "established" | "close-wait");
-        sockets.filter(|s| s.remote.ip() == source && open(&s.state)).count()
+        self.lab.open_sockets_of(self.source)
     }
 
     /// Ends connections by RSTs that TCP accepts until only the limit is left. Whichever stay, the
@@ -498,7 +491,7 @@ fn honest_clients_are_let_in_beside_fifty_attackers() {
     // Bursts end before the machine has got round to all the repairs of the last one.
     thread::sleep(Duration::from_secs(3));
     let most = (1..=SOURCES)
-        .map(|host| scene.sockets_of(&format!("198.51.100.{}", 100 + host)))
+        .map(|host| scene.lab.open_sockets_of(&format!("198.51.100.{}", 100 + host)))
         .max()
         .unwrap_or(0);
     eprintln!("fifty attackers: the most that one holds is {most}");

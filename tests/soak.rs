@@ -155,20 +155,13 @@ fn usage(lab: &Lab, daemon: &Daemon) -> Usage {
 }
 
 /// Sums of what the daemon has done so far; it begins anew with a restart.
-fn done(lab: &Lab) -> (u64, u64) {
+fn done(lab: &Lab) -> (f64, f64) {
     let answer = lab::http::ask(&lab.server, METRICS, "GET /metrics", "").expect("its metrics");
-    let sum = |name: &str| -> u64 {
-        let lines = answer.body.lines().filter(|line| line.starts_with(name));
-        let values = lines.filter_map(|line| line.rsplit_once(' ')?.1.parse::<u64>().ok());
-        values.sum()
+    let samples = lab::http::samples(&answer.body);
+    let sum = |name: &str| -> f64 {
+        samples.iter().filter(|(it, _)| it.starts_with(name)).map(|(_, value)| value).sum()
     };
     (sum("ctkeep_actions_total"), sum("ctkeep_sweep_errors_total"))
-}
-
-fn sockets_of(lab: &Lab, source: &str) -> usize {
-    let source: std::net::IpAddr = source.parse().expect("an address");
-    let open = |state: &str| matches!(state, "established" | "close-wait");
-    lab.all_sockets().iter().filter(|s| s.remote.ip() == source && open(&s.state)).count()
 }
 
 /// One life of the daemon.
@@ -176,8 +169,8 @@ struct Life {
     /// When half of it was over: by then the tables are as full as they get.
     half: Usage,
     last: Usage,
-    actions: u64,
-    sweep_errors: u64,
+    actions: f64,
+    sweep_errors: f64,
 }
 
 impl Life {
@@ -228,7 +221,7 @@ fn a_long_load_leaves_nothing_behind() {
                     while Instant::now() < until {
                         thread::sleep(Duration::from_secs(2));
                         for source in ATTACKERS {
-                            let held = sockets_of(&lab, source);
+                            let held = lab.open_sockets_of(source);
                             figures.most_sockets.fetch_max(held, Ordering::Relaxed);
                             // Twice the limit; the rest is for a machine under load.
                             assert!(held <= 4 * LIMIT, "{source} holds {held}");
@@ -239,7 +232,7 @@ fn a_long_load_leaves_nothing_behind() {
                 // The application gives up; nobody answers a FIN here, so it is an RST.
                 server.reset_all();
                 wait_for("end of the sockets", SOON, || {
-                    sockets_of(&lab, "198.51.100.1") + sockets_of(&lab, "203.0.113.1") == 0
+                    lab.open_sockets_of("198.51.100.1") + lab.open_sockets_of("203.0.113.1") == 0
                 });
                 rounds += 1;
                 if began.elapsed() >= (born + end) / 2 {

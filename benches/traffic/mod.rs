@@ -14,7 +14,7 @@ use nix::unistd::Pid;
 use procfs::process::Process;
 use socket2::{Domain, SockRef, Socket, Type};
 
-use crate::lab::{Lab, SERVER_V4, Server, wait_for};
+use crate::lab::{Daemon, Lab, SERVER_V4, Server, wait_for};
 use crate::report;
 
 /// The program that is measured.
@@ -129,6 +129,33 @@ pub struct Work {
     pub per_second: f64,
     /// By a second of processor time of clients, server, the kernel for both, and ctkeep.
     pub per_cpu_second: f64,
+}
+
+/// Plays every ending with each of three arms in turn, `rounds` times over: by ending, then by arm,
+/// then by round. Each round begins with another arm: what drifts meets all of them.
+pub fn in_turn(
+    lab: &Lab,
+    rounds: usize,
+    time: Duration,
+    start: impl Fn(usize) -> Option<Daemon>,
+) -> [[Vec<Work>; 3]; 3] {
+    let listeners = [80, 81].map(|port| listener(lab, port));
+    for ending in Ending::ALL {
+        clients(lab, &listeners, ending, time, None);
+    }
+    let mut work: [[Vec<Work>; 3]; 3] = Default::default();
+    for round in 0..rounds {
+        for turn in 0..3 {
+            let arm = (round + turn) % 3;
+            let daemon = start(arm);
+            let pid = daemon.as_ref().map(Daemon::pid);
+            for (work, ending) in work.iter_mut().zip(Ending::ALL) {
+                let new = clients(lab, &listeners, ending, time, pid);
+                work.get_mut(arm).expect("three arms").push(new);
+            }
+        }
+    }
+    work
 }
 
 /// One exchange on each listener at once, each on a processor of its own.

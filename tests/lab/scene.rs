@@ -208,9 +208,7 @@ impl Scene {
 
     /// Sockets that cost the server something.
     pub fn open_sockets(&self) -> usize {
-        let sockets = self.lab.all_sockets();
-        let open = |state: &str| state == "established" || state == "close-wait";
-        sockets.iter().filter(|socket| open(&socket.state)).count()
+        self.lab.all_sockets().iter().filter(|socket| socket.is_open()).count()
     }
 
     /// Ends these connections by RSTs that the server's TCP accepts.

@@ -89,6 +89,13 @@ impl Lab {
         sockets.iter().filter(|socket| socket.state == state).count()
     }
 
+    /// How many sockets that cost the server something this source holds.
+    pub fn open_sockets_of(&self, source: &str) -> usize {
+        let source: IpAddr = source.parse().expect("an address");
+        let sockets = self.all_sockets();
+        sockets.iter().filter(|it| it.remote.ip() == source && it.is_open()).count()
+    }
+
     /// The state of the server's socket of one connection; `None` when it is gone.
     pub fn socket_state(&self, conn: &RawConn) -> Option<String> {
         let mut sockets = self.all_sockets().into_iter();
@@ -128,6 +135,11 @@ impl Entry {
 }
 
 impl Socket {
+    /// Whether it is established or half-closed.
+    pub fn is_open(&self) -> bool {
+        matches!(self.state.as_str(), "established" | "close-wait")
+    }
+
     /// `CLOSE-WAIT 1 0 [::ffff:192.0.2.1]:80 [::ffff:198.51.100.7]:20000`
     fn parse(line: &str) -> Option<Self> {
         let words: Vec<&str> = line.split_whitespace().collect();
