@@ -23,7 +23,7 @@ const PRIORITY: i32 = -150;
 /// RSTs that are logged although no FIN came before: a sample. Every one would wake the daemon for
 /// each connection that its client resets (0.72 of the connections a second); one that proves to
 /// have fooled conntrack makes the daemon look at all the others.
-const UNHERALDED: Expr = Expr::Limit { rate: 500, burst: 100 };
+const UNHERALDED: Expr = Expr::Limit { rate: 100, burst: 100 };
 
 /// A FIN that found its set full: once a second, not each.
 const UNLEARNED: Expr = Expr::Limit { rate: 1, burst: 1 };

@@ -35,7 +35,7 @@ impl Ingress {
     /// Makes the device in the network namespace of the calling thread.
     ///
     /// # Errors
-    /// The name is taken, or the kernel lacks TUN, clsact, u32 or mirred, or `CAP_NET_ADMIN` is
+    /// The name is taken, or the kernel lacks TUN, ingress, u32 or mirred, or `CAP_NET_ADMIN` is
     /// missing.
     pub(super) fn open(name: &str) -> Result<Self> {
         let op = Op::new("create helper device");
@@ -55,7 +55,7 @@ impl Ingress {
         let index = device.if_index().map_err(|error| op.io(error))?;
         device.set_nonblocking(true).map_err(|error| op.io(error))?;
         let mut traffic = TrafficControl::open()?;
-        traffic.add_clsact(index).map_err(|error| {
+        traffic.add_ingress(index).map_err(|error| {
             unavailable(format!("{name}: {error}; is the module missing (modprobe sch_ingress)?"))
         })?;
         Ok(Self { device, index, traffic, targets: HashSet::new() })

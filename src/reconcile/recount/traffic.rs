@@ -1,4 +1,4 @@
-//! Traffic control of our own device by rtnetlink: `clsact`, and one filter for each target.
+//! Traffic control of our own device by rtnetlink: an `ingress` qdisc, and one filter for each target.
 
 use netlink_packet_core::{Emitable, NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::tc::{
@@ -30,15 +30,15 @@ impl TrafficControl {
         Ok(Self { connection: Connection::new(socket) })
     }
 
-    /// `tc qdisc add dev DEVICE clsact`
-    pub(super) fn add_clsact(&mut self, device: u32) -> Result<()> {
+    /// `tc qdisc add dev DEVICE ingress`
+    pub(super) fn add_ingress(&mut self, device: u32) -> Result<()> {
         let header = TcHeader {
             handle: TcHandle { major: u16::MAX, minor: 0 },
-            parent: TcHandle::CLSACT,
+            parent: TcHandle::INGRESS,
             ..header(device)
         };
-        let message = TcMessage::from_parts(header, vec![TcAttribute::Kind("clsact".to_owned())]);
-        self.send("add clsact", RTM_NEWQDISC, &message)
+        let message = TcMessage::from_parts(header, vec![TcAttribute::Kind("ingress".to_owned())]);
+        self.send("add ingress qdisc", RTM_NEWQDISC, &message)
     }
 
     /// `tc filter add dev DEVICE ingress protocol all pref 1 u32 match u32 TARGET 0xffffffff at -6
