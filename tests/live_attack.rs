@@ -85,12 +85,14 @@ enum Trick {
     HoleThenRst,
     HoleTwice,
     AckThenRst,
+    /// In one NAPI batch: when conntrack sees the RST, TCP has not seen the data before it.
+    DataThenRst,
     /// The first FIN, the RST and the next SYNs in one burst.
     FinThenRst,
 }
 
 impl Trick {
-    const ALL: [Self; 11] = [
+    const ALL: [Self; 12] = [
         Self::StaleRst,
         Self::RstInWindow,
         Self::RstInTwoFragments,
@@ -101,14 +103,22 @@ impl Trick {
         Self::HoleThenRst,
         Self::HoleTwice,
         Self::AckThenRst,
+        Self::DataThenRst,
         Self::FinThenRst,
     ];
 
     fn half_closes(self) -> bool {
-        !matches!(self, Self::HoleThenRst | Self::HoleTwice | Self::AckThenRst | Self::FinThenRst)
+        !matches!(
+            self,
+            Self::HoleThenRst
+                | Self::HoleTwice
+                | Self::AckThenRst
+                | Self::DataThenRst
+                | Self::FinThenRst
+        )
     }
 
-    fn play(self, peer: &Peer, conn: &RawConn) {
+    fn play(self, peer: &Peer, conn: &mut RawConn) {
         match self {
             Self::StaleRst => conn.rst_at(-6),
             Self::RstInWindow => conn.rst_at(100),
@@ -142,6 +152,10 @@ impl Trick {
             Self::AckThenRst => {
                 conn.ack_at(100);
                 conn.rst_at(100);
+            }
+            Self::DataThenRst => {
+                conn.send(b"a request");
+                conn.rst_at(-9);
             }
             Self::FinThenRst => {
                 conn.fin_at(0);
@@ -222,10 +236,17 @@ impl Scene {
     /// The trick for every connection held, then as many SYNs as the limit, back to back; then
     /// the handshakes and FINs of those that were let in.
     fn burst(&mut self, trick: Trick) {
-        for conn in &self.held {
-            trick.play(&self.attacker, conn);
+        let mut begun = Vec::new();
+        let mut send = || {
+            self.held.iter_mut().for_each(|conn| trick.play(&self.attacker, conn));
+            begun.extend((0..self.limit).map(|_| self.attacker.syn_only(PORT)));
+        };
+        if trick == Trick::DataThenRst {
+            self.lab.poll_in_batches();
+            self.lab.in_one_batch(send);
+        } else {
+            send();
         }
-        let begun = (0..self.limit).map(|_| self.attacker.syn_only(PORT)).collect();
         let mut new = self.attacker.complete(begun, Duration::from_millis(10));
         if trick.half_closes() {
             new.iter_mut().for_each(RawConn::fin);
@@ -465,7 +486,7 @@ fn honest_clients_are_let_in_beside_fifty_attackers() {
         .collect();
     for round in 0..6 {
         let mut begun = Vec::new();
-        for (peer, held) in &attackers {
+        for (peer, held) in &mut attackers {
             for conn in held {
                 Trick::FinAgainThenRst.play(peer, conn);
             }
