@@ -2,6 +2,7 @@
 
 mod lab;
 
+use std::collections::HashMap;
 use std::fs::{self, Permissions};
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -391,15 +392,21 @@ fn decisions_are_counted() {
     await_decisions(&lab, &wanted);
 }
 
+fn samples(lab: &Lab) -> HashMap<String, f64> {
+    let answer = http::ask(&lab.server, METRICS, "GET /metrics", "").expect("an answer");
+    http::samples(&answer.body)
+}
+
 fn await_decisions(lab: &Lab, wanted: &[(&str, f64)]) {
     let counted = || {
-        let answer = http::ask(&lab.server, METRICS, "GET /metrics", "").expect("an answer");
-        let samples = http::samples(&answer.body);
+        let samples = samples(lab);
         let is = |(decision, count): &(&str, f64)| {
             let name = format!("ctkeep_shield_packets_total{{decision=\"{decision}\"}}");
             samples.get(&name) == Some(count)
         };
-        wanted.iter().all(is) && samples.get("ctkeep_shield_devices").is_some_and(|it| *it >= 1.0)
+        wanted.iter().all(is)
+            && samples.get("ctkeep_shield_devices").is_some_and(|it| *it >= 1.0)
+            && samples.get("ctkeep_shield_missing") == Some(&0.0)
     };
     assert!(holds_within(SOON, counted), "{wanted:?}");
 }
@@ -416,9 +423,11 @@ fn without_the_privilege_it_is_one_line() {
     fs::write(&path, script).expect("a script");
     fs::set_permissions(&path, Permissions::from_mode(0o755)).expect("a program");
     let program = path.to_str().expect("a path in UTF-8");
-    let daemon = lab.daemon(program, &["--shield", "auto"]);
+    let daemon = lab.daemon(program, &["--shield", "auto", "--metrics-listen", METRICS]);
     let log = daemon.log();
     assert_eq!(log.matches("no shield, repairing alone").count(), 1, "{log}");
+    let is_missing = || samples(&lab).get("ctkeep_shield_missing") == Some(&1.0);
+    assert!(holds_within(SOON, is_missing), "the metric says so too");
     assert!(programs(&lab.server, "eth0").is_empty());
 }
 

@@ -75,7 +75,9 @@ fn contract() -> Vec<String> {
     const THRESHOLDS: &str = "10 20 50 100 200 500 1000";
     const TIMED: &str =
         "syn-sent syn-recv established fin-wait close-wait last-ack time-wait close";
-    let families: [(&str, &[(&str, &str)]); 45] = [
+    const DECISIONS: &str = "fin_learned fin_hidden rst_shown rst_hidden rst_delayed \
+                             fragment_dropped not_learned not_read";
+    let families: [(&str, &[(&str, &str)]); 48] = [
         ("ctkeep_mode", &[("mode", "enforce observe")]),
         ("ctkeep_sockets", &[("family", FAMILIES), ("state", STATES)]),
         ("ctkeep_mismatches", &[("class", CLASSES)]),
@@ -118,6 +120,9 @@ fn contract() -> Vec<String> {
         ("ctkeep_defence_transitions_total", &[("direction", "up down")]),
         ("ctkeep_listen_queue_connections", &[("port", "80")]),
         ("ctkeep_listen_queue_limit", &[("port", "80")]),
+        ("ctkeep_shield_packets_total", &[("decision", DECISIONS)]),
+        ("ctkeep_shield_devices", &[]),
+        ("ctkeep_shield_missing", &[]),
         ("ctkeep_config_last_reload_successful", &[]),
         ("process_cpu_seconds_total", &[]),
         ("process_open_fds", &[]),

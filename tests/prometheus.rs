@@ -25,7 +25,7 @@ const RULES_TESTS: &str = "packaging/prometheus/ctkeep.rules.test.yml";
 const DASHBOARD: &str = "packaging/grafana/ctkeep.json";
 const MANUAL: &str = "docs/operations.md";
 
-const ALERTS: [&str; 8] = [
+const ALERTS: [&str; 9] = [
     "CtkeepDriftNotRepaired",
     "CtkeepLateRepairsRising",
     "CtkeepEventOverruns",
@@ -34,6 +34,7 @@ const ALERTS: [&str; 8] = [
     "CtkeepTcpLoose",
     "CtkeepHeldTooLong",
     "CtkeepReloadFailed",
+    "CtkeepShieldMissing",
 ];
 
 fn dashboard() -> Value {
@@ -168,6 +169,43 @@ fn an_attack_is_seen_in_prometheus() {
     every_query_has_data(&prometheus);
 }
 
+/// What the shield keeps from conntrack moves each of its panels.
+#[test]
+fn a_shield_at_work_is_seen_in_prometheus() {
+    if !ctkeep::shield::IS_BUILT_IN {
+        lab::skip("ctkeep was built without clang, hence without the shield");
+        return;
+    }
+    let Some(mut scene) = Scene::new(Limiter::Connlimit) else { return };
+    scene.guard(&["--shield", "on"]);
+    let prometheus = Prometheus::start(&scene.lab.server, RULES);
+    prometheus.await_value("ctkeep_shield_devices", |devices| devices >= 1.0);
+    prometheus.await_value("sum(ctkeep_shield_packets_total)", |count| count == 0.0);
+
+    for conn in &scene.half_closed() {
+        conn.rst(-5);
+    }
+    assert_eq!(scene.admitted(), 0);
+    let count = LIMIT as f64;
+    for decision in ["fin_learned", "rst_hidden"] {
+        let asked = format!("ctkeep_shield_packets_total{{decision=\"{decision}\"}}");
+        prometheus.await_value(&asked, |value| value == count);
+    }
+    assert_eq!(prometheus.value("ctkeep_shield_missing"), Some(0.0));
+    let dashboard = dashboard();
+    let queries = panels(&dashboard).iter().flat_map(targets).map(|target| text(&target["expr"]));
+    let shields: Vec<_> = queries
+        .filter(|query| {
+            query.contains("ctkeep_shield_") && !query.contains("ctkeep_shield_missing")
+        })
+        .map(asked)
+        .collect();
+    assert_eq!(shields.len(), 3, "{shields:?}");
+    for query in shields {
+        prometheus.await_value(&format!("sum({query})"), |value| value > 0.0);
+    }
+}
+
 /// The rules as they were evaluated last, by alert.
 fn alerts(prometheus: &Prometheus<'_>) -> HashMap<String, Value> {
     let mut rules = prometheus.api("rules");
@@ -194,6 +232,13 @@ fn every_rule_is_sound(prometheus: &Prometheus<'_>) {
     }
 }
 
+/// A query of the dashboard as it is sent for all hosts.
+fn asked(query: &str) -> String {
+    let asked = query.replace("$__rate_interval", "1m").replace("$instance", ".*");
+    assert!(!asked.contains('$'), "{asked}");
+    asked
+}
+
 fn every_query_has_data(prometheus: &Prometheus<'_>) {
     // Empty until something fails.
     let quiet = ["ctkeep_action_errors_total"];
@@ -201,8 +246,7 @@ fn every_query_has_data(prometheus: &Prometheus<'_>) {
     let mut missing = Vec::new();
     for target in panels(&dashboard).iter().flat_map(targets) {
         let expression = text(&target["expr"]);
-        let asked = expression.replace("$__rate_interval", "1m").replace("$instance", ".*");
-        assert!(!asked.contains('$'), "{asked}");
+        let asked = asked(expression);
         let has_data = prometheus.query(&asked).iter().any(|(_, value)| value.is_finite());
         if !has_data && !quiet.iter().any(|metric| expression.contains(metric)) {
             missing.push(asked);

@@ -151,7 +151,7 @@ fn guard_present(
         worker.settings = control.settings();
         worker.turn()?;
         if worker.is_due_to_check_namespaces() {
-            worker.tell_shield();
+            worker.tell_shield(alone);
             if guard.identities() != begun_with {
                 return Ok(Ended::NamespacesChanged);
             }
@@ -343,8 +343,11 @@ impl<'p> Worker<'p> {
         }
     }
 
-    /// Publishes what the shield has decided.
-    fn tell_shield(&self) {
+    /// Publishes what the shield has decided, and whether it is missing where it can be raised.
+    fn tell_shield(&self, can_be_raised: bool) {
+        let is_wanted = can_be_raised && self.settings.shield != ShieldMode::Off;
+        let is_whole = self.shield.as_ref().is_some_and(|shield| !shield.is_refused());
+        self.share.shield_missing(is_wanted && !is_whole);
         match self.shield.as_ref().map(|shield| (shield.devices(), shield.counts())) {
             Some((devices, Ok(counts))) => self.share.shield(devices, counts),
             Some((_, Err(error))) => tracing::debug!(%error, "counters stay as they were"),

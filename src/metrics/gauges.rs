@@ -51,6 +51,7 @@ pub(super) enum Gauge {
     QueueLimit,
     ShieldPackets,
     ShieldDevices,
+    ShieldMissing,
 }
 
 /// How the values of several guards become one.
@@ -62,7 +63,7 @@ enum Merge {
 }
 
 impl Gauge {
-    const ALL: [Self; 22] = [
+    const ALL: [Self; 23] = [
         Self::Mode,
         Self::LastReload,
         Self::Sockets,
@@ -85,6 +86,7 @@ impl Gauge {
         Self::QueueLimit,
         Self::ShieldPackets,
         Self::ShieldDevices,
+        Self::ShieldMissing,
     ];
 
     /// Name without its unit, and help.
@@ -162,6 +164,10 @@ impl Gauge {
             Self::ShieldDevices => {
                 ("ctkeep_shield_devices", "Network devices that the shield is attached to.")
             }
+            Self::ShieldMissing => (
+                "ctkeep_shield_missing",
+                "1 where the shield is asked for and is not up, or refused by a device.",
+            ),
         }
     }
 

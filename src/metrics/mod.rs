@@ -323,6 +323,13 @@ impl Share {
         });
     }
 
+    /// Whether the shield is asked for and is not up, or refused by a device.
+    pub fn shield_missing(&self, is_missing: bool) {
+        self.guard(|guard| {
+            guard.gauges.set(Gauge::ShieldMissing, &[], f64::from(u8::from(is_missing)));
+        });
+    }
+
     /// The shield is at this many devices, and has decided so often.
     pub fn shield(&self, devices: usize, decisions: [u64; DECISIONS.len()]) {
         self.guard(|guard| {

@@ -145,7 +145,12 @@ impl<'p> Shield<'p> {
     /// Whether it is everywhere that it could be wanted: no device has refused it, and none was
     /// left out for what its bridge does.
     pub(crate) fn is_whole(&self) -> bool {
-        self.refused.is_empty() && !self.leaves_bridge_out
+        !self.is_refused() && !self.leaves_bridge_out
+    }
+
+    /// Whether a device has refused it.
+    pub(crate) fn is_refused(&self) -> bool {
+        !self.refused.is_empty()
     }
 
     fn attach_all(&mut self) -> Result<()> {
