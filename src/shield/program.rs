@@ -177,8 +177,9 @@ where
 fn load_failed(error: &(dyn StdError + 'static)) -> Error {
     Op::new("shield").failed(Cause::Unavailable(format!(
         "the kernel does not take the packet program: {}; it takes CAP_BPF, CAP_PERFMON and \
-         CAP_NET_ADMIN in the first user namespace, a kernel since 5.10 with its own types in \
-         /sys/kernel/btf/vmlinux, and no lockdown of confidentiality",
+         CAP_NET_ADMIN in the first user namespace, a seccomp profile that allows bpf, a kernel \
+         since 5.10 with its own types in /sys/kernel/btf/vmlinux, and no lockdown of \
+         confidentiality",
         all_of(error)
     )))
 }
