@@ -67,7 +67,8 @@ fuzz: cargo-fuzz
 install: all
 	install -D -m 0755 $(BUILD)/ctkeep $(DESTDIR)$(PREFIX)/sbin/ctkeep
 	install -D -m 0644 packaging/modules-load.conf $(DESTDIR)$(PREFIX)/lib/modules-load.d/ctkeep.conf
-	install -d $(DESTDIR)$(SYSCONFDIR)/ctkeep $(DESTDIR)$(DOCDIR)/examples $(DESTDIR)$(PREFIX)/lib/systemd/system \
+	install -d $(DESTDIR)$(SYSCONFDIR)/ctkeep $(DESTDIR)$(DOCDIR)/examples $(DESTDIR)$(DOCDIR)/images \
+		$(DESTDIR)$(PREFIX)/lib/systemd/system \
 		$(DESTDIR)$(PREFIX)/share/man/man8 $(DESTDIR)$(PREFIX)/share/man/man5 \
 		$(DESTDIR)$(PREFIX)/share/bash-completion/completions \
 		$(DESTDIR)$(PREFIX)/share/zsh/vendor-completions \
@@ -77,6 +78,7 @@ install: all
 	test -e $(DESTDIR)$(SYSCONFDIR)/ctkeep/ctkeep.toml || \
 		install -m 0644 etc/ctkeep.toml.example $(DESTDIR)$(SYSCONFDIR)/ctkeep/ctkeep.toml
 	install -m 0644 README.md docs/*.md docs/*.json $(DESTDIR)$(DOCDIR)
+	install -m 0644 docs/images/* $(DESTDIR)$(DOCDIR)/images
 	install -m 0644 etc/ctkeep.toml.example packaging/ctkeep.service.d/*.conf $(DESTDIR)$(DOCDIR)/examples
 	install -D -m 0644 packaging/prometheus/ctkeep.rules.yml $(DESTDIR)$(DATADIR)/prometheus/ctkeep.rules.yml
 	install -D -m 0644 packaging/grafana/ctkeep.json $(DESTDIR)$(DATADIR)/grafana/ctkeep.json
