@@ -132,10 +132,11 @@ fn guard_present(
     let share = Share::new(&control.metrics, number);
     let mut worker = Worker::open(settings, guard, present, share)?;
     worker.claim = claim;
-    match program {
-        Some(program) => worker.raise_shield(program)?,
-        None if alone => shield::remove_leftovers(),
-        None => {}
+    if alone {
+        shield::remove_leftovers(&worker.device);
+    }
+    if let Some(program) = program {
+        worker.raise_shield(program)?;
     }
     worker.sweep(Depth::Deep)?;
     tracing::info!(

@@ -10,7 +10,7 @@ mod layout;
 #[cfg_attr(not(shield), path = "absent.rs")]
 mod program;
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::os::fd::{AsFd, BorrowedFd};
 
 use netlink_sys::protocols::NETLINK_ROUTE;
@@ -19,7 +19,7 @@ use crate::error::{Op, Result};
 use crate::host::link::{Link, links};
 use crate::host::sysctl;
 use crate::netlink::{KernelSocket, drain};
-use crate::nftables::Table;
+use crate::nftables::{Layout, Table};
 use program::Attached;
 pub(crate) use program::Program;
 
@@ -58,7 +58,7 @@ pub(crate) struct Shield<'p> {
     attached: BTreeMap<u32, (String, Attached)>,
     ports: HashSet<u16>,
     refused: HashSet<u32>,
-    leaves_bridge_out: bool,
+    left_out: BTreeSet<String>,
     /// Devices have changed since the last look at them.
     is_stale: bool,
 }
@@ -77,7 +77,7 @@ impl<'p> Shield<'p> {
         ports: &HashSet<u16>,
     ) -> Result<Self> {
         let op = Op::new("watch network devices");
-        let name = format!("{own}-shield");
+        let name = table_name(own);
         // The table first: nobody else is to see a mark.
         let table = Table::create(&name, &layout::layout(mark, Vec::new()))?;
         let monitor = KernelSocket::open(op, NETLINK_ROUTE)?;
@@ -95,7 +95,7 @@ impl<'p> Shield<'p> {
             attached: BTreeMap::new(),
             ports: ports.clone(),
             refused: HashSet::new(),
-            leaves_bridge_out: false,
+            left_out: BTreeSet::new(),
             is_stale: true,
         };
         this.attach_all()?;
@@ -143,9 +143,9 @@ impl<'p> Shield<'p> {
     }
 
     /// Whether it is everywhere that it could be wanted: no device has refused it, and none was
-    /// left out for what its bridge does.
+    /// left out.
     pub(crate) fn is_whole(&self) -> bool {
-        !self.is_refused() && !self.leaves_bridge_out
+        !self.is_refused() && self.left_out.is_empty()
     }
 
     /// Whether a device has refused it.
@@ -154,10 +154,13 @@ impl<'p> Shield<'p> {
     }
 
     fn attach_all(&mut self) -> Result<()> {
-        let links = links()?;
-        self.leaves_bridge_out = bridges_filter() && links.iter().any(|link| link.kind == "bridge");
+        let (wanted, left_out) = wanted(links()?, &self.own, bridges_filter());
+        for device in left_out.difference(&self.left_out) {
+            tracing::warn!(device, "no shield in this bridge or VRF, repairing alone");
+        }
+        self.left_out = left_out;
         let wanted: HashMap<u32, String> =
-            wanted(links, &self.own).into_iter().map(|link| (link.index, link.name)).collect();
+            wanted.into_iter().map(|link| (link.index, link.name)).collect();
         let gone: Vec<u32> =
             self.attached.keys().filter(|index| !wanted.contains_key(index)).copied().collect();
         for index in gone {
@@ -219,24 +222,22 @@ impl Drop for Shield<'_> {
     }
 }
 
-/// The devices that packets reach IP from. A packet must be judged once: a port of a bridge or
-/// bond hands it on to that, and so do we; a VRF takes it as the port saw it.
-fn wanted(links: Vec<Link>, own: &str) -> Vec<Link> {
-    let kinds: HashMap<u32, String> =
-        links.iter().map(|link| (link.index, link.kind.clone())).collect();
-    let kind = |index| kinds.get(&index).map_or("", String::as_str);
-    links
+fn table_name(own: &str) -> String {
+    format!("{own}-shield")
+}
+
+/// The devices that packets reach IP from, and the names of bridges and VRFs that are left out: where
+/// `bridges_filter`, conntrack sees packets before a bridge does; and a packet program is never given
+/// a socket that is bound to a VRF, as all are that it accepts. A packet must be judged once: a port
+/// of a bridge or bond hands it on to that, and so do we.
+fn wanted(links: Vec<Link>, own: &str, bridges_filter: bool) -> (Vec<Link>, BTreeSet<String>) {
+    let (left_out, rest): (Vec<_>, Vec<_>) = links
         .into_iter()
-        .filter(|link| {
-            let is_port = link.master.is_some_and(|master| kind(master) != "vrf");
-            let is_filtered_bridge = link.kind == "bridge" && bridges_filter();
-            !(link.is_loopback
-                || link.name == own
-                || is_port
-                || is_filtered_bridge
-                || link.kind == "vrf")
-        })
-        .collect()
+        .partition(|link| link.kind == "vrf" || bridges_filter && link.kind == "bridge");
+    let rest = rest
+        .into_iter()
+        .filter(|link| !link.is_loopback && link.name != own && link.master.is_none());
+    (rest.collect(), left_out.into_iter().map(|link| link.name).collect())
 }
 
 /// Whether conntrack sees packets at the ports of a bridge, before the bridge itself has them.
@@ -253,8 +254,11 @@ pub fn try_load() -> Result<()> {
     Program::load(1).map(drop)
 }
 
-/// Takes off every device what a killed process left there, where links do not end with it.
-pub(crate) fn remove_leftovers() {
+/// Takes away what a killed process left: filters, which do not end with it as links do, and before
+/// 5.12 the table. `own` is as for [`Shield::raise`].
+pub(crate) fn remove_leftovers(own: &str) {
+    // One that is made goes with its value, and takes the place of the other.
+    drop(Table::create(&table_name(own), &Layout::default()));
     match links() {
         Ok(links) => links.iter().for_each(|link| program::remove_leftovers(&link.name)),
         Err(error) => tracing::warn!(%error, "no look for what another run left"),
@@ -283,9 +287,16 @@ mod tests {
             link(6, "red", "vrf", None),
             link(7, "bond0.5", "vlan", None),
             link(8, "ctkeep0", "tun", None),
+            link(9, "br0", "bridge", None),
+            link(10, "veth0", "veth", Some(9)),
         ];
-        let wanted = wanted(links, "ctkeep0");
-        let names: Vec<_> = wanted.iter().map(|link| link.name.as_str()).collect();
-        assert_eq!(names, ["eth1", "eth2", "bond0", "bond0.5"]);
+        let names = |bridges_filter| {
+            let (wanted, left_out) = wanted(links.clone(), "ctkeep0", bridges_filter);
+            let wanted: Vec<_> = wanted.into_iter().map(|link| link.name).collect();
+            (wanted.join(" "), left_out.into_iter().collect::<Vec<_>>().join(" "))
+        };
+        let told = |wanted: &str, left_out: &str| (wanted.to_owned(), left_out.to_owned());
+        assert_eq!(names(false), told("eth2 bond0 bond0.5 br0", "red"));
+        assert_eq!(names(true), told("eth2 bond0 bond0.5", "br0 red"));
     }
 }

@@ -74,7 +74,7 @@ impl Program {
     }
 
     /// Attaches it to the ingress of a device: by TCX before all others that are there, or by a
-    /// filter where the kernel has no TCX (before 6.6).
+    /// filter where there is no TCX (before 6.6) or no place is left in it.
     ///
     /// # Errors
     /// The device is gone, or neither way is open.
@@ -88,7 +88,6 @@ impl Program {
         }
         // It may be there already, and then stays: whose it is cannot be told.
         let _ = qdisc_add_clsact(device);
-        remove_leftovers(device);
         let id = classifier
             .attach_with_options(device, ingress, TcAttachOptions::Netlink(FIRST))
             .map_err(|error| attach_failed(device, &error))?;
@@ -155,9 +154,6 @@ fn is_before_tcx() -> bool {
 
 /// A filter outlives the process that was killed; a link does not.
 pub(super) fn remove_leftovers(device: &str) {
-    if !is_before_tcx() {
-        return;
-    }
     match qdisc_detach_program(device, TcAttachType::Ingress, NAME) {
         Ok(()) => tracing::info!(device, "removed what another run left"),
         Err(TcError::IoError(_)) => {}
