@@ -4,7 +4,7 @@
 exec >/dev/ttyS1 2>&1 </dev/null
 stty -F /dev/ttyS1 -onlcr
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root
-export CTKEEP_REQUIRE_KERNEL=1
+export CTKEEP_REQUIRE_KERNEL=all
 ip link set lo up
 status=0
 cd "$WHERE" || status=1

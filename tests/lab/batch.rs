@@ -4,7 +4,7 @@
 //! A token bucket without tokens holds back what the client sends; given tokens, it lets all of it
 //! go in one turn, and the server's end of the cable polls it as one list.
 
-use super::Lab;
+use super::{Lab, kernel};
 
 /// The kernel polls at most 64 packets at once.
 pub const MOST: usize = 64;
@@ -17,9 +17,13 @@ const PROTOCOL: u8 = 253;
 impl Lab {
     /// From now on the server's end of the cable polls packets in batches, as hardware does.
     pub fn poll_in_batches(&self) {
-        self.server.run("ethtool -K eth0 gro on");
         // A veth polls what a sender of large segments sends only where it has been asked to.
         self.client.run("ethtool -K eth0 tso off");
+        if kernel::veths_poll() {
+            self.server.run("ethtool -K eth0 gro on");
+        } else {
+            self.driver.get_or_init(|| self.driver_neighbour());
+        }
     }
 
     /// Everything that `send` sends arrives in one batch.

@@ -33,3 +33,17 @@ pub fn stale_rst() -> i64 {
 pub fn tables_have_owners() -> bool {
     *VERSION >= (5, 12)
 }
+
+/// Since 5.13 a veth can be told to poll as hardware does; before, it does for a program of its
+/// driver (XDP) alone.
+pub fn veths_poll() -> bool {
+    *VERSION >= (5, 13)
+}
+
+/// Capabilities of a daemon with a shield: `CAP_NET_ADMIN` and `CAP_NET_RAW`; before 6.6 `CAP_BPF`,
+/// too, without which no map can be read.
+pub fn kept_under_the_shield() -> u64 {
+    const NET_ADMIN_AND_RAW: u64 = 1 << 12 | 1 << 13;
+    const BPF: u64 = 1 << 39;
+    if *VERSION >= (6, 6) { NET_ADMIN_AND_RAW } else { NET_ADMIN_AND_RAW | BPF }
+}

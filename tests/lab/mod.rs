@@ -28,6 +28,7 @@ pub mod rules;
 mod segment;
 mod server;
 mod tables;
+mod way;
 mod wire;
 
 use std::io::Write;
@@ -39,10 +40,12 @@ use std::time::{Duration, Instant};
 
 pub use daemon::Daemon;
 pub use namespace::Namespace;
+use neighbour::Neighbour;
 pub use peer::{Peer, RawConn};
 pub use segment::{ACK, FIN, Frame, Kind, PSH, RST, SYN, Segment};
 pub use server::{Server, serve_if_asked};
 pub use tables::{Entry, Socket};
+pub use way::Way;
 
 /// The server's addresses, one a family.
 pub const SERVER_V4: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
@@ -57,6 +60,8 @@ pub struct Lab {
     pub server: Namespace,
     pub client: Namespace,
     next_port: Arc<AtomicU16>,
+    /// What makes the server's end of the cable poll, where it takes a program.
+    driver: OnceLock<Neighbour>,
 }
 
 impl Lab {
@@ -89,32 +94,22 @@ impl Lab {
         )?;
         client.try_feed(
             "ip -batch -",
-            "link set lo up\n\
-             link set eth0 addrgenmode none\n\
-             link set eth0 up\n\
-             addr add 192.0.2.2/24 dev eth0\n\
-             addr add 2001:db8::2/64 dev eth0 nodad\n\
-             neigh add 192.0.2.1 lladdr 02:00:00:00:00:01 dev eth0\n\
-             neigh add 2001:db8::1 lladdr 02:00:00:00:00:01 dev eth0\n",
+            &format!(
+                "link set lo up\n\
+                 link set eth0 addrgenmode none\n\
+                 {}",
+                client_at("eth0")
+            ),
         )?;
-        server.try_feed(
-            "ip -batch -",
-            "link set eth0 up\n\
-             addr add 192.0.2.1/24 dev eth0\n\
-             addr add 2001:db8::1/64 dev eth0 nodad\n\
-             neigh add 192.0.2.2 lladdr 02:00:00:00:00:02 dev eth0\n\
-             neigh add 2001:db8::2 lladdr 02:00:00:00:00:02 dev eth0\n\
-             route add 198.51.100.0/24 via 192.0.2.2\n\
-             route add 203.0.113.0/24 via 192.0.2.2\n\
-             route add 2001:db8:1::/64 via 2001:db8::2\n",
-        )?;
+        server.try_feed("ip -batch -", &server_at("eth0", ""))?;
         // The kernel sets a link up some time after the command; until then packets are lost.
         for end in [&server, &client] {
             wait_for("carrier", Duration::from_secs(20), || {
                 end.output("ip -o link show eth0").contains("state UP")
             });
         }
-        Ok(Self { server, client, next_port: Arc::new(AtomicU16::new(FIRST_CLIENT_PORT)) })
+        let next_port = Arc::new(AtomicU16::new(FIRST_CLIENT_PORT));
+        Ok(Self { server, client, next_port, driver: OnceLock::new() })
     }
 
     /// The rule that the whole project is about: at most `above` connections per address.
@@ -223,6 +218,30 @@ impl Lab {
     }
 }
 
+/// The server's end: its addresses at a device, in a VRF by the words that `ip route` has for it.
+fn server_at(device: &str, vrf: &str) -> String {
+    format!(
+        "link set {device} up\n\
+         addr add 192.0.2.1/24 dev {device}\n\
+         addr add 2001:db8::1/64 dev {device} nodad\n\
+         neigh replace 192.0.2.2 lladdr 02:00:00:00:00:02 dev {device}\n\
+         neigh replace 2001:db8::2 lladdr 02:00:00:00:00:02 dev {device}\n\
+         route replace 198.51.100.0/24 via 192.0.2.2 {vrf}\n\
+         route replace 203.0.113.0/24 via 192.0.2.2 {vrf}\n\
+         route replace 2001:db8:1::/64 via 2001:db8::2 {vrf}\n"
+    )
+}
+
+fn client_at(device: &str) -> String {
+    format!(
+        "link set {device} up\n\
+         addr add 192.0.2.2/24 dev {device}\n\
+         addr add 2001:db8::2/64 dev {device} nodad\n\
+         neigh replace 192.0.2.1 lladdr 02:00:00:00:00:01 dev {device}\n\
+         neigh replace 2001:db8::1 lladdr 02:00:00:00:00:01 dev {device}\n"
+    )
+}
+
 /// Whether this machine can run the lab. Says why not on stderr, with a running number.
 ///
 /// # Panics
@@ -239,12 +258,25 @@ pub fn require() -> bool {
 /// Says on stderr why the test is skipped, with a running number.
 ///
 /// # Panics
-/// When `CTKEEP_REQUIRE_KERNEL=1`.
+/// When `CTKEEP_REQUIRE_KERNEL` is `1` or `all`.
 pub fn skip(reason: &str) {
+    skip_unless(&["1", "all"], reason);
+}
+
+/// The same for what a kernel may well be built without.
+///
+/// # Panics
+/// When `CTKEEP_REQUIRE_KERNEL=all`, as in the guests of `make test-kernels`.
+pub fn skip_rare(reason: &str) {
+    skip_unless(&["all"], reason);
+}
+
+fn skip_unless(required: &[&str], reason: &str) {
     static SKIPPED: AtomicUsize = AtomicUsize::new(0);
+    let value = std::env::var("CTKEEP_REQUIRE_KERNEL").unwrap_or_default();
     assert!(
-        std::env::var_os("CTKEEP_REQUIRE_KERNEL").is_none_or(|value| value != "1"),
-        "the lab is required (CTKEEP_REQUIRE_KERNEL=1) and impossible: {reason}"
+        !required.contains(&value.as_str()),
+        "required (CTKEEP_REQUIRE_KERNEL={value}) and impossible: {reason}"
     );
     let number = SKIPPED.fetch_add(1, Ordering::Relaxed) + 1;
     let test = thread::current().name().unwrap_or("main").to_owned();

@@ -17,4 +17,11 @@ int neighbour(struct __sk_buff *skb)
 	return mark ? TC_ACT_UNSPEC : TC_ACT_OK;
 }
 
+// At the driver, which does nothing.
+SEC("xdp")
+int driver(struct xdp_md *packet)
+{
+	return XDP_PASS;
+}
+
 char _license[] SEC("license") = "Dual MIT/GPL";

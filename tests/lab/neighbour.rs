@@ -1,15 +1,17 @@
 //! Packet programs at the server's devices: somebody else's, and a look at all that are there.
 
-use std::path::Path;
 use std::process::Command;
 
 use aya::programs::tc::{SchedClassifier, TcAttachOptions};
-use aya::programs::{LinkOrder, TcAttachType};
+use aya::programs::{LinkOrder, TcAttachType, Xdp, XdpMode};
 use aya::{Ebpf, EbpfLoader};
 
 use super::{Lab, Namespace};
 
 const SOURCE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/lab/neighbour.bpf.c");
+
+/// `bpf_mprog_max()` in linux/bpf_mprog.h.
+const PLACES: usize = 63;
 
 /// Attached as long as this value lives.
 pub struct Neighbour(#[allow(dead_code, reason = "its drop takes it off")] Ebpf);
@@ -25,12 +27,36 @@ impl Lab {
     /// Puts a program before or behind all others at the server's eth0. Without a mark it lets
     /// every packet pass at once, and none behind it sees any.
     pub fn neighbour(&self, place: Place, mark: u32) -> Neighbour {
-        let folder = tempfile::tempdir().expect("a folder");
-        let object = folder.path().join("neighbour.o");
-        compile(&object);
-        let bytes = std::fs::read(&object).expect("an object");
-        let mut program =
-            EbpfLoader::new().override_global("mark", &mark, true).load(&bytes).expect("a program");
+        self.neighbours(1, place, mark).pop().expect("one")
+    }
+
+    /// Takes all places that there are for programs at the server's eth0. These put this mark on
+    /// every packet, and leave all else to others.
+    pub fn all_neighbours(&self, mark: u32) -> Vec<Neighbour> {
+        self.neighbours(PLACES, Place::First, mark)
+    }
+
+    fn neighbours(&self, count: usize, place: Place, mark: u32) -> Vec<Neighbour> {
+        let object = compiled();
+        // One for all: it reads the types of the whole kernel.
+        let mut loader = EbpfLoader::new();
+        loader.override_global("mark", &mark, true);
+        (0..count).map(|_| self.attach(loader.load(&object).expect("a program"), place)).collect()
+    }
+
+    /// A program at the driver of the server's eth0 that lets every packet pass.
+    pub fn driver_neighbour(&self) -> Neighbour {
+        let mut program = Ebpf::load(&compiled()).expect("a program");
+        self.server.within(|| {
+            let driver = program.program_mut("driver").expect("the program");
+            let driver: &mut Xdp = driver.try_into().expect("a program of a driver");
+            driver.load().expect("a verified program");
+            driver.attach("eth0", XdpMode::Driver).expect("a driver that takes it");
+        });
+        Neighbour(program)
+    }
+
+    fn attach(&self, mut program: Ebpf, place: Place) -> Neighbour {
         self.server.within(|| {
             let classifier = program.program_mut("neighbour").expect("the program");
             let classifier: &mut SchedClassifier = classifier.try_into().expect("a classifier");
@@ -48,13 +74,16 @@ impl Lab {
     }
 }
 
-fn compile(object: &Path) {
+fn compiled() -> Vec<u8> {
+    let folder = tempfile::tempdir().expect("a folder");
+    let object = folder.path().join("neighbour.o");
     let headers = format!("/usr/include/{}-linux-gnu", std::env::consts::ARCH);
     let status = Command::new("clang")
         .args(["-target", "bpf", "-O2", "-g", "-isystem", &headers, "-c", SOURCE, "-o"])
-        .arg(object)
+        .arg(&object)
         .status();
     assert!(status.expect("clang").success(), "neighbour.bpf.c");
+    std::fs::read(&object).expect("an object")
 }
 
 /// The programs at a device's ingress, in order; of a kernel before TCX, its filters.
@@ -63,15 +92,20 @@ pub fn programs(namespace: &Namespace, device: &str) -> Vec<String> {
         Ok((_, programs)) => {
             programs.iter().map(|it| it.name_as_str().unwrap_or("?").to_owned()).collect()
         }
-        // "filter ... handle 0x1 NAME direct-action ..."
-        Err(_) => namespace
-            .try_run(&format!("tc filter show dev {device} ingress"))
-            .unwrap_or_default()
-            .lines()
-            .filter_map(|line| line.split_once(" handle ")?.1.split(' ').nth(1))
-            .map(str::to_owned)
-            .collect(),
+        Err(_) => filters(namespace, device),
     }
+}
+
+/// The filters at a device's ingress, which every kernel has, in order.
+pub fn filters(namespace: &Namespace, device: &str) -> Vec<String> {
+    // "filter ... handle 0x1 NAME direct-action ..."
+    namespace
+        .try_run(&format!("tc filter show dev {device} ingress"))
+        .unwrap_or_default()
+        .lines()
+        .filter_map(|line| line.split_once(" handle ")?.1.split(' ').nth(1))
+        .map(str::to_owned)
+        .collect()
 }
 
 /// Whether programs stand in an order, and go with the process that attached them (6.6).

@@ -155,10 +155,12 @@ fn endpoint(address: &str, port: &str) -> Option<SocketAddr> {
     Some(SocketAddr::new(address.parse().ok()?, port.parse().ok()?))
 }
 
-/// An address as ss prints it: `*` for any, and IPv4 clients of an IPv6 listener as mapped.
+/// An address as ss prints it: `*` for any, IPv4 clients of an IPv6 listener as mapped, and behind
+/// it the device that the socket is bound to.
 fn shown(text: &str) -> Option<SocketAddr> {
     let (address, port) = text.rsplit_once(':')?;
     let port = if port == "*" { "0" } else { port };
+    let address = address.split('%').next()?;
     let address = match address.trim_start_matches('[').trim_end_matches(']') {
         "*" => "::",
         address => address,
