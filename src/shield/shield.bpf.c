@@ -261,9 +261,17 @@ static __always_inline bool closes(struct tcp_sock *tcp, __u32 state, __u32 seq,
 	return sacks && seq == last;
 }
 
+// Whether the last packet of the handshake may be in this very batch. With cookies there is nothing
+// but the listener until then.
+static __always_inline bool is_before_connection(__u32 state)
+{
+	return state == BPF_TCP_NEW_SYN_RECV || state == BPF_TCP_SYN_RECV ||
+	       state == BPF_TCP_LISTEN;
+}
+
 // A FIN of an open socket. Conntrack may see the first that TCP can use, and no other.
-static __always_inline enum decision on_fin(struct bpf_sock *socket, struct tcp_sock *tcp,
-					    __u32 state, __u32 seq, __u32 payload)
+static __always_inline enum decision on_fin(struct tcp_sock *tcp, __u32 state, __u32 seq,
+					    __u32 payload)
 {
 	__u32 *seen;
 
@@ -273,7 +281,7 @@ static __always_inline enum decision on_fin(struct bpf_sock *socket, struct tcp_
 	// the ports could keep the real one from conntrack.
 	if (!before(tcp->rcv_nxt, seq + payload + 1) || before(window_end(tcp), seq))
 		return FIN_HIDDEN;
-	seen = bpf_sk_storage_get(&fins, socket, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+	seen = bpf_sk_storage_get(&fins, tcp, NULL, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!seen)
 		return NOT_LEARNED;
 	if (*seen)
@@ -303,7 +311,7 @@ int ctkeep_shield(struct __sk_buff *skb)
 	enum found found;
 	__u32 seq, payload, header_length, state;
 	__u8 flags;
-	// Nothing on the wire can carry a mark: with our bit it is an RST that was delayed.
+	// Nothing on the wire can carry a mark: with our bit it is a packet that was delayed.
 	bool again = skb->mark & mark;
 
 	if (again)
@@ -349,21 +357,23 @@ int ctkeep_shield(struct __sk_buff *skb)
 	if (packet.tuple_size == sizeof(packet.tuple.ipv4)) {
 		packet.tuple.ipv4.sport = header.source;
 		packet.tuple.ipv4.dport = header.dest;
-		socket = bpf_sk_lookup_tcp(skb, &packet.tuple, sizeof(packet.tuple.ipv4),
-					   BPF_F_CURRENT_NETNS, 0);
+		socket = bpf_skc_lookup_tcp(skb, &packet.tuple, sizeof(packet.tuple.ipv4),
+					    BPF_F_CURRENT_NETNS, 0);
 	} else {
 		packet.tuple.ipv6.sport = header.source;
 		packet.tuple.ipv6.dport = header.dest;
-		socket = bpf_sk_lookup_tcp(skb, &packet.tuple, sizeof(packet.tuple.ipv6),
-					   BPF_F_CURRENT_NETNS, 0);
+		socket = bpf_skc_lookup_tcp(skb, &packet.tuple, sizeof(packet.tuple.ipv6),
+					    BPF_F_CURRENT_NETNS, 0);
 	}
 	if (!socket)
 		return TC_ACT_UNSPEC;
 	state = socket->state;
 	tcp = bpf_skc_to_tcp_sock(socket);
 	if (tcp && (state == BPF_TCP_ESTABLISHED || state == BPF_TCP_CLOSE_WAIT))
-		decision = flags & TCP_FIN ? on_fin(socket, tcp, state, seq, payload)
+		decision = flags & TCP_FIN ? on_fin(tcp, state, seq, payload)
 					   : on_rst(tcp, state, seq, payload, again);
+	else if (!again && is_before_connection(state))
+		decision = RST_DELAYED;
 	bpf_sk_release(socket);
 	if (decision == DECISIONS)
 		return TC_ACT_UNSPEC;
