@@ -10,7 +10,7 @@ use super::judge;
 use super::limiter::Limiter;
 use super::processes::Holder;
 use super::sources::Load;
-use crate::reconcile::snapshot::View;
+use crate::reconcile::snapshot::Views;
 use crate::sockdiag::{Socket, State};
 
 /// The layers, in the order that a packet meets them. The first and the third are `None` for saved
@@ -142,7 +142,7 @@ pub struct Inputs<'a> {
     /// Listeners of the scope.
     pub listeners: &'a [Socket],
     /// Connections of the scope.
-    pub views: &'a [View],
+    pub views: &'a Views,
     /// Who holds which inode.
     pub holders: &'a HashMap<u32, Holder>,
 }

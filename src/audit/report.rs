@@ -136,7 +136,7 @@ impl Report {
         let mut sockets: BTreeMap<_, _> = State::ALL.map(|state| (state, 0)).into();
         let mut entries: BTreeMap<_, _> = TcpState::ALL.map(|state| (state, 0)).into();
         sockets.insert(State::Listen, listeners.len());
-        for view in &snapshot.views {
+        for view in snapshot.views.iter() {
             if let Some(socket) = view.socket {
                 *sockets.entry(socket.state).or_default() += 1;
             }
@@ -150,7 +150,7 @@ impl Report {
             limit: request.limit,
             limiter,
         };
-        let loads = loads(&snapshot.views, limiter);
+        let loads = loads(snapshot.views.iter(), limiter);
         let layers = Layers::of(Inputs {
             figures: seen.figures.as_ref(),
             limiter,
@@ -165,10 +165,10 @@ impl Report {
             .views
             .iter()
             .map(|view| Connection {
-                view: *view,
-                class: Class::of(cell(view, snapshot, scope, policy, ledger)),
-                holder: holder(view),
-                cover: seen.told.as_ref().map(|told| Cover::of(told.shield.as_ref(), view)),
+                class: Class::of(cell(&view, snapshot, scope, policy, ledger)),
+                holder: holder(&view),
+                cover: seen.told.as_ref().map(|told| Cover::of(told.shield.as_ref(), &view)),
+                view,
             })
             .collect();
         Self {
@@ -179,7 +179,7 @@ impl Report {
             sockets,
             entries,
             connections,
-            sources: sources(snapshot.views.iter().copied(), measure, &loads, &told.ages),
+            sources: sources(snapshot.views.iter(), measure, &loads, &told.ages),
             layers,
             netns: seen.netns,
             kernel: seen.kernel,
@@ -310,12 +310,9 @@ fn make_sure(
         thread::sleep(pause);
         let exact = tables.exactly(&suspects, ledger)?;
         let exact: HashMap<FourTuple, View> =
-            exact.views.iter().map(|view| (view.flow, *view)).collect();
-        for view in &mut snapshot.views {
-            if let Some(exact) = exact.get(&view.flow) {
-                *view = *exact;
-            }
-        }
+            exact.views.iter().map(|view| (view.flow, view)).collect();
+        let newest = |view: View| exact.get(&view.flow).copied().unwrap_or(view);
+        snapshot.views = snapshot.views.iter().map(newest).collect();
     }
     snapshot.views.retain(|view| view.socket.is_some() || view.entry.is_some());
     Ok(())

@@ -141,10 +141,7 @@ fn apply(all: &mut [Source], measure: Measure<'_>, loads: &[Load]) {
 }
 
 /// What each limit by source has to bear, group by group.
-pub fn loads<'v>(
-    views: impl IntoIterator<Item = &'v View> + Clone,
-    limiter: &Limiter,
-) -> Vec<Load> {
+pub fn loads(views: impl IntoIterator<Item = View> + Clone, limiter: &Limiter) -> Vec<Load> {
     let mut all = Vec::new();
     for (index, rule) in limiter.rules.iter().enumerate() {
         // What is forwarded has its sockets elsewhere.
@@ -154,11 +151,11 @@ pub fn loads<'v>(
         let mut groups: HashMap<IpNet, Load> = HashMap::new();
         for view in views.clone() {
             let peer = view.flow.dst.addr();
-            if rule.covers(peer, port_seen(rule, view)) {
+            if rule.covers(peer, port_seen(rule, &view)) {
                 let net = network(peer, prefix);
                 let load =
                     groups.entry(net).or_insert(Load { rule: index, net, held: 0, counted: 0 });
-                load.held += usize::from(is_open(view));
+                load.held += usize::from(is_open(&view));
                 load.counted += usize::from(view.is_counted());
             }
         }

@@ -47,8 +47,7 @@ pub(super) fn run(args: &Explain) -> Result<Exit> {
             .map_or(0, |socket| socket.interface);
         let mut snapshot = tables.exactly(&[Lookup { flow, interface }], &ledger)?.into_snapshot();
         snapshot.tracked.extend(&around.tracked);
-        let view =
-            snapshot.views.first().copied().unwrap_or(View { flow, socket: None, entry: None });
+        let view = snapshot.views.iter().next().unwrap_or(View { flow, socket: None, entry: None });
         let cell = cell(&view, &snapshot, &scope, &policy, &ledger);
         let swapped = Lookup { flow: flow.inverse(), interface: 0 };
         let is_swapped = view.socket.is_none()
@@ -84,8 +83,8 @@ struct Found {
 
 /// The limits that count this connection, with what its source has.
 fn limits(limiter: &Limiter, view: &View, around: &Snapshot) -> Vec<String> {
-    let mine = loads(std::iter::once(view), limiter);
-    let all = loads(&around.views, limiter);
+    let mine = loads(std::iter::once(*view), limiter);
+    let all = loads(around.views.iter(), limiter);
     let of_mine = all
         .iter()
         .filter(|load| mine.iter().any(|own| (own.rule, own.net) == (load.rule, load.net)));

@@ -472,7 +472,7 @@ impl<'p> Worker<'p> {
             .flat_map(|(_, lookups)| lookups)
             .map(|lookup| lookup.flow)
             .collect();
-        for view in &snapshot.views {
+        for view in snapshot.views.iter() {
             match (view.socket, suspects.get(&view.flow)) {
                 // A destroyed entry is known from its last event alone.
                 (Some(socket), Some(Some(entry))) if self.ledger.last_entry(&socket).is_none() => {

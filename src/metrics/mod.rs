@@ -269,8 +269,8 @@ impl Metrics {
 pub struct Share {
     metrics: Arc<Metrics>,
     number: usize,
-    /// Since when each half-closed socket has been so, and the last sweep that saw it.
-    half_closed: HashMap<Cookie, (Instant, Instant)>,
+    /// Since when each half-closed socket of the last sweep has been so.
+    half_closed: HashMap<Cookie, Instant>,
     /// Connections that sweeps have repaired since the last survey.
     repaired: HashSet<FourTuple>,
 }
@@ -453,19 +453,16 @@ impl Share {
 
     /// Tells the age of sockets that have left CLOSE_WAIT since the last sweep.
     fn note_half_closed(&mut self, snapshot: &Snapshot, now: Instant) {
+        let mut before = std::mem::take(&mut self.half_closed);
         for socket in snapshot.views.iter().filter_map(|view| view.socket) {
             if socket.state == State::CloseWait {
-                self.half_closed.entry(socket.cookie).or_insert((now, now)).1 = now;
+                let since = before.remove(&socket.cookie).unwrap_or(now);
+                self.half_closed.insert(socket.cookie, since);
             }
         }
-        let age = &self.metrics.counts.close_wait_age;
-        self.half_closed.retain(|_, (since, seen)| {
-            let stays = *seen == now;
-            if !stays {
-                age.observe((now - *since).as_secs_f64());
-            }
-            stays
-        });
+        for since in before.into_values() {
+            self.metrics.counts.close_wait_age.observe((now - since).as_secs_f64());
+        }
     }
 
     /// A round of work has failed.

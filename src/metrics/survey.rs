@@ -49,10 +49,10 @@ pub(super) fn survey<T: Transport>(
     others.retain(in_scope);
     listeners.retain(|socket| scope.ports.contains(&socket.local.port()));
 
-    let seen = snapshot.views.iter().filter_map(|view| view.socket.as_ref());
-    sockets(seen.chain(&others).chain(&listeners), gauges);
+    let seen = snapshot.views.iter().filter_map(|view| view.socket);
+    sockets(seen.chain(others.iter().chain(&listeners).copied()), gauges);
     queues(&listeners, gauges);
-    sources(&snapshot.views, repaired, gauges);
+    sources(snapshot.views.iter(), repaired, gauges);
     let closing = others.iter().map(Socket::flow).collect();
     mismatches(tables, look, repaired, &closing, gauges)?;
     settings(tables, gauges)
@@ -63,7 +63,7 @@ fn family(addr: IpAddr) -> &'static str {
     if addr.is_ipv4() { ipv4 } else { ipv6 }
 }
 
-fn sockets<'s>(all: impl Iterator<Item = &'s Socket>, gauges: &mut Gauges) {
+fn sockets(all: impl Iterator<Item = Socket>, gauges: &mut Gauges) {
     let mut counts: HashMap<_, u64> = HashMap::new();
     for socket in all {
         *counts.entry((family(socket.local.addr()), socket.state)).or_default() += 1;
@@ -88,7 +88,7 @@ fn queues(listeners: &[Socket], gauges: &mut Gauges) {
     }
 }
 
-fn sources(views: &[View], repaired: &HashSet<FourTuple>, gauges: &mut Gauges) {
+fn sources(views: impl Iterator<Item = View>, repaired: &HashSet<FourTuple>, gauges: &mut Gauges) {
     let mut sources: HashMap<IpAddr, [u64; 2]> = HashMap::new();
     for view in views {
         let is_open = view
@@ -131,21 +131,21 @@ fn mismatches<T: Transport>(
     };
     let class = |view: &View, snapshot| Class::of(cell(view, snapshot, scope, policy, ledger));
     let mut suspects = Vec::new();
-    for view in &snapshot.views {
+    for view in snapshot.views.iter() {
         let agrees =
             repaired.contains(&view.flow) || view.socket.is_none() && closing.contains(&view.flow);
-        match if agrees { Class::Agree } else { class(view, snapshot) } {
-            Class::Agree => note(Class::Agree, view),
+        match if agrees { Class::Agree } else { class(&view, snapshot) } {
+            Class::Agree => note(Class::Agree, &view),
             _ if suspects.len() < EXACT => suspects.push(Lookup {
                 flow: view.flow,
                 interface: view.socket.map_or(0, |socket| socket.interface),
             }),
-            class => note(class, view),
+            class => note(class, &view),
         }
     }
     let again = tables.exactly(&suspects, ledger)?;
     for view in again.views.iter().filter(|view| view.socket.is_some() || view.entry.is_some()) {
-        note(class(view, &again), view);
+        note(class(&view, &again), &view);
     }
     for (class, (connections, sources)) in found {
         gauges.set(Gauge::Mismatches, &[class.name()], connections as f64);

@@ -224,7 +224,7 @@ impl Ledger {
     /// Of an ESTABLISHED connection only what a plain entry would get wrong: there are many.
     pub fn note(&mut self, snapshot: &Snapshot) {
         self.zones.extend(snapshot.zones.iter().copied());
-        for view in &snapshot.views {
+        for view in snapshot.views.iter() {
             if let (Some(socket), Some(entry)) = (view.socket, view.entry)
                 && (socket.state != State::Established || !entry.is_plain())
             {
@@ -286,7 +286,7 @@ impl Ledger {
     /// Where the entry of a socket that is gone is still alive the hold stays: it must be
     /// released first.
     pub fn settle(&mut self, snapshot: &Snapshot) {
-        for view in &snapshot.views {
+        for view in snapshot.views.iter() {
             let Some(cookie) = self.flows.get(&view.flow) else { continue };
             let over = match view.socket {
                 Some(socket) => socket.cookie != *cookie,

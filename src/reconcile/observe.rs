@@ -1,5 +1,6 @@
 //! Reads both tables into a [`Snapshot`]: whole, or connection by connection.
 
+use std::cmp::Reverse;
 use std::collections::hash_map::Entry::Vacant;
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
@@ -8,7 +9,7 @@ use std::ops::Deref;
 use super::ledger::Ledger;
 use super::plan::Plan;
 use super::policy::{Policy, Scope};
-use super::snapshot::{Direction, Snapshot, View};
+use super::snapshot::{Direction, Snapshot, View, Views};
 use crate::conntrack::{Conntrack, Entry, Filter, Zone};
 use crate::error::Result;
 use crate::flow::{AF_INET, AF_INET6, FourTuple};
@@ -104,22 +105,18 @@ impl<T: Transport> Tables<T> {
     /// # Errors
     /// The kernel refused, or an answer was lost.
     pub fn whole(&mut self, scope: &Scope, policy: &Policy, states: States) -> Result<Snapshot> {
-        let mut entries = Vec::new();
+        let mut parts = Vec::new();
         for filter in filters(scope) {
             for family in [AF_INET, AF_INET6] {
-                entries.extend(self.conntrack.entries(
-                    family,
-                    filter,
-                    |part: &mut Vec<_>, entry| {
-                        if places(entry, scope, policy).next().is_some() {
-                            part.push(*entry);
-                        }
-                    },
-                )?);
+                parts.push(self.conntrack.entries(family, filter, |part: &mut Views, entry| {
+                    if places(entry, scope, policy).next().is_some() {
+                        part.push(View { flow: entry.reply, socket: None, entry: Some(*entry) });
+                    }
+                })?);
             }
         }
-        let Snapshot { mut views, .. } =
-            join(entries, self.sockets.sockets(states)?, scope, policy);
+        let entries = parts.iter().flat_map(Views::iter).filter_map(|view| view.entry);
+        let mut views = put_together(entries, self.sockets.sockets(states)?, scope, policy);
         // The sockets of connections that end elsewhere are not missing here.
         let mut home = HashMap::new();
         for view in views.iter().filter(|view| view.socket.is_none()) {
@@ -130,7 +127,7 @@ impl<T: Transport> Tables<T> {
         }
         let is_here = |view: &View| home.get(&view.flow.src.addr()).copied().unwrap_or(false);
         views.retain(|view| view.socket.is_some() || is_here(view));
-        Ok(Snapshot::new(views))
+        Ok(Snapshot::of(views))
     }
 
     /// The half-closed connections of the scope, and those whose entries are held.
@@ -159,7 +156,7 @@ impl<T: Transport> Tables<T> {
             .map(|held| held.lookup)
             .collect();
         drop(found);
-        let mut views = Vec::with_capacity(sockets.len() + absent.len());
+        let mut views = Views::default();
         // Part by part: what is in flight takes room, too.
         for part in sockets.chunks(PART) {
             let lookups: Vec<_> = part.iter().map(Lookup::from).collect();
@@ -171,9 +168,9 @@ impl<T: Transport> Tables<T> {
             }));
         }
         for part in absent.chunks(PART) {
-            views.append(&mut self.exactly(part, ledger)?.0.views);
+            views.extend(self.exactly(part, ledger)?.views.iter());
         }
-        Ok(Snapshot::new(views))
+        Ok(Snapshot::of(views))
     }
 
     /// These connections, exactly: each entry by its tuple, then each socket by its tuple.
@@ -190,8 +187,7 @@ impl<T: Transport> Tables<T> {
             .iter()
             .zip(sockets)
             .zip(entries)
-            .map(|((lookup, socket), entry)| View { flow: lookup.flow, socket, entry })
-            .collect();
+            .map(|((lookup, socket), entry)| View { flow: lookup.flow, socket, entry });
         Ok(Exact(Snapshot::new(views)))
     }
 
@@ -231,39 +227,47 @@ pub fn join(
     scope: &Scope,
     policy: &Policy,
 ) -> Snapshot {
-    let sockets = sockets.into_iter().map(|socket| (socket.flow(), socket));
-    let mut views: Vec<View> = sockets
-        .filter(|(flow, _)| scope.contains(policy, *flow))
-        .map(|(flow, socket)| View { flow, socket: Some(socket), entry: None })
+    Snapshot::of(put_together(entries, sockets, scope, policy))
+}
+
+fn put_together(
+    entries: impl IntoIterator<Item = Entry>,
+    sockets: impl IntoIterator<Item = Socket>,
+    scope: &Scope,
+    policy: &Policy,
+) -> Views {
+    let sockets = sockets.into_iter().filter(|socket| scope.contains(policy, socket.flow()));
+    let mut views: Views = sockets
+        .map(|socket| View { flow: socket.flow(), socket: Some(socket), entry: None })
         .collect();
     let mut by_flow: HashMap<FourTuple, usize> = HashMap::with_capacity(views.len());
     for (index, view) in views.iter().enumerate() {
         by_flow.entry(view.flow).or_insert(index);
     }
-    let mut orphans = Vec::new();
+    let mut orphans = Views::default();
     for entry in entries {
         let mut is_orphan = true;
         for flow in places(&entry, scope, policy) {
-            if let Some(view) = by_flow.get(&flow).and_then(|index| views.get_mut(*index)) {
+            if let Some((index, view)) = by_flow.get(&flow).and_then(|i| Some((*i, views.get(*i)?)))
+            {
                 is_orphan = false;
                 if view.entry.is_none_or(|kept| rank(flow, &kept) < rank(flow, &entry)) {
-                    view.entry = Some(entry);
+                    views.set(index, View { entry: Some(entry), ..view });
                 }
             }
         }
         if is_orphan {
-            orphans.extend(places(&entry, scope, policy).map(|flow| (flow, entry)));
+            let alone = |flow| View { flow, socket: None, entry: Some(entry) };
+            orphans.extend(places(&entry, scope, policy).map(alone));
         }
     }
-    // In the order of the connections, and the one of two that a limiter counts last.
-    orphans.sort_by_cached_key(|(flow, entry)| (*flow, rank(*flow, entry)));
-    let mut orphans = orphans.into_iter().peekable();
-    while let Some((flow, entry)) = orphans.next() {
-        if orphans.peek().is_none_or(|(next, _)| *next != flow) {
-            views.push(View { flow, socket: None, entry: Some(entry) });
-        }
-    }
-    Snapshot::new(views)
+    drop(by_flow);
+    // In the order of the connections, and the one of two that a limiter counts first.
+    let worth = |view: &View| view.entry.map(|entry| rank(view.flow, &entry));
+    orphans.sort_by_key(|view| (view.flow, Reverse(worth(view))));
+    orphans.dedup();
+    views.append(orphans);
+    views
 }
 
 fn is_home<T: Transport>(homes: &mut [Routes<T>], addr: IpAddr) -> Result<bool> {

@@ -227,10 +227,10 @@ pub fn plan(snapshot: &Snapshot, scope: &Scope, policy: &Policy, ledger: &Ledger
     let actions = snapshot
         .views
         .iter()
-        .filter_map(|view| match verdict(view, snapshot, scope, policy, ledger) {
+        .filter_map(|view| match verdict(&view, snapshot, scope, policy, ledger) {
             Verdict::Act(kind, reason) => {
-                let template = template(view, snapshot, policy, ledger);
-                Some(Action { kind, reason, view: *view, template })
+                let template = template(&view, snapshot, policy, ledger);
+                Some(Action { kind, reason, view, template })
             }
             Verdict::Leave(_) => None,
         })

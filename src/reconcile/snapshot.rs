@@ -1,8 +1,9 @@
 //! What both tables say about each connection, as plain values.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
+use std::time::Duration;
 
-use crate::conntrack::{Entry, TcpState, Zone};
+use crate::conntrack::{Entry, Status, Tcp, TcpState, Zone};
 use crate::flow::{Endpoint, FourTuple};
 use crate::sockdiag::{Socket, State};
 
@@ -55,11 +56,151 @@ impl View {
     }
 }
 
+/// Connections by the hundred thousand: a plain one takes a third of a [`View`], which it becomes
+/// when it is looked at.
+#[derive(Clone, Debug, Default)]
+pub struct Views(Vec<Packed>);
+
+#[derive(Clone, Debug)]
+enum Packed {
+    /// The socket has the connection's tuple.
+    Open(Socket, Option<PackedEntry>),
+    /// No socket.
+    Alone(FourTuple, Option<PackedEntry>),
+}
+
+#[derive(Clone, Debug)]
+enum PackedEntry {
+    /// As its connection says: from the peer, with nothing of its own.
+    Plain {
+        status: Option<Status>,
+        timeout: Option<Duration>,
+        tcp: Option<Tcp>,
+        mark: Option<u32>,
+        id: Option<u32>,
+    },
+    /// In its own way.
+    Other(Box<Entry>),
+}
+
+impl Views {
+    /// The connections, one by one.
+    pub fn iter(&self) -> impl ExactSizeIterator<Item = View> + Clone {
+        self.0.iter().map(Packed::view)
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Adds one.
+    pub fn push(&mut self, view: View) {
+        self.0.push(Packed::new(view));
+    }
+
+    /// The one with this number.
+    pub(super) fn get(&self, index: usize) -> Option<View> {
+        self.0.get(index).map(Packed::view)
+    }
+
+    /// Puts another in its place.
+    pub(super) fn set(&mut self, index: usize, view: View) {
+        if let Some(slot) = self.0.get_mut(index) {
+            *slot = Packed::new(view);
+        }
+    }
+
+    /// Keeps those that `wanted` wants.
+    pub fn retain(&mut self, mut wanted: impl FnMut(&View) -> bool) {
+        self.0.retain(|packed| wanted(&packed.view()));
+    }
+
+    /// Sorts by a key that is computed once for each.
+    pub(super) fn sort_by_key<K: Ord>(&mut self, key: impl Fn(&View) -> K) {
+        self.0.sort_by_cached_key(|packed| key(&packed.view()));
+    }
+
+    /// Keeps the first of those that follow each other with the same tuple.
+    pub(super) fn dedup(&mut self) {
+        self.0.dedup_by_key(|packed| packed.flow());
+    }
+
+    /// Adds others behind.
+    pub(super) fn append(&mut self, mut others: Self) {
+        self.0.append(&mut others.0);
+    }
+}
+
+impl Extend<View> for Views {
+    fn extend<I: IntoIterator<Item = View>>(&mut self, views: I) {
+        self.0.extend(views.into_iter().map(Packed::new));
+    }
+}
+
+impl FromIterator<View> for Views {
+    fn from_iter<I: IntoIterator<Item = View>>(views: I) -> Self {
+        Self(views.into_iter().map(Packed::new).collect())
+    }
+}
+
+impl Packed {
+    fn new(view: View) -> Self {
+        let entry = view.entry.map(|entry| PackedEntry::new(view.flow, entry));
+        match view.socket {
+            Some(socket) => Self::Open(socket, entry),
+            None => Self::Alone(view.flow, entry),
+        }
+    }
+
+    fn flow(&self) -> FourTuple {
+        match self {
+            Self::Open(socket, _) => socket.flow(),
+            Self::Alone(flow, _) => *flow,
+        }
+    }
+
+    fn view(&self) -> View {
+        let (socket, entry) = match self {
+            Self::Open(socket, entry) => (Some(*socket), entry),
+            Self::Alone(_, entry) => (None, entry),
+        };
+        let flow = self.flow();
+        View { flow, socket, entry: entry.as_ref().map(|entry| entry.entry(flow)) }
+    }
+}
+
+impl PackedEntry {
+    fn new(flow: FourTuple, entry: Entry) -> Self {
+        if entry.is_plain() && entry.reply == flow {
+            let Entry { status, timeout, tcp, mark, id, .. } = entry;
+            Self::Plain { status, timeout, tcp, mark, id }
+        } else {
+            Self::Other(Box::new(entry))
+        }
+    }
+
+    fn entry(&self, flow: FourTuple) -> Entry {
+        match *self {
+            Self::Plain { status, timeout, tcp, mark, id } => {
+                let plain = Entry::plain(flow.inverse(), Zone::default());
+                Entry { status, timeout, tcp, mark, id, ..plain }
+            }
+            Self::Other(ref entry) => **entry,
+        }
+    }
+}
+
 /// Both tables at one moment, as far as they concern the scope.
 #[derive(Clone, Debug, Default)]
 pub struct Snapshot {
     /// The connections.
-    pub views: Vec<View>,
+    pub views: Views,
     /// Local ports of which some connection has an entry: tracking is on there.
     pub tracked: HashSet<u16>,
     /// Zones that entries of the scope were found in.
@@ -81,11 +222,15 @@ pub enum Destination {
 
 impl Snapshot {
     /// A snapshot of these connections.
-    pub fn new(views: Vec<View>) -> Self {
+    pub fn new(views: impl IntoIterator<Item = View>) -> Self {
+        Self::of(views.into_iter().collect())
+    }
+
+    pub(super) fn of(views: Views) -> Self {
         let mut tracked = HashSet::new();
         let mut zones = BTreeSet::new();
         let mut destinations = HashMap::new();
-        for view in &views {
+        for view in views.iter() {
             let Some(entry) = view.entry else { continue };
             let port = view.flow.src.port();
             tracked.insert(port);
@@ -104,5 +249,53 @@ impl Snapshot {
             }
         }
         Self { views, tracked, zones, destinations }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sockdiag::Cookie;
+
+    #[test]
+    fn what_is_packed_comes_back_as_it_was() {
+        let server: Endpoint = "192.0.2.1:80".parse().unwrap();
+        let flow = FourTuple::new(server, "198.51.100.7:4000".parse().unwrap());
+        let socket = Socket {
+            local: flow.src,
+            remote: flow.dst,
+            state: State::CloseWait,
+            inode: 1,
+            uid: 2,
+            cookie: Cookie(3),
+            interface: 4,
+            recv_queue: 5,
+            send_queue: 6,
+        };
+        let tcp = Some(Tcp { state: TcpState::CloseWait, wscale: [7, 8], flags: [9, 10] });
+        let (status, timeout) = (Some(Status::ASSURED), Some(Duration::from_millis(11)));
+        let plain = Entry {
+            status,
+            timeout,
+            tcp,
+            mark: Some(0),
+            id: Some(12),
+            ..Entry::plain(flow.inverse(), Zone::default())
+        };
+        let first = FourTuple::new(flow.dst, "192.0.2.1:8080".parse().unwrap());
+        let entries = [
+            plain,
+            Entry { mark: Some(13), ..plain },
+            Entry { zone: Zone::both(14), ..plain },
+            Entry { labels: Some([15; 16]), ..plain },
+            Entry { orig: first, ..plain },
+            Entry { orig: flow, reply: flow.inverse(), ..plain },
+        ];
+        for entry in entries.map(Some).into_iter().chain([None]) {
+            for socket in [Some(socket), None] {
+                let view = View { flow, socket, entry };
+                assert_eq!(Views::from_iter([view]).iter().collect::<Vec<_>>(), [view]);
+            }
+        }
     }
 }
