@@ -37,7 +37,7 @@ impl Hash for Endpoint {
     fn hash<H: Hasher>(&self, state: &mut H) {
         match self.addr {
             IpAddr::V4(addr) => {
-                state.write_u64(u64::from(addr.to_bits()) << 16 | u64::from(self.port))
+                state.write_u64(u64::from(addr.to_bits()) << 16 | u64::from(self.port));
             }
             IpAddr::V6(addr) => {
                 state.write_u128(addr.to_bits());

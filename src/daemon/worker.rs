@@ -33,8 +33,8 @@ use crate::nftables::Hook;
 use crate::reconcile::apply::{Outcome, apply};
 use crate::reconcile::confirm::{Confirmed, confirm};
 use crate::reconcile::ledger::{Held, Ledger, Shield};
-use crate::reconcile::observe::{Exact, Tables};
-use crate::reconcile::plan::{Action, ActionKind, plan};
+use crate::reconcile::observe::{Exact, PART, Tables};
+use crate::reconcile::plan::{Action, ActionKind, plan_for};
 use crate::reconcile::policy::Scope;
 use crate::reconcile::recount::{Mode, Recounter};
 use crate::reconcile::snapshot::Snapshot;
@@ -672,15 +672,19 @@ impl<'p> Worker<'p> {
         self.ports_ever.retain(|port| alive.contains(port) || listening.contains(port));
     }
 
-    /// Plans and makes sure, then as [`Worker::carry_out`].
+    /// Plans and makes sure, then as [`Worker::carry_out`], part by part.
     fn repair(&mut self, snapshot: &Snapshot) -> Result<()> {
-        let policy = &self.settings.policy;
-        let mut planned = plan(snapshot, &self.scope, policy, &self.ledger);
-        if self.may_not_insert() {
-            planned.actions.retain(|action| action.kind != ActionKind::Reinsert);
+        let mut views = snapshot.views.iter();
+        while views.len() > 0 {
+            let (part, policy) = (views.by_ref().take(PART), &self.settings.policy);
+            let mut planned = plan_for(part, snapshot, &self.scope, policy, &self.ledger);
+            if self.may_not_insert() {
+                planned.actions.retain(|action| action.kind != ActionKind::Reinsert);
+            }
+            let confirmed = confirm(&mut self.tables, &planned, &self.scope, policy, &self.ledger)?;
+            self.carry_out(confirmed, Trigger::Sweep)?;
         }
-        let confirmed = confirm(&mut self.tables, &planned, &self.scope, policy, &self.ledger)?;
-        self.carry_out(confirmed, Trigger::Sweep)
+        Ok(())
     }
 
     /// Repairs what exact look-ups call for.

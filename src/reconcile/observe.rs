@@ -50,8 +50,8 @@ impl Exact {
     }
 }
 
-/// Connections that are looked up at once.
-const PART: usize = 4096;
+/// Connections that are looked up, or repaired, at once: what is in flight takes room, too.
+pub const PART: usize = 1024;
 
 /// Both tables of one network namespace.
 #[derive(Debug)]
@@ -157,7 +157,6 @@ impl<T: Transport> Tables<T> {
             .collect();
         drop(found);
         let mut views = Views::default();
-        // Part by part: what is in flight takes room, too.
         for part in sockets.chunks(PART) {
             let lookups: Vec<_> = part.iter().map(Lookup::from).collect();
             let entries = self.entries_of(&lookups, ledger)?;
@@ -236,8 +235,9 @@ fn put_together(
     scope: &Scope,
     policy: &Policy,
 ) -> Views {
-    let sockets = sockets.into_iter().filter(|socket| scope.contains(policy, socket.flow()));
     let mut views: Views = sockets
+        .into_iter()
+        .filter(|socket| scope.contains(policy, socket.flow()))
         .map(|socket| View { flow: socket.flow(), socket: Some(socket), entry: None })
         .collect();
     let mut by_flow: HashMap<FourTuple, usize> = HashMap::with_capacity(views.len());

@@ -224,9 +224,18 @@ pub struct Plan {
 
 /// Plans for a snapshot.
 pub fn plan(snapshot: &Snapshot, scope: &Scope, policy: &Policy, ledger: &Ledger) -> Plan {
-    let actions = snapshot
-        .views
-        .iter()
+    plan_for(snapshot.views.iter(), snapshot, scope, policy, ledger)
+}
+
+/// Plans for these connections of a snapshot.
+pub fn plan_for(
+    views: impl Iterator<Item = View>,
+    snapshot: &Snapshot,
+    scope: &Scope,
+    policy: &Policy,
+    ledger: &Ledger,
+) -> Plan {
+    let actions = views
         .filter_map(|view| match verdict(&view, snapshot, scope, policy, ledger) {
             Verdict::Act(kind, reason) => {
                 let template = template(&view, snapshot, policy, ledger);
