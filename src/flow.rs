@@ -1,5 +1,6 @@
 //! The vocabulary that both kernel tables share: endpoints and directed four-tuples. No I/O.
 
+use std::cmp::Ordering;
 use std::fmt;
 use std::hash::{Hash, Hasher};
 use std::net::{IpAddr, SocketAddr};
@@ -9,7 +10,7 @@ use std::str::FromStr;
 ///
 /// A dual-stack socket reports its IPv4 peers as v4-mapped while conntrack has plain IPv4; both
 /// must compare equal here.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Endpoint {
     addr: IpAddr,
     port: u16,
@@ -29,6 +30,23 @@ impl Endpoint {
     /// The TCP port in host byte order.
     pub fn port(&self) -> u16 {
         self.port
+    }
+}
+
+/// IPv4 first, then by address and port.
+impl Ord for Endpoint {
+    fn cmp(&self, other: &Self) -> Ordering {
+        let place = |end: &Self| match end.addr {
+            IpAddr::V4(addr) => (false, addr.to_bits().into(), end.port),
+            IpAddr::V6(addr) => (true, addr.to_bits(), end.port),
+        };
+        place(self).cmp(&place(other))
+    }
+}
+
+impl PartialOrd for Endpoint {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
     }
 }
 

@@ -33,7 +33,7 @@ use crate::nftables::Hook;
 use crate::reconcile::apply::{Outcome, apply};
 use crate::reconcile::confirm::{Confirmed, confirm};
 use crate::reconcile::ledger::{Held, Ledger, Shield};
-use crate::reconcile::observe::{Exact, PART, Tables};
+use crate::reconcile::observe::{Exact, Tables};
 use crate::reconcile::plan::{Action, ActionKind, plan_for};
 use crate::reconcile::policy::Scope;
 use crate::reconcile::recount::{Mode, Recounter};
@@ -44,6 +44,9 @@ use crate::sockdiag::{Cookie, Lookup, SockDiag, Socket, State, States};
 /// The event of a packet can come before TCP has processed it, so a repaired connection is looked
 /// at again this much later.
 const SECOND_LOOK: Duration = Duration::from_millis(3);
+
+/// Connections that are planned for and repaired at once.
+const PART: usize = 1024;
 
 /// How long inserts rest after the table was found full, at first and at most.
 const FULL_TABLE_REST: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));

@@ -271,7 +271,7 @@ pub struct Share {
     number: usize,
     /// Since when each half-closed socket of the last sweep has been so.
     half_closed: HashMap<Cookie, Instant>,
-    /// Connections that sweeps have repaired since the last survey.
+    /// Connections that the sweep under way has repaired.
     repaired: HashSet<FourTuple>,
 }
 
@@ -402,9 +402,8 @@ impl Share {
     /// # Errors
     /// The kernel refused, or an answer was lost; the figures stay as they were.
     pub fn survey<T: Transport>(&mut self, tables: &mut Tables<T>, look: Look<'_>) -> Result<()> {
-        let repaired = std::mem::take(&mut self.repaired);
         let mut gauges = Gauges::default();
-        survey::survey(tables, look, &repaired, &mut gauges)?;
+        survey::survey(tables, look, &self.repaired, &mut gauges)?;
         self.guard(|guard| guard.gauges.replace(gauges));
         Ok(())
     }
@@ -418,6 +417,7 @@ impl Share {
         interval: Duration,
     ) {
         let now = Instant::now();
+        self.repaired = HashSet::new();
         self.note_half_closed(snapshot, now);
         let counts = &self.metrics.counts;
         counts.sweeps.inc();

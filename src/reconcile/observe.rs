@@ -1,7 +1,6 @@
 //! Reads both tables into a [`Snapshot`]: whole, or connection by connection.
 
 use std::cmp::Reverse;
-use std::collections::hash_map::Entry::Vacant;
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 use std::ops::Deref;
@@ -9,7 +8,7 @@ use std::ops::Deref;
 use super::ledger::Ledger;
 use super::plan::Plan;
 use super::policy::{Policy, Scope};
-use super::snapshot::{Direction, Snapshot, View, Views};
+use super::snapshot::{Direction, PackedEntry, Snapshot, View, Views};
 use crate::conntrack::{Conntrack, Entry, Filter, Zone};
 use crate::error::Result;
 use crate::flow::{AF_INET, AF_INET6, FourTuple};
@@ -50,8 +49,8 @@ impl Exact {
     }
 }
 
-/// Connections that are looked up, or repaired, at once: what is in flight takes room, too.
-pub const PART: usize = 1024;
+/// Connections that are looked up at once: what is in flight takes room, too.
+const PART: usize = 4096;
 
 /// Both tables of one network namespace.
 #[derive(Debug)]
@@ -108,25 +107,33 @@ impl<T: Transport> Tables<T> {
         let mut parts = Vec::new();
         for filter in filters(scope) {
             for family in [AF_INET, AF_INET6] {
-                parts.push(self.conntrack.entries(family, filter, |part: &mut Views, entry| {
-                    if places(entry, scope, policy).next().is_some() {
-                        part.push(View { flow: entry.reply, socket: None, entry: Some(*entry) });
-                    }
-                })?);
+                parts.push(self.conntrack.entries(
+                    family,
+                    filter,
+                    |part: &mut Vec<_>, entry| {
+                        if places(entry, scope, policy) != [None; 2] {
+                            part.push((entry.reply, PackedEntry::new(entry.reply, *entry)));
+                        }
+                    },
+                )?);
             }
         }
-        let entries = parts.iter().flat_map(Views::iter).filter_map(|view| view.entry);
+        let entries = parts.iter().flatten().map(|(flow, entry)| entry.entry(*flow));
         let mut views = put_together(entries, self.sockets.sockets(states)?, scope, policy);
         // The sockets of connections that end elsewhere are not missing here.
-        let mut home = HashMap::new();
-        for view in views.iter().filter(|view| view.socket.is_none()) {
-            let addr = view.flow.src.addr();
-            if let Vacant(slot) = home.entry(addr) {
-                slot.insert(is_home(&mut self.homes, addr)?);
+        let mut asked = HashSet::new();
+        let mut elsewhere = HashSet::new();
+        let mut last = None;
+        for addr in views.iter().filter(|v| v.socket.is_none()).map(|v| v.flow.src.addr()) {
+            let is_new = last.replace(addr) != Some(addr) && asked.insert(addr);
+            if is_new && !is_home(&mut self.homes, addr)? {
+                elsewhere.insert(addr);
             }
         }
-        let is_here = |view: &View| home.get(&view.flow.src.addr()).copied().unwrap_or(false);
-        views.retain(|view| view.socket.is_some() || is_here(view));
+        if !elsewhere.is_empty() {
+            let is_here = |view: &View| !elsewhere.contains(&view.flow.src.addr());
+            views.retain(|view| view.socket.is_some() || is_here(view));
+        }
         Ok(Snapshot::of(views))
     }
 
@@ -247,7 +254,8 @@ fn put_together(
     let mut orphans = Views::default();
     for entry in entries {
         let mut is_orphan = true;
-        for flow in places(&entry, scope, policy) {
+        let places = places(&entry, scope, policy).into_iter().flatten();
+        for flow in places.clone() {
             if let Some((index, view)) = by_flow.get(&flow).and_then(|i| Some((*i, views.get(*i)?)))
             {
                 is_orphan = false;
@@ -258,7 +266,7 @@ fn put_together(
         }
         if is_orphan {
             let alone = |flow| View { flow, socket: None, entry: Some(entry) };
-            orphans.extend(places(&entry, scope, policy).map(alone));
+            orphans.extend(places.map(alone));
         }
     }
     drop(by_flow);
@@ -292,8 +300,8 @@ fn filters(scope: &Scope) -> Vec<Filter> {
 
 /// The connections of the scope, seen from the server, that an entry can belong to: by its answers,
 /// or, reversed, by its first packet. Both when the peer's port is in scope too.
-fn places(entry: &Entry, scope: &Scope, policy: &Policy) -> impl Iterator<Item = FourTuple> {
-    [entry.reply, entry.orig].into_iter().filter(|flow| scope.contains(policy, *flow))
+fn places(entry: &Entry, scope: &Scope, policy: &Policy) -> [Option<FourTuple>; 2] {
+    [entry.reply, entry.orig].map(|flow| scope.contains(policy, flow).then_some(flow))
 }
 
 /// Where two zones have an entry of one connection: the one that a limiter counts is worth most.

@@ -69,8 +69,9 @@ enum Packed {
     Alone(FourTuple, Option<PackedEntry>),
 }
 
+/// An entry, beside the flow that its connection has in a view.
 #[derive(Clone, Debug)]
-enum PackedEntry {
+pub(super) enum PackedEntry {
     /// As its connection says: from the peer, with nothing of its own.
     Plain {
         status: Option<Status>,
@@ -97,11 +98,6 @@ impl Views {
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
-    }
-
-    /// Adds one.
-    pub fn push(&mut self, view: View) {
-        self.0.push(Packed::new(view));
     }
 
     /// The one with this number.
@@ -176,7 +172,7 @@ impl Packed {
 }
 
 impl PackedEntry {
-    fn new(flow: FourTuple, entry: Entry) -> Self {
+    pub(super) fn new(flow: FourTuple, entry: Entry) -> Self {
         if entry.is_plain() && entry.reply == flow {
             let Entry { status, timeout, tcp, mark, id, .. } = entry;
             Self::Plain { status, timeout, tcp, mark, id }
@@ -185,7 +181,7 @@ impl PackedEntry {
         }
     }
 
-    fn entry(&self, flow: FourTuple) -> Entry {
+    pub(super) fn entry(&self, flow: FourTuple) -> Entry {
         match *self {
             Self::Plain { status, timeout, tcp, mark, id } => {
                 let plain = Entry::plain(flow.inverse(), Zone::default());
@@ -230,18 +226,22 @@ impl Snapshot {
         let mut tracked = HashSet::new();
         let mut zones = BTreeSet::new();
         let mut destinations = HashMap::new();
+        let mut last = None;
         for view in views.iter() {
             let Some(entry) = view.entry else { continue };
             let port = view.flow.src.port();
+            let destination = (entry.reply == view.flow).then(|| {
+                let direct = entry.orig.dst == view.flow.src;
+                if direct { Destination::Direct } else { Destination::Translated(entry.orig.dst) }
+            });
+            // Most say what the one before them said.
+            let this = Some((port, entry.zone, destination));
+            if std::mem::replace(&mut last, this) == this {
+                continue;
+            }
             tracked.insert(port);
             zones.insert(entry.zone);
-            if entry.reply == view.flow {
-                let direct = entry.orig.dst == view.flow.src;
-                let this = if direct {
-                    Destination::Direct
-                } else {
-                    Destination::Translated(entry.orig.dst)
-                };
+            if let Some(this) = destination {
                 let all = destinations.entry(port).or_insert(this);
                 if *all != this {
                     *all = Destination::Various;

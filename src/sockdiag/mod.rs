@@ -94,6 +94,7 @@ impl<T: Transport> SockDiag<T> {
                 Ok(())
             });
             match result {
+                Ok(part) if all.is_empty() => all = part,
                 Ok(part) => all.extend(part),
                 // A kernel without IPv6 has no handler for its sockets, and no such sockets.
                 Err(error) if family == AF_INET6 && error.is_absent() => {}
