@@ -675,17 +675,25 @@ impl<'p> Worker<'p> {
         self.ports_ever.retain(|port| alive.contains(port) || listening.contains(port));
     }
 
-    /// Plans and makes sure, then as [`Worker::carry_out`], part by part.
+    /// Plans and makes sure, then as [`Worker::carry_out`], part by part: first what only keeps an
+    /// entry, then what brings one back.
     fn repair(&mut self, snapshot: &Snapshot) -> Result<()> {
-        let mut views = snapshot.views.iter();
-        while views.len() > 0 {
-            let (part, policy) = (views.by_ref().take(PART), &self.settings.policy);
-            let mut planned = plan_for(part, snapshot, &self.scope, policy, &self.ledger);
-            if self.may_not_insert() {
-                planned.actions.retain(|action| action.kind != ActionKind::Reinsert);
+        let mut is_any_lost = false;
+        for bring_back in [false, true] {
+            let mut views = snapshot.views.iter();
+            while views.len() > 0 && (is_any_lost || !bring_back) {
+                let (part, policy) = (views.by_ref().take(PART), &self.settings.policy);
+                let mut planned = plan_for(part, snapshot, &self.scope, policy, &self.ledger);
+                if self.may_not_insert() {
+                    planned.actions.retain(|action| action.kind != ActionKind::Reinsert);
+                }
+                let before = planned.actions.len();
+                planned.actions.retain(|action| action.kind.needs_recount() == bring_back);
+                is_any_lost |= planned.actions.len() < before;
+                let confirmed =
+                    confirm(&mut self.tables, &planned, &self.scope, policy, &self.ledger)?;
+                self.carry_out(confirmed, Trigger::Sweep)?;
             }
-            let confirmed = confirm(&mut self.tables, &planned, &self.scope, policy, &self.ledger)?;
-            self.carry_out(confirmed, Trigger::Sweep)?;
         }
         Ok(())
     }
