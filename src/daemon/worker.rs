@@ -676,7 +676,7 @@ impl<'p> Worker<'p> {
     }
 
     /// Plans and makes sure, then as [`Worker::carry_out`], part by part: first what only keeps an
-    /// entry, then what brings one back.
+    /// entry, then what brings one back, or much of that would let more of them expire.
     fn repair(&mut self, snapshot: &Snapshot) -> Result<()> {
         let mut is_any_lost = false;
         for bring_back in [false, true] {

@@ -15,12 +15,9 @@ use crate::sockdiag::Lookup;
 pub struct Confirmed(Plan);
 
 impl Confirmed {
-    /// What exact look-ups call for; what only keeps an entry goes before what brings one back, or
-    /// much of that would let more of them expire.
+    /// What exact look-ups call for.
     pub fn new(snapshot: &Exact, scope: &Scope, policy: &Policy, ledger: &Ledger) -> Self {
-        let mut plan = plan::plan(snapshot, scope, policy, ledger);
-        plan.actions.sort_by_key(|action| action.kind.needs_recount());
-        Self(plan)
+        Self(plan::plan(snapshot, scope, policy, ledger))
     }
 
     /// The actions.
