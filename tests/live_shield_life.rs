@@ -143,7 +143,7 @@ fn an_rst_at_the_end_of_a_selective_acknowledgement_is_shown() {
         let peer = lab.peer(SOURCE);
         peer.send(&segment(PSH | ACK, 50, b"the third"));
         peer.send(&segment(RST, offset, &[]));
-        await_decisions(&lab, &[("rst_delayed", 1.0), (decision, 1.0)]);
+        await_decisions(&lab, &[("delayed", 1.0), (decision, 1.0)]);
         let sockets = lab.all_sockets();
         let is_there = sockets.iter().any(|it| it.state == "established" && it.local.port() == 80);
         assert_eq!(is_there, decision == "rst_hidden", "what TCP made of it");
@@ -420,7 +420,7 @@ fn decisions_are_counted() {
         ("fin_learned", 3.0),
         ("fin_hidden", 3.0),
         ("rst_hidden", 3.0),
-        ("rst_delayed", 1.0),
+        ("delayed", 1.0),
         ("rst_shown", 1.0),
         ("fragment_dropped", 0.0),
         ("not_learned", 0.0),

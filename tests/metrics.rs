@@ -75,7 +75,7 @@ fn contract() -> Vec<String> {
     const THRESHOLDS: &str = "10 20 50 100 200 500 1000";
     const TIMED: &str =
         "syn-sent syn-recv established fin-wait close-wait last-ack time-wait close";
-    const DECISIONS: &str = "fin_learned fin_hidden rst_shown rst_hidden rst_delayed \
+    const DECISIONS: &str = "fin_learned fin_hidden rst_shown rst_hidden delayed \
                              fragment_dropped not_learned not_read";
     let families: [(&str, &[(&str, &str)]); 48] = [
         ("ctkeep_mode", &[("mode", "enforce observe")]),

@@ -33,7 +33,7 @@ pub const DECISIONS: [&str; 8] = [
     "fin_hidden",
     "rst_shown",
     "rst_hidden",
-    "rst_delayed",
+    "delayed",
     "fragment_dropped",
     "not_learned",
     "not_read",

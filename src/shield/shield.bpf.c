@@ -26,7 +26,7 @@ enum decision {
 	FIN_HIDDEN,
 	RST_SHOWN,
 	RST_HIDDEN,
-	RST_DELAYED,
+	DELAYED,
 	FRAGMENT_DROPPED,
 	NOT_LEARNED,
 	NOT_READ,
@@ -296,7 +296,7 @@ static __always_inline enum decision on_rst(struct tcp_sock *tcp, __u32 state, _
 					    __u32 payload, bool again)
 {
 	if (state == BPF_TCP_ESTABLISHED && !again && !before(seq, tcp->rcv_nxt))
-		return RST_DELAYED;
+		return DELAYED;
 	return closes(tcp, state, seq, payload) ? RST_SHOWN : RST_HIDDEN;
 }
 
@@ -373,14 +373,14 @@ int ctkeep_shield(struct __sk_buff *skb)
 		decision = flags & TCP_FIN ? on_fin(tcp, state, seq, payload)
 					   : on_rst(tcp, state, seq, payload, again);
 	else if (!again && is_before_connection(state))
-		decision = RST_DELAYED;
+		decision = DELAYED;
 	bpf_sk_release(socket);
 	if (decision == DECISIONS)
 		return TC_ACT_UNSPEC;
 	count(decision);
 	if (decision == FIN_HIDDEN || decision == RST_HIDDEN)
 		skb->mark |= mark;
-	if (decision == RST_DELAYED) {
+	if (decision == DELAYED) {
 		skb->mark |= mark;
 		return bpf_redirect(skb->ifindex, BPF_F_INGRESS);
 	}
