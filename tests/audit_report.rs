@@ -163,7 +163,7 @@ fn sockets_shared_by_workers_are_shown_once() {
 type Ends = (SocketAddr, SocketAddr);
 
 /// Seconds; so long that what is about to expire outlasts the test.
-const LEASE: u64 = 600;
+const LEASE: u64 = 3000;
 
 /// An independent count, from the output of `ss` and `conntrack -L` alone.
 fn counted_by_tools(lab: &Lab, ports: &[u16]) -> (BTreeMap<String, u64>, BTreeMap<String, u64>) {
@@ -262,11 +262,11 @@ fn two_thousand_mixed_connections_agree_with_an_independent_count() {
          -A OUTPUT -p tcp --sport 86 -j CT --zone 5\nCOMMIT\n",
     );
     // Entries are looked at later than sockets; nothing may change by itself in between.
-    for (name, value) in [("close", "600"), ("time_wait", "600"), ("last_ack", "600")] {
+    for (name, value) in [("close", "3000"), ("time_wait", "3000"), ("last_ack", "3000")] {
         lab.server.sysctl(&format!("net/netfilter/nf_conntrack_tcp_timeout_{name}"), value);
     }
-    lab.server.sysctl("net/netfilter/nf_conntrack_tcp_timeout_unacknowledged", "600");
-    lab.server.sysctl("net/netfilter/nf_conntrack_tcp_timeout_max_retrans", "600");
+    lab.server.sysctl("net/netfilter/nf_conntrack_tcp_timeout_unacknowledged", "3000");
+    lab.server.sysctl("net/netfilter/nf_conntrack_tcp_timeout_max_retrans", "3000");
     let container = lab.container();
     let _in_container = lab::Server::start(&container, "[::]:80");
     let _open = lab.serve("[::]:80 [::]:86");
@@ -303,7 +303,7 @@ fn two_thousand_mixed_connections_agree_with_an_independent_count() {
     // Every third is half-closed; every third of those sends a stale RST.
     for port in [80, 86, 8080] {
         // The last ones are to be forgotten before half a lease has passed.
-        let lasting = if port == 8080 { "200" } else { "600" };
+        let lasting = if port == 8080 { "1000" } else { "3000" };
         lab.server.sysctl("net/netfilter/nf_conntrack_tcp_timeout_close_wait", lasting);
         for (index, conn) in by_port.get_mut(&port).unwrap().iter_mut().enumerate() {
             if index % 3 == 0 && index < 900 {
@@ -342,7 +342,7 @@ fn two_thousand_mixed_connections_agree_with_an_independent_count() {
     lab.server.run("conntrack -D -p tcp -s 203.0.113.9 --orig-port-dst 80 --state ESTABLISHED");
     // Alive without a socket; and flows that only pass through this host.
     for port in 1..=40 {
-        for (dst, timeout) in [("192.0.2.1", 600), ("192.0.2.77", 600)] {
+        for (dst, timeout) in [("192.0.2.1", 3000), ("192.0.2.77", 3000)] {
             lab.server.run(&format!(
                 "conntrack -I -p tcp -s 198.51.100.99 -d {dst} --sport {port} --dport 80 \
                  --state ESTABLISHED --timeout {timeout} --status ASSURED,SEEN_REPLY"
