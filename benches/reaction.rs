@@ -96,8 +96,8 @@ fn main() {
     lab.connlimit(80, 10_000);
     traffic::widen_ports(&lab);
     lab.server.sysctl("net/netfilter/nf_conntrack_timestamp", "1");
-    // At level 1 the connections of a repeat offender are held so that nothing is left to repair.
     let woken = |name, churn| Arm { args: None, ..Arm::new(name, churn, &[], false) };
+    // At level 1 the connections of a repeat offender are held so that nothing is left to repair.
     let mut arms = [
         woken("idle, a thread woken by a pipe", false),
         Arm::new("idle, nflog", false, NFLOG, true),

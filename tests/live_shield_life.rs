@@ -12,6 +12,7 @@ use std::thread;
 use std::time::Duration;
 
 use lab::neighbour::{Place, filters, has_tcx, programs};
+use lab::process::capabilities;
 use lab::{
     ACK, Daemon, FIN, Frame, Kind, Lab, PSH, Peer, RST, RawConn, SYN, Segment, Server,
     holds_within, http, kernel, wait_for,
@@ -403,9 +404,7 @@ fn decisions_are_counted() {
     let Some(lab) = lab() else { return };
     let _server = lab.serve("0.0.0.0:80");
     let daemon = shielded(&lab);
-    let status = fs::read_to_string(format!("/proc/{}/status", daemon.pid())).expect("a process");
-    let kept = status.lines().find_map(|line| line.strip_prefix("CapEff:\t")).expect("a mask");
-    assert_eq!(u64::from_str_radix(kept, 16), Ok(kernel::kept_under_the_shield()));
+    assert_eq!(capabilities(daemon.pid(), "CapEff"), kernel::kept_under_the_shield());
     let peer = lab.peer(SOURCE);
     let mut conns = peer.hold(80, 4);
     for conn in conns.iter_mut().take(3) {

@@ -598,6 +598,10 @@ mod ledger {
 mod observation {
     use super::*;
 
+    fn views(snapshot: &Snapshot) -> Vec<View> {
+        snapshot.views.iter().collect()
+    }
+
     fn whole(host: Host) -> Snapshot {
         let (_, mut tables) = host.open();
         let open = States::from_iter([State::CloseWait, State::Established]);
@@ -626,7 +630,7 @@ mod observation {
             View { flow: v6, socket: Some(socket_v6), entry: Some(entry_v6) },
             View { flow: alone, socket: None, entry: Some(entry_alone) },
         ];
-        assert_eq!(whole(host).views.iter().collect::<Vec<_>>(), expected);
+        assert_eq!(views(&whole(host)), expected);
     }
 
     fn socket_of(flow: FourTuple) -> Socket {
@@ -642,8 +646,8 @@ mod observation {
             entries: [other_port, loopback].map(|f| entry(f, TcpState::Close, 9)).to_vec(),
             ..Host::default()
         };
-        assert_eq!(whole(host.clone()).views.iter().collect::<Vec<_>>(), []);
-        assert_eq!(half_closed(host, &Ledger::default()).views.iter().collect::<Vec<_>>(), []);
+        assert_eq!(views(&whole(host.clone())), []);
+        assert_eq!(views(&half_closed(host, &Ledger::default())), []);
     }
 
     #[test]
@@ -652,7 +656,7 @@ mod observation {
         let (socket, entry) = (socket_of(between), entry(between, TcpState::CloseWait, 60));
         let host = Host { sockets: vec![socket], entries: vec![entry], ..Host::default() };
         let expected = View { flow: between, socket: Some(socket), entry: Some(entry) };
-        assert_eq!(whole(host).views.iter().collect::<Vec<_>>(), [expected]);
+        assert_eq!(views(&whole(host)), [expected]);
     }
 
     #[test]
@@ -667,10 +671,7 @@ mod observation {
         for entries in [[counted, closed, reversed], [reversed, closed, counted]] {
             let host =
                 Host { sockets: vec![close_wait(1)], entries: entries.to_vec(), ..Host::default() };
-            assert_eq!(
-                whole(host).views.iter().collect::<Vec<_>>(),
-                [view(Some(close_wait(1)), Some(counted))]
-            );
+            assert_eq!(views(&whole(host)), [view(Some(close_wait(1)), Some(counted))]);
         }
     }
 
@@ -688,10 +689,7 @@ mod observation {
         };
         let (host, mut tables) = host.open();
         let snapshot = tables.half_closed(&scope(), &policy(), &Ledger::default()).unwrap();
-        assert_eq!(
-            snapshot.views.iter().collect::<Vec<_>>(),
-            [view(Some(close_wait(1)), Some(alive))]
-        );
+        assert_eq!(views(&snapshot), [view(Some(close_wait(1)), Some(alive))]);
         assert_eq!(host.borrow().walks, 0);
     }
 
@@ -708,10 +706,7 @@ mod observation {
             (vec![], vec![], None),
         ] {
             let host = Host { sockets, skipped, entries: vec![alive], ..Host::default() };
-            assert_eq!(
-                half_closed(host, &ledger).views.iter().collect::<Vec<_>>(),
-                [view(found, Some(alive))]
-            );
+            assert_eq!(views(&half_closed(host, &ledger)), [view(found, Some(alive))]);
         }
     }
 
@@ -724,11 +719,7 @@ mod observation {
             let mut ledger = Ledger::default();
             ledger.note(&whole(host.clone()));
             let expected = view(Some(close_wait(1)), Some(there));
-            assert_eq!(
-                half_closed(host, &ledger).views.iter().collect::<Vec<_>>(),
-                [expected],
-                "{zone:?}"
-            );
+            assert_eq!(views(&half_closed(host, &ledger)), [expected], "{zone:?}");
         }
     }
 }

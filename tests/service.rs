@@ -5,37 +5,24 @@ mod lab;
 #[path = "lab/scene.rs"]
 mod scene;
 
-use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::os::linux::fs::MetadataExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
+use lab::process::{NET_ADMIN_AND_RAW, capabilities, status};
 use lab::{Lab, wait_for};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use scene::{CTKEEP, LIMIT, Limiter, SOON, Scene};
 
-const NET_ADMIN_AND_RAW: u64 = 1 << 12 | 1 << 13;
 const SYS_ADMIN: u64 = 1 << 21;
 const SYS_NICE: u64 = 1 << 23;
 
 /// Drop-ins, and the overall exposure with them that docs/operations.md states, times ten.
 const EXPOSURES: [(&[&str], &str); 3] =
     [(&[], "16"), (&["netns.conf"], "31"), (&["realtime.conf"], "19")];
-
-/// `/proc/PID/status` as the kernel writes it.
-fn status(pid: u32) -> BTreeMap<String, String> {
-    let text = fs::read_to_string(format!("/proc/{pid}/status")).expect("a running process");
-    let pairs = text.lines().filter_map(|line| line.split_once(':'));
-    pairs.map(|(name, value)| (name.to_owned(), value.trim().to_owned())).collect()
-}
-
-fn capabilities(pid: u32, set: &str) -> u64 {
-    let mask = status(pid).remove(set).expect("a mask");
-    u64::from_str_radix(&mask, 16).expect("a mask in hexadecimal digits")
-}
 
 #[test]
 fn root_keeps_only_what_repairs_need_and_repairs() {

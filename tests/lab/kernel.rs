@@ -3,6 +3,8 @@
 
 use std::sync::LazyLock;
 
+use super::process::NET_ADMIN_AND_RAW;
+
 /// Major and minor number of the running kernel.
 static VERSION: LazyLock<(u32, u32)> = LazyLock::new(|| {
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").expect("a release");
@@ -43,7 +45,6 @@ pub fn veths_poll() -> bool {
 /// Capabilities of a daemon with a shield: `CAP_NET_ADMIN` and `CAP_NET_RAW`; before 6.6 `CAP_BPF`,
 /// too, without which no map can be read.
 pub fn kept_under_the_shield() -> u64 {
-    const NET_ADMIN_AND_RAW: u64 = 1 << 12 | 1 << 13;
     const BPF: u64 = 1 << 39;
     if *VERSION >= (6, 6) { NET_ADMIN_AND_RAW } else { NET_ADMIN_AND_RAW | BPF }
 }

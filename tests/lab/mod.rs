@@ -24,6 +24,7 @@ pub mod kernel;
 mod namespace;
 pub mod neighbour;
 mod peer;
+pub mod process;
 pub mod rules;
 mod segment;
 mod server;

@@ -1,0 +1,20 @@
+//! What the kernel tells of a running process.
+
+use std::collections::BTreeMap;
+use std::fs;
+
+/// What every daemon keeps.
+pub const NET_ADMIN_AND_RAW: u64 = 1 << 12 | 1 << 13;
+
+/// `/proc/PID/status` as the kernel writes it.
+pub fn status(pid: u32) -> BTreeMap<String, String> {
+    let text = fs::read_to_string(format!("/proc/{pid}/status")).expect("a running process");
+    let pairs = text.lines().filter_map(|line| line.split_once(':'));
+    pairs.map(|(name, value)| (name.to_owned(), value.trim().to_owned())).collect()
+}
+
+/// One of its sets of capabilities, for example `CapEff`.
+pub fn capabilities(pid: u32, set: &str) -> u64 {
+    let mask = status(pid).remove(set).expect("a mask");
+    u64::from_str_radix(&mask, 16).expect("a mask in hexadecimal digits")
+}
