@@ -22,12 +22,13 @@ use ctkeep::netlink::{Connection, Drained, Request, Transport};
 use ctkeep::sockdiag::{Lookup, SockDiag, Socket, State, States};
 use ctkeep::{Cause, Error, Op};
 use played::{
-    CT_DELETE, CT_GET, CT_GET_STATS, CT_NEW, EEXIST, EINVAL, ENOBUFS, ENOENT, EPERM, NLM_F_ACK,
-    NLM_F_CREATE, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_EXCL, NLM_F_MULTI, NLM_F_REQUEST, NLMSG_DONE,
-    NLMSG_ERROR, NLMSG_NOOP, NLMSG_OVERRUN, Played, SOCK_DIAG_BY_FAMILY, ack, attribute, done,
-    done_because, entry, entry_message, entry_payload, flow, message, message_from, obliging,
-    refusal, refusal_because, requests, reversed_entry, script, socket, socket_message, u16_at,
-    u32_at, uncapped_refusal_because,
+    CT_DELETE, CT_GET, CT_GET_STATS, CT_NEW, EEXIST, EINVAL, ENOBUFS, ENOENT, EOPNOTSUPP, EPERM,
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_EXCL, NLM_F_MULTI, NLM_F_REQUEST,
+    NLMSG_DONE, NLMSG_ERROR, NLMSG_NOOP, NLMSG_OVERRUN, Played, SOCK_DIAG_BY_FAMILY,
+    TCPDIAG_GETSOCK, ack, attribute, done, done_because, dumped_states, entry, entry_message,
+    entry_payload, flow, listed_socket, message, message_from, obliging, refusal, refusal_because,
+    requests, reversed_entry, script, socket, socket_message, u16_at, u32_at,
+    uncapped_refusal_because,
 };
 
 /// A message type that means nothing to the netlink layer.
@@ -931,47 +932,40 @@ mod sockets {
         States::connected()
     }
 
-    /// A kernel that dumps `ipv4` and `ipv6` message by message.
-    fn dumping(
-        ipv4: Result<Vec<Vec<u8>>, i32>,
-        ipv6: Result<Vec<Vec<u8>>, i32>,
-    ) -> SockDiag<Played> {
+    /// A kernel that dumps these message by message.
+    fn dumping(payloads: Result<Vec<Vec<u8>>, i32>) -> SockDiag<Played> {
         SockDiag::new(obliging(move |request| {
-            assert_eq!(request.kind, SOCK_DIAG_BY_FAMILY);
-            let payloads = if request.body[0] == 2 { ipv4.clone() } else { ipv6.clone() };
-            Ok(payloads?
-                .iter()
-                .map(|payload| message(SOCK_DIAG_BY_FAMILY, NLM_F_MULTI, request.seq, payload))
-                .collect())
+            dumped_states(request);
+            let part = |payload| message(TCPDIAG_GETSOCK, NLM_F_MULTI, request.seq, payload);
+            payloads.as_ref().map(|all| all.iter().map(|it| part(it)).collect()).map_err(|e| *e)
         }))
     }
 
     #[test]
-    fn both_families_are_dumped_with_the_states_as_the_kernels_mask() {
+    fn both_families_are_dumped_at_once_with_the_states_as_the_kernels_mask() {
         let asked = Rc::new(RefCell::new(Vec::new()));
         let seen = asked.clone();
         let mut diag = SockDiag::new(obliging(move |request| {
             assert!(request.is_dump());
-            // family, protocol, states
-            seen.borrow_mut().push((request.body[0], request.body[1], u32_at(&request.body, 4)));
+            seen.borrow_mut().push(dumped_states(request));
             Ok(vec![])
         }));
         diag.sockets(States::from_iter([State::CloseWait, State::Established])).unwrap();
-        assert_eq!(*asked.borrow(), [(2, 6, 1 << 8 | 1 << 1), (10, 6, 1 << 8 | 1 << 1)]);
+        assert_eq!(*asked.borrow(), [1 << 8 | 1 << 1]);
     }
 
     #[test]
     fn a_socket_that_a_dump_reports_twice_is_reported_once() {
         let (one, two) = (close_wait(PEER, 1), close_wait(OTHER_PEER, 2));
         let payloads = [one, two, one].map(|socket| played::socket_payload(&socket));
-        let mut diag = dumping(Ok(payloads.to_vec()), Ok(vec![]));
+        let mut diag = dumping(Ok(payloads.to_vec()));
         assert_eq!(diag.sockets(all()).unwrap(), [one, two]);
     }
 
     #[test]
     fn the_ipv4_peer_of_a_dual_stack_listener_has_an_ipv4_address() {
         let wanted = close_wait(PEER, 1);
-        let mut diag = dumping(Ok(vec![]), Ok(vec![played::mapped_socket_payload(&wanted)]));
+        let mut diag = dumping(Ok(vec![played::mapped_socket_payload(&wanted)]));
         assert_eq!(diag.sockets(all()).unwrap(), [wanted]);
         assert_eq!(wanted.flow().family(), AF_INET);
     }
@@ -980,24 +974,18 @@ mod sockets {
     fn sockets_of_both_families_are_reported() {
         let v4 = close_wait(PEER, 1);
         let v6 = socket("[2001:db8::1]:80", "[2001:db8:1::7]:4000", State::CloseWait, 2);
-        let mut diag =
-            dumping(Ok(vec![played::socket_payload(&v4)]), Ok(vec![played::socket_payload(&v6)]));
+        let mut diag = dumping(Ok([v4, v6].iter().map(played::socket_payload).collect()));
         assert_eq!(diag.sockets(all()).unwrap(), [v4, v6]);
     }
 
     #[test]
-    fn a_kernel_without_ipv6_has_no_ipv6_sockets() {
-        let wanted = close_wait(PEER, 1);
-        let mut diag = dumping(Ok(vec![played::socket_payload(&wanted)]), Err(ENOENT));
-        assert_eq!(diag.sockets(all()).unwrap(), [wanted]);
-    }
-
-    #[test]
     fn a_kernel_without_tcp_diag_is_unavailable_and_the_module_is_named() {
+        // Without tcp_diag, and without inet_diag below it.
         for answer in [
-            dumping(Err(ENOENT), Err(ENOENT)).sockets(all()).map(drop),
-            dumping(Err(ENOENT), Err(ENOENT)).listeners().map(drop),
-            dumping(Err(ENOENT), Err(ENOENT)).probe(),
+            dumping(Err(ENOENT)).sockets(all()).map(drop),
+            dumping(Err(ENOENT)).listeners().map(drop),
+            dumping(Err(ENOENT)).probe(),
+            dumping(Err(EOPNOTSUPP)).probe(),
         ] {
             let error = answer.unwrap_err();
             assert!(error.is_unavailable(), "{error}");
@@ -1006,16 +994,15 @@ mod sockets {
     }
 
     #[test]
-    fn a_refused_dump_of_either_family_is_an_error() {
-        dumping(Err(EPERM), Ok(vec![])).sockets(all()).unwrap_err();
-        dumping(Ok(vec![]), Err(EPERM)).sockets(all()).unwrap_err();
+    fn a_refused_dump_is_an_error() {
+        dumping(Err(EPERM)).sockets(all()).unwrap_err();
     }
 
     #[test]
     fn a_socket_cut_short_fails_the_dump() {
         let payload = played::socket_payload(&close_wait(PEER, 1));
         let cut = payload[..60].to_vec();
-        let error = dumping(Ok(vec![payload, cut]), Ok(vec![])).sockets(all()).unwrap_err();
+        let error = dumping(Ok(vec![payload, cut])).sockets(all()).unwrap_err();
         assert!(is_malformed(&error), "{error}");
     }
 
@@ -1025,7 +1012,7 @@ mod sockets {
         let mut unknown = played::socket_payload(&close_wait(OTHER_PEER, 2));
         // TCP_BOUND_INACTIVE, since 6.8: a socket without peer.
         unknown[1] = 13;
-        let mut diag = dumping(Ok(vec![unknown, played::socket_payload(&wanted)]), Ok(vec![]));
+        let mut diag = dumping(Ok(vec![unknown, played::socket_payload(&wanted)]));
         assert_eq!(diag.sockets(all()).unwrap(), [wanted]);
     }
 
@@ -1127,9 +1114,8 @@ mod sockets {
     fn namespace(sockets: Vec<Socket>) -> SockDiag<Played> {
         SockDiag::new(obliging(move |request| {
             if request.is_dump() {
-                let ipv4 = request.body[0] == 2;
-                let found = sockets.iter().filter(|_| ipv4);
-                return Ok(found.map(|socket| socket_message(request.seq, socket)).collect());
+                let listed = |socket| listed_socket(request.seq, socket);
+                return Ok(sockets.iter().map(listed).collect());
             }
             let port = u16::from_be_bytes([request.body[10], request.body[11]]);
             let socket = sockets.iter().find(|socket| socket.remote.port() == port);

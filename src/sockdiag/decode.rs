@@ -3,7 +3,7 @@
 use netlink_packet_core::{DecodeError, Parseable};
 use netlink_packet_sock_diag::inet::InetResponseHeader;
 
-use super::request::SOCK_DIAG_BY_FAMILY;
+use super::request::{SOCK_DIAG_BY_FAMILY, TCPDIAG_GETSOCK};
 use super::socket::{Cookie, Socket, State};
 use crate::flow::Endpoint;
 use crate::netlink::Frame;
@@ -14,7 +14,7 @@ use crate::netlink::Frame;
 /// # Errors
 /// Another message type, or one too short.
 pub(super) fn socket(frame: Frame<'_>) -> Result<Option<Socket>, DecodeError> {
-    if frame.kind != SOCK_DIAG_BY_FAMILY {
+    if ![SOCK_DIAG_BY_FAMILY, TCPDIAG_GETSOCK].contains(&frame.kind) {
         return Err(DecodeError::from(format!("message type {} for a socket", frame.kind)));
     }
     let header = InetResponseHeader::parse(frame.payload)?;

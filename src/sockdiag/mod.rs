@@ -11,7 +11,7 @@ use netlink_sys::protocols::NETLINK_SOCK_DIAG;
 use nix::errno::Errno;
 
 use crate::error::{Cause, Error, Op, Result};
-use crate::flow::{AF_INET, AF_INET6, FourTuple};
+use crate::flow::FourTuple;
 use crate::netlink::{Connection, KernelSocket, Transport};
 
 pub use socket::{Cookie, Socket, State, States, UnknownState};
@@ -69,8 +69,7 @@ impl<T: Transport> SockDiag<T> {
     /// # Errors
     /// The kernel refused, or a message was lost or malformed.
     pub fn sockets(&mut self, states: States) -> Result<Vec<Socket>> {
-        let mut all = self.dump(AF_INET, states)?;
-        all.extend(self.dump(AF_INET6, states)?);
+        let mut all = self.dump(states)?;
         // A socket that moves between hash chains during a dump can be reported twice.
         all.sort_unstable_by_key(|socket| (socket.cookie, socket.local, socket.remote));
         all.dedup_by_key(|socket| (socket.cookie, socket.local, socket.remote));
@@ -85,21 +84,23 @@ impl<T: Transport> SockDiag<T> {
         self.sockets(States::from_iter([State::Listen]))
     }
 
-    fn dump(&mut self, family: u8, states: States) -> Result<Vec<Socket>> {
-        let request = request::dump(family, states);
+    fn dump(&mut self, states: States) -> Result<Vec<Socket>> {
+        let request = request::dump(states);
         let mut all = Vec::new();
         for connection in &mut self.connections {
-            let result = connection.dump(&request, |part: &mut Vec<Socket>, frame| {
+            let part = connection.dump(&request, |part: &mut Vec<Socket>, frame| {
                 part.extend(decode::socket(frame).map_err(|error| request.op.malformed(error))?);
                 Ok(())
             });
-            match result {
-                Ok(part) if all.is_empty() => all = part,
-                Ok(part) => all.extend(part),
-                // A kernel without IPv6 has no handler for its sockets, and no such sockets.
-                Err(error) if family == AF_INET6 && error.is_absent() => {}
-                Err(error) if error.is_absent() => return Err(module_missing(request.op)),
-                Err(error) => return Err(error),
+            let part = part.map_err(|error| match error.errno() {
+                // Without tcp_diag, and without inet_diag below it.
+                Some(Errno::ENOENT | Errno::EOPNOTSUPP) => module_missing(request.op),
+                _ => error,
+            })?;
+            if all.is_empty() {
+                all = part;
+            } else {
+                all.extend(part);
             }
         }
         Ok(all)
@@ -137,7 +138,7 @@ impl<T: Transport> SockDiag<T> {
     /// # Errors
     /// Says which module is missing.
     pub fn probe(&mut self) -> Result<()> {
-        self.dump(AF_INET, States::from_iter([State::Listen])).map(drop)
+        self.listeners().map(drop)
     }
 }
 

@@ -5,18 +5,28 @@ use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, SocketId, Stat
 
 use super::{Lookup, States};
 use crate::error::Op;
-use crate::flow::AF_INET;
 use crate::netlink::Request;
 
+/// `TCPDIAG_GETSOCK`: the older question, and the only one that is about both families at once. A
+/// dump walks the sockets of the whole machine, so one for each family would cost twice.
+pub(super) const TCPDIAG_GETSOCK: u16 = 18;
 /// `SOCK_DIAG_BY_FAMILY`.
 pub(super) const SOCK_DIAG_BY_FAMILY: u16 = 20;
+/// `struct inet_diag_req`: its length, and where `idiag_states` is in it.
+const INET_DIAG_REQ_LEN: usize = 60;
+const IDIAG_STATES: usize = 52;
 const IPPROTO_TCP: u8 = 6;
 /// `INET_DIAG_NOCOOKIE` in both halves: match by tuple alone.
 const NO_COOKIE: [u8; 8] = [0xff; 8];
 
-/// All sockets of a family in `states`.
-pub(super) fn dump(family: u8, states: States) -> Request {
-    request(Op::new("dump of TCP sockets"), family, states, empty_id(family))
+/// All sockets in `states`.
+pub(super) fn dump(states: States) -> Request {
+    let mut body = vec![0; INET_DIAG_REQ_LEN];
+    if let Some(place) = body.get_mut(IDIAG_STATES..IDIAG_STATES + 4) {
+        place.copy_from_slice(&states.mask().to_ne_bytes());
+    }
+    let op = Op::new("dump of TCP sockets");
+    Request { op, kind: TCPDIAG_GETSOCK, flags: 0, body, joined: false }
 }
 
 /// The one socket of a tuple.
@@ -30,22 +40,15 @@ pub(super) fn lookup(lookup: &Lookup) -> Request {
         interface_id: lookup.interface,
         cookie: NO_COOKIE,
     };
-    request(Op::on("socket look-up", flow), flow.family(), States::default(), id)
-}
-
-fn empty_id(family: u8) -> SocketId {
-    if family == AF_INET { SocketId::new_v4() } else { SocketId::new_v6() }
-}
-
-fn request(op: Op, family: u8, states: States, socket_id: SocketId) -> Request {
     let message = InetRequest {
-        family,
+        family: flow.family(),
         protocol: IPPROTO_TCP,
         extensions: ExtensionFlags::empty(),
-        states: StateFlags::from_bits_retain(states.mask()),
-        socket_id,
+        states: StateFlags::empty(),
+        socket_id: id,
     };
     let mut body = vec![0; message.buffer_len()];
     message.emit(&mut body);
+    let op = Op::on("socket look-up", flow);
     Request { op, kind: SOCK_DIAG_BY_FAMILY, flags: 0, body, joined: false }
 }

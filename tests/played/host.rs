@@ -13,8 +13,8 @@ use ctkeep::sockdiag::{Cookie, SockDiag, Socket, State};
 
 use super::{
     CT_DELETE, CT_GET, CT_GET_STATS, CT_NEW, EEXIST, EINVAL, ENOENT, ENOMEM, NLM_F_CREATE, Played,
-    Request, attribute, attributes, descend, entry_message, message, obliging, socket_message,
-    u32_at,
+    Request, attribute, attributes, descend, dumped_states, entry_message, listed_socket, message,
+    obliging, socket_message,
 };
 
 /// Both tables. Change them at will between two requests.
@@ -56,20 +56,19 @@ impl Host {
         (host, tables)
     }
 
-    /// `struct inet_diag_req_v2`: a dump by family and states, or one socket by its tuple.
+    /// A dump by states, or one socket by its tuple (`struct inet_diag_req_v2`).
     fn sockets(&self, request: &Request) -> Result<Vec<Vec<u8>>, i32> {
         let body = &request.body;
-        let (family, states) = (body[0], u32_at(body, 4));
         if request.is_dump() {
+            let states = dumped_states(request);
             let wanted = |socket: &&Socket| {
-                (socket.local.addr().is_ipv4() == (family == 2))
-                    && states & (1 << socket.state as u8) != 0
-                    && !self.skipped.contains(&socket.cookie)
+                states & (1 << socket.state as u8) != 0 && !self.skipped.contains(&socket.cookie)
             };
             let found = self.sockets.iter().filter(wanted);
-            let found = found.map(|socket| socket_message(request.seq, socket)).collect();
+            let found = found.map(|socket| listed_socket(request.seq, socket)).collect();
             return Ok(self.listed(found));
         }
+        let family = body[0];
         let port = |at: usize| u16::from_be_bytes([body[at], body[at + 1]]);
         let end = |at: usize, port| match family {
             2 => Endpoint::new(<[u8; 4]>::try_from(&body[at..at + 4]).unwrap().into(), port),

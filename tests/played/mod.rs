@@ -35,6 +35,7 @@ pub const NLMSG_ERROR: u16 = 2;
 pub const NLMSG_DONE: u16 = 3;
 pub const NLMSG_OVERRUN: u16 = 4;
 
+pub const TCPDIAG_GETSOCK: u16 = 18;
 pub const SOCK_DIAG_BY_FAMILY: u16 = 20;
 pub const CT_NEW: u16 = 0x100;
 pub const CT_GET: u16 = 0x101;
@@ -43,6 +44,7 @@ pub const CT_GET_STATS: u16 = 0x105;
 
 pub const EPERM: i32 = 1;
 pub const ENOENT: i32 = 2;
+pub const EOPNOTSUPP: i32 = 95;
 pub const EEXIST: i32 = 17;
 pub const EINVAL: i32 = 22;
 pub const ENOMEM: i32 = 12;
@@ -266,9 +268,20 @@ fn sixteen(addr: IpAddr) -> [u8; 16] {
     bytes
 }
 
-/// An answer to a look-up or a part of a dump.
+/// An answer to a look-up.
 pub fn socket_message(seq: u32, socket: &Socket) -> Vec<u8> {
     message(SOCK_DIAG_BY_FAMILY, 0, seq, &socket_payload(socket))
+}
+
+/// A part of a dump.
+pub fn listed_socket(seq: u32, socket: &Socket) -> Vec<u8> {
+    message(TCPDIAG_GETSOCK, 0, seq, &socket_payload(socket))
+}
+
+/// The states that a dump asks for (`struct inet_diag_req`).
+pub fn dumped_states(request: &Request) -> u32 {
+    assert_eq!((request.kind, request.body.len()), (TCPDIAG_GETSOCK, 60));
+    u32_at(&request.body, 52)
 }
 
 /// `struct nfgenmsg` and the attributes of an entry, in the kernel's order. Without a helper, of
