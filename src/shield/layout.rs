@@ -8,17 +8,22 @@ pub(super) const DEVICES: &str = "devices";
 /// Before the raw table (-300) and conntrack (-200); after reassembly (-400).
 const PRIORITY: i32 = -310;
 
-/// A mark from a device without the program is none of ours.
+/// One rule, which most packets leave at once. A mark from a device without the program is none of
+/// ours.
 pub(super) fn layout(mark: u32, devices: Vec<Vec<u8>>) -> Layout {
-    let is_marked = [Expr::Mark, Expr::Mask(mark.to_ne_bytes().to_vec())];
-    let unmark = [Expr::Mark, Expr::Mask((!mark).to_ne_bytes().to_vec()), Expr::SetMark];
-    let rules = vec![
-        [&is_marked[..], &[Expr::Equals(vec![0; 4]), Expr::Accept]].concat(),
-        vec![Expr::InputDevice, Expr::NotIn(DEVICES), Expr::Accept],
-        [&unmark[..], &[Expr::NoTrack, Expr::Accept]].concat(),
+    let rule = vec![
+        Expr::Mark,
+        Expr::Mask(mark.to_ne_bytes().to_vec()),
+        Expr::Differs(vec![0; 4]),
+        Expr::InputDevice,
+        Expr::In(DEVICES),
+        Expr::Mark,
+        Expr::Mask((!mark).to_ne_bytes().to_vec()),
+        Expr::SetMark,
+        Expr::NoTrack,
     ];
     let set = Set { name: DEVICES, key_length: 4, size: None, timeout: None, elements: devices };
-    let chain = Chain { name: "hide", hook: Hook::Prerouting, priority: PRIORITY, rules };
+    let chain = Chain { name: "hide", hook: Hook::Prerouting, priority: PRIORITY, rules: vec![rule] };
     Layout { sets: vec![set], chains: vec![chain] }
 }
 

@@ -115,9 +115,6 @@ struct packet {
 	// Bytes of TCP, header included.
 	__u32 tcp_length;
 	bool first_fragment;
-	// Whether the TCP header came along with the one before it.
-	bool is_read;
-	struct tcp_header tcp;
 };
 
 enum found { NO_TCP, TCP, TINY, UNREAD };
@@ -149,23 +146,41 @@ static __always_inline bool is_guarded(__be16 port)
 	return bits && *bits >> number % 64 & 1;
 }
 
+// Whether a packet is none of ours at first sight: no TCP, or neither FIN nor RST where the flags
+// are where they mostly are. For most packets these few steps are all that the shield costs.
+static __always_inline bool is_ordinary(struct __sk_buff *skb)
+{
+	if (skb->protocol == bpf_htons(ETH_P_IP)) {
+		struct {
+			struct iphdr ip;
+			struct tcp_header tcp;
+		} both;
+
+		return load(skb, 0, &both, sizeof(both)) &&
+		       (both.ip.protocol != IPPROTO_TCP ||
+			(both.ip.ihl == 5 &&
+			 !(both.ip.frag_off & bpf_htons(IP_MORE | IP_OFFSET)) &&
+			 !(both.tcp.flags & (TCP_FIN | TCP_RST))));
+	}
+	if (skb->protocol == bpf_htons(ETH_P_IPV6)) {
+		struct {
+			struct ipv6hdr ip;
+			struct tcp_header tcp;
+		} both;
+
+		return load(skb, 0, &both, sizeof(both)) && both.ip.nexthdr == IPPROTO_TCP &&
+		       !(both.tcp.flags & (TCP_FIN | TCP_RST));
+	}
+	return true;
+}
+
 static __always_inline enum found read_ipv4(struct __sk_buff *skb, struct packet *packet)
 {
-	// In one reading where there are no options: that is most of what an ordinary packet costs.
-	struct {
-		struct iphdr ip;
-		struct tcp_header tcp;
-	} both;
 	struct iphdr ip;
 	__u32 fragment, total;
 
-	if (load(skb, 0, &both, sizeof(both))) {
-		ip = both.ip;
-		packet->is_read = ip.ihl == 5;
-		packet->tcp = both.tcp;
-	} else if (!load(skb, 0, &ip, sizeof(ip))) {
+	if (!load(skb, 0, &ip, sizeof(ip)))
 		return NO_TCP;
-	}
 	if (ip.protocol != IPPROTO_TCP)
 		return NO_TCP;
 	fragment = bpf_ntohs(ip.frag_off);
@@ -300,8 +315,7 @@ static __always_inline enum decision on_rst(struct tcp_sock *tcp, __u32 state, _
 	return closes(tcp, state, seq, payload) ? RST_SHOWN : RST_HIDDEN;
 }
 
-SEC("classifier")
-int ctkeep_shield(struct __sk_buff *skb)
+static __always_inline int judge(struct __sk_buff *skb, bool again)
 {
 	struct packet packet = {};
 	struct tcp_header header;
@@ -311,11 +325,7 @@ int ctkeep_shield(struct __sk_buff *skb)
 	enum found found;
 	__u32 seq, payload, header_length, state;
 	__u8 flags;
-	// Nothing on the wire can carry a mark: with our bit it is a packet that was delayed.
-	bool again = skb->mark & mark;
 
-	if (again)
-		skb->mark &= ~mark;
 	// What goes on to a VLAN or macvlan device is judged there, and only there.
 	if (skb->pkt_type == PACKET_OTHERHOST || (skb->vlan_present && skb->vlan_tci & VLAN_ID))
 		return TC_ACT_UNSPEC;
@@ -338,9 +348,7 @@ int ctkeep_shield(struct __sk_buff *skb)
 		count(FRAGMENT_DROPPED);
 		return TC_ACT_SHOT;
 	}
-	if (packet.is_read)
-		header = packet.tcp;
-	else if (!load(skb, packet.tcp_at, &header, sizeof(header)))
+	if (!load(skb, packet.tcp_at, &header, sizeof(header)))
 		return TC_ACT_UNSPEC;
 	// Other flags beside these make a packet that conntrack calls invalid, or TCP ignores.
 	flags = header.flags & (TCP_FIN | TCP_SYN | TCP_RST | TCP_ACK);
@@ -385,6 +393,17 @@ int ctkeep_shield(struct __sk_buff *skb)
 		return bpf_redirect(skb->ifindex, BPF_F_INGRESS);
 	}
 	return TC_ACT_UNSPEC;
+}
+
+SEC("classifier")
+int ctkeep_shield(struct __sk_buff *skb)
+{
+	// Nothing on the wire can carry a mark: with our bit it is a packet that was delayed.
+	bool again = skb->mark & mark;
+
+	if (again)
+		skb->mark &= ~mark;
+	return is_ordinary(skb) ? TC_ACT_UNSPEC : judge(skb, again);
 }
 
 // Some of what it calls is for GPL-compatible programs alone, as MIT is one.
