@@ -9,11 +9,13 @@ use std::time::{Duration, Instant};
 
 use aya::programs::loaded_programs;
 use aya::sys::{Stats, enable_stats};
-use lab::{ACK, Daemon, FIN, Lab, RST, SYN, Segment};
+use lab::{ACK, FIN, Lab, RST, SYN, Segment};
 use report::Target;
-use traffic::{CTKEEP, Ending, Work};
+use traffic::{Arm, CTKEEP, Ending};
 
-const ROUNDS: usize = 9;
+const ROUNDS: usize = 80;
+const SLICE: Duration = Duration::from_millis(100);
+const FLOOD_ROUNDS: usize = 9;
 const TIME: Duration = Duration::from_millis(700);
 /// Without ctkeep; with sweeps alone; with sweeps and the shield. The event source has its own
 /// price, which is that of the benchmark `clients`.
@@ -23,37 +25,40 @@ const FLOODS: [(&str, u8); 4] = [("SYN", SYN), ("RST", RST), ("FIN", FIN | ACK),
 
 fn main() {
     lab::serve_if_asked();
-    let Some(lab) = Lab::new() else { return };
     if !ctkeep::shield::IS_BUILT_IN {
         eprintln!("built without the shield: make shield-tools");
         return;
     }
-    lab.connlimit(80, 10_000);
-    lab.connlimit(81, 10_000);
-    traffic::widen_ports(&lab);
-    clients(&lab);
-    packets(&lab);
-    floods(&lab);
+    let arms = ARMS.map(Arm::new);
+    let [Some(stock), Some(sweeps), Some(shield)] = arms else { return };
+    let arms = [stock, sweeps, shield];
+    clients(&arms);
+    let [_, _, shield] = &arms;
+    packets(shield);
+    drop(arms);
+    floods();
 }
 
-fn start(lab: &Lab, arm: usize) -> Option<Daemon> {
-    ARMS.get(arm).copied().flatten().map(|args| lab.daemon(CTKEEP, args))
-}
-
-fn clients(lab: &Lab) {
-    let work = traffic::in_turn(lab, ROUNDS, TIME, |arm| start(lab, arm));
-    let by_time = |work: &Work| work.per_second;
-    let by_cpu = |work: &Work| work.per_cpu_second;
-    show("Ordinary clients on all cores, by time", &work, by_time);
-    show("The same, by CPU time of everything together", &work, by_cpu);
-}
-
-fn show(title: &str, work: &[[Vec<Work>; 3]; 3], rate: impl Fn(&Work) -> f64) {
-    report::heading(title);
-    for (arms, ending) in work.iter().zip(Ending::ALL) {
-        let rates = arms.each_ref().map(|work| work.iter().map(&rate).collect::<Vec<_>>());
-        let target = Target::AtLeast(if ending == Ending::Keepalive { 0.98 } else { 0.95 });
-        rows(ending.name(), &rates, target);
+fn clients(arms: &[Arm; 3]) {
+    let work = traffic::in_turn(arms, ROUNDS, SLICE);
+    report::heading("Ordinary clients on all cores");
+    for ([stock, sweeps, shield], ending) in work.iter().zip(Ending::ALL) {
+        let least = Target::AtLeast(if ending == Ending::Keepalive { 0.98 } else { 0.95 });
+        let name = ending.name();
+        let rate = traffic::median_rate(shield);
+        report::figure(&format!("{name}, stock"), traffic::median_rate(stock), "/s", Target::None);
+        for (arm, work, target) in [("sweeps alone", sweeps, least), ("stock", stock, Target::None)]
+        {
+            let [by_time, by_cpu] = traffic::ratios(shield, work);
+            report::ratio(&format!("{name}, shield : {arm}"), rate, "/s", by_time, target);
+            report::ratio(
+                "  by processor time, ctkeep's included",
+                rate,
+                "/s",
+                by_cpu,
+                Target::None,
+            );
+        }
     }
 }
 
@@ -68,19 +73,13 @@ fn rows(name: &str, [stock, sweeps, shield]: &[Vec<f64>; 3], target: Target) {
 }
 
 /// By the kernel's own statistics, which cost some nanoseconds themselves.
-fn packets(lab: &Lab) {
+fn packets(shield: &Arm) {
     report::heading("The program's time for a packet, by run_time_ns / run_cnt");
     let _statistics = enable_stats(Stats::RunTime).expect("statistics of programs");
-    let listeners = [80, 81].map(|port| traffic::listener(lab, port));
     for ending in Ending::ALL {
-        let each = (0..ROUNDS).map(|_| {
-            let _daemon = start(lab, 2);
-            let before = used();
-            traffic::clients(lab, &listeners, ending, TIME, None);
-            per_packet(before, used())
-        });
-        let median = report::median(&each.collect::<Vec<_>>());
-        report::figure(ending.name(), median, "ns", Target::None);
+        let before = used();
+        shield.clients(ending, TIME);
+        report::figure(ending.name(), per_packet(before, used()), "ns", Target::None);
     }
 }
 
@@ -98,9 +97,11 @@ fn per_packet(before: (Duration, u64), after: (Duration, u64)) -> f64 {
 }
 
 /// Packets of connections that nobody has, as fast as one core sends them.
-fn floods(lab: &Lab) {
+fn floods() {
+    let Some(lab) = Lab::new() else { return };
+    lab.connlimit(80, 10_000);
     report::heading("Packets of unknown connections from one core, by its CPU time");
-    let _listener = traffic::listener(lab, 80);
+    let _listener = traffic::listener(&lab, 80);
     let peer = lab.peer("198.51.100.7");
     let flood = |flags: u8| {
         let end = Instant::now() + TIME;
@@ -124,10 +125,10 @@ fn floods(lab: &Lab) {
     };
     for (name, flags) in FLOODS {
         let mut rates: [Vec<f64>; 3] = Default::default();
-        for round in 0..ROUNDS {
+        for round in 0..FLOOD_ROUNDS {
             for turn in 0..3 {
                 let arm = (round + turn) % 3;
-                let _daemon = start(lab, arm);
+                let _daemon = ARMS.get(arm).copied().flatten().map(|args| lab.daemon(CTKEEP, args));
                 lab.server.run("conntrack -F");
                 rates.get_mut(arm).expect("three arms").push(flood(flags));
             }

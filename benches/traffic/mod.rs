@@ -122,40 +122,96 @@ fn request((client, server): &mut (TcpStream, TcpStream)) {
     client.read_exact(buffer.get_mut(..128).unwrap_or_default()).expect("answer");
 }
 
-/// What clients got done.
+/// What clients got done in a while.
 #[derive(Clone, Copy, Debug)]
 pub struct Work {
     /// By the clock on the wall.
     pub per_second: f64,
-    /// By a second of processor time of clients, server, the kernel for both, and ctkeep.
+    /// By a second of processor time of clients, server, and the kernel for both.
     pub per_cpu_second: f64,
+    /// That time.
+    pub cpu: Duration,
+    /// What ctkeep took beside it.
+    pub ctkeep: Duration,
 }
 
-/// Plays every ending with each of three arms in turn, `rounds` times over: by ending, then by arm,
-/// then by round. Each round begins with another arm: what drifts meets all of them.
-pub fn in_turn(
-    lab: &Lab,
-    rounds: usize,
-    time: Duration,
-    start: impl Fn(usize) -> Option<Daemon>,
-) -> [[Vec<Work>; 3]; 3] {
-    let listeners = [80, 81].map(|port| listener(lab, port));
-    for ending in Ending::ALL {
-        clients(lab, &listeners, ending, time, None);
+/// One of the hosts that are compared, and what is measured there.
+pub struct Arm {
+    lab: Lab,
+    listeners: [TcpListener; 2],
+    daemon: Option<Daemon>,
+}
+
+impl Arm {
+    /// A host with limits on two ports; ctkeep with these arguments on it, or none.
+    pub fn new(args: Option<&[&str]>) -> Option<Self> {
+        let lab = Lab::new()?;
+        lab.connlimit(80, 10_000);
+        lab.connlimit(81, 10_000);
+        widen_ports(&lab);
+        let listeners = [80, 81].map(|port| listener(&lab, port));
+        let daemon = args.map(|args| lab.daemon(CTKEEP, args));
+        Some(Self { lab, listeners, daemon })
+    }
+
+    pub fn sh(&self, c: &str) -> String {
+        self.lab.server.output(c)
+    }
+    pub fn metrics(&self) -> String {
+        self.lab.server.output("curl -s 127.0.0.1:9815/metrics")
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.daemon.as_ref().map_or(0, Daemon::pid)
+    }
+
+    pub fn clients(&self, ending: Ending, time: Duration) -> Work {
+        clients(&self.lab, &self.listeners, ending, time, self.daemon.as_ref().map(Daemon::pid))
+    }
+}
+
+/// Plays every ending on each of three hosts in turn, `rounds` times over: by ending, then by host,
+/// then by round. A slice is short, and each round begins with another host: what drifts, on a
+/// machine shared with others, meets all of them alike.
+pub fn in_turn(arms: &[Arm; 3], rounds: usize, time: Duration) -> [[Vec<Work>; 3]; 3] {
+    for (arm, ending) in arms.iter().flat_map(|arm| Ending::ALL.map(|ending| (arm, ending))) {
+        arm.clients(ending, time);
     }
     let mut work: [[Vec<Work>; 3]; 3] = Default::default();
     for round in 0..rounds {
-        for turn in 0..3 {
-            let arm = (round + turn) % 3;
-            let daemon = start(arm);
-            let pid = daemon.as_ref().map(Daemon::pid);
-            for (work, ending) in work.iter_mut().zip(Ending::ALL) {
-                let new = clients(lab, &listeners, ending, time, pid);
-                work.get_mut(arm).expect("three arms").push(new);
+        for (work, ending) in work.iter_mut().zip(Ending::ALL) {
+            for turn in 0..3 {
+                let number = (round + turn) % 3;
+                let (arm, work) = (arms.get(number), work.get_mut(number));
+                let arm = arm.expect("three");
+                // Not counted: what is limited by the second has filled up since the last slice.
+                arm.clients(ending, time / 4);
+                work.expect("three").push(arm.clients(ending, time));
             }
         }
     }
     work
+}
+
+/// The median of the rates.
+pub fn median_rate(work: &[Work]) -> f64 {
+    report::median(&work.iter().map(|work| work.per_second).collect::<Vec<_>>())
+}
+
+/// How much of what `without` gets done `with` does: by time, and by processor time, that of ctkeep
+/// included.
+///
+/// Medians of the ratios, round by round; but ctkeep, which works now and then, by all that it took.
+pub fn ratios(with: &[Work], without: &[Work]) -> [f64; 2] {
+    let paired = |of: fn(&Work) -> f64| {
+        let rates = |work: &[Work]| work.iter().map(of).collect::<Vec<_>>();
+        report::paired(&rates(with), &rates(without))
+    };
+    let sum = |of: fn(&Work) -> Duration, work: &[Work]| work.iter().map(of).sum::<Duration>();
+    let own = |work: &[Work]| {
+        1.0 + sum(|work| work.ctkeep, work).as_secs_f64() / sum(|work| work.cpu, work).as_secs_f64()
+    };
+    [paired(|work| work.per_second), paired(|work| work.per_cpu_second) * own(without) / own(with)]
 }
 
 /// One exchange on each listener at once, each on a processor of its own.
@@ -189,7 +245,9 @@ pub fn clients(
     });
     Work {
         per_second: report::rate(count, begun.elapsed()),
-        per_cpu_second: report::rate(count, cpu + ctkeep() - used),
+        per_cpu_second: report::rate(count, cpu),
+        cpu,
+        ctkeep: ctkeep() - used,
     }
 }
 
