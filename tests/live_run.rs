@@ -189,13 +189,14 @@ fn realtime_is_round_robin_at_the_lowest_priority() {
 #[test]
 fn a_table_of_closing_connections_that_is_full_says_so() {
     const ROOM: u32 = 64;
+    const MEMORY: Duration = Duration::from_secs(3);
     let Some(lab) = Lab::new() else { return };
     let _server = lab.serve("0.0.0.0:80");
     let peer = lab.peer(SOURCE);
     let conns = peer.open(80, 4);
     let mut watch = lab.server.within(|| {
         let ports = HashSet::from([80]);
-        Watch::open("ctkeep-test", 4711, Hook::Input, &ports, ROOM).expect("a packet log")
+        Watch::open("ctkeep-test", 4711, Hook::Input, &ports, ROOM, MEMORY).expect("a packet log")
     });
     let conn = conns.first().expect("a connection");
     let stray_fins = |count: u16| {

@@ -61,7 +61,10 @@ impl Events {
         hook: Hook,
         ports: &HashSet<u16>,
     ) -> Result<Self> {
-        let nflog = || Watch::open(name, settings.nflog_group, hook, ports, nflog::CLOSING);
+        let group = settings.nflog_group;
+        // The next sweep takes note of connections that stay half-closed.
+        let memory = settings.sweep_interval;
+        let nflog = || Watch::open(name, group, hook, ports, nflog::CLOSING, memory);
         let events = match settings.events {
             EventSource::Off => Self::Off,
             EventSource::Ctnetlink => Self::Ctnetlink(Listener::open()?),

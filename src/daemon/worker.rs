@@ -10,7 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::time::{ClockId, clock_gettime};
 use thread_priority::{
     RealtimeThreadSchedulePolicy, ThreadPriority, ThreadPriorityValue, ThreadSchedulePolicy,
@@ -44,6 +44,10 @@ use crate::sockdiag::{Cookie, Lookup, SockDiag, Socket, State, States};
 /// The event of a packet can come before TCP has processed it, so a repaired connection is looked
 /// at again this much later.
 const SECOND_LOOK: Duration = Duration::from_millis(3);
+
+/// An ordinary RST closes the entry a moment before TCP closes the socket: what an event makes of an
+/// open connection is looked at again this much later, and only then acted upon.
+const OPEN_LOOK: Duration = Duration::from_micros(500);
 
 /// Connections that are planned for and repaired at once.
 const PART: usize = 1024;
@@ -151,9 +155,9 @@ fn guard_present(
     ready();
     while !control.is_stopping() {
         control.beat(number);
-        worker.wait(control)?;
-        worker.settings = control.settings();
-        worker.turn()?;
+        let ready = worker.wait(control)?;
+        worker.take_up(control.settings())?;
+        worker.turn(ready)?;
         if worker.is_due_to_check_namespaces() {
             worker.tell_shield(alone);
             if guard.identities() != begun_with {
@@ -185,12 +189,18 @@ fn sleep(control: &Control, time: Duration) -> Result<()> {
 }
 
 fn wait_for(fds: &mut [PollFd<'_>], time: Duration) -> Result<()> {
-    // Rounded up: waking before the deadline would spin.
-    let time = time + Duration::from_micros(999);
-    match poll(fds, PollTimeout::try_from(time).unwrap_or(PollTimeout::MAX)) {
+    match ppoll(fds, Some(time.into()), None) {
         Ok(_) | Err(Errno::EINTR) => Ok(()),
         Err(errno) => Err(Op::new("wait for events").io(errno.into())),
     }
+}
+
+/// What there is to read.
+#[derive(Clone, Copy, Debug)]
+struct Ready {
+    events: bool,
+    devices: bool,
+    question: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -223,7 +233,10 @@ struct Worker<'p> {
     soonest_deep: Instant,
     /// Half-closed sockets for which the last deep sweep found no entry either.
     unaccounted: HashSet<Cookie>,
-    second_look: Option<(Instant, Vec<Lookup>)>,
+    /// Repaired connections.
+    second_look: Option<Later>,
+    /// Connections without FIN that conntrack believes closed.
+    open_look: Option<Later>,
     full_table: Option<FullTable>,
     sweep_failing: bool,
     /// When the work at hand became known.
@@ -231,6 +244,36 @@ struct Worker<'p> {
     share: Share,
     lines: Lines,
     checked: Instant,
+}
+
+/// Connections to look at, in a moment.
+struct Later {
+    at: Instant,
+    /// When they became known.
+    since: Instant,
+    lookups: HashSet<Lookup>,
+}
+
+impl Later {
+    /// Takes what is due out of `slot`.
+    fn due(slot: &mut Option<Self>, now: Instant) -> Option<Self> {
+        slot.take_if(|later| later.at <= now)
+    }
+
+    /// Adds to what waits in `slot`, which keeps its time.
+    fn add(
+        slot: &mut Option<Self>,
+        delay: Duration,
+        since: Instant,
+        lookups: impl IntoIterator<Item = Lookup>,
+    ) {
+        let mut lookups = lookups.into_iter().peekable();
+        if lookups.peek().is_some() {
+            let at = Instant::now() + delay;
+            let later = slot.get_or_insert_with(|| Self { at, since, lookups: HashSet::new() });
+            later.lookups.extend(lookups);
+        }
+    }
 }
 
 /// Inserts rest until `until`.
@@ -291,6 +334,7 @@ impl<'p> Worker<'p> {
             soonest_deep: now,
             unaccounted: HashSet::new(),
             second_look: None,
+            open_look: None,
             full_table: None,
             sweep_failing: false,
             since: now,
@@ -370,31 +414,47 @@ impl<'p> Worker<'p> {
     }
 
     /// Sleeps until there is something to do.
-    fn wait(&self, control: &Control) -> Result<()> {
+    fn wait(&self, control: &Control) -> Result<Ready> {
         let mut deadline = self.next_sweep.min(self.next_deep);
-        if let Some((at, _)) = &self.second_look {
-            deadline = deadline.min(*at);
+        for later in self.second_look.iter().chain(&self.open_look) {
+            deadline = deadline.min(later.at);
         }
-        let mut fds = vec![PollFd::new(control.wake().as_fd(), PollFlags::POLLIN)];
-        fds.extend(self.events.fd().map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
-        fds.extend(self.shield.iter().map(|it| PollFd::new(it.as_fd(), PollFlags::POLLIN)));
-        fds.extend(self.claim.iter().map(|claim| PollFd::new(claim.as_fd(), PollFlags::POLLIN)));
         // Signs of life and the namespaces want a turn now and then.
         let time = deadline.saturating_duration_since(Instant::now()).min(COME_BACK);
-        wait_for(&mut fds, time)
+        let sources = [
+            Some(control.wake().as_fd()),
+            self.events.fd(),
+            self.shield.as_ref().map(AsFd::as_fd),
+            self.claim.as_ref().map(AsFd::as_fd),
+        ];
+        let mut fds: Vec<_> = sources
+            .iter()
+            .flatten()
+            .map(|source| PollFd::new(*source, PollFlags::POLLIN))
+            .collect();
+        wait_for(&mut fds, time)?;
+        let mut answers = fds.iter().map(|fd| fd.any() != Some(false));
+        let [_, events, devices, question] =
+            sources.map(|source| source.is_some() && answers.next() == Some(true));
+        Ok(Ready { events, devices, question })
     }
 
     /// One turn of the loop. Only what makes further work senseless is an error; a failed sweep
     /// is not: the next one may succeed.
-    fn turn(&mut self) -> Result<()> {
-        self.sum_up();
+    fn turn(&mut self, ready: Ready) -> Result<()> {
         let mut turn = || -> Result<()> {
             self.since = Instant::now();
-            self.tend_shield(shield::Shield::follow_devices);
-            self.take_events()?;
+            // What has failed there is tried again at the next sweep.
+            if ready.devices || self.since >= self.next_sweep {
+                self.tend_shield(shield::Shield::follow_devices);
+            }
+            if ready.events {
+                self.take_events()?;
+            }
             let now = Instant::now();
-            self.since = now;
-            if let Some(claim) = &self.claim {
+            if ready.question
+                && let Some(claim) = &self.claim
+            {
                 let age = |held: Held| (held.cookie.0, (now - held.since).as_secs());
                 let shield = self.shield.as_ref().map(|shield| instance::Shielded {
                     ports: self.scope.ports.clone(),
@@ -402,10 +462,12 @@ impl<'p> Worker<'p> {
                 });
                 instance::answer(claim, self.ledger.held().map(age), shield.as_ref());
             }
-            if self.second_look.as_ref().is_some_and(|(at, _)| *at <= now)
-                && let Some((_, lookups)) = self.second_look.take()
+            for later in [&mut self.second_look, &mut self.open_look]
+                .map(|slot| Later::due(slot, now))
+                .into_iter()
+                .flatten()
             {
-                self.look_again(&lookups)?;
+                self.look_again(later)?;
             }
             if now >= self.next_deep {
                 self.sweep(Depth::Deep)?;
@@ -414,7 +476,9 @@ impl<'p> Worker<'p> {
             }
             Ok(())
         };
-        match turn() {
+        let done = turn();
+        self.sum_up();
+        match done {
             Ok(()) => {
                 self.sweep_failing = false;
                 Ok(())
@@ -472,7 +536,7 @@ impl<'p> Worker<'p> {
         let recent: HashSet<FourTuple> = self
             .second_look
             .iter()
-            .flat_map(|(_, lookups)| lookups)
+            .flat_map(|later| &later.lookups)
             .map(|lookup| lookup.flow)
             .collect();
         for view in snapshot.views.iter() {
@@ -492,7 +556,14 @@ impl<'p> Worker<'p> {
             }
         }
         self.hasten_deep_sweep(&snapshot);
-        self.repair_at_once(&snapshot)
+        let mut confirmed = self.confirmed(&snapshot);
+        let open = |action: &Action| {
+            action.view.socket.filter(|socket| socket.state == State::Established)
+        };
+        let lookups = confirmed.actions().iter().filter_map(open).map(|it| Lookup::from(&it));
+        Later::add(&mut self.open_look, OPEN_LOOK, since, lookups);
+        confirmed.retain(|action| open(action).is_none());
+        self.carry_out(confirmed, Trigger::Event)
     }
 
     fn sweep(&mut self, depth: Depth) -> Result<()> {
@@ -527,7 +598,9 @@ impl<'p> Worker<'p> {
             .map(|view| view.flow)
             .collect();
         if let Err(error) = self.events.follow(&self.scope.ports, half_closed) {
-            self.reopen_events(&error)?;
+            // Somebody took its table away, or a set is full.
+            tracing::warn!(%error, "event source fails, opening it anew");
+            self.reopen_events()?;
         }
         let ports = self.scope.ports.clone();
         self.tend_shield(|shield| shield.follow(&ports));
@@ -608,10 +681,18 @@ impl<'p> Worker<'p> {
         self.share.receive_buffer(source, bytes);
     }
 
-    /// Opens the event source anew, after somebody took its table away or a set was full; repairs
-    /// never wait for it.
-    fn reopen_events(&mut self, error: &Error) -> Result<()> {
-        tracing::warn!(%error, "event source fails, opening it anew");
+    /// Works by these settings from now on.
+    fn take_up(&mut self, settings: Arc<Settings>) -> Result<()> {
+        let before = std::mem::replace(&mut self.settings, settings);
+        // What is remembered of closing connections goes by it.
+        if before.sweep_interval != self.settings.sweep_interval {
+            self.reopen_events()?;
+        }
+        Ok(())
+    }
+
+    /// Opens the event source anew; repairs never wait for it.
+    fn reopen_events(&mut self) -> Result<()> {
         let hook = self.hook;
         // The old one first: a group has one owner.
         self.events = Events::Off;
@@ -698,11 +779,9 @@ impl<'p> Worker<'p> {
         Ok(())
     }
 
-    /// Repairs what exact look-ups call for.
-    fn repair_at_once(&mut self, snapshot: &Exact) -> Result<()> {
-        let policy = &self.settings.policy;
-        let confirmed = Confirmed::new(snapshot, &self.scope, policy, &self.ledger);
-        self.carry_out(confirmed, Trigger::Event)
+    /// What exact look-ups call for.
+    fn confirmed(&self, snapshot: &Exact) -> Confirmed {
+        Confirmed::new(snapshot, &self.scope, &self.settings.policy, &self.ledger)
     }
 
     /// Carries a plan out and arranges the second look.
@@ -751,18 +830,17 @@ impl<'p> Worker<'p> {
         if fooled_open && trigger == Trigger::Event {
             self.next_deep = self.next_deep.min(self.soonest_deep);
         }
-        if !again.is_empty() {
-            let at = Instant::now() + SECOND_LOOK;
-            self.second_look.get_or_insert((at, Vec::new())).1.extend(again);
-        }
+        Later::add(&mut self.second_look, SECOND_LOOK, Instant::now(), again);
         Ok(())
     }
 
-    /// Looks again at what was just repaired: the socket may have died meanwhile.
-    fn look_again(&mut self, lookups: &[Lookup]) -> Result<()> {
-        let snapshot = self.tables.exactly(lookups, &self.ledger)?;
+    /// Looks again at what was just repaired or seemed to need it: the socket may be gone by now.
+    fn look_again(&mut self, later: Later) -> Result<()> {
+        self.since = later.since;
+        let lookups: Vec<_> = later.lookups.into_iter().collect();
+        let snapshot = self.tables.exactly(&lookups, &self.ledger)?;
         self.ledger.settle(&snapshot);
-        self.repair_at_once(&snapshot)
+        self.carry_out(self.confirmed(&snapshot), Trigger::Event)
     }
 
     fn may_not_insert(&self) -> bool {
@@ -886,11 +964,12 @@ fn unaccounted(snapshot: &Snapshot) -> impl Iterator<Item = Socket> {
     lacking.filter_map(|view| view.socket).filter(|socket| socket.state == State::CloseWait)
 }
 
-/// A tenth more or less, so that nobody can time packets by the sweeps.
+/// A twentieth to a fifth sooner: nobody can time packets by the sweeps, and what the event source
+/// remembers for one interval ([`Events::open`]) is seen by a sweep before it is forgotten.
 fn jittered(interval: Duration) -> Duration {
     // The standard library seeds its hashers from the kernel's random numbers.
-    let random = RandomState::new().build_hasher().finish() % 201;
-    interval.mul_f64(0.9 + f64::from(u8::try_from(random).unwrap_or(100)) / 1000.0)
+    let random = RandomState::new().build_hasher().finish() % 151;
+    interval.mul_f64(0.8 + f64::from(u8::try_from(random).unwrap_or(75)) / 1000.0)
 }
 
 /// What this thread has cost so far: waiting, and being stopped, cost nothing.

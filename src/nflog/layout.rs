@@ -30,9 +30,7 @@ const UNLEARNED: Expr = Expr::Limit { rate: 1, burst: 1 };
 /// The word that goes with it.
 pub(super) const FULL: &str = "full";
 
-/// How long a FIN is remembered; a sweep finds the connection long before.
-const FIN_MEMORY: Duration = Duration::from_secs(3);
-/// Closing connections of a family that are remembered at once: this many in three seconds.
+/// Closing connections of a family that are remembered at once.
 pub const CLOSING: u32 = 262_144;
 
 const IPPROTO_TCP: u8 = 6;
@@ -43,7 +41,13 @@ const TCP_FLAGS: u32 = 13;
 const FIN: u8 = 0x01;
 const RST: u8 = 0x04;
 
-pub(super) fn layout(hook: Hook, group: u16, ports: &HashSet<u16>, closing: u32) -> Layout {
+pub(super) fn layout(
+    hook: Hook,
+    group: u16,
+    ports: &HashSet<u16>,
+    closing: u32,
+    memory: Duration,
+) -> Layout {
     let set = |name, key_length, size, timeout| Set {
         name,
         key_length,
@@ -56,8 +60,8 @@ pub(super) fn layout(hook: Hook, group: u16, ports: &HashSet<u16>, closing: u32)
             elements: ports.iter().map(|port| port_key(*port)).collect(),
             ..set(PORTS, 2, None, None)
         },
-        set(CLOSING4, 16, Some(closing), Some(FIN_MEMORY)),
-        set(CLOSING6, 40, Some(closing), Some(FIN_MEMORY)),
+        set(CLOSING4, 16, Some(closing), Some(memory)),
+        set(CLOSING6, 40, Some(closing), Some(memory)),
         set(HELD4, 16, None, None),
         set(HELD6, 40, None, None),
     ];

@@ -66,7 +66,10 @@ pub struct Watch {
 impl Watch {
     /// Watches these local ports in the network namespace of the calling thread. `hook` is
     /// [`Hook::Input`] for sockets of this namespace, [`Hook::Forward`] for those behind it;
-    /// `closing` is how many closing connections are remembered at once, [`CLOSING`] as a rule.
+    /// `closing` is how many closing connections are remembered at once, [`CLOSING`] as a rule, and
+    /// `memory` for how long: until the caller has had time to name those that stay half-closed
+    /// ([`Watch::set_held`]), and not much longer, or the next connection that uses the port is
+    /// taken for the old one.
     ///
     /// # Errors
     /// The kernel has no nf_tables or nfnetlink_log, the group is taken, or `CAP_NET_ADMIN` is
@@ -77,6 +80,7 @@ impl Watch {
         hook: Hook,
         ports: &HashSet<u16>,
         closing: u32,
+        memory: Duration,
     ) -> Result<Self> {
         let op = Op::new("open packet log");
         let mut connection = Connection::new(KernelSocket::open(op, NETLINK_NETFILTER)?);
@@ -96,7 +100,7 @@ impl Watch {
         socket.grow_receive_buffer(LOG_BUFFER).map_err(|error| op.io(error))?;
         socket.set_non_blocking().map_err(|error| op.io(error))?;
         // After the group: a log statement without a listener would go nowhere.
-        let table = Table::create(name, &layout::layout(hook, group, ports, closing))?;
+        let table = Table::create(name, &layout::layout(hook, group, ports, closing, memory))?;
         Ok(Self {
             table,
             socket,
@@ -127,7 +131,7 @@ impl Watch {
     }
 
     /// Logs every FIN and RST of exactly these half-closed connections, seen from the server:
-    /// the table by itself remembers a FIN for seconds only.
+    /// the table by itself remembers a FIN for a moment only.
     ///
     /// # Errors
     /// The set is full, or the table is gone.
