@@ -39,27 +39,28 @@ fn closes() {
     lab.connlimit(80, 10_000);
     traffic::widen_ports(&lab);
     let listener = traffic::listener(&lab, 80);
-    report::heading("20 s of connections closed by FIN, as fast as possible up to 10 000/s");
-    for (source, is_judged) in [("nflog", true), ("ctnetlink", false)] {
+    report::heading("20 s of ordinary closes, as fast as possible up to 10 000/s");
+    for (source, ending, is_judged) in [
+        ("nflog", Ending::Fin, true),
+        ("nflog", Ending::Rst, true),
+        ("ctnetlink", Ending::Fin, false),
+        ("ctnetlink", Ending::Rst, false),
+    ] {
         let daemon = lab.daemon(CTKEEP, &["--events", source]);
         let time = if is_judged { CLOSES_TIME } else { CLOSES_TIME / 2 };
+        let name = ending.name();
         let (cpu, count) = traffic::cpu_percent(daemon.pid(), || {
             lab.client.within(|| {
-                Exchange::new(&listener).run(Ending::Fin, Some(CLOSES), Instant::now() + time)
+                Exchange::new(&listener).run(ending, Some(CLOSES), Instant::now() + time)
             })
         });
         let (_, log) = daemon.term();
         let changes = traffic::all_done(&log).expect("a last line");
         let changes = f64::from(u32::try_from(changes).unwrap_or(u32::MAX));
         let bound = |most| if is_judged { Target::AtMost(most) } else { Target::None };
-        report::figure(
-            &format!("connections, {source}"),
-            report::rate(count, time),
-            "/s",
-            Target::None,
-        );
-        report::figure(&format!("kernel changes, {source}"), changes, "", Target::AtMost(0.0));
-        report::figure(&format!("CPU of ctkeep, {source}"), cpu, "%", bound(15.0));
+        report::figure(&format!("{name}, {source}"), report::rate(count, time), "/s", Target::None);
+        report::figure("  kernel changes", changes, "", Target::AtMost(0.0));
+        report::figure("  CPU of ctkeep", cpu, "%", bound(15.0));
     }
 }
 

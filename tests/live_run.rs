@@ -64,9 +64,12 @@ fn a_reload_takes_a_port_in_and_a_broken_file_takes_none_away() {
     assert!(!is_repaired(&lab, &control), "a port out of scope was touched");
     assert_eq!(other.admitted(81, LIMIT), LIMIT, "no bypass to be mended");
 
-    fs::write(&path, "port = [80, 81]\n").expect("a file");
+    // What the event source remembers goes by the sweep interval, so it is opened anew.
+    fs::write(&path, "port = [80, 81]\nsweep-interval = \"2s\"\n").expect("a file");
     hang_up(daemon.pid());
     wait_for("the reload", SOON, || daemon.logged("configuration reloaded"));
+    let listens = || daemon.log().matches("listening source=").count();
+    wait_for("the event source", SOON, || listens() == 2);
     let conns = fool(&lab, &peer, 81);
     await_repair(&lab, &peer, 81, &conns, "after the reload");
 

@@ -23,7 +23,8 @@ pub(super) fn layout(mark: u32, devices: Vec<Vec<u8>>) -> Layout {
         Expr::NoTrack,
     ];
     let set = Set { name: DEVICES, key_length: 4, size: None, timeout: None, elements: devices };
-    let chain = Chain { name: "hide", hook: Hook::Prerouting, priority: PRIORITY, rules: vec![rule] };
+    let chain =
+        Chain { name: "hide", hook: Hook::Prerouting, priority: PRIORITY, rules: vec![rule] };
     Layout { sets: vec![set], chains: vec![chain] }
 }
 
