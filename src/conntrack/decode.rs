@@ -3,12 +3,10 @@
 //! Own code where `netlink-packet-netfilter` has a decoder, for the reason measured in
 //! docs/adr/0002-own-conntrack-decoder.md; a test holds the two against each other.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::IpAddr;
 use std::time::Duration;
 
-use netlink_packet_core::{
-    DecodeError, NLA_ALIGNTO, NLA_HEADER_SIZE, NLA_TYPE_MASK, parse_u8, parse_u16_be, parse_u32_be,
-};
+use netlink_packet_core::{DecodeError, NLA_ALIGNTO, NLA_F_NESTED, NLA_HEADER_SIZE, NLA_TYPE_MASK};
 
 use super::Counters;
 use super::entry::{Entry, HelperName, SeqAdj, Status, SynProxy, Tcp, TcpState, Zone};
@@ -39,30 +37,30 @@ pub fn entry(payload: &[u8]) -> Decoded<Option<Entry>> {
     let mut seq_adj = [None; 2];
     let mut synproxy = None;
 
-    for attribute in attributes(body) {
-        let (kind, value) = attribute?;
+    let mut attributes = Attributes(body);
+    for (kind, value) in attributes.by_ref() {
         match kind {
             // The first packet's tuple.
             CTA_TUPLE_ORIG => {
-                let Some(tuple) = tuple(value)? else { return Ok(None) };
-                zone.orig = tuple.zone.unwrap_or(zone.orig);
-                orig = Some(tuple.flow);
+                if !tuple(value, &mut orig, &mut zone.orig)? {
+                    return Ok(None);
+                }
             }
             // The tuple that an answer has; differs from the inverse of the first under NAT.
             CTA_TUPLE_REPLY => {
-                let Some(tuple) = tuple(value)? else { return Ok(None) };
-                zone.reply = tuple.zone.unwrap_or(zone.reply);
-                reply = Some(tuple.flow);
+                if !tuple(value, &mut reply, &mut zone.reply)? {
+                    return Ok(None);
+                }
             }
-            CTA_STATUS => status = Some(Status(parse_u32_be(value)?)),
+            CTA_STATUS => status = Some(Status(number(value)?)),
             CTA_PROTOINFO => tcp = protoinfo(value)?,
             CTA_HELP => helper = help(value)?,
             // Whole seconds, rounded down by the kernel.
-            CTA_TIMEOUT => timeout = Some(Duration::from_secs(parse_u32_be(value)?.into())),
-            CTA_MARK => mark = Some(parse_u32_be(value)?),
-            CTA_ID => id = Some(parse_u32_be(value)?),
+            CTA_TIMEOUT => timeout = Some(Duration::from_secs(number(value)?.into())),
+            CTA_MARK => mark = Some(number(value)?),
+            CTA_ID => id = Some(number(value)?),
             // Sent only for a zone that counts in both directions; else it stands in a tuple.
-            CTA_ZONE => zone = Zone::both(parse_u16_be(value)?),
+            CTA_ZONE => zone = Zone::both(short(value)?),
             // Old kernels send only as many bytes as they need, 6.18 always all sixteen.
             CTA_LABELS => {
                 let mut all = [0; NF_CT_LABELS_MAX_SIZE];
@@ -80,6 +78,7 @@ pub fn entry(payload: &[u8]) -> Decoded<Option<Entry>> {
             _ => {}
         }
     }
+    attributes.end()?;
     Ok(Some(Entry {
         orig: orig.ok_or_else(|| missing("CTA_TUPLE_ORIG"))?,
         reply: reply.ok_or_else(|| missing("CTA_TUPLE_REPLY"))?,
@@ -106,14 +105,15 @@ pub fn entry(payload: &[u8]) -> Decoded<Option<Entry>> {
 pub fn stats(payload: &[u8]) -> Decoded<(u32, Option<u32>)> {
     let body = payload.get(NFGENMSG_LEN..).ok_or_else(|| missing("nfgenmsg header"))?;
     let (mut entries, mut maximum) = (None, None);
-    for attribute in attributes(body) {
-        let (kind, value) = attribute?;
+    let mut attributes = Attributes(body);
+    for (kind, value) in attributes.by_ref() {
         match kind {
-            CTA_STATS_GLOBAL_ENTRIES => entries = Some(parse_u32_be(value)?),
-            CTA_STATS_GLOBAL_MAX_ENTRIES => maximum = Some(parse_u32_be(value)?),
+            CTA_STATS_GLOBAL_ENTRIES => entries = Some(number(value)?),
+            CTA_STATS_GLOBAL_MAX_ENTRIES => maximum = Some(number(value)?),
             _ => {}
         }
     }
+    attributes.end()?;
     Ok((entries.ok_or_else(|| missing("CTA_STATS_GLOBAL_ENTRIES"))?, maximum))
 }
 
@@ -123,8 +123,8 @@ pub fn stats(payload: &[u8]) -> Decoded<(u32, Option<u32>)> {
 /// An attribute cut short.
 pub(super) fn counters(payload: &[u8], sum: &mut Counters) -> Decoded<()> {
     let body = payload.get(NFGENMSG_LEN..).ok_or_else(|| missing("nfgenmsg header"))?;
-    for attribute in attributes(body) {
-        let (kind, value) = attribute?;
+    let mut attributes = Attributes(body);
+    for (kind, value) in attributes.by_ref() {
         let counter = match kind {
             CTA_STATS_INVALID => &mut sum.invalid,
             CTA_STATS_INSERT_FAILED => &mut sum.insert_failed,
@@ -135,69 +135,101 @@ pub(super) fn counters(payload: &[u8], sum: &mut Counters) -> Decoded<()> {
             CTA_STATS_CHAIN_TOOLONG => &mut sum.chain_toolong,
             _ => continue,
         };
-        *counter += u64::from(parse_u32_be(value)?);
+        *counter += u64::from(number(value)?);
     }
+    attributes.end()?;
     Ok(())
 }
 
-struct Tuple {
-    flow: FourTuple,
-    zone: Option<u16>,
+/// A tuple and its zone, written where they belong, for to copy what was just written is slow;
+/// `false` where it is not of TCP.
+#[inline]
+fn tuple(nested: &[u8], flow: &mut Option<FourTuple>, zone: &mut u16) -> Decoded<bool> {
+    if let Some(usual) = usual_tuple(nested) {
+        *flow = Some(usual);
+        return Ok(true);
+    }
+    any_tuple(nested, flow, zone)
 }
 
-/// A tuple; `None` where it is not of TCP.
-fn tuple(nested: &[u8]) -> Decoded<Option<Tuple>> {
+/// A tuple of TCP over IPv4 without a zone, its attributes in the kernel's own order: told at a
+/// glance, where any other takes a walk. Word by word, for to gather the headers costs more.
+#[inline]
+fn usual_tuple(nested: &[u8]) -> Option<FourTuple> {
+    let (&[ip, s, src, d, dst, proto, n, number, sp, src_port, dp, dst_port], []) =
+        nested.as_chunks::<4>()
+    else {
+        return None;
+    };
+    let is_usual = ip == header(CTA_TUPLE_IP | NLA_F_NESTED, 20)
+        && s == header(CTA_IP_V4_SRC, 8)
+        && d == header(CTA_IP_V4_DST, 8)
+        && proto == header(CTA_TUPLE_PROTO | NLA_F_NESTED, 28)
+        && n == header(CTA_PROTO_NUM, 5)
+        && number[0] == IPPROTO_TCP
+        && sp == header(CTA_PROTO_SRC_PORT, 6)
+        && dp == header(CTA_PROTO_DST_PORT, 6);
+    let end = |addr: [u8; 4], [p0, p1, ..]: [u8; 4]| {
+        Endpoint::new(addr.into(), u16::from_be_bytes([p0, p1]))
+    };
+    is_usual.then(|| FourTuple::new(end(src, src_port), end(dst, dst_port)))
+}
+
+fn any_tuple(nested: &[u8], flow: &mut Option<FourTuple>, zone: &mut u16) -> Decoded<bool> {
     let mut addrs = None;
     let mut ports = None;
-    let mut zone = None;
-    for attribute in attributes(nested) {
-        let (kind, value) = attribute?;
+    let mut attributes = Attributes(nested);
+    for (kind, value) in attributes.by_ref() {
         match kind {
             CTA_TUPLE_IP => addrs = Some(addresses(value)?),
             CTA_TUPLE_PROTO => {
-                let Some(pair) = tcp_ports(value)? else { return Ok(None) };
+                let Some(pair) = tcp_ports(value)? else { return Ok(false) };
                 ports = Some(pair);
             }
-            CTA_TUPLE_ZONE => zone = Some(parse_u16_be(value)?),
+            CTA_TUPLE_ZONE => *zone = short(value)?,
             _ => {}
         }
     }
+    attributes.end()?;
     let [src, dst] = addrs.ok_or_else(|| missing("CTA_TUPLE_IP"))?;
     let [src_port, dst_port] = ports.ok_or_else(|| missing("CTA_TUPLE_PROTO"))?;
-    let flow = FourTuple::new(Endpoint::new(src, src_port), Endpoint::new(dst, dst_port));
-    if flow.src.addr().is_ipv4() != flow.dst.addr().is_ipv4() {
+    let both = FourTuple::new(Endpoint::new(src, src_port), Endpoint::new(dst, dst_port));
+    if both.src.addr().is_ipv4() != both.dst.addr().is_ipv4() {
         return Err(missing("addresses of one family"));
     }
-    Ok(Some(Tuple { flow, zone }))
+    *flow = Some(both);
+    Ok(true)
 }
 
 fn addresses(nested: &[u8]) -> Decoded<[IpAddr; 2]> {
     let (mut src, mut dst) = (None, None);
-    for attribute in attributes(nested) {
-        let (kind, value) = attribute?;
+    let mut attributes = Attributes(nested);
+    for (kind, value) in attributes.by_ref() {
         match kind {
-            CTA_IP_V4_SRC => src = Some(ipv4(value)?),
-            CTA_IP_V4_DST => dst = Some(ipv4(value)?),
-            CTA_IP_V6_SRC => src = Some(ipv6(value)?),
-            CTA_IP_V6_DST => dst = Some(ipv6(value)?),
+            CTA_IP_V4_SRC => src = Some(IpAddr::from(exact::<4>(value)?)),
+            CTA_IP_V4_DST => dst = Some(IpAddr::from(exact::<4>(value)?)),
+            CTA_IP_V6_SRC => src = Some(IpAddr::from(exact::<16>(value)?)),
+            CTA_IP_V6_DST => dst = Some(IpAddr::from(exact::<16>(value)?)),
             _ => {}
         }
     }
+    attributes.end()?;
     Ok([src.ok_or_else(|| missing("source address"))?, dst.ok_or_else(|| missing("destination"))?])
 }
 
 /// Source and destination port; `None` where the protocol is not TCP.
 fn tcp_ports(nested: &[u8]) -> Decoded<Option<[u16; 2]>> {
     let (mut protocol, mut src, mut dst) = (None, None, None);
-    for attribute in attributes(nested) {
-        let (kind, value) = attribute?;
+    let mut attributes = Attributes(nested);
+    for (kind, value) in attributes.by_ref() {
         match kind {
-            CTA_PROTO_NUM => protocol = Some(parse_u8(value)?),
-            CTA_PROTO_SRC_PORT => src = Some(parse_u16_be(value)?),
-            CTA_PROTO_DST_PORT => dst = Some(parse_u16_be(value)?),
+            CTA_PROTO_NUM => protocol = Some(byte(value)?),
+            CTA_PROTO_SRC_PORT => src = Some(short(value)?),
+            CTA_PROTO_DST_PORT => dst = Some(short(value)?),
             _ => {}
         }
     }
+    attributes.end()?;
     if protocol.ok_or_else(|| missing("CTA_PROTO_NUM"))? != IPPROTO_TCP {
         return Ok(None);
     }
@@ -207,13 +239,46 @@ fn tcp_ports(nested: &[u8]) -> Decoded<Option<[u16; 2]>> {
     ]))
 }
 
+#[inline]
 fn protoinfo(nested: &[u8]) -> Decoded<Option<Tcp>> {
-    for attribute in attributes(nested) {
-        let (kind, value) = attribute?;
+    match usual_protoinfo(nested) {
+        None => any_protoinfo(nested),
+        usual => Ok(usual),
+    }
+}
+
+/// The state of TCP as [`usual_tuple`] reads a tuple.
+#[inline]
+fn usual_protoinfo(nested: &[u8]) -> Option<Tcp> {
+    let (&[nest, s, state, w0, wscale0, w1, wscale1, f0, flags0, f1, flags1], []) =
+        nested.as_chunks::<4>()
+    else {
+        return None;
+    };
+    let is_usual = nest == header(CTA_PROTOINFO_TCP | NLA_F_NESTED, 44)
+        && s == header(CTA_PROTOINFO_TCP_STATE, 5)
+        && w0 == header(CTA_PROTOINFO_TCP_WSCALE_ORIGINAL, 5)
+        && w1 == header(CTA_PROTOINFO_TCP_WSCALE_REPLY, 5)
+        && f0 == header(CTA_PROTOINFO_TCP_FLAGS_ORIGINAL, 6)
+        && f1 == header(CTA_PROTOINFO_TCP_FLAGS_REPLY, 6);
+    if !is_usual {
+        return None;
+    }
+    Some(Tcp {
+        state: TcpState::from_kernel(state[0])?,
+        wscale: [wscale0[0], wscale1[0]],
+        flags: [flags0[0], flags1[0]],
+    })
+}
+
+fn any_protoinfo(nested: &[u8]) -> Decoded<Option<Tcp>> {
+    let mut attributes = Attributes(nested);
+    for (kind, value) in attributes.by_ref() {
         if kind == CTA_PROTOINFO_TCP {
             return tcp_info(value).map(Some);
         }
     }
+    attributes.end()?;
     Ok(None)
 }
 
@@ -221,29 +286,30 @@ fn tcp_info(nested: &[u8]) -> Decoded<Tcp> {
     let mut state = None;
     let mut wscale = [0; 2];
     let mut flags = [0; 2];
-    for attribute in attributes(nested) {
-        let (kind, value) = attribute?;
+    let mut attributes = Attributes(nested);
+    for (kind, value) in attributes.by_ref() {
         match kind {
             CTA_PROTOINFO_TCP_STATE => {
-                let number = parse_u8(value)?;
+                let number = byte(value)?;
                 state = Some(TcpState::from_kernel(number).ok_or_else(|| {
                     DecodeError::from(format!("unknown TCP state {number} of conntrack"))
                 })?);
             }
-            CTA_PROTOINFO_TCP_WSCALE_ORIGINAL => wscale[0] = parse_u8(value)?,
-            CTA_PROTOINFO_TCP_WSCALE_REPLY => wscale[1] = parse_u8(value)?,
+            CTA_PROTOINFO_TCP_WSCALE_ORIGINAL => wscale[0] = byte(value)?,
+            CTA_PROTOINFO_TCP_WSCALE_REPLY => wscale[1] = byte(value)?,
             // struct nf_ct_tcp_flags { flags, mask }: the mask means nothing in an answer.
             CTA_PROTOINFO_TCP_FLAGS_ORIGINAL => flags[0] = first(value)?,
             CTA_PROTOINFO_TCP_FLAGS_REPLY => flags[1] = first(value)?,
             _ => {}
         }
     }
+    attributes.end()?;
     Ok(Tcp { state: state.ok_or_else(|| missing("CTA_PROTOINFO_TCP_STATE"))?, wscale, flags })
 }
 
 fn help(nested: &[u8]) -> Decoded<Option<HelperName>> {
-    for attribute in attributes(nested) {
-        let (kind, value) = attribute?;
+    let mut attributes = Attributes(nested);
+    for (kind, value) in attributes.by_ref() {
         if kind == CTA_HELP_NAME {
             return match HelperName::from_kernel(value) {
                 Some(name) => Ok(Some(name)),
@@ -251,74 +317,87 @@ fn help(nested: &[u8]) -> Decoded<Option<HelperName>> {
             };
         }
     }
+    attributes.end()?;
     Ok(None)
 }
 
 fn sequence_adjustment(nested: &[u8]) -> Decoded<SeqAdj> {
     let mut adjustment = SeqAdj::default();
-    for attribute in attributes(nested) {
-        let (kind, value) = attribute?;
+    let mut attributes = Attributes(nested);
+    for (kind, value) in attributes.by_ref() {
         match kind {
-            CTA_SEQADJ_CORRECTION_POS => adjustment.correction_pos = parse_u32_be(value)?,
-            CTA_SEQADJ_OFFSET_BEFORE => adjustment.offset_before = parse_u32_be(value)?,
-            CTA_SEQADJ_OFFSET_AFTER => adjustment.offset_after = parse_u32_be(value)?,
+            CTA_SEQADJ_CORRECTION_POS => adjustment.correction_pos = number(value)?,
+            CTA_SEQADJ_OFFSET_BEFORE => adjustment.offset_before = number(value)?,
+            CTA_SEQADJ_OFFSET_AFTER => adjustment.offset_after = number(value)?,
             _ => {}
         }
     }
+    attributes.end()?;
     Ok(adjustment)
 }
 
 fn syn_proxy(nested: &[u8]) -> Decoded<SynProxy> {
     let mut state = SynProxy::default();
-    for attribute in attributes(nested) {
-        let (kind, value) = attribute?;
+    let mut attributes = Attributes(nested);
+    for (kind, value) in attributes.by_ref() {
         match kind {
-            CTA_SYNPROXY_ISN => state.isn = parse_u32_be(value)?,
-            CTA_SYNPROXY_ITS => state.its = parse_u32_be(value)?,
-            CTA_SYNPROXY_TSOFF => state.tsoff = parse_u32_be(value)?,
+            CTA_SYNPROXY_ISN => state.isn = number(value)?,
+            CTA_SYNPROXY_ITS => state.its = number(value)?,
+            CTA_SYNPROXY_TSOFF => state.tsoff = number(value)?,
             _ => {}
         }
     }
+    attributes.end()?;
     Ok(state)
 }
 
-/// The attributes of a message or of a nest: type without flags, and value.
-///
-/// Every entry of a dump has some thirty: this walk is most of what reading a table costs.
-fn attributes(bytes: &[u8]) -> impl Iterator<Item = Decoded<(u16, &[u8])>> {
-    let mut rest = bytes;
-    std::iter::from_fn(move || {
-        if rest.is_empty() {
-            return None;
-        }
-        let Some((kind, value, length)) = first_attribute(rest) else {
-            rest = &[];
-            return Some(Err(missing("attribute as long as it says")));
-        };
+/// The attributes of a message or of a nest: type without flags, and value. Whether the walk came
+/// to the end tells [`Attributes::end`].
+struct Attributes<'a>(&'a [u8]);
+
+impl<'a> Iterator for Attributes<'a> {
+    type Item = (u16, &'a [u8]);
+
+    #[inline]
+    fn next(&mut self) -> Option<Self::Item> {
+        let (length, rest) = self.0.split_first_chunk()?;
+        let length = usize::from(u16::from_ne_bytes(*length));
+        let kind = u16::from_ne_bytes(*rest.first_chunk()?) & NLA_TYPE_MASK;
+        let value = self.0.get(NLA_HEADER_SIZE..length)?;
         // The padding of the last one may be left out.
-        rest = rest.get(length.next_multiple_of(NLA_ALIGNTO)..).unwrap_or_default();
-        Some(Ok((kind, value)))
-    })
+        self.0 = self.0.get(length.next_multiple_of(NLA_ALIGNTO)..).unwrap_or_default();
+        Some((kind, value))
+    }
 }
 
-/// Type, value, and length with header of the attribute that `bytes` begin with.
-fn first_attribute(bytes: &[u8]) -> Option<(u16, &[u8], usize)> {
-    let [l0, l1, t0, t1] = *bytes.first_chunk::<NLA_HEADER_SIZE>()?;
-    let length = usize::from(u16::from_ne_bytes([l0, l1]));
-    let kind = u16::from_ne_bytes([t0, t1]) & NLA_TYPE_MASK;
-    Some((kind, bytes.get(NLA_HEADER_SIZE..length)?, length))
+impl Attributes<'_> {
+    /// # Errors
+    /// The walk has stopped at an attribute that is cut short.
+    fn end(self) -> Decoded<()> {
+        if self.0.is_empty() { Ok(()) } else { Err(missing("attribute as long as it says")) }
+    }
 }
 
-fn ipv4(value: &[u8]) -> Decoded<IpAddr> {
-    <[u8; 4]>::try_from(value)
-        .map(|bytes| Ipv4Addr::from(bytes).into())
-        .map_err(|_| missing("IPv4 address of 4 bytes"))
+/// The four bytes that an attribute of this type and length begins with.
+const fn header(kind: u16, length: u16) -> [u8; NLA_HEADER_SIZE] {
+    let ([l0, l1], [k0, k1]) = (length.to_ne_bytes(), kind.to_ne_bytes());
+    [l0, l1, k0, k1]
 }
 
-fn ipv6(value: &[u8]) -> Decoded<IpAddr> {
-    <[u8; 16]>::try_from(value)
-        .map(|bytes| Ipv6Addr::from(bytes).into())
-        .map_err(|_| missing("IPv6 address of 16 bytes"))
+fn number(value: &[u8]) -> Decoded<u32> {
+    exact(value).map(u32::from_be_bytes)
+}
+
+fn short(value: &[u8]) -> Decoded<u16> {
+    exact(value).map(u16::from_be_bytes)
+}
+
+fn byte(value: &[u8]) -> Decoded<u8> {
+    exact(value).map(u8::from_be_bytes)
+}
+
+fn exact<const N: usize>(value: &[u8]) -> Decoded<[u8; N]> {
+    value.try_into().map_err(|_| wrong_size(N, value.len()))
 }
 
 fn first(value: &[u8]) -> Decoded<u8> {
@@ -326,6 +405,104 @@ fn first(value: &[u8]) -> Decoded<u8> {
 }
 
 #[cold]
+fn wrong_size(wanted: usize, found: usize) -> DecodeError {
+    DecodeError::from(format!("attribute of {found} bytes where {wanted} are expected"))
+}
+
+#[cold]
 fn missing(what: &str) -> DecodeError {
     DecodeError::from(format!("no {what}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A nest as the kernel builds it: headers and values in turn.
+    fn words(words: &[[u8; 4]]) -> Vec<u8> {
+        words.concat()
+    }
+
+    fn usual_tuple_nest() -> impl Strategy<Value = Vec<u8>> {
+        any::<[[u8; 4]; 4]>().prop_map(|[src, dst, src_port, dst_port]| {
+            words(&[
+                header(CTA_TUPLE_IP | NLA_F_NESTED, 20),
+                header(CTA_IP_V4_SRC, 8),
+                src,
+                header(CTA_IP_V4_DST, 8),
+                dst,
+                header(CTA_TUPLE_PROTO | NLA_F_NESTED, 28),
+                header(CTA_PROTO_NUM, 5),
+                [IPPROTO_TCP, 0, 0, 0],
+                header(CTA_PROTO_SRC_PORT, 6),
+                src_port,
+                header(CTA_PROTO_DST_PORT, 6),
+                dst_port,
+            ])
+        })
+    }
+
+    fn usual_protoinfo_nest() -> impl Strategy<Value = Vec<u8>> {
+        (0..10_u8, any::<[[u8; 4]; 4]>()).prop_map(|(state, [w0, w1, f0, f1])| {
+            words(&[
+                header(CTA_PROTOINFO_TCP | NLA_F_NESTED, 44),
+                header(CTA_PROTOINFO_TCP_STATE, 5),
+                [state, 0, 0, 0],
+                header(CTA_PROTOINFO_TCP_WSCALE_ORIGINAL, 5),
+                w0,
+                header(CTA_PROTOINFO_TCP_WSCALE_REPLY, 5),
+                w1,
+                header(CTA_PROTOINFO_TCP_FLAGS_ORIGINAL, 6),
+                f0,
+                header(CTA_PROTOINFO_TCP_FLAGS_REPLY, 6),
+                f1,
+            ])
+        })
+    }
+
+    /// Bytes that are put over others, and a new length.
+    fn damage() -> impl Strategy<Value = (Vec<(usize, u8)>, Option<usize>)> {
+        let value = prop_oneof![any::<u8>(), 0..48_u8];
+        (proptest::collection::vec((0..48_usize, value), 0..4), proptest::option::of(0..64_usize))
+    }
+
+    fn damaged(nest: &[u8], (bytes, length): (Vec<(usize, u8)>, Option<usize>)) -> Vec<u8> {
+        let mut nest = nest.to_vec();
+        for (at, value) in bytes {
+            if let Some(byte) = nest.get_mut(at) {
+                *byte = value;
+            }
+        }
+        nest.resize(length.unwrap_or(nest.len()), 0);
+        nest
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 20_000, ..ProptestConfig::default() })]
+
+        #[test]
+        fn a_tuple_at_a_glance_is_what_the_walk_finds(nest in usual_tuple_nest(), damage in damage()) {
+            prop_assert!(usual_tuple(&nest).is_some());
+            let nest = damaged(&nest, damage);
+            if let Some(glance) = usual_tuple(&nest) {
+                let (mut walk, mut zone) = (None, 7);
+                prop_assert!(any_tuple(&nest, &mut walk, &mut zone).unwrap());
+                prop_assert_eq!((walk, zone), (Some(glance), 7));
+            }
+        }
+
+        #[test]
+        fn a_state_at_a_glance_is_what_the_walk_finds(
+            nest in usual_protoinfo_nest(),
+            damage in damage(),
+        ) {
+            prop_assert!(usual_protoinfo(&nest).is_some());
+            let nest = damaged(&nest, damage);
+            if let Some(glance) = usual_protoinfo(&nest) {
+                prop_assert_eq!(any_protoinfo(&nest).unwrap(), Some(glance));
+            }
+        }
+    }
 }
