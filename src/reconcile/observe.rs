@@ -8,7 +8,7 @@ use std::ops::Deref;
 use super::ledger::Ledger;
 use super::plan::Plan;
 use super::policy::{Policy, Scope};
-use super::snapshot::{Direction, PackedEntry, Snapshot, View, Views};
+use super::snapshot::{Direction, Kept, Snapshot, View, Views};
 use crate::conntrack::{Conntrack, Entry, Filter, Zone};
 use crate::error::Result;
 use crate::flow::{AF_INET, AF_INET6, FourTuple};
@@ -112,13 +112,13 @@ impl<T: Transport> Tables<T> {
                     filter,
                     |part: &mut Vec<_>, entry| {
                         if places(entry, scope, policy) != [None; 2] {
-                            part.push((entry.reply, PackedEntry::new(entry.reply, *entry)));
+                            part.push(Kept::from(entry));
                         }
                     },
                 )?);
             }
         }
-        let entries = parts.iter().flatten().map(|(flow, entry)| entry.entry(*flow));
+        let entries = parts.iter().flatten().map(Kept::entry);
         let mut views = put_together(entries, self.sockets.sockets(states)?, scope, policy);
         // The sockets of connections that end elsewhere are not missing here.
         let mut asked = HashSet::new();

@@ -69,9 +69,30 @@ enum Packed {
     Alone(FourTuple, Option<PackedEntry>),
 }
 
+/// An entry as a whole table of them is kept: a plain one takes less than half of an [`Entry`],
+/// which it becomes when it is looked at.
+#[derive(Clone, Debug)]
+pub struct Kept {
+    reply: FourTuple,
+    entry: PackedEntry,
+}
+
+impl Kept {
+    /// The entry.
+    pub fn entry(&self) -> Entry {
+        self.entry.entry(self.reply)
+    }
+}
+
+impl From<&Entry> for Kept {
+    fn from(entry: &Entry) -> Self {
+        Self { reply: entry.reply, entry: PackedEntry::new(entry.reply, entry) }
+    }
+}
+
 /// An entry, beside the flow that its connection has in a view.
 #[derive(Clone, Debug)]
-pub(super) enum PackedEntry {
+enum PackedEntry {
     /// As its connection says: from the peer, with nothing of its own.
     Plain {
         status: Option<Status>,
@@ -147,7 +168,7 @@ impl FromIterator<View> for Views {
 
 impl Packed {
     fn new(view: View) -> Self {
-        let entry = view.entry.map(|entry| PackedEntry::new(view.flow, entry));
+        let entry = view.entry.as_ref().map(|entry| PackedEntry::new(view.flow, entry));
         match view.socket {
             Some(socket) => Self::Open(socket, entry),
             None => Self::Alone(view.flow, entry),
@@ -172,16 +193,16 @@ impl Packed {
 }
 
 impl PackedEntry {
-    pub(super) fn new(flow: FourTuple, entry: Entry) -> Self {
+    fn new(flow: FourTuple, entry: &Entry) -> Self {
         if entry.is_plain() && entry.reply == flow {
-            let Entry { status, timeout, tcp, mark, id, .. } = entry;
+            let Entry { status, timeout, tcp, mark, id, .. } = *entry;
             Self::Plain { status, timeout, tcp, mark, id }
         } else {
-            Self::Other(Box::new(entry))
+            Self::Other(Box::new(*entry))
         }
     }
 
-    pub(super) fn entry(&self, flow: FourTuple) -> Entry {
+    fn entry(&self, flow: FourTuple) -> Entry {
         match *self {
             Self::Plain { status, timeout, tcp, mark, id } => {
                 let plain = Entry::plain(flow.inverse(), Zone::default());
@@ -296,6 +317,7 @@ mod tests {
                 let view = View { flow, socket, entry };
                 assert_eq!(Views::from_iter([view]).iter().collect::<Vec<_>>(), [view]);
             }
+            assert_eq!(entry.as_ref().map(|entry| Kept::from(entry).entry()), entry);
         }
     }
 }
