@@ -42,13 +42,15 @@ pub fn entry(payload: &[u8]) -> Decoded<Option<Entry>> {
         match kind {
             // The first packet's tuple.
             CTA_TUPLE_ORIG => {
-                if !tuple(value, &mut orig, &mut zone.orig)? {
+                let is_tcp = tuple(value, &mut orig, &mut zone.orig)?;
+                if !is_tcp {
                     return Ok(None);
                 }
             }
             // The tuple that an answer has; differs from the inverse of the first under NAT.
             CTA_TUPLE_REPLY => {
-                if !tuple(value, &mut reply, &mut zone.reply)? {
+                let is_tcp = tuple(value, &mut reply, &mut zone.reply)?;
+                if !is_tcp {
                     return Ok(None);
                 }
             }
