@@ -154,17 +154,6 @@ impl Arm {
         Some(Self { lab, listeners, daemon })
     }
 
-    pub fn sh(&self, c: &str) -> String {
-        self.lab.server.output(c)
-    }
-    pub fn metrics(&self) -> String {
-        self.lab.server.output("curl -s 127.0.0.1:9815/metrics")
-    }
-
-    pub fn pid(&self) -> u32 {
-        self.daemon.as_ref().map_or(0, Daemon::pid)
-    }
-
     pub fn clients(&self, ending: Ending, time: Duration) -> Work {
         clients(&self.lab, &self.listeners, ending, time, self.daemon.as_ref().map(Daemon::pid))
     }
