@@ -428,6 +428,33 @@ fn decisions_are_counted() {
     await_decisions(&lab, &wanted);
 }
 
+/// The FINs have a hole before them, so TCP takes none of them and all must be remembered; of so many
+/// connections some twenty pairs meet in one place of the program's memory. Once they are over, their
+/// places are free for others.
+#[test]
+fn a_first_fin_is_remembered_until_tcp_has_taken_it() {
+    const MANY: usize = 600;
+    let Some(lab) = lab() else { return };
+    let _server = lab.serve("0.0.0.0:80");
+    let _daemon = shielded(&lab);
+    let peer = lab.peer(SOURCE);
+    let decisions = |learned: u16, hidden: u16, shown: u16| {
+        let wanted = [("fin_learned", learned), ("fin_hidden", hidden), ("rst_shown", shown)];
+        await_decisions(&lab, &wanted.map(|(decision, count)| (decision, count.into())));
+    };
+    let conns = peer.hold(80, MANY);
+    for _ in 0..3 {
+        conns.iter().for_each(|conn| conn.fin_at(50));
+    }
+    decisions(600, 1200, 0);
+    conns.iter().for_each(|conn| conn.rst_at(0));
+    decisions(600, 1200, 600);
+    let mut conns = peer.hold(80, MANY);
+    conns.iter_mut().for_each(RawConn::fin);
+    conns.iter().for_each(RawConn::fin_again);
+    decisions(1200, 1800, 600);
+}
+
 fn samples(lab: &Lab) -> HashMap<String, f64> {
     let answer = http::ask(&lab.server, METRICS, "GET /metrics", "").expect("an answer");
     http::samples(&answer.body)

@@ -2,8 +2,10 @@
 
 use std::borrow::Borrow;
 use std::collections::HashSet;
+use std::collections::hash_map::RandomState;
 use std::error::Error as StdError;
 use std::fmt::{self, Debug};
+use std::hash::{BuildHasher, Hasher};
 
 use aya::maps::{Array, Map, MapData, PerCpuArray};
 use aya::programs::tc::{
@@ -60,6 +62,7 @@ impl Program {
         let mut this = Self(
             EbpfLoader::new()
                 .override_global("mark", &mark, true)
+                .override_global("seed", &seed(), true)
                 .load(OBJECT)
                 .map_err(|error| load_failed(&error))?,
         );
@@ -146,6 +149,12 @@ impl Program {
         let program = self.0.program_mut(NAME).ok_or_else(|| op.malformed("not in the object"))?;
         program.try_into().map_err(|error: ProgramError| failed(op, &error))
     }
+}
+
+/// What nobody can guess: the standard library seeds its hashers from the kernel's random numbers.
+#[allow(clippy::cast_possible_truncation, reason = "half of them do")]
+fn seed() -> u32 {
+    RandomState::new().build_hasher().finish() as u32
 }
 
 fn is_before_tcx() -> bool {

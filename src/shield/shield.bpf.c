@@ -51,7 +51,32 @@ struct {
 	__type(value, __u64);
 } decisions SEC(".maps");
 
-// Sockets that conntrack has seen a FIN for. It dies with the socket: nobody can fill it.
+// A connection that conntrack has seen a FIN for. It stands here until TCP has taken the FIN, which
+// mostly is at once, or the socket is gone; whoever wants the place looks whether that is so.
+struct place {
+	struct bpf_spin_lock lock;
+	// 0 where nobody has been yet.
+	__u32 device;
+	bool is_ipv4;
+	// Our own first sequence number: it tells a connection from the next with the same tuple.
+	__u32 isn;
+	struct bpf_sock_tuple tuple;
+};
+
+#define PLACES 8192
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, PLACES);
+	__type(key, __u32);
+	__type(value, struct place);
+} places SEC(".maps");
+
+// Where nobody can foresee two connections to meet. Set before loading.
+const volatile __u32 seed = 0;
+
+// Sockets that conntrack has seen a FIN for and whose place is taken by another. Dies with the
+// socket, so nobody can fill it; but to make and to free it costs more than all the rest.
 struct {
 	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
@@ -72,6 +97,8 @@ struct tcp_options_received {
 } KERNEL;
 
 struct tcp_sock {
+	__u32 snd_una;
+	__u64 bytes_acked;
 	__u32 rcv_nxt;
 	__u32 rcv_wup;
 	__u32 rcv_wnd;
@@ -284,18 +311,101 @@ static __always_inline bool is_before_connection(__u32 state)
 	       state == BPF_TCP_LISTEN;
 }
 
-// A FIN of an open socket. Conntrack may see the first that TCP can use, and no other.
-static __always_inline enum decision on_fin(struct tcp_sock *tcp, __u32 state, __u32 seq,
-					    __u32 payload)
+static __always_inline __u32 own_isn(struct tcp_sock *tcp)
 {
-	__u32 *seen;
+	return tcp->snd_una - (__u32)tcp->bytes_acked;
+}
 
-	if (state == BPF_TCP_CLOSE_WAIT)
+static __always_inline struct bpf_sock *find(struct __sk_buff *skb, struct bpf_sock_tuple *tuple,
+					     bool is_ipv4)
+{
+	if (is_ipv4)
+		return bpf_skc_lookup_tcp(skb, tuple, sizeof(tuple->ipv4), BPF_F_CURRENT_NETNS, 0);
+	return bpf_skc_lookup_tcp(skb, tuple, sizeof(tuple->ipv6), BPF_F_CURRENT_NETNS, 0);
+}
+
+#define WORDS (sizeof(struct bpf_sock_tuple) / sizeof(__u32))
+
+static __always_inline bool is_same(struct bpf_sock_tuple *one, struct bpf_sock_tuple *other)
+{
+	__u32 *a = (__u32 *)one, *b = (__u32 *)other, difference = 0;
+
+#pragma unroll
+	for (__u32 i = 0; i < WORDS; i++)
+		difference |= a[i] ^ b[i];
+	return !difference;
+}
+
+static __always_inline __u32 place_of(struct bpf_sock_tuple *tuple)
+{
+	__u32 *words = (__u32 *)tuple, hash = seed;
+
+#pragma unroll
+	for (__u32 i = 0; i < WORDS; i++) {
+		hash = (hash ^ words[i]) * 0x9e3779b1;
+		hash ^= hash >> 15;
+	}
+	return hash % PLACES;
+}
+
+// Whether the one who has a place still needs it. One that came by another device is not looked for:
+// its socket may be bound to that.
+static __always_inline bool is_needed(struct __sk_buff *skb, struct place *place)
+{
+	struct bpf_sock *socket;
+	struct tcp_sock *tcp;
+	bool needed;
+
+	if (!place->device)
+		return false;
+	if (place->device != skb->ifindex)
+		return true;
+	socket = find(skb, &place->tuple, place->is_ipv4);
+	if (!socket)
+		return false;
+	tcp = bpf_skc_to_tcp_sock(socket);
+	needed = tcp && socket->state == BPF_TCP_ESTABLISHED && own_isn(tcp) == place->isn;
+	bpf_sk_release(socket);
+	return needed;
+}
+
+// The first FIN of a connection is learned, every other hidden.
+static __always_inline enum decision learn(struct __sk_buff *skb, struct packet *packet,
+					   struct tcp_sock *tcp)
+{
+	__u32 number = place_of(&packet->tuple);
+	__u32 *seen = bpf_sk_storage_get(&fins, tcp, NULL, 0);
+	struct place *place, was = {};
+	__u32 isn = own_isn(tcp);
+	bool is_ours = false;
+
+	if (seen && *seen)
 		return FIN_HIDDEN;
-	// All of it old, or beyond the window: not a FIN to TCP. Were it learned, anybody who guesses
-	// the ports could keep the real one from conntrack.
-	if (!before(tcp->rcv_nxt, seq + payload + 1) || before(window_end(tcp), seq))
-		return FIN_HIDDEN;
+	place = bpf_map_lookup_elem(&places, &number);
+	if (place) {
+		// Should another processor be writing, then nobody is found by what this is, and the
+		// second look shows it.
+		was.device = place->device;
+		was.is_ipv4 = place->is_ipv4;
+		was.isn = place->isn;
+		was.tuple = place->tuple;
+		if (was.isn == isn && is_same(&was.tuple, &packet->tuple))
+			return FIN_HIDDEN;
+		if (!is_needed(skb, &was)) {
+			bpf_spin_lock(&place->lock);
+			// Nobody was quicker.
+			if (place->isn == was.isn && is_same(&place->tuple, &was.tuple)) {
+				place->device = skb->ifindex;
+				place->is_ipv4 = packet->tuple_size == sizeof(packet->tuple.ipv4);
+				place->isn = isn;
+				place->tuple = packet->tuple;
+				is_ours = true;
+			}
+			bpf_spin_unlock(&place->lock);
+			if (is_ours)
+				return FIN_LEARNED;
+		}
+	}
 	seen = bpf_sk_storage_get(&fins, tcp, NULL, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!seen)
 		return NOT_LEARNED;
@@ -303,6 +413,20 @@ static __always_inline enum decision on_fin(struct tcp_sock *tcp, __u32 state, _
 		return FIN_HIDDEN;
 	*seen = 1;
 	return FIN_LEARNED;
+}
+
+// A FIN of an open socket. Conntrack may see the first that TCP can use, and no other.
+static __always_inline enum decision on_fin(struct __sk_buff *skb, struct packet *packet,
+					    struct tcp_sock *tcp, __u32 state, __u32 seq,
+					    __u32 payload)
+{
+	if (state == BPF_TCP_CLOSE_WAIT)
+		return FIN_HIDDEN;
+	// All of it old, or beyond the window: not a FIN to TCP. Were it learned, anybody who guesses
+	// the ports could keep the real one from conntrack.
+	if (!before(tcp->rcv_nxt, seq + payload + 1) || before(window_end(tcp), seq))
+		return FIN_HIDDEN;
+	return learn(skb, packet, tcp);
 }
 
 // An RST of an open socket. While it is ESTABLISHED, data or a FIN that came in the same batch
@@ -324,6 +448,7 @@ static __always_inline int judge(struct __sk_buff *skb, bool again)
 	enum decision decision = DECISIONS;
 	enum found found;
 	__u32 seq, payload, header_length, state;
+	bool is_ipv4;
 	__u8 flags;
 
 	// What goes on to a VLAN or macvlan device is judged there, and only there.
@@ -362,23 +487,21 @@ static __always_inline int judge(struct __sk_buff *skb, bool again)
 	payload = packet.tcp_length - header_length;
 	seq = bpf_ntohl(header.seq);
 
-	if (packet.tuple_size == sizeof(packet.tuple.ipv4)) {
+	is_ipv4 = packet.tuple_size == sizeof(packet.tuple.ipv4);
+	if (is_ipv4) {
 		packet.tuple.ipv4.sport = header.source;
 		packet.tuple.ipv4.dport = header.dest;
-		socket = bpf_skc_lookup_tcp(skb, &packet.tuple, sizeof(packet.tuple.ipv4),
-					    BPF_F_CURRENT_NETNS, 0);
 	} else {
 		packet.tuple.ipv6.sport = header.source;
 		packet.tuple.ipv6.dport = header.dest;
-		socket = bpf_skc_lookup_tcp(skb, &packet.tuple, sizeof(packet.tuple.ipv6),
-					    BPF_F_CURRENT_NETNS, 0);
 	}
+	socket = find(skb, &packet.tuple, is_ipv4);
 	if (!socket)
 		return TC_ACT_UNSPEC;
 	state = socket->state;
 	tcp = bpf_skc_to_tcp_sock(socket);
 	if (tcp && (state == BPF_TCP_ESTABLISHED || state == BPF_TCP_CLOSE_WAIT))
-		decision = flags & TCP_FIN ? on_fin(tcp, state, seq, payload)
+		decision = flags & TCP_FIN ? on_fin(skb, &packet, tcp, state, seq, payload)
 					   : on_rst(tcp, state, seq, payload, again);
 	else if (!again && is_before_connection(state))
 		decision = DELAYED;
