@@ -442,14 +442,20 @@ fn a_first_fin_is_remembered_until_tcp_has_taken_it() {
         let wanted = [("fin_learned", learned), ("fin_hidden", hidden), ("rst_shown", shown)];
         await_decisions(&lab, &wanted.map(|(decision, count)| (decision, count.into())));
     };
-    let conns = peer.hold(80, MANY);
+    let hold = || {
+        let conns = peer.hold(80, MANY);
+        // A place is for a socket, which a request that waits to be accepted has not.
+        wait_for("sockets", SOON, || lab.sockets("established") == MANY);
+        conns
+    };
+    let conns = hold();
     for _ in 0..3 {
         conns.iter().for_each(|conn| conn.fin_at(50));
     }
     decisions(600, 1200, 0);
     conns.iter().for_each(|conn| conn.rst_at(0));
     decisions(600, 1200, 600);
-    let mut conns = peer.hold(80, MANY);
+    let mut conns = hold();
     conns.iter_mut().for_each(RawConn::fin);
     conns.iter().for_each(RawConn::fin_again);
     decisions(1200, 1800, 600);
