@@ -429,11 +429,11 @@ fn decisions_are_counted() {
 }
 
 /// The FINs have a hole before them, so TCP takes none of them and all must be remembered; of so many
-/// connections some twenty pairs meet in one place of the program's memory. Once they are over, their
+/// connections some ten pairs meet in one place of the program's memory. Once they are over, their
 /// places are free for others.
 #[test]
 fn a_first_fin_is_remembered_until_tcp_has_taken_it() {
-    const MANY: usize = 600;
+    const MANY: usize = 400;
     let Some(lab) = lab() else { return };
     let _server = lab.serve("0.0.0.0:80");
     let _daemon = shielded(&lab);
@@ -452,13 +452,13 @@ fn a_first_fin_is_remembered_until_tcp_has_taken_it() {
     for _ in 0..3 {
         conns.iter().for_each(|conn| conn.fin_at(50));
     }
-    decisions(600, 1200, 0);
+    decisions(400, 800, 0);
     conns.iter().for_each(|conn| conn.rst_at(0));
-    decisions(600, 1200, 600);
+    decisions(400, 800, 400);
     let mut conns = hold();
     conns.iter_mut().for_each(RawConn::fin);
     conns.iter().for_each(RawConn::fin_again);
-    decisions(1200, 1800, 600);
+    decisions(800, 1200, 400);
 }
 
 fn samples(lab: &Lab) -> HashMap<String, f64> {
