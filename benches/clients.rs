@@ -25,22 +25,10 @@ fn main() {
 
     report::heading("Ordinary clients on all cores; ratio to the same without ctkeep");
     for ([without, nflog, ctnetlink], ending) in work.iter().zip(Ending::ALL) {
-        let least = Target::AtLeast(if ending == Ending::Keepalive { 0.98 } else { 0.95 });
         let name = ending.name();
-        let rate = |work: &[_]| traffic::median_rate(work);
-        report::figure(&format!("{name}, without ctkeep"), rate(without), "/s", Target::None);
-        for (source, work, target) in
-            [("nflog", nflog, least), ("ctnetlink", ctnetlink, Target::None)]
-        {
-            let [by_time, by_cpu] = traffic::ratios(work, without);
-            report::ratio(&format!("{name}, {source}"), rate(work), "/s", by_time, target);
-            report::ratio(
-                "  by processor time, ctkeep's included",
-                rate(work),
-                "/s",
-                by_cpu,
-                Target::None,
-            );
-        }
+        let alone = traffic::median_rate(without);
+        report::figure(&format!("{name}, without ctkeep"), alone, "/s", Target::None);
+        traffic::compare(&format!("{name}, nflog"), nflog, without, ending.target());
+        traffic::compare(&format!("{name}, ctnetlink"), ctnetlink, without, Target::None);
     }
 }

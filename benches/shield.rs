@@ -43,22 +43,12 @@ fn clients(arms: &[Arm; 3]) {
     let work = traffic::in_turn(arms, ROUNDS, SLICE);
     report::heading("Ordinary clients on all cores");
     for ([stock, sweeps, shield], ending) in work.iter().zip(Ending::ALL) {
-        let least = Target::AtLeast(if ending == Ending::Keepalive { 0.98 } else { 0.95 });
         let name = ending.name();
-        let rate = traffic::median_rate(shield);
-        report::figure(&format!("{name}, stock"), traffic::median_rate(stock), "/s", Target::None);
-        for (arm, work, target) in [("sweeps alone", sweeps, least), ("stock", stock, Target::None)]
-        {
-            let [by_time, by_cpu] = traffic::ratios(shield, work);
-            report::ratio(&format!("{name}, shield : {arm}"), rate, "/s", by_time, target);
-            report::ratio(
-                "  by processor time, ctkeep's included",
-                rate,
-                "/s",
-                by_cpu,
-                Target::None,
-            );
-        }
+        let alone = traffic::median_rate(stock);
+        report::figure(&format!("{name}, stock"), alone, "/s", Target::None);
+        let beside = format!("{name}, shield : sweeps alone");
+        traffic::compare(&beside, shield, sweeps, ending.target());
+        traffic::compare(&format!("{name}, shield : stock"), shield, stock, Target::None);
     }
 }
 

@@ -15,7 +15,7 @@ use procfs::process::Process;
 use socket2::{Domain, SockRef, Socket, Type};
 
 use crate::lab::{Daemon, Lab, SERVER_V4, Server, wait_for};
-use crate::report;
+use crate::report::{self, Target};
 
 /// The program that is measured.
 pub const CTKEEP: &str = env!("CARGO_BIN_EXE_ctkeep");
@@ -40,6 +40,11 @@ impl Ending {
             Self::Rst => "connections closed by RST",
             Self::Keepalive => "requests over one connection",
         }
+    }
+
+    /// How much of what gets done without it must be left with it.
+    pub fn target(self) -> Target {
+        Target::AtLeast(if self == Self::Keepalive { 0.98 } else { 0.95 })
     }
 }
 
@@ -182,6 +187,15 @@ pub fn in_turn(arms: &[Arm; 3], rounds: usize, time: Duration) -> [[Vec<Work>; 3
     work
 }
 
+/// Two rows: what of `without` gets done `with`, by time, which is judged, and by processor time.
+pub fn compare(name: &str, with: &[Work], without: &[Work], target: Target) {
+    let rate = median_rate(with);
+    let [by_time, by_cpu] = ratios(with, without);
+    report::ratio(name, rate, "/s", by_time, target);
+    let beside = "  by processor time, ctkeep's included";
+    report::ratio(beside, rate, "/s", by_cpu, Target::None);
+}
+
 /// The median of the rates.
 pub fn median_rate(work: &[Work]) -> f64 {
     report::median(&work.iter().map(|work| work.per_second).collect::<Vec<_>>())
@@ -191,7 +205,7 @@ pub fn median_rate(work: &[Work]) -> f64 {
 /// included.
 ///
 /// Medians of the ratios, round by round; but ctkeep, which works now and then, by all that it took.
-pub fn ratios(with: &[Work], without: &[Work]) -> [f64; 2] {
+fn ratios(with: &[Work], without: &[Work]) -> [f64; 2] {
     let paired = |of: fn(&Work) -> f64| {
         let rates = |work: &[Work]| work.iter().map(of).collect::<Vec<_>>();
         report::paired(&rates(with), &rates(without))

@@ -1,8 +1,6 @@
 //! The work of one namespace: sweep, listen, repair, look again.
 
-use std::collections::hash_map::RandomState;
 use std::collections::{HashMap, HashSet};
-use std::hash::{BuildHasher, Hasher};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
@@ -26,7 +24,7 @@ use crate::error::{Error, Op, Result};
 use crate::flow::FourTuple;
 use crate::host::netns::Namespace;
 use crate::host::route::Routes;
-use crate::host::{instance, sysctl};
+use crate::host::{instance, random, sysctl};
 use crate::metrics::{EventType, Look, Share, Trigger, instant_of};
 use crate::nflog;
 use crate::nftables::Hook;
@@ -967,9 +965,8 @@ fn unaccounted(snapshot: &Snapshot) -> impl Iterator<Item = Socket> {
 /// A twentieth to a fifth sooner: nobody can time packets by the sweeps, and what the event source
 /// remembers for one interval ([`Events::open`]) is seen by a sweep before it is forgotten.
 fn jittered(interval: Duration) -> Duration {
-    // The standard library seeds its hashers from the kernel's random numbers.
-    let random = RandomState::new().build_hasher().finish() % 151;
-    interval.mul_f64(0.8 + f64::from(u8::try_from(random).unwrap_or(75)) / 1000.0)
+    let random = u8::try_from(random::bits() % 151).unwrap_or(75);
+    interval.mul_f64(0.8 + f64::from(random) / 1000.0)
 }
 
 /// What this thread has cost so far: waiting, and being stopped, cost nothing.

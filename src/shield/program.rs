@@ -2,10 +2,8 @@
 
 use std::borrow::Borrow;
 use std::collections::HashSet;
-use std::collections::hash_map::RandomState;
 use std::error::Error as StdError;
 use std::fmt::{self, Debug};
-use std::hash::{BuildHasher, Hasher};
 
 use aya::maps::{Array, Map, MapData, PerCpuArray};
 use aya::programs::tc::{
@@ -18,6 +16,7 @@ use aya::{Ebpf, EbpfLoader, include_bytes_aligned};
 
 use super::DECISIONS;
 use crate::error::{Cause, Error, Op, Result};
+use crate::host::random;
 
 static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/shield.bpf.o"));
 
@@ -151,10 +150,10 @@ impl Program {
     }
 }
 
-/// What nobody can guess: the standard library seeds its hashers from the kernel's random numbers.
-#[allow(clippy::cast_possible_truncation, reason = "half of them do")]
+/// Which place a connection has in the program's memory.
+#[allow(clippy::cast_possible_truncation, reason = "half of the bits do")]
 fn seed() -> u32 {
-    RandomState::new().build_hasher().finish() as u32
+    random::bits() as u32
 }
 
 fn is_before_tcx() -> bool {

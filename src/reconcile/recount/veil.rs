@@ -8,11 +8,10 @@
 //! conntrack, on to TCP (docs/attack.md).
 
 use std::collections::HashMap;
-use std::collections::hash_map::RandomState;
-use std::hash::{BuildHasher, Hasher};
 
 use crate::error::Result;
 use crate::flow::FourTuple;
+use crate::host::random;
 use crate::nftables::{Chain, Expr, Hook, Layout, Set, Table, tuple};
 use crate::reconcile::ledger::Shield;
 
@@ -63,9 +62,7 @@ pub(super) struct Marks {
 impl Marks {
     /// Numbers that a peer cannot guess.
     pub(super) fn draw() -> Self {
-        // The standard library seeds its hashers from the kernel's random numbers.
-        let bits = RandomState::new().build_hasher().finish().to_be_bytes();
-        let [a, b, c, d, e, f, g, h] = bits;
+        let [a, b, c, d, e, f, g, h] = random::bits().to_be_bytes();
         Self { nudge: u32::from_be_bytes([a, b, c, d]), seal: u32::from_be_bytes([e, f, g, h]) }
     }
 }
