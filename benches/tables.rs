@@ -22,8 +22,8 @@ use ctkeep::reconcile::ledger::Ledger;
 use ctkeep::reconcile::observe::Tables;
 use ctkeep::reconcile::plan::plan;
 use ctkeep::reconcile::policy::{Policy, Scope};
-use ctkeep::reconcile::recount::{Mode, Recounter};
 use ctkeep::reconcile::snapshot::Kept;
+use ctkeep::recount::{Mode, Recounter};
 use ctkeep::sockdiag::{SockDiag, State, States};
 use netlink_sys::protocols::{NETLINK_NETFILTER, NETLINK_SOCK_DIAG};
 

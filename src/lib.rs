@@ -10,12 +10,15 @@
 //!
 //! - [`flow`] and [`Error`]: endpoints, four-tuples, and the one error.
 //! - [`netlink`]: bytes to and from the kernel; a list is whole or an error.
-//! - [`conntrack`], [`sockdiag`]: the two tables, one typed request for each thing asked; [`host`]:
-//!   routes, settings, namespaces.
-//! - [`nflog`], [`shield`]: what can fool conntrack, told by a table of ours or kept from it.
-//! - [`reconcile`]: observe, plan (pure), confirm by exact look-up, apply, recount; the ledger of
-//!   what is held.
-//! - [`audit`]: the report of one look.
+//! - [`conntrack`], [`sockdiag`]: the two tables, one typed request for each thing asked;
+//!   [`nftables`]: tables of our own; [`rtnetlink`]: devices and routes; [`host`]: settings,
+//!   namespaces, privileges.
+//! - [`firewall`]: the host's rules and the limits in them. [`watch`]: where the daemon learns that
+//!   an entry changed. [`shield`]: the packet program that keeps conntrack from being fooled.
+//! - [`recount`]: what makes the limiter count a connection again.
+//! - [`reconcile`]: observe, plan (pure), confirm by exact look-up, apply; the ledger of what is
+//!   held.
+//! - [`audit`]: the report of one look. [`doctor`]: whether this host is set up so that limits work.
 //! - [`metrics`]: what the daemon publishes, and how.
 //! - [`daemon`] and [`cli`]: a worker for each namespace, and the commands.
 
@@ -23,15 +26,19 @@ pub mod audit;
 pub mod cli;
 pub mod conntrack;
 pub mod daemon;
+pub mod doctor;
 mod error;
+pub mod firewall;
 pub mod flow;
 pub mod host;
 pub mod metrics;
 pub mod netlink;
-pub mod nflog;
 pub mod nftables;
 pub mod reconcile;
+pub mod recount;
+pub mod rtnetlink;
 pub mod shield;
 pub mod sockdiag;
+pub mod watch;
 
 pub use error::{Cause, Error, Op, Result};

@@ -7,8 +7,8 @@ mod lab;
 
 use std::net::IpAddr;
 
-use ctkeep::audit::limiter::{Before, LimitRule, Limiter};
-use ctkeep::host::ruleset::{Hook, Key, Outcome, Ruleset};
+use ctkeep::firewall::limits::{Before, LimitRule, Limiter};
+use ctkeep::firewall::{Hook, Key, Outcome, Ruleset};
 use lab::Namespace;
 
 /// Loads `rules` by `tool` and reads what the kernel then has; `None` where there is no lab.

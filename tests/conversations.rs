@@ -14,12 +14,13 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use ctkeep::conntrack::{
-    Change, Conntrack, Entry, EntryKey, EventKind, Filter, Insert, Listener, Status, TcpState, Zone,
+    Change, Conntrack, Entry, EntryKey, Filter, Insert, Status, TcpState, Zone,
 };
 use ctkeep::flow::{AF_INET, FourTuple};
 use ctkeep::netlink::script::{Reply, Script};
 use ctkeep::netlink::{Connection, Drained, Request, Transport};
 use ctkeep::sockdiag::{Lookup, SockDiag, Socket, State, States};
+use ctkeep::watch::ctnetlink::{EventKind, Listener};
 use ctkeep::{Cause, Error, Op};
 use played::{
     CT_DELETE, CT_GET, CT_GET_STATS, CT_NEW, EEXIST, EINVAL, ENOBUFS, ENOENT, EOPNOTSUPP, EPERM,
@@ -1163,7 +1164,7 @@ mod events {
         Listener::new(script)
     }
 
-    fn drain(replies: Vec<Reply>) -> (Vec<ctkeep::conntrack::Event>, Drained) {
+    fn drain(replies: Vec<Reply>) -> (Vec<ctkeep::watch::ctnetlink::Event>, Drained) {
         let mut events = Vec::new();
         let drained = listener(replies).drain(1000, |event| events.push(event)).unwrap();
         (events, drained)

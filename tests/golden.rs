@@ -20,13 +20,14 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use ctkeep::conntrack::{
-    Change, Conntrack, Entry, EntryKey, Event, EventKind, Filter, Insert, Listener, SeqAdj, Status,
-    SynProxy, TableSize, Tcp, TcpState, Zone, decode,
+    Change, Conntrack, Entry, EntryKey, Filter, Insert, SeqAdj, Status, SynProxy, TableSize, Tcp,
+    TcpState, Zone, decode,
 };
 use ctkeep::flow::{AF_INET, AF_INET6, FourTuple};
 use ctkeep::netlink::script::Reply;
 use ctkeep::netlink::{Drained, KernelSocket, Transport, frames};
 use ctkeep::sockdiag::{Cookie, Lookup, SockDiag, Socket, State, States};
+use ctkeep::watch::ctnetlink::{Event, EventKind, Listener};
 use played::hex::{self, assert_golden};
 use played::{Played, flow, script};
 

@@ -13,10 +13,10 @@ use std::ops::Range;
 use std::rc::Rc;
 use std::time::Instant;
 
-use ctkeep::audit::limiter::Limiter;
 use ctkeep::conntrack::{Entry, Tcp, TcpState, decode};
+use ctkeep::firewall::limits::Limiter;
+use ctkeep::firewall::{Key, Ruleset, nft_chains};
 use ctkeep::flow::{Endpoint, FourTuple};
-use ctkeep::host::ruleset::{Key, Ruleset, nft_chains};
 use ctkeep::netlink::{Connection, Request, Transport};
 use ctkeep::reconcile::apply::{Outcome, apply};
 use ctkeep::reconcile::confirm::confirm;

@@ -21,11 +21,12 @@ use ctkeep::flow::FourTuple;
 use ctkeep::netlink::Transport;
 use ctkeep::reconcile::apply::apply;
 use ctkeep::reconcile::confirm::{Confirmed, confirm};
-use ctkeep::reconcile::ledger::{Ledger, Shield};
+use ctkeep::reconcile::ledger::Ledger;
 use ctkeep::reconcile::observe::Tables;
 use ctkeep::reconcile::plan::{ActionKind, plan};
 use ctkeep::reconcile::policy::{Policy, Scope};
 use ctkeep::reconcile::snapshot::{Direction, View};
+use ctkeep::recount::Notrack;
 use ctkeep::sockdiag::{Lookup, Socket, State, States};
 use model::{Model, PORT, Rst, bystanders};
 use played::host::{Host, Shared, tuple};
@@ -175,17 +176,17 @@ impl Keeper {
                 continue;
             };
             let Ok(()) = outcome.result else { continue };
-            let shield = self.ledger.shield(&socket);
+            let notrack = self.ledger.notrack(&socket);
             if kind.needs_recount() {
-                let seal = kind == ActionKind::Revive || shield == Some(Shield::All);
+                let seal = kind == ActionKind::Revive || notrack == Some(Notrack::FinsAndRsts);
                 model.recounted(&socket, seal);
                 self.ledger.pressure_mut().repaired(socket.remote.addr(), self.now);
                 again.push(Lookup::from(&socket));
             } else if kind == ActionKind::Seal {
                 model.sealed(&socket);
             }
-            if let Some(shield) = shield {
-                model.shield(socket.cookie, shield);
+            if let Some(notrack) = notrack {
+                model.notrack(socket.cookie, notrack);
             }
         }
         if !again.is_empty() {
@@ -266,7 +267,7 @@ impl World {
             Step::Interrupt => self.keeper.line.interrupted.set(true),
             Step::Crash => {
                 self.keeper.ledger = Ledger::default();
-                self.model.drop_shields();
+                self.model.drop_notracks();
             }
         }
         if self.loses_events {

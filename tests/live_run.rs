@@ -8,8 +8,8 @@ use std::fs;
 use std::thread;
 use std::time::Duration;
 
-use ctkeep::nflog::Watch;
 use ctkeep::nftables::Hook;
+use ctkeep::watch::nflog::Watch;
 use lab::{FIN, Lab, Peer, RawConn, holds_within, wait_for};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;

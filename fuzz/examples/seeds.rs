@@ -13,7 +13,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use ctkeep::Op;
-use ctkeep::host::ruleset::nft_chains;
+use ctkeep::firewall::nft_chains;
 use ctkeep::netlink::{Connection, KernelSocket, Request, Transport};
 use ctkeep_fuzz::played::{NLMSG_DONE, attribute, hex, messages, u16_at};
 

@@ -3,10 +3,9 @@
 
 #![no_main]
 
-use ctkeep::conntrack::{
-    Change, Conntrack, Entry, Filter, Insert, Listener, Status, SynProxy, decode,
-};
+use ctkeep::conntrack::{Change, Conntrack, Entry, Filter, Insert, Status, SynProxy, decode};
 use ctkeep::netlink::frames;
+use ctkeep::watch::ctnetlink::Listener;
 use ctkeep_fuzz::played::crate_reader::{Common, read_by_the_crate};
 use ctkeep_fuzz::played::host::Host;
 use ctkeep_fuzz::played::{CT_DELETE, CT_NEW, entry_payload};

@@ -4,7 +4,7 @@
 
 use ctkeep::flow::{Endpoint, FourTuple};
 use ctkeep::netlink::frames;
-use ctkeep::nflog;
+use ctkeep::watch::nflog;
 use libfuzzer_sys::fuzz_target;
 use netlink_packet_core::NlasIterator;
 

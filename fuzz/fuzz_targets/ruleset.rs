@@ -3,8 +3,8 @@
 
 #![no_main]
 
-use ctkeep::audit::limiter::Limiter;
-use ctkeep::host::ruleset::{Ruleset, nft_chains};
+use ctkeep::firewall::limits::Limiter;
+use ctkeep::firewall::{Ruleset, nft_chains};
 use ctkeep::netlink::script::Reply;
 use ctkeep::netlink::{Connection, frames};
 use ctkeep_fuzz::played;

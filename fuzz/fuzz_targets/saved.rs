@@ -5,10 +5,11 @@
 use std::sync::LazyLock;
 use std::time::SystemTime;
 
-use ctkeep::audit::limiter::Limiter;
 use ctkeep::audit::report::{Report, Request};
-use ctkeep::audit::{render, saved};
-use ctkeep::host::ruleset::{Family, Ruleset, parse_saved};
+use ctkeep::audit::saved;
+use ctkeep::cli::output;
+use ctkeep::firewall::limits::Limiter;
+use ctkeep::firewall::{Family, Ruleset, parse_saved};
 use ctkeep::reconcile::policy::Policy;
 use jsonschema::Validator;
 use libfuzzer_sys::fuzz_target;
@@ -43,5 +44,5 @@ fuzz_target!(init: { LazyLock::force(&SCHEMA); }, |bytes: &[u8]| {
     assert!(report.connections.len() <= sockets.values.len() + entries.values.len());
     let json = report.to_json(true, None);
     assert!(SCHEMA.is_valid(&json), "{json}");
-    assert!(render::report(&report, true, None, false).ends_with('\n'));
+    assert!(output::report(&report, true, None, false).ends_with('\n'));
 });

@@ -4,12 +4,12 @@ use std::collections::{BTreeMap, HashMap};
 
 use serde::Serialize;
 
+use super::checks;
 use super::figures::{Figures, Table, Tcp};
 use super::finding::{Finding, Verdict, worst};
-use super::judge;
-use super::limiter::Limiter;
 use super::processes::Holder;
 use super::sources::Load;
+use crate::firewall::limits::Limiter;
 use crate::reconcile::snapshot::Views;
 use crate::sockdiag::{Socket, State};
 
@@ -154,13 +154,13 @@ impl Layers {
         let syn_recv = syn_recv.filter(|socket| socket.state == State::SynRecv).count();
         let syn_recv = u64::try_from(syn_recv).unwrap_or(u64::MAX);
         Self {
-            conntrack: inputs
-                .figures
-                .map(|figures| Layer::new(judge::conntrack(&figures.table), figures.table.clone())),
+            conntrack: inputs.figures.map(|figures| {
+                Layer::new(checks::conntrack(&figures.table), figures.table.clone())
+            }),
             limiter: limits(inputs),
             syn: inputs.figures.map(|figures| {
-                let mut findings = judge::syn(&figures.tcp, syn_recv);
-                findings.push(judge::listen_drops(&figures.tcp));
+                let mut findings = checks::syn(&figures.tcp, syn_recv);
+                findings.push(checks::listen_drops(&figures.tcp));
                 Layer::new(findings, Handshakes { syn_recv, tcp: figures.tcp.clone() })
             }),
             listen: inputs.listeners.iter().map(|socket| queue(socket, inputs.holders)).collect(),
@@ -174,7 +174,7 @@ fn limits(inputs: Inputs<'_>) -> Layer<Limits> {
     let mut ports: Vec<u16> = inputs.listeners.iter().map(|socket| socket.local.port()).collect();
     ports.sort_unstable();
     ports.dedup();
-    let mut findings = judge::limiter(limiter, &ports);
+    let mut findings = checks::limiter(limiter, &ports);
     if inputs.is_limit_named {
         findings.retain(|finding| !matches!(finding.id, "no-limit" | "rules-unread"));
     }
@@ -202,7 +202,7 @@ fn limits(inputs: Inputs<'_>) -> Layer<Limits> {
             ports: rule.matches.ports.to_string(),
             limit: rule.limit.count,
             mask: rule.source_prefix(),
-            before: rule.before.iter().map(super::limiter::Before::name).collect(),
+            before: rule.before.iter().map(crate::firewall::limits::Before::name).collect(),
             sources_over: over.len(),
         });
     }
@@ -210,7 +210,7 @@ fn limits(inputs: Inputs<'_>) -> Layer<Limits> {
 }
 
 fn queue(socket: &Socket, holders: &HashMap<u32, Holder>) -> Queue {
-    let finding = judge::queue(socket.recv_queue, socket.send_queue);
+    let finding = checks::queue(socket.recv_queue, socket.send_queue);
     let holder = holders.get(&socket.inode);
     Queue {
         local: socket.local.to_string(),
@@ -250,7 +250,7 @@ fn application(holder: Option<&Holder>, sockets: &[Socket]) -> Application {
     }
     let of = |state: State| by_state.get(state.name()).copied().unwrap_or(0);
     let close_wait = of(State::CloseWait);
-    let finding = judge::application(close_wait + of(State::Established), close_wait, unread);
+    let finding = checks::application(close_wait + of(State::Established), close_wait, unread);
     Application {
         pid: holder.map(|holder| holder.pid),
         command: holder.map(|holder| holder.command.clone()),

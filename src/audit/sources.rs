@@ -6,8 +6,8 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::limiter::{LimitRule, Limiter};
-use crate::host::ruleset::Hook;
+use crate::firewall::Hook;
+use crate::firewall::limits::{LimitRule, Limiter};
 use crate::reconcile::snapshot::View;
 use crate::sockdiag::State;
 

@@ -10,14 +10,15 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
 
-use crate::daemon::{EventSource, OnExit, ShieldMode};
+use crate::daemon::{OnExit, ShieldMode};
 use crate::error::{Error, Result};
 use crate::flow::Endpoint;
 use crate::host::netns::Namespace;
 use crate::reconcile::policy::Policy;
 use crate::reconcile::pressure::{Defence, Level};
-use crate::reconcile::recount::Mode;
+use crate::recount::Mode;
 use crate::sockdiag::State;
+use crate::watch::EventSource;
 
 /// Keeps half-closed TCP connections counted: makes conntrack, and with it connlimit and
 /// `ct count`, follow the kernel's sockets.

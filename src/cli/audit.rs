@@ -9,7 +9,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use super::Exit;
 use super::args::{Audit, Format};
-use crate::audit::render;
+use super::output;
 use crate::audit::report::{Report, Request, Seen};
 use crate::audit::saved::{self, Parsed};
 use crate::error::{Error, Result};
@@ -45,9 +45,9 @@ pub(super) fn run(args: &Audit) -> Result<Exit> {
 
 fn show(args: &Audit, report: &Report) -> Result<Exit> {
     match args.output.format {
-        Format::Json => render::line(&report.to_json(args.all, args.top))?,
+        Format::Json => output::line(&report.to_json(args.all, args.top))?,
         Format::Table => {
-            render::text(&render::report(report, args.all, args.top, args.output.no_header))?;
+            output::text(&output::report(report, args.all, args.top, args.output.no_header))?;
         }
     }
     Ok(if report.has_disagreements() { Exit::Disagreement } else { Exit::Done })

@@ -6,18 +6,18 @@ use serde_json::json;
 
 use super::Exit;
 use super::args::{Doctor, Format};
-use crate::audit::doctor::examine;
+use super::output;
 use crate::audit::finding::Verdict;
-use crate::audit::render;
+use crate::doctor::examine;
 use crate::error::Result;
 
 pub(super) fn run(args: &Doctor) -> Result<Exit> {
     let policy = args.scope.policy();
     let diagnosis = args.scope.namespace()?.run(|| Ok(examine(&policy, Instant::now())))?;
     match args.output.format {
-        Format::Json => render::line(&json!({"schema": 1, "findings": diagnosis.findings}))?,
+        Format::Json => output::line(&json!({"schema": 1, "findings": diagnosis.findings}))?,
         Format::Table => {
-            render::text(&render::findings(&diagnosis.findings, args.output.no_header))?;
+            output::text(&output::findings(&diagnosis.findings, args.output.no_header))?;
         }
     }
     let is_bad = diagnosis.findings.iter().any(|finding| finding.verdict == Verdict::Bad);

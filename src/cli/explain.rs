@@ -6,16 +6,16 @@ use serde_json::json;
 
 use super::Exit;
 use super::args::{Explain, Format};
+use super::output;
 use crate::audit::cover::Cover;
-use crate::audit::limiter::Limiter;
 use crate::audit::processes::{Holder, holders};
-use crate::audit::render;
 use crate::audit::sources::loads;
 use crate::conntrack::Entry;
 use crate::error::{Error, Result};
+use crate::firewall::Ruleset;
+use crate::firewall::limits::Limiter;
 use crate::flow::FourTuple;
 use crate::host::instance;
-use crate::host::ruleset::Ruleset;
 use crate::reconcile::ledger::Ledger;
 use crate::reconcile::observe::Tables;
 use crate::reconcile::plan::{Cell, Verdict, cell, decide};
@@ -60,8 +60,8 @@ pub(super) fn run(args: &Explain) -> Result<Exit> {
         Ok(Found { view, cell, in_scope, cover, is_swapped, holder, limits })
     })?;
     match args.output.format {
-        Format::Json => render::line(&to_json(&found))?,
-        Format::Table => render::text(&to_text(&found))?,
+        Format::Json => output::line(&to_json(&found))?,
+        Format::Table => output::text(&to_text(&found))?,
     }
     Ok(match decide(found.cell) {
         Verdict::Act(..) => Exit::Disagreement,

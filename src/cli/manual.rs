@@ -6,7 +6,7 @@ use clap::{Arg, ArgAction, Command, CommandFactory};
 
 use super::Exit;
 use super::args::{Cli, Completions, Man, Page};
-use crate::audit::render;
+use super::output;
 use crate::error::{Op, Result};
 
 /// What is said on the command line only.
@@ -15,13 +15,13 @@ const NEVER_IN_FILE: [&str; 5] = ["config", "conntrack", "help", "sockets", "ver
 pub(super) fn completions(args: &Completions) -> Result<Exit> {
     let mut out = Vec::new();
     clap_complete::generate(args.shell, &mut Cli::command(), "ctkeep", &mut out);
-    render::text(&String::from_utf8_lossy(&out))?;
+    output::text(&String::from_utf8_lossy(&out))?;
     Ok(Exit::Done)
 }
 
 pub(super) fn man(args: &Man) -> Result<Exit> {
     let text = page(args.page).map_err(|error| Op::new("write the manual page").io(error))?;
-    render::text(&text)?;
+    output::text(&text)?;
     Ok(Exit::Done)
 }
 

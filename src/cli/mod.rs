@@ -7,6 +7,7 @@ mod doctor;
 mod explain;
 mod log;
 mod manual;
+pub mod output;
 mod reconcile;
 mod run;
 

@@ -6,7 +6,7 @@ use serde_json::json;
 
 use super::Exit;
 use super::args::{Format, Reconcile};
-use crate::audit::render::{self, Rows};
+use super::output::{self, Rows};
 use crate::error::Result;
 use crate::reconcile::apply::{Outcome, apply};
 use crate::reconcile::confirm::{Confirmed, confirm};
@@ -14,7 +14,7 @@ use crate::reconcile::ledger::Ledger;
 use crate::reconcile::observe::Tables;
 use crate::reconcile::plan::{Action, Rest, Verdict, plan, verdict};
 use crate::reconcile::pressure::Defence;
-use crate::reconcile::recount::{Mode, Recounter};
+use crate::recount::{Mode, Recounter};
 use crate::sockdiag::{State, States};
 
 /// Beside the daemon's own, which may be there.
@@ -81,7 +81,7 @@ fn print(args: &Reconcile, netns: &str, confirmed: &Confirmed, outcomes: &[Outco
         Format::Json => {
             let actions: Vec<_> =
                 rows.map(|(action, outcome)| action_json(action, outcome)).collect();
-            render::line(&json!({
+            output::line(&json!({
                 "schema": 1, "netns": netns, "dry_run": args.dry_run, "actions": actions,
             }))
         }
@@ -97,10 +97,10 @@ fn print(args: &Reconcile, netns: &str, confirmed: &Confirmed, outcomes: &[Outco
                 ]
             };
             if confirmed.actions().is_empty() {
-                return render::text("nothing to repair\n");
+                return output::text("nothing to repair\n");
             }
             let rows = rows.map(row).collect();
-            render::text(&render::table(&headings, rows, Rows::Whole, args.output.no_header))
+            output::text(&output::table(&headings, rows, Rows::Whole, args.output.no_header))
         }
     }
 }

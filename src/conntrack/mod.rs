@@ -2,7 +2,6 @@
 
 pub mod decode;
 mod entry;
-mod event;
 mod request;
 pub mod uapi;
 
@@ -14,7 +13,6 @@ use crate::flow::FourTuple;
 use crate::netlink::{Connection, KernelSocket, Transport};
 
 pub use entry::{Entry, EntryKey, HelperName, SeqAdj, Status, SynProxy, Tcp, TcpState, Zone};
-pub use event::{Event, EventKind, Listener};
 pub use request::{Change, Filter, Insert};
 
 /// Reads and changes the conntrack table of one network namespace.

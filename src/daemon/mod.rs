@@ -3,7 +3,6 @@
 //! The workers speak blocking netlink and never wait for the runtime; it serves signals and metrics.
 
 mod control;
-mod events;
 mod lines;
 mod service;
 mod worker;
@@ -28,22 +27,9 @@ use crate::metrics::history::STEP;
 use crate::metrics::{Metrics, http, textfile};
 use crate::reconcile::policy::Policy;
 use crate::reconcile::pressure::Defence;
-use crate::reconcile::recount;
+use crate::recount;
 use crate::shield::Program;
-
-/// Where the fast path learns that an entry has changed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum EventSource {
-    /// The cheapest source that works.
-    #[default]
-    Auto,
-    /// FINs and RSTs of half-closed connections, logged by an nftables table of our own.
-    Nflog,
-    /// Conntrack's own events.
-    Ctnetlink,
-    /// None: the sweep alone.
-    Off,
-}
+use crate::watch::EventSource;
 
 /// What happens to held entries at the end.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

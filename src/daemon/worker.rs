@@ -16,28 +16,27 @@ use thread_priority::{
 };
 
 use super::control::Control;
-use super::events::Events;
 use super::lines::{Lines, line};
 use super::{Guard, OnExit, Publishing, Settings, ShieldMode};
 use crate::conntrack::{Change, Entry, TcpState};
 use crate::error::{Error, Op, Result};
 use crate::flow::FourTuple;
 use crate::host::netns::Namespace;
-use crate::host::route::Routes;
 use crate::host::{instance, random, sysctl};
 use crate::metrics::{EventType, Look, Share, Trigger, instant_of};
-use crate::nflog;
 use crate::nftables::Hook;
 use crate::reconcile::apply::{Outcome, apply};
 use crate::reconcile::confirm::{Confirmed, confirm};
-use crate::reconcile::ledger::{Held, Ledger, Shield};
+use crate::reconcile::ledger::{Held, Ledger};
 use crate::reconcile::observe::{Exact, Tables};
 use crate::reconcile::plan::{Action, ActionKind, plan_for};
 use crate::reconcile::policy::Scope;
-use crate::reconcile::recount::{Mode, Recounter};
 use crate::reconcile::snapshot::Snapshot;
+use crate::recount::{Mode, Notrack, Recounter};
+use crate::rtnetlink::route::Routes;
 use crate::shield::{self, Program};
 use crate::sockdiag::{Cookie, Lookup, SockDiag, Socket, State, States};
+use crate::watch::{Events, Wanted, nflog};
 
 /// The event of a packet can come before TCP has processed it, so a repaired connection is looked
 /// at again this much later.
@@ -313,7 +312,8 @@ impl<'p> Worker<'p> {
         };
         // Before the first dump, so that nothing happens unseen between the two.
         let hook = if guard.is_for_others() { Hook::Forward } else { Hook::Input };
-        let events = Events::open(&settings, &format!("{name}-watch"), hook, &scope.ports)?;
+        let watch = format!("{name}-watch");
+        let events = Events::open(wanted(&settings, &watch, hook, &scope.ports))?;
         let now = Instant::now();
         let mut this = Self {
             tables,
@@ -546,7 +546,7 @@ impl<'p> Worker<'p> {
                 // Perhaps it closed the entry in the midst of its repair.
                 (Some(socket), Some(None))
                     if recent.contains(&view.flow)
-                        && self.ledger.shield(&socket) != Some(Shield::All) =>
+                        && self.ledger.notrack(&socket) != Some(Notrack::FinsAndRsts) =>
                 {
                     self.ledger.distrust(&socket);
                 }
@@ -612,9 +612,9 @@ impl<'p> Worker<'p> {
             self.ledger.set_tracked(snapshot.tracked.clone());
         }
         if let Some(recounter) = &mut self.recounter
-            && let Err(error) = recounter.lower_shields(&self.ledger)
+            && let Err(error) = recounter.narrow_notrack(self.ledger.held().map(|held| held.orig))
         {
-            tracing::warn!(%error, "shields stay up for now");
+            tracing::warn!(%error, "notrack sets stay as they are for now");
         }
         let now = Instant::now();
         self.weigh(now)?;
@@ -695,7 +695,7 @@ impl<'p> Worker<'p> {
         // The old one first: a group has one owner.
         self.events = Events::Off;
         let name = format!("{}-watch", self.device);
-        match Events::open(&self.settings, &name, hook, &self.scope.ports) {
+        match Events::open(wanted(&self.settings, &name, hook, &self.scope.ports)) {
             Ok(events) => self.events = events,
             Err(error) if error.is_unavailable() => return Err(error),
             Err(error) => tracing::warn!(%error, "no events, the sweep alone"),
@@ -953,6 +953,22 @@ impl<'p> Worker<'p> {
             .collect();
         self.tables.conntrack.change(&changes)?;
         Ok(())
+    }
+}
+
+fn wanted<'a>(
+    settings: &Settings,
+    name: &'a str,
+    hook: Hook,
+    ports: &'a HashSet<u16>,
+) -> Wanted<'a> {
+    Wanted {
+        source: settings.events,
+        name,
+        group: settings.nflog_group,
+        hook,
+        ports,
+        memory: settings.sweep_interval,
     }
 }
 

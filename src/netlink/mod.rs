@@ -4,12 +4,14 @@
 //! extended acknowledgements and every way in which an answer can go missing. A list that it
 //! returns is whole, or it is an error.
 
+mod attribute;
 mod conn;
 mod drain;
 mod frame;
 pub mod script;
 mod transport;
 
+pub use attribute::Attributes;
 pub use conn::{Connection, Request};
 pub use drain::{Drained, drain};
 pub use frame::{Frame, frames};

@@ -5,15 +5,15 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use super::confirm::Confirmed;
-use super::ledger::{Ledger, Shield};
+use super::ledger::Ledger;
 use super::observe::Tables;
 use super::plan::{Action, ActionKind};
 use super::policy::Policy;
-use super::recount::{Recounter, Route};
 use crate::conntrack::{Change, Insert, Status, TcpState};
 use crate::error::{Cause, Op, Result};
 use crate::flow::FourTuple;
 use crate::netlink::Transport;
+use crate::recount::{Notrack, Recounter, Route};
 use crate::sockdiag::State;
 
 /// So many repairs are under way at once: between an insert and its last step an entry is not
@@ -50,23 +50,23 @@ pub fn apply<T: Transport>(
     now: Instant,
 ) -> Result<Vec<Outcome>> {
     let mut outcomes = Vec::with_capacity(confirmed.actions().len());
-    let shields = shields(confirmed.actions(), ledger);
-    let wanted = |actions: &[Action], shields: &[Option<Shield>], wanted: Shield| -> Vec<_> {
-        let both = actions.iter().zip(shields);
-        let of_kind = both.filter(|(_, shield)| **shield == Some(wanted));
+    let notracks = notracks(confirmed.actions(), ledger);
+    let wanted = |actions: &[Action], notracks: &[Option<Notrack>], wanted: Notrack| -> Vec<_> {
+        let both = actions.iter().zip(notracks);
+        let of_kind = both.filter(|(_, notrack)| **notrack == Some(wanted));
         of_kind.map(|(action, _)| (action.template.orig, wanted)).collect()
     };
-    for (actions, shields) in confirmed.actions().chunks(CHUNK).zip(shields.chunks(CHUNK)) {
-        let mut shielded = raise(recounter, &wanted(actions, shields, Shield::All));
-        apply_chunk(tables, recounter, actions, shields, policy, &mut outcomes, now)?;
+    for (actions, notracks) in confirmed.actions().chunks(CHUNK).zip(notracks.chunks(CHUNK)) {
+        let mut raised = raise(recounter, &wanted(actions, notracks, Notrack::FinsAndRsts));
+        apply_chunk(tables, recounter, actions, notracks, policy, &mut outcomes, now)?;
         // The first repair of a connection does not wait for it.
-        shielded = shielded.and(raise(recounter, &wanted(actions, shields, Shield::Fins)));
+        raised = raised.and(raise(recounter, &wanted(actions, notracks, Notrack::Fins)));
         // The repair itself is done; that it may be undone again is told like a failed seal.
-        if let (Err(error), Some(outcome)) = (shielded, outcomes.last_mut()) {
+        if let (Err(error), Some(outcome)) = (raised, outcomes.last_mut()) {
             outcome.seal = Some(Err(error));
         }
     }
-    for (outcome, shield) in outcomes.iter().zip(shields) {
+    for (outcome, notrack) in outcomes.iter().zip(notracks) {
         if outcome.result.is_err() {
             continue;
         }
@@ -75,8 +75,8 @@ pub fn apply<T: Transport>(
             (ActionKind::Release | ActionKind::Reap, _) => ledger.drop_flow(view.flow),
             (_, Some(socket)) => {
                 ledger.hold(socket, template, now);
-                if let Some(shield) = shield {
-                    ledger.set_shield(&socket, shield);
+                if let Some(notrack) = notrack {
+                    ledger.set_notrack(&socket, notrack);
                 }
             }
             (_, None) => {}
@@ -85,15 +85,15 @@ pub fn apply<T: Transport>(
     Ok(outcomes)
 }
 
-fn raise(recounter: &mut Option<Recounter>, wanted: &[(FourTuple, Shield)]) -> Result<()> {
-    recounter.as_mut().map_or(Ok(()), |recounter| recounter.shield(wanted))
+fn raise(recounter: &mut Option<Recounter>, wanted: &[(FourTuple, Notrack)]) -> Result<()> {
+    recounter.as_mut().map_or(Ok(()), |recounter| recounter.notrack(wanted))
 }
 
-/// The shields that these actions call for, in their order.
+/// What of the peers of these actions is kept from conntrack, in their order.
 ///
 /// Whoever fools conntrack once may be the victim of a lossy line, and one of its RSTs may yet be
 /// an honest one. Who does it again past a seal, or from several ports, is neither.
-fn shields(actions: &[Action], ledger: &Ledger) -> Vec<Option<Shield>> {
+fn notracks(actions: &[Action], ledger: &Ledger) -> Vec<Option<Notrack>> {
     let mut repairs: HashMap<IpAddr, u32> = HashMap::new();
     for action in actions.iter().filter(|action| action.kind.needs_recount()) {
         *repairs.entry(action.view.flow.dst.addr()).or_default() += 1;
@@ -104,14 +104,15 @@ fn shields(actions: &[Action], ledger: &Ledger) -> Vec<Option<Shield>> {
             let socket = action.view.socket?;
             let source = action.view.flow.dst.addr();
             let more = repairs.get(&source).copied().unwrap_or(0);
-            let again = ledger.shield(&socket).is_some() || ledger.pressure().offends(source, more);
+            let again =
+                ledger.notrack(&socket).is_some() || ledger.pressure().offends(source, more);
             let had_its_fin = socket.state == State::CloseWait;
             match action.kind {
-                kind if kind.needs_recount() && again => Some(Shield::All),
+                kind if kind.needs_recount() && again => Some(Notrack::FinsAndRsts),
                 // The peer of an ESTABLISHED socket still needs its FIN to get through, also where
                 // rules drop what conntrack has not seen.
                 ActionKind::Revive | ActionKind::Reverse | ActionKind::Seal if had_its_fin => {
-                    Some(Shield::Fins)
+                    Some(Notrack::Fins)
                 }
                 _ => None,
             }
@@ -123,15 +124,15 @@ fn apply_chunk<T: Transport>(
     tables: &mut Tables<T>,
     recounter: &mut Option<Recounter>,
     actions: &[Action],
-    shields: &[Option<Shield>],
+    notracks: &[Option<Notrack>],
     policy: &Policy,
     outcomes: &mut Vec<Outcome>,
     now: Instant,
 ) -> Result<()> {
     let ways: Vec<_> = actions
         .iter()
-        .zip(shields)
-        .map(|(action, shield)| way(action, *shield, recounter.as_mut(), now))
+        .zip(notracks)
+        .map(|(action, notrack)| way(action, *notrack, recounter.as_mut(), now))
         .collect();
     let changes: Vec<_> = actions
         .iter()
@@ -190,14 +191,15 @@ enum Way {
 
 fn way(
     action: &Action,
-    shield: Option<Shield>,
+    notrack: Option<Notrack>,
     recounter: Option<&mut Recounter>,
     now: Instant,
 ) -> Way {
     match recounter {
         Some(recounter) if action.kind.needs_recount() => {
             if recounter.admit(&action.template, now) {
-                let seal = action.kind == ActionKind::Revive || shield == Some(Shield::All);
+                let seal =
+                    action.kind == ActionKind::Revive || notrack == Some(Notrack::FinsAndRsts);
                 Way::Recount { seal: seal && recounter.can_seal() }
             } else {
                 Way::InPlace { out_of_nudges: true }
@@ -292,21 +294,21 @@ mod tests {
     }
 
     #[test]
-    fn the_first_repair_shields_from_fins_and_the_next_from_rsts_too() {
+    fn the_first_repair_hides_fins_and_the_next_rsts_too() {
         let mut ledger = Ledger::default();
         let action = revive(4000);
         let socket = action.view.socket.unwrap();
-        assert_eq!(shields(&[action], &ledger), [Some(Shield::Fins)]);
+        assert_eq!(notracks(&[action], &ledger), [Some(Notrack::Fins)]);
         ledger.hold(socket, action.template, Instant::now());
-        ledger.set_shield(&socket, Shield::Fins);
-        assert_eq!(shields(&[action], &ledger), [Some(Shield::All)]);
+        ledger.set_notrack(&socket, Notrack::Fins);
+        assert_eq!(notracks(&[action], &ledger), [Some(Notrack::FinsAndRsts)]);
     }
 
     #[test]
-    fn a_source_of_many_repairs_is_shielded_from_at_once() {
+    fn a_source_of_many_repairs_is_hidden_at_once() {
         let actions: Vec<_> = (4000..4003).map(revive).collect();
         let ledger = Ledger::default();
-        assert_eq!(shields(&actions, &ledger), [Some(Shield::All); 3]);
-        assert_eq!(shields(actions.get(..2).unwrap(), &ledger), [Some(Shield::Fins); 2]);
+        assert_eq!(notracks(&actions, &ledger), [Some(Notrack::FinsAndRsts); 3]);
+        assert_eq!(notracks(actions.get(..2).unwrap(), &ledger), [Some(Notrack::Fins); 2]);
     }
 }

@@ -10,16 +10,8 @@ use super::pressure::{Defence, Pressure};
 use super::snapshot::Snapshot;
 use crate::conntrack::{Entry, EntryKey, Tcp, Zone};
 use crate::flow::FourTuple;
+use crate::recount::Notrack;
 use crate::sockdiag::{Cookie, Lookup, Socket, State};
-
-/// Which packets of a peer conntrack no longer sees, so that they cannot fool it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Shield {
-    /// FINs: they move even a sealed entry, and the socket has had its own.
-    Fins,
-    /// FINs and RSTs: of a peer that does it again. No honest stack does that.
-    All,
-}
 
 /// An entry that ctkeep answers for.
 #[derive(Clone, Copy, Debug)]
@@ -33,7 +25,7 @@ pub struct Held {
     /// Since when it is held.
     pub since: Instant,
     /// What keeps it from being fooled again.
-    pub shield: Option<Shield>,
+    pub notrack: Option<Notrack>,
 }
 
 /// The memory of one network namespace.
@@ -63,7 +55,7 @@ struct Known {
 #[derive(Clone, Copy, Debug)]
 struct Hold {
     since: Instant,
-    shield: Option<Shield>,
+    notrack: Option<Notrack>,
 }
 
 /// How an entry looked last.
@@ -96,13 +88,13 @@ impl Known {
     }
 
     fn held(&self, cookie: Cookie) -> Option<Held> {
-        let Hold { since, shield } = self.hold?;
+        let Hold { since, notrack } = self.hold?;
         let lookup = Lookup { flow: self.flow, interface: self.interface };
         let orig = match &self.entry {
             Last::Plain(_) => self.flow.inverse(),
             Last::Other(entry) => entry.orig,
         };
-        Some(Held { cookie, lookup, orig, since, shield })
+        Some(Held { cookie, lookup, orig, since, notrack })
     }
 }
 
@@ -172,15 +164,15 @@ impl Ledger {
     }
 
     /// What keeps the entry of this very socket from being fooled again.
-    pub fn shield(&self, socket: &Socket) -> Option<Shield> {
-        self.known(socket)?.hold?.shield
+    pub fn notrack(&self, socket: &Socket) -> Option<Notrack> {
+        self.known(socket)?.hold?.notrack
     }
 
-    /// Takes note of a shield for the entry of this socket, which is held.
-    pub(super) fn set_shield(&mut self, socket: &Socket, shield: Shield) {
+    /// Takes note that packets of this socket's peer are kept from conntrack; its entry is held.
+    pub(super) fn set_notrack(&mut self, socket: &Socket, notrack: Notrack) {
         let known = self.known.get_mut(&socket.cookie);
         if let Some(hold) = known.and_then(|known| known.hold.as_mut()) {
-            hold.shield = hold.shield.max(Some(shield));
+            hold.notrack = hold.notrack.max(Some(notrack));
         }
     }
 
@@ -265,7 +257,7 @@ impl Ledger {
         self.distrusted.remove(&socket.cookie);
         self.remember(&socket, entry);
         if let Some(known) = self.known.get_mut(&socket.cookie) {
-            known.hold.get_or_insert(Hold { since: now, shield: None });
+            known.hold.get_or_insert(Hold { since: now, notrack: None });
         }
     }
 

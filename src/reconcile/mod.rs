@@ -10,5 +10,4 @@ pub mod observe;
 pub mod plan;
 pub mod policy;
 pub mod pressure;
-pub mod recount;
 pub mod snapshot;

@@ -12,8 +12,8 @@ use super::snapshot::{Direction, Kept, Snapshot, View, Views};
 use crate::conntrack::{Conntrack, Entry, Filter, Zone};
 use crate::error::Result;
 use crate::flow::{AF_INET, AF_INET6, FourTuple};
-use crate::host::route::Routes;
 use crate::netlink::{KernelSocket, Transport};
+use crate::rtnetlink::route::Routes;
 use crate::sockdiag::{Lookup, SockDiag, Socket, State, States};
 
 /// Up to this many ports the kernel filters a dump by port; each port costs two walks of the table

@@ -16,10 +16,10 @@ use std::os::fd::{AsFd, BorrowedFd};
 use netlink_sys::protocols::NETLINK_ROUTE;
 
 use crate::error::{Op, Result};
-use crate::host::link::{Link, links};
 use crate::host::sysctl;
 use crate::netlink::{KernelSocket, drain};
 use crate::nftables::{Layout, Table};
+use crate::rtnetlink::link::{Link, links};
 use program::Attached;
 pub(crate) use program::Program;
 

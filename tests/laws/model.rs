@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use ctkeep::conntrack::{Entry, Status, Tcp, TcpState, Zone};
 use ctkeep::flow::{Endpoint, FourTuple};
-use ctkeep::reconcile::ledger::Shield;
+use ctkeep::recount::Notrack;
 use ctkeep::sockdiag::{Cookie, Socket, State};
 
 use crate::played::host::Shared;
@@ -52,7 +52,7 @@ pub struct Model {
     /// Entries that conntrack has seen a packet of the server for, after ctkeep put them there.
     sealed: HashSet<Cookie>,
     /// Connections whose packets of a kind conntrack does not see.
-    shields: HashMap<Cookie, Shield>,
+    notracks: HashMap<Cookie, Notrack>,
     /// What events have told of.
     pub told: Vec<FourTuple>,
     cookies: u64,
@@ -66,7 +66,7 @@ impl Model {
             limit,
             lists: HashMap::new(),
             sealed: HashSet::new(),
-            shields: HashMap::new(),
+            notracks: HashMap::new(),
             told: Vec::new(),
             cookies: 0,
             ids: 1 << 20,
@@ -182,7 +182,7 @@ impl Model {
             let socket = host.sockets.iter_mut().find(|s| s.flow() == flow).unwrap();
             socket.state = State::CloseWait;
         }
-        if self.shields.contains_key(&socket.cookie) {
+        if self.notracks.contains_key(&socket.cookie) {
             return;
         }
         let next = match self.entry(flow).and_then(|entry| entry.state()) {
@@ -202,7 +202,7 @@ impl Model {
         if rst == Rst::Exact {
             self.host.borrow_mut().sockets.retain(|socket| socket.flow() != flow);
         }
-        if self.shields.get(&socket.cookie) == Some(&Shield::All) {
+        if self.notracks.get(&socket.cookie) == Some(&Notrack::FinsAndRsts) {
             return;
         }
         let state = self.entry(flow).and_then(|entry| entry.state());
@@ -302,13 +302,13 @@ impl Model {
         self.sealed.insert(socket.cookie);
     }
 
-    pub fn shield(&mut self, cookie: Cookie, shield: Shield) {
-        self.shields.insert(cookie, shield);
+    pub fn notrack(&mut self, cookie: Cookie, notrack: Notrack) {
+        self.notracks.insert(cookie, notrack);
     }
 
     /// They belong to the process.
-    pub fn drop_shields(&mut self) {
-        self.shields.clear();
+    pub fn drop_notracks(&mut self) {
+        self.notracks.clear();
     }
 
     /// How many connections the server holds open for a source.

@@ -1,24 +1,29 @@
 //! Is this host set up so that limits work? One finding for each thing that must be right.
 
+pub mod checks;
+mod trial;
+pub mod unit;
+
 use nix::sched::{CloneFlags, unshare};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use netlink_sys::protocols::NETLINK_NETFILTER;
 
-use super::figures::Figures;
-use super::finding::{Finding, Verdict};
-use super::judge;
-use super::limiter::{Before, LimitRule, Limiter};
+use self::trial::Trial;
+use self::unit::Unit;
+use crate::audit::checks as judge;
+use crate::audit::figures::Figures;
+use crate::audit::finding::{Finding, Verdict};
 use crate::conntrack::Conntrack;
 use crate::error::{Error, Op, Result};
+use crate::firewall::limits::{Before, LimitRule, Limiter};
+use crate::firewall::{Hook, Ruleset};
 use crate::host::instance;
-use crate::host::link::links;
-use crate::host::ruleset::{Hook, Ruleset};
-use crate::host::unit::Unit;
 use crate::netlink::KernelSocket;
 use crate::reconcile::policy::Policy;
-use crate::reconcile::recount::{Route, Trial};
+use crate::recount::Route;
+use crate::rtnetlink::link::links;
 use crate::shield;
 use crate::sockdiag::SockDiag;
 
@@ -73,9 +78,9 @@ pub fn examine(policy: &Policy, now: Instant) -> Diagnosis {
     }
     let trial = try_recount(now);
     findings.extend(recount(&trial, &limiter));
-    findings.extend(judge::devices(&links().unwrap_or_default(), &limiter));
+    findings.extend(checks::devices(&links().unwrap_or_default(), &limiter));
     findings.push(receive_buffer());
-    findings.extend(Unit::read().iter().flat_map(judge::unit));
+    findings.extend(Unit::read().iter().flat_map(checks::unit));
     findings.push(daemon());
     findings.push(shield(!limiter.rules.is_empty()));
     let is_unavailable = findings

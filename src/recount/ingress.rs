@@ -8,8 +8,8 @@ use std::collections::HashSet;
 
 use tun_rs::{DeviceBuilder, Layer, SyncDevice};
 
-use super::traffic::TrafficControl;
 use crate::error::{Cause, Op, Result};
+use crate::rtnetlink::tc::TrafficControl;
 
 /// Our side of each frame; the last four bytes name the interface that it goes to, and the
 /// filters go by them. Locally administered.

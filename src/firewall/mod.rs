@@ -4,11 +4,11 @@
 //! blobs, which `nft list ruleset` cannot show). Rules of the older iptables-legacy come from its
 //! own save program where the kernel has such tables. What cannot be read is said.
 
-mod attribute;
 mod expression;
+mod iptables_save;
+pub mod limits;
 mod nft;
 mod ports;
-mod saved;
 mod xt;
 
 use std::fmt;
@@ -17,9 +17,9 @@ use std::process::{Command, Stdio};
 
 use ipnet::IpNet;
 
+pub use iptables_save::parse as parse_saved;
 pub use nft::chains as nft_chains;
 pub use ports::Ports;
-pub use saved::parse as parse_saved;
 
 /// `ct state` bits, the same in nft and in xt's conntrack and state matches.
 pub const STATE_ESTABLISHED: u32 = 1 << 1;

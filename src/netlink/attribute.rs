@@ -1,14 +1,17 @@
-//! Netlink attributes as the rule dump nests them: looked up by number, borrowed, never trusted.
+//! Netlink attributes as dumps nest them: looked up by number, borrowed, never trusted.
 
 use netlink_packet_core::{NLA_HEADER_SIZE, NlasIterator};
 
 /// A nest of attributes.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Attributes<'a>(pub &'a [u8]);
+pub struct Attributes<'a>(
+    /// The bytes of the nest.
+    pub &'a [u8],
+);
 
 impl<'a> Attributes<'a> {
     /// Number and value of each; ends at the first that is cut short.
-    pub(super) fn iter(self) -> impl Iterator<Item = (u16, &'a [u8])> {
+    pub fn iter(self) -> impl Iterator<Item = (u16, &'a [u8])> {
         NlasIterator::new(self.0).map_while(Result::ok).map(|attribute| {
             let (kind, end) = (attribute.kind(), usize::from(attribute.length()));
             let bytes: &'a [u8] = attribute.into_inner();
@@ -16,21 +19,23 @@ impl<'a> Attributes<'a> {
         })
     }
 
-    pub(super) fn value(self, kind: u16) -> Option<&'a [u8]> {
+    /// The first with this number.
+    pub fn value(self, kind: u16) -> Option<&'a [u8]> {
         self.iter().find(|(found, _)| *found == kind).map(|(_, value)| value)
     }
 
-    pub(super) fn nest(self, kind: u16) -> Option<Attributes<'a>> {
+    /// The first with this number, as a nest.
+    pub fn nest(self, kind: u16) -> Option<Attributes<'a>> {
         self.value(kind).map(Attributes)
     }
 
     /// A number in network byte order.
-    pub(super) fn number(self, kind: u16) -> Option<u32> {
+    pub fn number(self, kind: u16) -> Option<u32> {
         self.value(kind)?.try_into().ok().map(u32::from_be_bytes)
     }
 
     /// A text with its NUL.
-    pub(super) fn text(self, kind: u16) -> Option<String> {
+    pub fn text(self, kind: u16) -> Option<String> {
         let bytes = self.value(kind)?;
         let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
         Some(String::from_utf8_lossy(bytes.get(..end)?).into_owned())

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::host::ruleset::{
+use crate::firewall::{
     Base, Chain, Family, Hook, Key, Limit, Match, Outcome, Ports, Rule, Ruleset,
 };
 
@@ -309,7 +309,7 @@ impl<'r> Walk<'r> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::host::ruleset::parse_saved;
+    use crate::firewall::parse_saved;
 
     #[test]
     fn rules_that_go_round_in_circles_have_an_end() {

@@ -6,11 +6,10 @@ use netlink_packet_core::{DefaultNla, Emitable};
 use netlink_sys::protocols::NETLINK_NETFILTER;
 use nix::errno::Errno;
 
-use super::attribute::Attributes;
 use super::expression::{self, Element};
 use super::{Base, Chain, Family, Hook, Rule};
 use crate::error::{Op, Result};
-use crate::netlink::{Connection, KernelSocket, Request, Transport};
+use crate::netlink::{Attributes, Connection, KernelSocket, Request, Transport};
 
 const NFNL_SUBSYS_NFTABLES: u16 = 10;
 const NFT_MSG_GETCHAIN: u16 = 4;

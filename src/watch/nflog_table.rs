@@ -67,7 +67,7 @@ pub(super) fn layout(
     ];
     let flags = |mask: u8| [Expr::transport(TCP_FLAGS, 1), Expr::Mask(vec![mask])];
     let any = |mask: u8| [&flags(mask)[..], &[Expr::Differs(vec![0])]].concat();
-    let log = |prefix| Expr::Log { group, snaplen: super::SNAPLEN, prefix };
+    let log = |prefix| Expr::Log { group, snaplen: super::nflog::SNAPLEN, prefix };
     let mut rules = vec![
         // First, and of whatever protocol: it is what most packets are.
         [&flags(FIN | RST)[..], &[Expr::Equals(vec![0]), Expr::Accept]].concat(),

@@ -1,22 +1,58 @@
 //! Where a worker learns at once that a connection needs a look.
 
+pub mod ctnetlink;
+pub mod nflog;
+mod nflog_table;
+
 use std::collections::HashSet;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
-use super::{EventSource, Settings};
-use crate::conntrack::{Entry, Event, EventKind, Listener, TcpState};
+use self::ctnetlink::{Event, EventKind, Listener};
+use self::nflog::Watch;
+use crate::conntrack::{Entry, TcpState};
 use crate::error::Result;
 use crate::flow::FourTuple;
-use crate::nflog::{self, Watch};
 use crate::nftables::Hook;
 
 /// Datagrams read before what they tell is repaired.
 const DRAIN: usize = 4096;
 
+/// Where the fast path learns that an entry has changed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum EventSource {
+    /// The cheapest source that works.
+    #[default]
+    Auto,
+    /// FINs and RSTs of half-closed connections, logged by an nftables table of our own.
+    Nflog,
+    /// Conntrack's own events.
+    Ctnetlink,
+    /// None: the sweep alone.
+    Off,
+}
+
+/// What an event source is opened with.
+#[derive(Clone, Copy, Debug)]
+pub struct Wanted<'a> {
+    /// The source.
+    pub source: EventSource,
+    /// Name of the nftables table.
+    pub name: &'a str,
+    /// NFLOG group.
+    pub group: u16,
+    /// [`Hook::Input`] for sockets of this namespace, [`Hook::Forward`] for those behind it.
+    pub hook: Hook,
+    /// The local ports of the scope.
+    pub ports: &'a HashSet<u16>,
+    /// How long a FIN is remembered: until the next sweep has taken note of connections that stay
+    /// half-closed.
+    pub memory: Duration,
+}
+
 /// The event source in force.
 #[derive(Debug)]
-pub(super) enum Events {
+pub enum Events {
     /// Packets that our own nft table logs.
     Nflog(Box<Watch>),
     /// Conntrack's own events; those that the socket with this port causes are ours.
@@ -27,7 +63,7 @@ pub(super) enum Events {
 
 /// A connection that needs a look.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Suspect {
+pub struct Suspect {
     /// Seen from the server.
     pub flow: FourTuple,
     /// What conntrack said of it last, where that is all that is left.
@@ -38,7 +74,7 @@ pub(super) struct Suspect {
 
 /// What came, and what was lost on the way.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Drained {
+pub struct Drained {
     /// Packets that our table logged.
     pub logged: u64,
     /// Conntrack's events of entries that changed.
@@ -55,17 +91,13 @@ pub(super) struct Drained {
 
 impl Events {
     /// Opens the source that is wanted; `auto` takes the cheapest that works, and says which.
-    pub(super) fn open(
-        settings: &Settings,
-        name: &str,
-        hook: Hook,
-        ports: &HashSet<u16>,
-    ) -> Result<Self> {
-        let group = settings.nflog_group;
-        // The next sweep takes note of connections that stay half-closed.
-        let memory = settings.sweep_interval;
+    ///
+    /// # Errors
+    /// The source that was named cannot be had.
+    pub fn open(wanted: Wanted<'_>) -> Result<Self> {
+        let Wanted { source, name, group, hook, ports, memory } = wanted;
         let nflog = || Watch::open(name, group, hook, ports, nflog::CLOSING, memory);
-        let events = match settings.events {
+        let events = match source {
             EventSource::Off => Self::Off,
             EventSource::Ctnetlink => Self::Ctnetlink(Listener::open()?),
             EventSource::Nflog => Self::Nflog(Box::new(nflog()?)),
@@ -83,7 +115,7 @@ impl Events {
     }
 
     /// The name of the source, and its receive buffer in bytes, as granted.
-    pub(super) fn receive_buffer(&self) -> (&'static str, usize) {
+    pub fn receive_buffer(&self) -> (&'static str, usize) {
         match self {
             Self::Nflog(watch) => ("nflog", watch.receive_buffer()),
             Self::Ctnetlink(listener) => ("ctnetlink", listener.receive_buffer()),
@@ -92,7 +124,7 @@ impl Events {
     }
 
     /// What to poll.
-    pub(super) fn fd(&self) -> Option<BorrowedFd<'_>> {
+    pub fn fd(&self) -> Option<BorrowedFd<'_>> {
         match self {
             Self::Nflog(watch) => Some(watch.as_fd()),
             Self::Ctnetlink(listener) => Some(listener.as_fd()),
@@ -101,7 +133,10 @@ impl Events {
     }
 
     /// Hands what is queued to `take`; events caused by requests of netlink port `own` are left out.
-    pub(super) fn drain(&mut self, own: u32, mut take: impl FnMut(Suspect)) -> Result<Drained> {
+    ///
+    /// # Errors
+    /// The socket is broken.
+    pub fn drain(&mut self, own: u32, mut take: impl FnMut(Suspect)) -> Result<Drained> {
         let mut all = Drained::default();
         match self {
             Self::Off => {}
@@ -138,11 +173,10 @@ impl Events {
     }
 
     /// Watches these ports, and these half-closed connections for as long as they are.
-    pub(super) fn follow(
-        &mut self,
-        ports: &HashSet<u16>,
-        half_closed: HashSet<FourTuple>,
-    ) -> Result<()> {
+    ///
+    /// # Errors
+    /// The table is gone, or a set is full.
+    pub fn follow(&mut self, ports: &HashSet<u16>, half_closed: HashSet<FourTuple>) -> Result<()> {
         match self {
             Self::Nflog(watch) => {
                 watch.set_ports(ports)?;

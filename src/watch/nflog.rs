@@ -7,8 +7,6 @@
 //! RST without a FIN before it, is the sweep's: but a sample of these is logged too, and one that has
 //! fooled conntrack calls for a deep sweep.
 
-mod layout;
-
 use std::collections::HashSet;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -19,12 +17,12 @@ use netlink_packet_netfilter::nflog::{ConfigCmd, ConfigFlags, ConfigMode, Config
 use netlink_packet_netfilter::{NetfilterHeader, NetfilterProtoFamily};
 use netlink_sys::protocols::NETLINK_NETFILTER;
 
+pub use super::nflog_table::CLOSING;
+use super::nflog_table::{self, FULL, HELD4, HELD6, PORTS};
 use crate::error::{Op, Result};
 use crate::flow::{Endpoint, FourTuple};
 use crate::netlink::{Connection, KernelSocket, Request, drain};
 use crate::nftables::{Hook, Table, tuple};
-pub use layout::CLOSING;
-use layout::{FULL, HELD4, HELD6, PORTS};
 
 /// `NFNL_SUBSYS_ULOG << 8 | NFULNL_MSG_PACKET` and `| NFULNL_MSG_CONFIG`.
 const NFULNL_MSG_PACKET: u16 = 4 << 8;
@@ -37,7 +35,7 @@ const NFULA_SEQ: u16 = 12;
 const NFGENMSG_LEN: usize = 4;
 
 /// Headers of IPv6 with some extensions and of TCP.
-const SNAPLEN: u32 = 128;
+pub(super) const SNAPLEN: u32 = 128;
 /// Asked for; some 20 000 packets queue in 8 MiB.
 const LOG_BUFFER: usize = 8 << 20;
 
@@ -100,7 +98,7 @@ impl Watch {
         socket.grow_receive_buffer(LOG_BUFFER).map_err(|error| op.io(error))?;
         socket.set_non_blocking().map_err(|error| op.io(error))?;
         // After the group: a log statement without a listener would go nowhere.
-        let table = Table::create(name, &layout::layout(hook, group, ports, closing, memory))?;
+        let table = Table::create(name, &nflog_table::layout(hook, group, ports, closing, memory))?;
         Ok(Self {
             table,
             socket,
@@ -121,7 +119,7 @@ impl Watch {
     /// # Errors
     /// The table is gone.
     pub fn set_ports(&mut self, ports: &HashSet<u16>) -> Result<()> {
-        let key = |port: &u16| layout::port_key(*port);
+        let key = |port: &u16| nflog_table::port_key(*port);
         let new: Vec<_> = ports.difference(&self.ports).map(key).collect();
         let old: Vec<_> = self.ports.difference(ports).map(key).collect();
         self.table.add(PORTS, &new)?;

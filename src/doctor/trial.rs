@@ -9,12 +9,12 @@ use netlink_packet_route::link::{LinkFlags, LinkMessage};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use tun_rs::{DeviceBuilder, Layer, SyncDevice};
 
-use super::{Mode, Recounter, Route};
 use crate::conntrack::{Change, Conntrack, Entry, Insert, Status, TcpState, Zone};
 use crate::error::{Cause, Op, Result};
 use crate::flow::{Endpoint, FourTuple};
 use crate::netlink::{Connection, KernelSocket, Request};
 use crate::nftables::{Chain, Expr, Hook, Layout, Set, Table, tuple};
+use crate::recount::{Mode, Recounter, Route};
 
 const RTM_NEWLINK: u16 = 16;
 /// `lo` is the first device of every namespace.
@@ -33,7 +33,7 @@ const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// What became of a nudge by each route.
 #[derive(Debug)]
-pub struct Trial {
+pub(super) struct Trial {
     /// Whether a limit counted the connection after the nudge, and then whether it could be sealed.
     pub routes: [(Route, Result<Result<()>>); 2],
 }
@@ -44,7 +44,7 @@ impl Trial {
     ///
     /// # Errors
     /// The namespace cannot be furnished: a privilege, conntrack or `ct count` is missing.
-    pub fn run(now: Instant) -> Result<Self> {
+    pub(super) fn run(now: Instant) -> Result<Self> {
         set_loopback_up()?;
         let op = Op::new("listen in trial namespace");
         // As on the host: the server's port is open, and its TCP drops the nudge in silence.

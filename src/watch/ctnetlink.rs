@@ -9,9 +9,8 @@ use netlink_packet_core::NLM_F_CREATE;
 use netlink_sys::protocols::NETLINK_NETFILTER;
 use socket2::SockFilter;
 
-use super::decode;
-use super::entry::{Entry, TcpState};
-use super::uapi::*;
+use crate::conntrack::uapi::*;
+use crate::conntrack::{Entry, TcpState, decode};
 use crate::error::{Op, Result};
 use crate::netlink::{Drained, KernelSocket, Transport, drain};
 

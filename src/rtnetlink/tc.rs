@@ -20,18 +20,25 @@ const SOURCE_MAC_TAIL: i32 = -6;
 
 /// Speaks rtnetlink about queueing disciplines and filters.
 #[derive(Debug)]
-pub(super) struct TrafficControl {
+pub struct TrafficControl {
     connection: Connection<KernelSocket>,
 }
 
 impl TrafficControl {
-    pub(super) fn open() -> Result<Self> {
+    /// Speaks of the namespace of the calling thread.
+    ///
+    /// # Errors
+    /// No socket is to be had.
+    pub fn open() -> Result<Self> {
         let socket = KernelSocket::open(Op::new("open traffic control netlink"), NETLINK_ROUTE)?;
         Ok(Self { connection: Connection::new(socket) })
     }
 
     /// `tc qdisc add dev DEVICE ingress`
-    pub(super) fn add_ingress(&mut self, device: u32) -> Result<()> {
+    ///
+    /// # Errors
+    /// The kernel's refusal.
+    pub fn add_ingress(&mut self, device: u32) -> Result<()> {
         let header = TcHeader {
             handle: TcHandle { major: u16::MAX, minor: 0 },
             parent: TcHandle::INGRESS,
@@ -43,7 +50,10 @@ impl TrafficControl {
 
     /// `tc filter add dev DEVICE ingress protocol all pref 1 u32 match u32 TARGET 0xffffffff at -6
     /// action mirred ingress redirect ifindex TARGET`
-    pub(super) fn redirect(&mut self, device: u32, target: u32) -> Result<()> {
+    ///
+    /// # Errors
+    /// The kernel's refusal.
+    pub fn redirect(&mut self, device: u32, target: u32) -> Result<()> {
         let mut key = TcU32Key::default();
         key.mask = u32::MAX;
         key.val = target;

@@ -10,9 +10,7 @@ mod budget;
 mod ingress;
 mod loopback;
 mod packet;
-mod traffic;
-mod trial;
-mod veil;
+mod reply_filter;
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
@@ -25,13 +23,11 @@ use self::budget::Budget;
 use self::ingress::Ingress;
 use self::loopback::RawSockets;
 use self::packet::Silencer;
-pub use self::trial::Trial;
-use self::veil::{Marks, Veil};
+use self::reply_filter::{Marks, ReplyFilter};
 use crate::conntrack::Entry;
 use crate::error::{Cause, Error, Op, Result};
 use crate::flow::FourTuple;
-use crate::host::route::{Destination, Routes};
-use crate::reconcile::ledger::{Ledger, Shield};
+use crate::rtnetlink::route::{Destination, Routes};
 
 /// How the limiter is made to count again.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -72,11 +68,20 @@ impl fmt::Display for Route {
     }
 }
 
+/// Which packets of a peer conntrack no longer sees, so that they cannot fool it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Notrack {
+    /// FINs: they move even a sealed entry, and the socket has had its own.
+    Fins,
+    /// FINs and RSTs: of a peer that does it again. No honest stack does that.
+    FinsAndRsts,
+}
+
 /// Addresses whose destination is remembered between two refreshes.
 const REMEMBERED: usize = 65_536;
 
-/// For so long after its last use the veil stays, and costs every packet a little.
-const VEIL_REST: Duration = Duration::from_secs(60);
+/// For so long after its last use the reply filter stays, and costs every packet a little.
+const FILTER_REST: Duration = Duration::from_secs(60);
 
 /// Sends nudges and seals in one network namespace.
 #[derive(Debug)]
@@ -84,10 +89,10 @@ pub struct Recounter {
     raw: RawSockets,
     ingress: Option<Ingress>,
     loopback: bool,
-    /// The veil's name, where it can be had.
-    veiled: Option<String>,
-    veil: Option<Veil>,
-    /// When something last went out behind the veil.
+    /// The reply filter's name, where it can be had.
+    filter_name: Option<String>,
+    filter: Option<ReplyFilter>,
+    /// When something last went out behind the filter.
     used: Option<Instant>,
     marks: Marks,
     routes: Routes,
@@ -111,8 +116,8 @@ impl Recounter {
             raw: RawSockets::open()?,
             ingress: None,
             loopback: mode != Mode::Ingress,
-            veiled: None,
-            veil: None,
+            filter_name: None,
+            filter: None,
             used: None,
             marks,
             routes: Routes::open()?,
@@ -120,13 +125,13 @@ impl Recounter {
             budget: Budget::new(now),
             shortfalls: Vec::new(),
         };
-        match Veil::open(name, marks) {
-            Ok(veil) => (this.veil, this.veiled) = (Some(veil), Some(name.to_owned())),
+        match ReplyFilter::open(name, marks) {
+            Ok(filter) => (this.filter, this.filter_name) = (Some(filter), Some(name.to_owned())),
             Err(error) if mode == Mode::Ingress => return Err(missing(error)),
             Err(error) => this.shortfalls.push(error.to_string()),
         }
-        // Without the veil a rule that rejects would answer the client.
-        if mode != Mode::Loopback && this.veiled.is_some() {
+        // Without the filter a rule that rejects would answer the client.
+        if mode != Mode::Loopback && this.filter_name.is_some() {
             match Ingress::open(name) {
                 Ok(ingress) => this.ingress = Some(ingress),
                 Err(error) if mode == Mode::Ingress => return Err(missing(error)),
@@ -144,19 +149,19 @@ impl Recounter {
 
     /// Whether entries can be sealed.
     pub fn can_seal(&self) -> bool {
-        self.veiled.is_some()
+        self.filter_name.is_some()
     }
 
-    /// The veil, raised now if it was down; `None` where it cannot be had.
+    /// The reply filter, raised now if it was down; `None` where it cannot be had.
     ///
     /// # Errors
     /// The kernel refused it this time.
-    fn veil(&mut self) -> Result<Option<&mut Veil>> {
+    fn filter(&mut self) -> Result<Option<&mut ReplyFilter>> {
         self.used = Some(Instant::now());
-        if let (Some(name), None) = (&self.veiled, &self.veil) {
-            self.veil = Some(Veil::open(name, self.marks)?);
+        if let (Some(name), None) = (&self.filter_name, &self.filter) {
+            self.filter = Some(ReplyFilter::open(name, self.marks)?);
         }
-        Ok(self.veil.as_mut())
+        Ok(self.filter.as_mut())
     }
 
     /// What could not be had, in words.
@@ -171,7 +176,7 @@ impl Recounter {
     }
 
     /// Whether the connection of `entry` may be nudged now; counts as one nudge.
-    pub(super) fn admit(&mut self, entry: &Entry, now: Instant) -> bool {
+    pub(crate) fn admit(&mut self, entry: &Entry, now: Instant) -> bool {
         self.budget.take(entry.orig, now)
     }
 
@@ -179,9 +184,9 @@ impl Recounter {
     ///
     /// # Errors
     /// No route reaches the rules for this connection; the last one's reason.
-    pub(super) fn nudge(&mut self, entry: &Entry) -> Result<Route> {
+    pub(crate) fn nudge(&mut self, entry: &Entry) -> Result<Route> {
         let op = Op::on("recount", entry.orig);
-        self.veil()?;
+        self.filter()?;
         let mut failed = None;
         let mut routes = self.routes();
         if entry.synproxy.is_some() {
@@ -239,21 +244,21 @@ impl Recounter {
     /// Shows conntrack one ACK of the server, so that stale RSTs leave the entry alone.
     ///
     /// # Errors
-    /// There is no veil that keeps it on this host, or the send failed.
-    pub(super) fn seal(&mut self, entry: &Entry) -> Result<()> {
+    /// There is no filter that keeps it on this host, or the send failed.
+    pub(crate) fn seal(&mut self, entry: &Entry) -> Result<()> {
         let op = Op::on("seal", entry.orig);
-        if self.veil()?.is_none() {
+        if self.filter()?.is_none() {
             return Err(op.failed(Cause::Unavailable("no nftables table of our own".to_owned())));
         }
         let packet = packet::seal(entry.reply, self.marks.seal)
             .ok_or_else(|| op.malformed("addresses of two families"))?;
         match self.raw.send(&packet, entry.reply.dst.addr()) {
-            // The veil's verdict, after conntrack has seen it.
+            // The filter's verdict, after conntrack has seen it.
             Err(error) if error.raw_os_error() == Some(Errno::EPERM as i32) => Ok(()),
             Err(error) => Err(op.io(error)),
             Ok(()) => {
                 // Somebody took the table away: no more seals, they would leave this host.
-                (self.veil, self.veiled) = (None, None);
+                (self.filter, self.filter_name) = (None, None);
                 self.ingress = None;
                 Err(op.failed(Cause::Unavailable("our nftables table is gone".to_owned())))
             }
@@ -264,28 +269,29 @@ impl Recounter {
     ///
     /// # Errors
     /// The sets are full, or the table is gone.
-    pub(super) fn shield(&mut self, wanted: &[(FourTuple, Shield)]) -> Result<()> {
+    pub(crate) fn notrack(&mut self, wanted: &[(FourTuple, Notrack)]) -> Result<()> {
         if wanted.is_empty() {
             return Ok(());
         }
-        self.veil()?.map_or(Ok(()), |veil| veil.shield(wanted))
+        self.filter()?.map_or(Ok(()), |filter| filter.notrack(wanted))
     }
 
-    /// Shields only connections that are held, and takes the veil away where nothing needs it.
+    /// Keeps in the notrack sets only what is held, by its original tuples, and takes the filter away
+    /// where nothing needs it.
     ///
     /// # Errors
     /// The table is gone.
-    pub fn lower_shields(&mut self, ledger: &Ledger) -> Result<()> {
-        let Some(veil) = &mut self.veil else { return Ok(()) };
-        if veil.shielded().next().is_none() {
-            if self.used.is_none_or(|used| used.elapsed() >= VEIL_REST) {
-                self.veil = None;
+    pub fn narrow_notrack(&mut self, held: impl Iterator<Item = FourTuple>) -> Result<()> {
+        let Some(filter) = &mut self.filter else { return Ok(()) };
+        if filter.untracked().next().is_none() {
+            if self.used.is_none_or(|used| used.elapsed() >= FILTER_REST) {
+                self.filter = None;
             }
             return Ok(());
         }
-        let held: HashSet<_> = ledger.held().map(|held| held.orig).collect();
-        let over: Vec<_> = veil.shielded().filter(|flow| !held.contains(flow)).collect();
-        veil.unshield(&over)
+        let held: HashSet<_> = held.collect();
+        let over: Vec<_> = filter.untracked().filter(|flow| !held.contains(flow)).collect();
+        filter.track_again(&over)
     }
 
     fn destination(&mut self, addr: IpAddr, from: Option<IpAddr>) -> Result<Destination> {

@@ -4,16 +4,16 @@
 //! nudge (REJECT, SYNPROXY) acknowledges that number or quotes it; such an answer is dropped before
 //! conntrack sees it. A seal has another number, and is dropped right after conntrack saw it.
 //!
-//! The same table holds the shields: FINs, or FINs and RSTs, of certain tuples go past
+//! The same table holds the notrack sets: FINs, or FINs and RSTs, of certain tuples go past
 //! conntrack, on to TCP (docs/attack.md).
 
 use std::collections::HashMap;
 
+use super::Notrack;
 use crate::error::Result;
 use crate::flow::FourTuple;
 use crate::host::random;
 use crate::nftables::{Chain, Expr, Hook, Layout, Set, Table, tuple};
-use crate::reconcile::ledger::Shield;
 
 const IPPROTO_ICMP: u8 = 1;
 const IPPROTO_TCP: u8 = 6;
@@ -34,7 +34,7 @@ const FIN_OR_RST: u8 = 0x01 | 0x04;
 const NFPROTO_IPV4: u8 = 2;
 const NFPROTO_IPV6: u8 = 10;
 
-/// Sets of shielded tuples, IPv4 and IPv6.
+/// Sets of tuples that are not tracked, IPv4 and IPv6.
 const FINS: [&str; 2] = ["fins4", "fins6"];
 const ALL: [&str; 2] = ["all4", "all6"];
 
@@ -43,11 +43,11 @@ const BEFORE_CONNTRACK: i32 = -310;
 /// Right after conntrack.
 const AFTER_CONNTRACK: i32 = -199;
 
-/// The table, and what it shields.
+/// The table, and what it keeps from conntrack.
 #[derive(Debug)]
-pub(super) struct Veil {
+pub(super) struct ReplyFilter {
     table: Table,
-    shields: HashMap<FourTuple, Shield>,
+    notracks: HashMap<FourTuple, Notrack>,
 }
 
 /// Sequence numbers that tell our packets from everybody else's.
@@ -67,14 +67,14 @@ impl Marks {
     }
 }
 
-impl Veil {
+impl ReplyFilter {
     /// Makes the table in the network namespace of the calling thread.
     ///
     /// # Errors
     /// The kernel has no nf_tables, or another process owns a table of this name.
     pub(super) fn open(name: &str, marks: Marks) -> Result<Self> {
         let mut chains: Vec<_> = chains(marks).into();
-        chains.push(shield());
+        chains.push(notrack());
         let sets =
             [FINS, ALL].into_iter().flat_map(|names| {
                 names.into_iter().zip([tuple::KEY_V4, tuple::KEY_V6]).map(|(name, key_length)| {
@@ -82,47 +82,49 @@ impl Veil {
                 })
             });
         let layout = Layout { sets: sets.collect(), chains };
-        Ok(Self { table: Table::create(name, &layout)?, shields: HashMap::new() })
+        Ok(Self { table: Table::create(name, &layout)?, notracks: HashMap::new() })
     }
 
-    /// Shields these tuples, seen from the peer, at least so far.
-    pub(super) fn shield(&mut self, wanted: &[(FourTuple, Shield)]) -> Result<()> {
-        for (shield, names) in [(Shield::Fins, FINS), (Shield::All, ALL)] {
+    /// Keeps these tuples, seen from the peer, from conntrack at least so far.
+    pub(super) fn notrack(&mut self, wanted: &[(FourTuple, Notrack)]) -> Result<()> {
+        for (notrack, names) in [(Notrack::Fins, FINS), (Notrack::FinsAndRsts, ALL)] {
             let mut new: Vec<_> = wanted
                 .iter()
-                .filter(|(flow, wanted)| *wanted == shield && self.shields.get(flow) < Some(wanted))
+                .filter(|(flow, wanted)| {
+                    *wanted == notrack && self.notracks.get(flow) < Some(wanted)
+                })
                 .map(|(flow, _)| *flow)
                 .collect();
             new.sort_unstable();
             new.dedup();
             self.change(names, &new, Table::add)?;
             let old: Vec<_> =
-                new.iter().copied().filter(|flow| self.shields.contains_key(flow)).collect();
-            self.shields.extend(new.into_iter().map(|flow| (flow, shield)));
+                new.iter().copied().filter(|flow| self.notracks.contains_key(flow)).collect();
+            self.notracks.extend(new.into_iter().map(|flow| (flow, notrack)));
             self.change(FINS, &old, Table::remove)?;
         }
         Ok(())
     }
 
-    /// Shields these tuples no longer.
-    pub(super) fn unshield(&mut self, flows: &[FourTuple]) -> Result<()> {
-        for (shield, names) in [(Shield::Fins, FINS), (Shield::All, ALL)] {
+    /// Lets conntrack see these tuples again.
+    pub(super) fn track_again(&mut self, flows: &[FourTuple]) -> Result<()> {
+        for (notrack, names) in [(Notrack::Fins, FINS), (Notrack::FinsAndRsts, ALL)] {
             let old: Vec<_> = flows
                 .iter()
                 .copied()
-                .filter(|flow| self.shields.get(flow) == Some(&shield))
+                .filter(|flow| self.notracks.get(flow) == Some(&notrack))
                 .collect();
             for flow in &old {
-                self.shields.remove(flow);
+                self.notracks.remove(flow);
             }
             self.change(names, &old, Table::remove)?;
         }
         Ok(())
     }
 
-    /// The tuples that are shielded.
-    pub(super) fn shielded(&self) -> impl Iterator<Item = FourTuple> {
-        self.shields.keys().copied()
+    /// The tuples in the sets.
+    pub(super) fn untracked(&self) -> impl Iterator<Item = FourTuple> {
+        self.notracks.keys().copied()
     }
 
     fn change(
@@ -185,9 +187,9 @@ fn chains(marks: Marks) -> [Chain; 2] {
     ]
 }
 
-/// Packets of shielded tuples go past conntrack, on to TCP. Never a SYN: a port that is used again
+/// Packets of these tuples go past conntrack, on to TCP. Never a SYN: a port that is used again
 /// must be seen.
-fn shield() -> Chain {
+fn notrack() -> Chain {
     let flags = |mask: u8| [Expr::transport(TCP_FLAGS, 1), Expr::Mask(vec![mask])];
     let mut rules = vec![
         // First, and of whatever protocol: it is what most packets are.
@@ -206,5 +208,5 @@ fn shield() -> Chain {
         let fin = [&flags(FIN)[..], &[Expr::Differs(vec![0])]].concat();
         rules.push([&of_family[..], &fin, &key, &past(fins)].concat());
     }
-    Chain { name: "shield", hook: Hook::Prerouting, priority: BEFORE_CONNTRACK, rules }
+    Chain { name: "notrack", hook: Hook::Prerouting, priority: BEFORE_CONNTRACK, rules }
 }

@@ -7,11 +7,10 @@ use std::collections::HashMap;
 
 use ipnet::IpNet;
 
-use super::attribute::Attributes;
 use super::nft::Sets;
 use super::{Family, Key, Limit, Match, Outcome, Ports, Rule, xt};
 use crate::error::Result;
-use crate::netlink::Transport;
+use crate::netlink::{Attributes, Transport};
 
 const NFTA_LIST_ELEM: u16 = 1;
 const NFTA_EXPR_NAME: u16 = 1;

@@ -7,11 +7,11 @@ use anstream::ColorChoice;
 use anstyle::{AnsiColor, Effects, Style};
 use comfy_table::{ColumnConstraint, ContentArrangement, Table, Width, presets};
 
-use super::cover::Cover;
-use super::finding::{Finding, Verdict};
-use super::layers::Layers;
-use super::report::{Connection, Report};
-use super::sources::Source;
+use crate::audit::cover::Cover;
+use crate::audit::finding::{Finding, Verdict};
+use crate::audit::layers::Layers;
+use crate::audit::report::{Connection, Report};
+use crate::audit::sources::Source;
 use crate::error::{Op, Result};
 use crate::sockdiag::State;
 

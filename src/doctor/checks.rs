@@ -1,0 +1,137 @@
+//! Judges devices and units. Pure: the thresholds stand here and in docs/doctor.md.
+
+use super::unit::Unit;
+use crate::audit::finding::Finding;
+use crate::firewall::limits::Limiter;
+use crate::rtnetlink::link::Link;
+
+/// Devices that packets seem to come in by, and do not: those of a bridge, bond or VRF come in by
+/// that one.
+pub fn devices(links: &[Link], limiter: &Limiter) -> Vec<Finding> {
+    let master = |link: &Link| links.iter().find(|other| Some(other.index) == link.master);
+    let port_of = |name: &str| links.iter().find(|link| link.name == name).and_then(master);
+    let mut all = Vec::new();
+    for rule in &limiter.rules {
+        let masters: Vec<_> =
+            rule.matches.interfaces.iter().filter_map(|name| port_of(name)).collect();
+        if let Some(master) = masters.first()
+            && masters.len() == rule.matches.interfaces.len()
+        {
+            all.push(Finding::bad(
+                "limit-interface",
+                format!(
+                    "{rule} is for {}, whose packets come in by {} {}: it never counts one",
+                    rule.matches.interfaces.join(", "),
+                    master.kind,
+                    master.name
+                ),
+                format!("name {} in the rule", master.name),
+            ));
+        }
+    }
+    for link in links {
+        let ports = links.iter().filter(|port| port.master == Some(link.index));
+        let ports: Vec<_> = ports.map(|port| port.name.as_str()).collect();
+        let what = match ports.as_slice() {
+            [] => format!("{} {}", link.kind, link.name),
+            ports => format!("{} {} of {}", link.kind, link.name, ports.join(", ")),
+        };
+        match link.kind.as_str() {
+            "vrf" => all.push(Finding::warn(
+                "ingress-device",
+                format!("{what}: its clients are not in the main routing table"),
+                "recount is not tested there: after a repair, compare by ctkeep audit",
+            )),
+            "bridge" | "bond" if !ports.is_empty() => {
+                all.push(Finding::ok("ingress-device", format!("{what}: nudges come in by it")));
+            }
+            "vlan" => {
+                all.push(Finding::ok("ingress-device", format!("{what}: nudges come in by it")));
+            }
+            _ => {}
+        }
+    }
+    all
+}
+
+/// What the service may use. Thresholds: twice what 100 000 held connections in a few namespaces
+/// take.
+pub fn unit(unit: &Unit) -> Vec<Finding> {
+    const TASKS: u64 = 32;
+    const MEMORY_MIB: u64 = 256;
+    const CPU: u64 = 50;
+    const FILES: u64 = 256;
+    let bounds = [
+        ("unit-limits", "TasksMax", unit.tasks, TASKS, ""),
+        ("unit-limits", "MemoryMax", unit.memory.map(|bytes| bytes >> 20), MEMORY_MIB, "M"),
+        ("unit-limits", "CPUQuota", unit.cpu, CPU, "%"),
+        ("open-files", "LimitNOFILE", unit.files, FILES, ""),
+    ];
+    let judge = |(id, name, bound, needed, sign): (_, &str, Option<u64>, u64, &str)| {
+        let bound = bound?;
+        Some(if bound < needed {
+            Finding::warn(
+                id,
+                format!("process {}: {name}={bound}{sign}, tight with many connections", unit.pid),
+                format!("{name}={needed}{sign} in the systemd unit"),
+            )
+        } else {
+            Finding::ok(id, format!("{name}={bound}{sign}"))
+        })
+    };
+    bounds.into_iter().filter_map(judge).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::audit::finding::Verdict;
+    use crate::firewall::limits::LimitRule;
+    use crate::firewall::{Family, Hook, Key, Limit, Match, Outcome};
+
+    #[test]
+    fn a_limit_bound_to_a_port_of_a_bridge_never_counts() {
+        let link = |index, name: &str, kind: &str, master| {
+            let (name, kind) = (name.to_owned(), kind.to_owned());
+            Link { index, name, kind, master, is_loopback: false }
+        };
+        let links = [
+            link(2, "eth0", "", Some(3)),
+            link(3, "br0", "bridge", None),
+            link(4, "eth1", "", None),
+        ];
+        let verdicts = |interface: &str| {
+            let rule = LimitRule {
+                family: Family::Ip,
+                table: "filter".to_owned(),
+                chain: "INPUT".to_owned(),
+                position: 1,
+                hook: Hook::Input,
+                priority: 0,
+                limit: Limit { count: 3, over: true, key: Key::Source(32), dynamic: false },
+                matches: Match { interfaces: vec![interface.to_owned()], ..Match::default() },
+                outcome: Outcome::Drop,
+                before: Vec::new(),
+            };
+            let limiter = Limiter { rules: vec![rule], ..Limiter::default() };
+            devices(&links, &limiter).iter().map(|f| (f.id, f.verdict)).collect::<Vec<_>>()
+        };
+        let bridge = ("ingress-device", Verdict::Ok);
+        assert_eq!(verdicts("eth0"), [("limit-interface", Verdict::Bad), bridge]);
+        assert_eq!(verdicts("br0"), [bridge]);
+        assert_eq!(verdicts("eth1"), [bridge]);
+    }
+
+    #[test]
+    fn a_service_is_judged_by_what_it_may_use() {
+        let of = |unit: &Unit| {
+            let findings = super::unit(unit);
+            findings.iter().map(|f| (f.id, f.verdict)).collect::<Vec<_>>()
+        };
+        assert_eq!(of(&Unit::default()), []);
+        let tight = Unit { tasks: Some(4), memory: Some(1 << 30), ..Unit::default() };
+        assert_eq!(of(&tight), [("unit-limits", Verdict::Warn), ("unit-limits", Verdict::Ok)]);
+        let few = Unit { files: Some(64), ..Unit::default() };
+        assert_eq!(of(&few), [("open-files", Verdict::Warn)]);
+    }
+}

@@ -1,0 +1,5 @@
+//! Devices, routes and traffic control by rtnetlink.
+
+pub mod link;
+pub mod route;
+pub mod tc;
