@@ -251,9 +251,15 @@ impl Bench {
                 self.tables.half_closed(&self.scope, &self.policy, &self.ledger).expect("sweep");
             let planned = plan(&snapshot, &self.scope, &self.policy, &self.ledger);
             let (found, used) = (Instant::now(), report::cpu());
-            let confirmed =
-                confirm(&mut self.tables, &planned, &self.scope, &self.policy, &self.ledger)
-                    .expect("confirmation");
+            let confirmed = confirm(
+                &mut self.tables,
+                &planned,
+                &snapshot.evidence,
+                &self.scope,
+                &self.policy,
+                &self.ledger,
+            )
+            .expect("confirmation");
             let outcomes = apply(
                 &mut self.tables,
                 &mut recounter,

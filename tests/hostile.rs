@@ -340,7 +340,7 @@ impl World {
             ledger.settle(&snapshot);
         }
         let planned = plan(&snapshot, scope, policy, ledger);
-        let confirmed = confirm(tables, &planned, scope, policy, ledger)?;
+        let confirmed = confirm(tables, &planned, &snapshot.evidence, scope, policy, ledger)?;
         let now = Instant::now();
         let outcomes = apply(tables, &mut None, &confirmed, policy, ledger, now)?;
         tables.conntrack.size()?;

@@ -155,10 +155,11 @@ impl Keeper {
         if !ledger.pressure().allows_inserts() {
             planned.actions.retain(|action| action.kind != ActionKind::Reinsert);
         }
-        let confirmed = confirm(tables, &planned, scope, policy, ledger).unwrap();
+        let confirmed =
+            confirm(tables, &planned, &snapshot.evidence, scope, policy, ledger).unwrap();
         self.carry_out(&confirmed, model);
         if deep {
-            self.ledger.set_tracked(snapshot.tracked.clone());
+            self.ledger.set_tracked(snapshot.evidence.tracked.clone());
         }
         let entries = self.tables.conntrack.size().unwrap().entries;
         let maximum = model.host.borrow().maximum.unwrap_or(1 << 20);

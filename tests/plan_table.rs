@@ -15,6 +15,7 @@ use ctkeep::conntrack::{Entry, Tcp, TcpState, Zone};
 use ctkeep::flow::FourTuple;
 use ctkeep::reconcile::apply::apply;
 use ctkeep::reconcile::confirm::{Confirmed, confirm};
+use ctkeep::reconcile::evidence::Evidence;
 use ctkeep::reconcile::ledger::Ledger;
 use ctkeep::reconcile::plan::{
     Action, ActionKind, Cell, Plan, Reason, Rest, Verdict, decide, plan,
@@ -260,7 +261,7 @@ mod cells_of_connections {
     fn verdict_of(socket: Option<Socket>, entry: Option<Entry>, ledger: &Ledger) -> Verdict {
         let view = view(socket, entry);
         let snapshot = Snapshot::new(vec![view]);
-        ctkeep::reconcile::plan::verdict(&view, &snapshot, &scope(), &policy(), ledger)
+        ctkeep::reconcile::plan::verdict(&view, &snapshot.evidence, &scope(), &policy(), ledger)
     }
 
     #[test]
@@ -730,10 +731,11 @@ mod confirmation {
 
     /// Plans for what the dumps said, and confirms it on a host where `now` is true.
     fn confirmed(said: Vec<View>, now: Host, ledger: &Ledger) -> Confirmed {
+        let evidence = Snapshot::new(said.clone()).evidence;
         let planned = plan_of(said, ledger);
         assert!(!planned.actions.is_empty(), "nothing to confirm");
         let (_, mut tables) = now.open();
-        confirm(&mut tables, &planned, &scope(), &policy(), ledger).unwrap()
+        confirm(&mut tables, &planned, &evidence, &scope(), &policy(), ledger).unwrap()
     }
 
     fn closed() -> Entry {
@@ -771,8 +773,15 @@ mod confirmation {
             homes: Vec::new(),
         };
         let ledger = Ledger::default();
-        let confirmed =
-            confirm(&mut tables, &Plan::default(), &scope(), &policy(), &ledger).unwrap();
+        let confirmed = confirm(
+            &mut tables,
+            &Plan::default(),
+            &Evidence::default(),
+            &scope(),
+            &policy(),
+            &ledger,
+        )
+        .unwrap();
         assert!(confirmed.actions().is_empty());
     }
 
@@ -904,7 +913,8 @@ mod confirmation {
                 sockets: ctkeep::sockdiag::SockDiag::new(if silent { absent() } else { quiet() }),
                 homes: Vec::new(),
             };
-            let answer = confirm(&mut tables, &planned, &scope(), &policy(), &ledger);
+            let answer =
+                confirm(&mut tables, &planned, &Evidence::default(), &scope(), &policy(), &ledger);
             assert!(answer.is_err(), "{answer:?}");
         }
     }
@@ -1145,7 +1155,7 @@ mod laws {
                 prop_assert!(round == 0 || reinserts, "{:?}", planned.actions);
 
                 let confirmed =
-                    confirm(&mut tables, &planned, &scope, &policy, &ledger).unwrap();
+                    confirm(&mut tables, &planned, &snapshot.evidence, &scope, &policy, &ledger).unwrap();
                 // Nothing has changed in between.
                 prop_assert_eq!(kinds(confirmed.actions()), kinds(&planned.actions));
                 prop_assert_eq!(host.borrow().changes, changes, "looking changes nothing");

@@ -165,7 +165,7 @@ impl Report {
             .views
             .iter()
             .map(|view| Connection {
-                class: Class::of(cell(&view, snapshot, scope, policy, ledger)),
+                class: Class::of(cell(&view, &snapshot.evidence, scope, policy, ledger)),
                 holder: holder(&view),
                 cover: seen.told.as_ref().map(|told| Cover::of(told.shield.as_ref(), &view)),
                 view,
@@ -298,7 +298,9 @@ fn make_sure(
         let suspects: Vec<Lookup> = snapshot
             .views
             .iter()
-            .filter(|view| Class::of(cell(view, snapshot, scope, policy, ledger)) != Class::Agree)
+            .filter(|view| {
+                Class::of(cell(view, &snapshot.evidence, scope, policy, ledger)) != Class::Agree
+            })
             .map(|view| Lookup {
                 flow: view.flow,
                 interface: view.socket.map_or(0, |socket| socket.interface),

@@ -45,10 +45,9 @@ pub(super) fn run(args: &Explain) -> Result<Exit> {
             .find(|view| view.flow == flow)
             .and_then(|view| view.socket)
             .map_or(0, |socket| socket.interface);
-        let mut snapshot = tables.exactly(&[Lookup { flow, interface }], &ledger)?.into_snapshot();
-        snapshot.tracked.extend(&around.tracked);
+        let snapshot = tables.exactly(&[Lookup { flow, interface }], &ledger)?;
         let view = snapshot.views.iter().next().unwrap_or(View { flow, socket: None, entry: None });
-        let cell = cell(&view, &snapshot, &scope, &policy, &ledger);
+        let cell = cell(&view, &around.evidence, &scope, &policy, &ledger);
         let swapped = Lookup { flow: flow.inverse(), interface: 0 };
         let is_swapped = view.socket.is_none()
             && tables.exactly(&[swapped], &ledger)?.views.iter().any(|view| view.socket.is_some());

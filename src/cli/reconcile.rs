@@ -38,13 +38,14 @@ pub(super) fn run(args: &Reconcile) -> Result<Exit> {
                 .views
                 .iter()
                 .filter(|view| {
-                    let verdict = verdict(view, &snapshot, &scope, &policy, &ledger);
+                    let verdict = verdict(view, &snapshot.evidence, &scope, &policy, &ledger);
                     verdict == Verdict::Leave(Rest::Untracked)
                 })
                 .count();
             let mut planned = plan(&snapshot, &scope, &policy, &ledger);
             planned.actions.sort_by_key(|action| action.view.flow);
-            let confirmed = confirm(&mut tables, &planned, &scope, &policy, &ledger)?;
+            let confirmed =
+                confirm(&mut tables, &planned, &snapshot.evidence, &scope, &policy, &ledger)?;
             let outcomes = if args.dry_run {
                 Vec::new()
             } else {

@@ -609,7 +609,7 @@ impl<'p> Worker<'p> {
         // all that there is to see at once.
         self.repair(&snapshot)?;
         if depth == Depth::Deep && !self.inserts_rest() {
-            self.ledger.set_tracked(snapshot.tracked.clone());
+            self.ledger.set_tracked(snapshot.evidence.tracked.clone());
         }
         if let Some(recounter) = &mut self.recounter
             && let Err(error) = recounter.narrow_notrack(self.ledger.held().map(|held| held.orig))
@@ -762,7 +762,8 @@ impl<'p> Worker<'p> {
             let mut views = snapshot.views.iter();
             while views.len() > 0 && (is_any_lost || !bring_back) {
                 let (part, policy) = (views.by_ref().take(PART), &self.settings.policy);
-                let mut planned = plan_for(part, snapshot, &self.scope, policy, &self.ledger);
+                let (evidence, ledger) = (&snapshot.evidence, &self.ledger);
+                let mut planned = plan_for(part, evidence, &self.scope, policy, ledger);
                 if self.may_not_insert() {
                     planned.actions.retain(|action| action.kind != ActionKind::Reinsert);
                 }
@@ -770,7 +771,7 @@ impl<'p> Worker<'p> {
                 planned.actions.retain(|action| action.kind.needs_recount() == bring_back);
                 is_any_lost |= planned.actions.len() < before;
                 let confirmed =
-                    confirm(&mut self.tables, &planned, &self.scope, policy, &self.ledger)?;
+                    confirm(&mut self.tables, &planned, evidence, &self.scope, policy, ledger)?;
                 self.carry_out(confirmed, Trigger::Sweep)?;
             }
         }

@@ -134,7 +134,7 @@ fn mismatches<T: Transport>(
     for view in snapshot.views.iter() {
         let agrees =
             repaired.contains(&view.flow) || view.socket.is_none() && closing.contains(&view.flow);
-        match if agrees { Class::Agree } else { class(&view, snapshot) } {
+        match if agrees { Class::Agree } else { class(&view, &snapshot.evidence) } {
             Class::Agree => note(Class::Agree, &view),
             _ if suspects.len() < EXACT => suspects.push(Lookup {
                 flow: view.flow,
@@ -145,7 +145,7 @@ fn mismatches<T: Transport>(
     }
     let again = tables.exactly(&suspects, ledger)?;
     for view in again.views.iter().filter(|view| view.socket.is_some() || view.entry.is_some()) {
-        note(class(&view, &again), &view);
+        note(class(&view, &again.evidence), &view);
     }
     for (class, (connections, sources)) in found {
         gauges.set(Gauge::Mismatches, &[class.name()], connections as f64);

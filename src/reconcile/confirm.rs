@@ -1,5 +1,6 @@
 //! Makes sure of a plan by exact look-ups, right before it is carried out.
 
+use super::evidence::Evidence;
 use super::ledger::Ledger;
 use super::observe::{Exact, Tables};
 use super::plan::{self, Action, Plan};
@@ -17,7 +18,17 @@ pub struct Confirmed(Plan);
 impl Confirmed {
     /// What exact look-ups call for.
     pub fn new(snapshot: &Exact, scope: &Scope, policy: &Policy, ledger: &Ledger) -> Self {
-        Self(plan::plan(snapshot, scope, policy, ledger))
+        Self::by(snapshot, &snapshot.evidence, scope, policy, ledger)
+    }
+
+    fn by(
+        snapshot: &Exact,
+        evidence: &Evidence,
+        scope: &Scope,
+        policy: &Policy,
+        ledger: &Ledger,
+    ) -> Self {
+        Self(plan::plan_for(snapshot.views.iter(), evidence, scope, policy, ledger))
     }
 
     /// The actions.
@@ -31,13 +42,15 @@ impl Confirmed {
     }
 }
 
-/// Looks at each connection of `plan` again, exactly, and plans anew from what is there now.
+/// Looks at each connection of `plan` again, exactly, and plans anew from what is there now, by the
+/// `evidence` that the plan was made by.
 ///
 /// # Errors
 /// A broken conversation: nothing is confirmed then.
 pub fn confirm<T: Transport>(
     tables: &mut Tables<T>,
     plan: &Plan,
+    evidence: &Evidence,
     scope: &Scope,
     policy: &Policy,
     ledger: &Ledger,
@@ -55,7 +68,6 @@ pub fn confirm<T: Transport>(
             }
         })
         .collect();
-    // Evidence that siblings gave to the plan holds for its confirmation.
-    let snapshot = tables.exactly(&lookups, ledger)?.with_evidence_of(plan);
-    Ok(Confirmed::new(&snapshot, scope, policy, ledger))
+    let snapshot = tables.exactly(&lookups, ledger)?;
+    Ok(Confirmed::by(&snapshot, evidence, scope, policy, ledger))
 }

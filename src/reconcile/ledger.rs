@@ -215,7 +215,7 @@ impl Ledger {
     ///
     /// Of an ESTABLISHED connection only what a plain entry would get wrong: there are many.
     pub fn note(&mut self, snapshot: &Snapshot) {
-        self.zones.extend(snapshot.zones.iter().copied());
+        self.zones.extend(snapshot.evidence.zones.iter().copied());
         for view in snapshot.views.iter() {
             if let (Some(socket), Some(entry)) = (view.socket, view.entry)
                 && (socket.state != State::Established || !entry.is_plain())

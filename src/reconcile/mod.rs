@@ -5,6 +5,7 @@
 
 pub mod apply;
 pub mod confirm;
+pub mod evidence;
 pub mod ledger;
 pub mod observe;
 pub mod plan;

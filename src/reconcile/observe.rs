@@ -6,7 +6,6 @@ use std::net::IpAddr;
 use std::ops::Deref;
 
 use super::ledger::Ledger;
-use super::plan::Plan;
 use super::policy::{Policy, Scope};
 use super::snapshot::{Direction, Kept, Snapshot, View, Views};
 use crate::conntrack::{Conntrack, Entry, Filter, Zone};
@@ -35,14 +34,6 @@ impl Deref for Exact {
 }
 
 impl Exact {
-    /// The same with what the siblings of its connections have shown to `plan`.
-    pub(super) fn with_evidence_of(mut self, plan: &Plan) -> Self {
-        self.0.tracked.extend(&plan.tracked);
-        self.0.zones.extend(&plan.zones);
-        self.0.destinations.clone_from(&plan.destinations);
-        self
-    }
-
     /// The snapshot.
     pub fn into_snapshot(self) -> Snapshot {
         self.0

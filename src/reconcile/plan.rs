@@ -3,12 +3,12 @@
 //! No clock, no I/O, no log: the table of docs/reconcile.md as a function, which
 //! tests/plan_table.rs walks cell by cell.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fmt;
 
+use super::evidence::Evidence;
 use super::ledger::Ledger;
 use super::policy::{Policy, Scope};
-use super::snapshot::{Destination, Direction, Snapshot, View};
+use super::snapshot::{Direction, Snapshot, View};
 use crate::conntrack::{Entry, TcpState, Zone};
 use crate::flow::FourTuple;
 use crate::sockdiag::State;
@@ -209,58 +209,45 @@ pub struct Action {
     pub template: Entry,
 }
 
-/// What must be done, in the order of the snapshot.
+/// What must be done, in the order of the connections.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
     /// The actions.
     pub actions: Vec<Action>,
-    /// Local ports on which the snapshot showed that tracking is on.
-    pub tracked: HashSet<u16>,
-    /// Zones that the snapshot showed.
-    pub zones: BTreeSet<Zone>,
-    /// Where the peers of each local port send their packets, as the snapshot showed.
-    pub destinations: HashMap<u16, Destination>,
 }
 
 /// Plans for a snapshot.
 pub fn plan(snapshot: &Snapshot, scope: &Scope, policy: &Policy, ledger: &Ledger) -> Plan {
-    plan_for(snapshot.views.iter(), snapshot, scope, policy, ledger)
+    plan_for(snapshot.views.iter(), &snapshot.evidence, scope, policy, ledger)
 }
 
-/// Plans for these connections of a snapshot.
+/// Plans for these connections by the evidence that all of them gave.
 pub fn plan_for(
     views: impl Iterator<Item = View>,
-    snapshot: &Snapshot,
+    evidence: &Evidence,
     scope: &Scope,
     policy: &Policy,
     ledger: &Ledger,
 ) -> Plan {
-    let actions = views
-        .filter_map(|view| match verdict(&view, snapshot, scope, policy, ledger) {
-            Verdict::Act(kind, reason) => {
-                let template = template(&view, snapshot, policy, ledger);
-                Some(Action { kind, reason, view, template })
-            }
-            Verdict::Leave(_) => None,
-        })
-        .collect();
-    Plan {
-        actions,
-        tracked: snapshot.tracked.clone(),
-        zones: snapshot.zones.clone(),
-        destinations: snapshot.destinations.clone(),
-    }
+    let actions = views.filter_map(|view| match verdict(&view, evidence, scope, policy, ledger) {
+        Verdict::Act(kind, reason) => {
+            let template = template(&view, evidence, policy, ledger);
+            Some(Action { kind, reason, view, template })
+        }
+        Verdict::Leave(_) => None,
+    });
+    Plan { actions: actions.collect() }
 }
 
-/// The decision about one connection of a snapshot.
+/// The decision about one connection.
 pub fn verdict(
     view: &View,
-    snapshot: &Snapshot,
+    evidence: &Evidence,
     scope: &Scope,
     policy: &Policy,
     ledger: &Ledger,
 ) -> Verdict {
-    let cell = cell(view, snapshot, scope, policy, ledger);
+    let cell = cell(view, evidence, scope, policy, ledger);
     let entry = view.entry;
     match (decide(cell), cell.entry) {
         // Beyond the table: what the operator or an attack has switched on.
@@ -285,7 +272,7 @@ pub fn verdict(
 /// The cell that a connection stands in.
 pub fn cell(
     view: &View,
-    snapshot: &Snapshot,
+    evidence: &Evidence,
     scope: &Scope,
     policy: &Policy,
     ledger: &Ledger,
@@ -323,35 +310,26 @@ pub fn cell(
         }),
         held,
         tracked: seen.is_some()
-            || !is_translated_somehow(view, snapshot)
+            || !evidence.is_translated_somehow(view)
                 && (policy.force
-                    || snapshot.tracked.contains(&view.flow.src.port())
+                    || evidence.tracked.contains(&view.flow.src.port())
                     || ledger.is_tracked(view.flow.src.port())),
     }
 }
 
-/// Whether siblings show that the connection is perhaps translated, and not how: a plain entry in
-/// the place of a translated one would break it.
-fn is_translated_somehow(view: &View, snapshot: &Snapshot) -> bool {
-    snapshot.destinations.get(&view.flow.src.port()) == Some(&Destination::Various)
-}
-
 /// What an entry for this connection must look like.
-fn template(view: &View, snapshot: &Snapshot, policy: &Policy, ledger: &Ledger) -> Entry {
+fn template(view: &View, evidence: &Evidence, policy: &Policy, ledger: &Ledger) -> Entry {
     let last = view.socket.and_then(|socket| ledger.last_entry(&socket));
     let right_way = |entry: &Entry| entry.reply == view.flow;
     view.entry.filter(right_way).or(last.filter(right_way)).unwrap_or_else(|| {
         // A reversed entry tells its zone; else the zone that siblings are in, if it is one; else
         // the one that the administrator names.
-        let sibling = (snapshot.zones.len() == 1).then(|| snapshot.zones.first().copied());
-        let zone = view.entry.map(|entry| entry.zone).or(sibling.flatten());
+        let zone = view.entry.map(|entry| entry.zone).or_else(|| evidence.zone());
         let zone = zone.unwrap_or(Zone::both(policy.zone));
         let plain = Entry::plain(view.flow.inverse(), zone);
-        match snapshot.destinations.get(&view.flow.src.port()) {
-            Some(Destination::Translated(first)) => {
-                Entry { orig: FourTuple::new(view.flow.dst, *first), ..plain }
-            }
-            _ => plain,
+        match evidence.translated_from(view) {
+            Some(first) => Entry { orig: FourTuple::new(view.flow.dst, first), ..plain },
+            None => plain,
         }
     })
 }

@@ -1,10 +1,10 @@
 //! What both tables say about each connection, as plain values.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
 use std::time::Duration;
 
+use super::evidence::Evidence;
 use crate::conntrack::{Entry, Status, Tcp, TcpState, Zone};
-use crate::flow::{Endpoint, FourTuple};
+use crate::flow::FourTuple;
 use crate::sockdiag::{Socket, State};
 
 /// One connection as both tables show it.
@@ -218,23 +218,8 @@ impl PackedEntry {
 pub struct Snapshot {
     /// The connections.
     pub views: Views,
-    /// Local ports of which some connection has an entry: tracking is on there.
-    pub tracked: HashSet<u16>,
-    /// Zones that entries of the scope were found in.
-    pub zones: BTreeSet<Zone>,
-    /// For each local port the first destination that its peers have, before translation.
-    pub destinations: HashMap<u16, Destination>,
-}
-
-/// Where the peers of a local port send their packets.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Destination {
-    /// To the socket itself, all of them.
-    Direct,
-    /// To this other endpoint, all of them: it is translated (REDIRECT, DNAT).
-    Translated(Endpoint),
-    /// Some here, some there.
-    Various,
+    /// What they show of each other.
+    pub evidence: Evidence,
 }
 
 impl Snapshot {
@@ -244,38 +229,15 @@ impl Snapshot {
     }
 
     pub(super) fn of(views: Views) -> Self {
-        let mut tracked = HashSet::new();
-        let mut zones = BTreeSet::new();
-        let mut destinations = HashMap::new();
-        let mut last = None;
-        for view in views.iter() {
-            let Some(entry) = view.entry else { continue };
-            let port = view.flow.src.port();
-            let destination = (entry.reply == view.flow).then(|| {
-                let direct = entry.orig.dst == view.flow.src;
-                if direct { Destination::Direct } else { Destination::Translated(entry.orig.dst) }
-            });
-            // Most say what the one before them said.
-            let this = Some((port, entry.zone, destination));
-            if std::mem::replace(&mut last, this) == this {
-                continue;
-            }
-            tracked.insert(port);
-            zones.insert(entry.zone);
-            if let Some(this) = destination {
-                let all = destinations.entry(port).or_insert(this);
-                if *all != this {
-                    *all = Destination::Various;
-                }
-            }
-        }
-        Self { views, tracked, zones, destinations }
+        let evidence = Evidence::of(&views);
+        Self { views, evidence }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::flow::Endpoint;
     use crate::sockdiag::Cookie;
 
     #[test]
