@@ -24,6 +24,7 @@ use ctkeep::reconcile::ledger::Ledger;
 use ctkeep::reconcile::observe::Tables;
 use ctkeep::reconcile::plan::plan;
 use ctkeep::reconcile::policy::{Policy, Scope};
+use ctkeep::recount::Recounter;
 use ctkeep::sockdiag::{State, States};
 use ctkeep::{Op, Result};
 use played::host::{Host, Shared, tuple};
@@ -342,7 +343,7 @@ impl World {
         let planned = plan(&snapshot, scope, policy, ledger);
         let confirmed = confirm(tables, &planned, &snapshot.evidence, scope, policy, ledger)?;
         let now = Instant::now();
-        let outcomes = apply(tables, &mut None, &confirmed, policy, ledger, now)?;
+        let outcomes = apply(tables, &mut None::<Recounter>, &confirmed, policy, ledger, now)?;
         tables.conntrack.size()?;
         Ok(outcomes)
     }

@@ -26,7 +26,7 @@ use ctkeep::reconcile::observe::Tables;
 use ctkeep::reconcile::plan::{ActionKind, plan};
 use ctkeep::reconcile::policy::{Policy, Scope};
 use ctkeep::reconcile::snapshot::{Direction, View};
-use ctkeep::recount::Notrack;
+use ctkeep::recount::{Notrack, Recounter};
 use ctkeep::sockdiag::{Lookup, Socket, State, States};
 use model::{Model, PORT, Rst, bystanders};
 use played::host::{Host, Shared, tuple};
@@ -170,7 +170,9 @@ impl Keeper {
         let held = self.ledger.held().map(|held| held.lookup.flow);
         self.line.held.replace(held.collect());
         let (tables, ledger) = (&mut self.tables, &mut self.ledger);
-        let outcomes = apply(tables, &mut None, confirmed, &self.policy, ledger, self.now).unwrap();
+        let outcomes =
+            apply(tables, &mut None::<Recounter>, confirmed, &self.policy, ledger, self.now)
+                .unwrap();
         let mut again = Vec::new();
         for outcome in outcomes {
             let (kind, Some(socket)) = (outcome.action.kind, outcome.action.view.socket) else {

@@ -22,6 +22,7 @@ use ctkeep::reconcile::plan::{
 };
 use ctkeep::reconcile::policy::{Policy, Scope};
 use ctkeep::reconcile::snapshot::{Direction, Snapshot, View};
+use ctkeep::recount::Recounter;
 use ctkeep::sockdiag::{Cookie, Socket, State, States};
 use played::host::Host;
 use played::{entry, flow, outgoing_entry, reversed_entry, socket};
@@ -1161,7 +1162,7 @@ mod laws {
                 prop_assert_eq!(host.borrow().changes, changes, "looking changes nothing");
 
                 let outcomes =
-                    apply(&mut tables, &mut None, &confirmed, &policy, &mut ledger, Instant::now())
+                    apply(&mut tables, &mut None::<Recounter>, &confirmed, &policy, &mut ledger, Instant::now())
                         .unwrap();
                 for outcome in &outcomes {
                     prop_assert!(outcome.result.is_ok(), "{:?}", outcome);

@@ -32,7 +32,7 @@ use crate::reconcile::observe::{Exact, Tables};
 use crate::reconcile::plan::{Action, ActionKind, plan_for};
 use crate::reconcile::policy::Scope;
 use crate::reconcile::snapshot::Snapshot;
-use crate::recount::{Mode, Notrack, Recounter};
+use crate::recount::{Mode, Notrack, Recount, Recounter};
 use crate::rtnetlink::route::Routes;
 use crate::shield::{self, Program};
 use crate::sockdiag::{Cookie, Lookup, SockDiag, Socket, State, States};
@@ -361,7 +361,7 @@ impl<'p> Worker<'p> {
         let routes = self.recounter.as_ref().map(Recounter::routes).unwrap_or_default();
         tracing::info!(
             recount = ?routes.iter().map(|route| route.name()).collect::<Vec<_>>(),
-            seal = self.recounter.as_ref().is_some_and(Recounter::can_seal),
+            seal = self.recounter.as_ref().is_some_and(Recount::can_seal),
             tcp_loose = sysctl::conntrack("nf_conntrack_tcp_loose"),
             "opened"
         );
@@ -612,7 +612,8 @@ impl<'p> Worker<'p> {
             self.ledger.set_tracked(snapshot.evidence.tracked.clone());
         }
         if let Some(recounter) = &mut self.recounter
-            && let Err(error) = recounter.narrow_notrack(self.ledger.held().map(|held| held.orig))
+            && let Err(error) =
+                recounter.narrow_notrack(self.ledger.held().map(|held| held.orig), Instant::now())
         {
             tracing::warn!(%error, "notrack sets stay as they are for now");
         }

@@ -14,7 +14,7 @@ use crate::error::{Cause, Op, Result};
 use crate::flow::{Endpoint, FourTuple};
 use crate::netlink::{Connection, KernelSocket, Request};
 use crate::nftables::{Chain, Expr, Hook, Layout, Set, Table, tuple};
-use crate::recount::{Mode, Recounter, Route};
+use crate::recount::{Mode, Recount, Recounter, Route};
 
 const RTM_NEWLINK: u16 = 16;
 /// `lo` is the first device of every namespace.
@@ -72,11 +72,11 @@ fn try_out(mode: Mode, client: [u8; 4], server: [u8; 4], now: Instant) -> Result
     let (state, status) = (TcpState::Established, Status::FRESH);
     let insert = Change::Insert(Insert { like, state, status, timeout: TIMEOUT });
     Conntrack::open()?.change(&[insert])?.into_iter().collect::<Result<()>>()?;
-    recounter.nudge(&like)?;
+    recounter.nudge(&like, now)?;
     for _ in 0..TRIES {
         // An element that is not there cannot be removed.
         match limit.remove(COUNTED, &[tuple::key(flow)]) {
-            Ok(()) => return Ok(recounter.seal(&like)),
+            Ok(()) => return Ok(recounter.seal(&like, now)),
             Err(error) if error.is_absent() => thread::sleep(PAUSE),
             Err(error) => return Err(error),
         }

@@ -201,6 +201,24 @@ impl<T: Transport> Table<T> {
         self.change_elements(Op::new("remove from nftables set"), NFT_MSG_DELSETELEM, set, elements)
     }
 
+    /// Whether the table still exists. Others can flush one that has no owner (before 5.12).
+    ///
+    /// # Errors
+    /// A broken conversation.
+    pub fn is_there(&mut self) -> Result<bool> {
+        if self.owned {
+            return Ok(true);
+        }
+        let op = Op::new("look for nftables table");
+        let mut get = message(op, NFT_MSG_GETTABLE, 0, &[text(NFTA_TABLE_NAME, &self.name)]);
+        get.joined = false;
+        match self.connection.query(&get, |_| Ok(())) {
+            Ok(()) => Ok(true),
+            Err(error) if error.is_absent() => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
     fn change_elements(
         &mut self,
         op: Op,

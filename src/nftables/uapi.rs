@@ -8,6 +8,7 @@ pub(super) const NFNL_MSG_BATCH_END: u16 = 0x11;
 pub(super) const NFPROTO_INET: u8 = 1;
 
 pub(super) const NFT_MSG_NEWTABLE: u16 = 0;
+pub(super) const NFT_MSG_GETTABLE: u16 = 1;
 pub(super) const NFT_MSG_DELTABLE: u16 = 2;
 pub(super) const NFT_MSG_NEWCHAIN: u16 = 3;
 pub(super) const NFT_MSG_NEWRULE: u16 = 6;

@@ -13,7 +13,7 @@ use crate::conntrack::{Change, Insert, Status, TcpState};
 use crate::error::{Cause, Op, Result};
 use crate::flow::FourTuple;
 use crate::netlink::Transport;
-use crate::recount::{Notrack, Recounter, Route};
+use crate::recount::{Notrack, Recount, Route};
 use crate::sockdiag::State;
 
 /// So many repairs are under way at once: between an insert and its last step an entry is not
@@ -41,9 +41,9 @@ pub struct Outcome {
 /// # Errors
 /// A broken conversation; what was done before it is in no outcome, and the next look at the
 /// tables shows it.
-pub fn apply<T: Transport>(
+pub fn apply<T: Transport, R: Recount>(
     tables: &mut Tables<T>,
-    recounter: &mut Option<Recounter>,
+    recounter: &mut Option<R>,
     confirmed: &Confirmed,
     policy: &Policy,
     ledger: &mut Ledger,
@@ -57,10 +57,10 @@ pub fn apply<T: Transport>(
         of_kind.map(|(action, _)| (action.template.orig, wanted)).collect()
     };
     for (actions, notracks) in confirmed.actions().chunks(CHUNK).zip(notracks.chunks(CHUNK)) {
-        let mut raised = raise(recounter, &wanted(actions, notracks, Notrack::FinsAndRsts));
+        let mut raised = raise(recounter, &wanted(actions, notracks, Notrack::FinsAndRsts), now);
         apply_chunk(tables, recounter, actions, notracks, policy, &mut outcomes, now)?;
         // The first repair of a connection does not wait for it.
-        raised = raised.and(raise(recounter, &wanted(actions, notracks, Notrack::Fins)));
+        raised = raised.and(raise(recounter, &wanted(actions, notracks, Notrack::Fins), now));
         // The repair itself is done; that it may be undone again is told like a failed seal.
         if let (Err(error), Some(outcome)) = (raised, outcomes.last_mut()) {
             outcome.seal = Some(Err(error));
@@ -85,8 +85,12 @@ pub fn apply<T: Transport>(
     Ok(outcomes)
 }
 
-fn raise(recounter: &mut Option<Recounter>, wanted: &[(FourTuple, Notrack)]) -> Result<()> {
-    recounter.as_mut().map_or(Ok(()), |recounter| recounter.notrack(wanted))
+fn raise<R: Recount>(
+    recounter: &mut Option<R>,
+    wanted: &[(FourTuple, Notrack)],
+    now: Instant,
+) -> Result<()> {
+    recounter.as_mut().map_or(Ok(()), |recounter| recounter.notrack(wanted, now))
 }
 
 /// What of the peers of these actions is kept from conntrack, in their order.
@@ -120,9 +124,9 @@ fn notracks(actions: &[Action], ledger: &Ledger) -> Vec<Option<Notrack>> {
         .collect()
 }
 
-fn apply_chunk<T: Transport>(
+fn apply_chunk<T: Transport, R: Recount>(
     tables: &mut Tables<T>,
-    recounter: &mut Option<Recounter>,
+    recounter: &mut Option<R>,
     actions: &[Action],
     notracks: &[Option<Notrack>],
     policy: &Policy,
@@ -152,8 +156,8 @@ fn apply_chunk<T: Transport>(
         let entry = &outcome.action.template;
         match (way, recounter.as_mut()) {
             (Way::Recount { seal }, Some(recounter)) if outcome.result.is_ok() => {
-                outcome.recount = Some(recounter.nudge(entry));
-                outcome.seal = seal.then(|| recounter.seal(entry));
+                outcome.recount = Some(recounter.nudge(entry, now));
+                outcome.seal = seal.then(|| recounter.seal(entry, now));
                 let sealed = matches!(outcome.seal, Some(Ok(())));
                 // After the seal: its packet has given the entry the kernel's own timeout.
                 last_steps.push(last_step(&outcome.action, policy.lease, sealed));
@@ -192,7 +196,7 @@ enum Way {
 fn way(
     action: &Action,
     notrack: Option<Notrack>,
-    recounter: Option<&mut Recounter>,
+    recounter: Option<&mut impl Recount>,
     now: Instant,
 ) -> Way {
     match recounter {

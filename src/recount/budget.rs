@@ -5,10 +5,17 @@ use std::time::{Duration, Instant};
 
 use crate::flow::FourTuple;
 
+/// Connections whose nudges are counted one by one. A connection that is new while all places are
+/// taken gets its nudge from the bound for all alone: 5 MiB are enough.
+const KNOWN: usize = 65_536;
+
 /// A peer that fools conntrack again and again gets no more than this from us.
 const EACH: Rate = Rate { burst: 100, per_second: 50 };
 /// Far above what repairs reach (docs/performance.md), far below what would hurt the host.
 const ALL: Rate = Rate { burst: 100_000, per_second: 50_000 };
+
+/// An empty bucket of [`EACH`] is full again, with a second to spare.
+const FULL_AGAIN: Duration = Duration::from_secs(3);
 
 #[derive(Clone, Copy, Debug)]
 struct Rate {
@@ -47,16 +54,28 @@ impl Bucket {
 pub(super) struct Budget {
     all: Bucket,
     each: HashMap<FourTuple, Bucket>,
+    pruned: Instant,
 }
 
 impl Budget {
     pub(super) fn new(now: Instant) -> Self {
-        Self { all: Bucket::full(ALL, now), each: HashMap::new() }
+        Self { all: Bucket::full(ALL, now), each: HashMap::new(), pruned: now }
     }
 
     /// Takes one nudge for this connection out of the budget; `false` when there is none left.
     pub(super) fn take(&mut self, flow: FourTuple, now: Instant) -> bool {
         self.all.fill(ALL, now);
+        if self.each.len() >= KNOWN && !self.each.contains_key(&flow) {
+            // Not more often: it is a walk through all of them.
+            if now.saturating_duration_since(self.pruned) >= FULL_AGAIN {
+                self.prune(now);
+            }
+            if self.each.len() >= KNOWN {
+                let granted = self.all.tokens > 0;
+                self.all.tokens -= u32::from(granted);
+                return granted;
+            }
+        }
         let each = self.each.entry(flow).or_insert_with(|| Bucket::full(EACH, now));
         each.fill(EACH, now);
         let granted = self.all.tokens > 0 && each.tokens > 0;
@@ -69,8 +88,8 @@ impl Budget {
 
     /// Forgets connections that have been quiet long enough to have a full bucket.
     pub(super) fn prune(&mut self, now: Instant) {
-        let full_again = Duration::from_secs(u64::from(EACH.burst / EACH.per_second) + 1);
-        self.each.retain(|_, bucket| now.saturating_duration_since(bucket.filled) < full_again);
+        self.pruned = now;
+        self.each.retain(|_, bucket| now.saturating_duration_since(bucket.filled) < FULL_AGAIN);
     }
 }
 
@@ -96,5 +115,21 @@ mod tests {
         assert_eq!(granted, 5);
         budget.prune(later + Duration::from_secs(10));
         assert!(budget.each.is_empty());
+    }
+
+    #[test]
+    fn what_is_remembered_of_single_connections_is_bounded() {
+        let begun = Instant::now();
+        let mut budget = Budget::new(begun);
+        let flow = |n: u32| {
+            let addr = std::net::Ipv4Addr::from(n);
+            FourTuple::new(
+                crate::flow::Endpoint::new(addr.into(), 4000),
+                "192.0.2.1:80".parse().unwrap(),
+            )
+        };
+        let granted = (0..200_000).filter(|n| budget.take(flow(*n), begun)).count();
+        assert_eq!(granted, 100_000, "the bound for all");
+        assert_eq!(budget.each.len(), KNOWN);
     }
 }

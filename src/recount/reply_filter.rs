@@ -38,6 +38,9 @@ const NFPROTO_IPV6: u8 = 10;
 const FINS: [&str; 2] = ["fins4", "fins6"];
 const ALL: [&str; 2] = ["all4", "all6"];
 
+/// Elements that are taken out at once.
+const TOGETHER: usize = 512;
+
 /// Before conntrack (-200) and before the raw table (-300).
 const BEFORE_CONNTRACK: i32 = -310;
 /// Right after conntrack.
@@ -106,20 +109,48 @@ impl ReplyFilter {
         Ok(())
     }
 
-    /// Lets conntrack see these tuples again.
+    /// Lets conntrack see these tuples again. What the kernel refuses stays in the sets, and in
+    /// [`Self::untracked`], for another try.
     pub(super) fn track_again(&mut self, flows: &[FourTuple]) -> Result<()> {
+        let mut result = Ok(());
         for (notrack, names) in [(Notrack::Fins, FINS), (Notrack::FinsAndRsts, ALL)] {
             let old: Vec<_> = flows
                 .iter()
                 .copied()
                 .filter(|flow| self.notracks.get(flow) == Some(&notrack))
                 .collect();
-            for flow in &old {
-                self.notracks.remove(flow);
+            for flows in old.chunks(TOGETHER) {
+                let removed = match self.change(names, flows, Table::remove) {
+                    // One that is gone already refuses the whole chunk.
+                    Err(error) if error.is_absent() => self.track_each_again(names, flows),
+                    removed => removed,
+                };
+                match removed {
+                    Ok(()) => {
+                        for flow in flows {
+                            self.notracks.remove(flow);
+                        }
+                    }
+                    Err(error) => result = Err(error),
+                }
             }
-            self.change(names, &old, Table::remove)?;
+        }
+        result
+    }
+
+    fn track_each_again(&mut self, names: [&'static str; 2], flows: &[FourTuple]) -> Result<()> {
+        for flow in flows {
+            match self.change(names, &[*flow], Table::remove) {
+                Err(error) if !error.is_absent() => return Err(error),
+                _ => {}
+            }
         }
         Ok(())
+    }
+
+    /// Whether nobody has taken the table away. One with an owner cannot be (since 5.12).
+    pub(super) fn is_there(&mut self) -> Result<bool> {
+        self.table.is_there()
     }
 
     /// The tuples in the sets.
