@@ -1,160 +1,78 @@
-//! Counters and histograms. All workers add to the same, so several guards sum up by themselves.
+//! Counters and histograms. All guards add to the same, so that several sum up by themselves and
+//! none ever goes down.
 
-use prometheus_client::metrics::counter::Counter;
-use prometheus_client::metrics::family::Family;
-use prometheus_client::metrics::histogram::Histogram;
-use prometheus_client::registry::{Registry, Unit};
+use std::collections::BTreeMap;
+use std::fmt;
 
-use crate::error::Error;
+use prometheus_client::encoding::DescriptorEncoder;
+use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::{counter, histogram};
 
-/// Labels with their values.
-pub(super) type Labels<const N: usize> = [(&'static str, &'static str); N];
+use super::spec::{Count, Histogram, Spec};
 
-/// Actions of the plan, and what a repair takes beside them.
-pub(super) const ACTIONS: [&str; 8] =
-    ["extend", "revive", "reinsert", "reverse", "recount", "seal", "release", "reap"];
-/// Ways of a nudge.
-pub(super) const ROUTES: [&str; 2] = ["ingress", "loopback"];
-const TRIGGERS: [&str; 2] = ["event", "sweep"];
-const EVENTS: [&str; 3] = ["update", "destroy", "nflog"];
-const DIRECTIONS: [&str; 2] = ["up", "down"];
-
-/// Seconds. A repair by event takes some hundred microseconds; a sweep comes once a second.
-const REACTION: [f64; 16] = [
-    1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5,
-    1.0,
-];
-/// Seconds: from a handful of sockets to tables of millions.
-const SWEEP: [f64; 10] = [1e-4, 5e-4, 1e-3, 5e-3, 0.01, 0.05, 0.1, 0.5, 1.0, 10.0];
-/// Seconds: from a sweep to a day.
-const CLOSE_WAIT: [f64; 11] =
-    [1.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0, 86400.0];
+/// By label values; all of them are there from the start.
+type Family<M> = BTreeMap<Vec<&'static str>, M>;
 
 /// What has happened since the start.
 #[derive(Debug)]
 pub(super) struct Counts {
-    pub actions: Family<Labels<1>, Counter>,
-    pub errors: Family<Labels<2>, Counter>,
-    pub late_repairs: Counter,
-    pub recounts: Family<Labels<1>, Counter>,
-    pub reaction: Family<Labels<1>, Histogram, fn() -> Histogram>,
-    pub sweeps: Counter,
-    pub sweep_errors: Counter,
-    pub sweep_duration: Histogram,
-    pub close_wait_age: Histogram,
-    pub events: Family<Labels<1>, Counter>,
-    pub overruns: Counter,
-    pub resyncs: Counter,
-    pub transitions: Family<Labels<1>, Counter>,
+    counters: Vec<Family<counter::Counter>>,
+    histograms: Vec<Family<histogram::Histogram>>,
+}
+
+impl Default for Counts {
+    /// All of them at 0.
+    fn default() -> Self {
+        let counter = |_: &Spec| counter::Counter::default();
+        let histogram = |spec: &Spec| histogram::Histogram::new(spec.buckets.iter().copied());
+        Self {
+            counters: Count::ALL.iter().map(|it| family(it.spec(), counter)).collect(),
+            histograms: Histogram::ALL.iter().map(|it| family(it.spec(), histogram)).collect(),
+        }
+    }
+}
+
+fn family<M>(spec: &Spec, new: impl Fn(&Spec) -> M) -> Family<M> {
+    spec.values().into_iter().map(|labels| (labels, new(spec))).collect()
 }
 
 impl Counts {
-    /// All of them at 0, in this registry.
-    pub(super) fn new(registry: &mut Registry) -> Self {
-        let reasons =
-            |action| Error::REASONS.map(|reason| [("action", action), ("reason", reason)]);
-        let this = Self {
-            actions: counters("action", &ACTIONS),
-            errors: Family::default(),
-            late_repairs: Counter::default(),
-            recounts: counters("route", &ROUTES),
-            reaction: Family::new_with_constructor(|| Histogram::new(REACTION)),
-            sweeps: Counter::default(),
-            sweep_errors: Counter::default(),
-            sweep_duration: Histogram::new(SWEEP),
-            close_wait_age: Histogram::new(CLOSE_WAIT),
-            events: counters("type", &EVENTS),
-            overruns: Counter::default(),
-            resyncs: Counter::default(),
-            transitions: counters("direction", &DIRECTIONS),
-        };
-        for labels in ACTIONS.into_iter().flat_map(reasons) {
-            drop(this.errors.get_or_create(&labels));
+    /// So many more.
+    pub(super) fn add(&self, count: Count, labels: &[&'static str], more: u64) {
+        let counter = self.counters.get(count as usize).and_then(|family| family.get(labels));
+        debug_assert!(counter.is_some(), "{count:?}{labels:?}");
+        if let Some(counter) = counter {
+            counter.inc_by(more);
         }
-        for trigger in TRIGGERS {
-            drop(this.reaction.get_or_create(&[("trigger", trigger)]));
-        }
-        registry.register(
-            "ctkeep_actions",
-            "Changes of conntrack entries that the kernel has acknowledged",
-            this.actions.clone(),
-        );
-        registry.register(
-            "ctkeep_action_errors",
-            "Changes that failed; they are planned again",
-            this.errors.clone(),
-        );
-        registry.register(
-            "ctkeep_late_repairs",
-            "Repairs before which the limiter may have admitted a SYN too many",
-            this.late_repairs.clone(),
-        );
-        registry.register(
-            "ctkeep_recounts",
-            "Connections shown to the limiter again, by the way that the packet took",
-            this.recounts.clone(),
-        );
-        registry.register_with_unit(
-            "ctkeep_reaction",
-            "From the event or the begin of the sweep that told of it to the acknowledged repair",
-            Unit::Seconds,
-            this.reaction.clone(),
-        );
-        registry.register(
-            "ctkeep_sweeps",
-            "Sweeps that ended well, shallow and deep",
-            this.sweeps.clone(),
-        );
-        registry.register(
-            "ctkeep_sweep_errors",
-            "Rounds of sweep or events that failed",
-            this.sweep_errors.clone(),
-        );
-        registry.register_with_unit(
-            "ctkeep_sweep_duration",
-            "Time that a sweep took, its repairs included",
-            Unit::Seconds,
-            this.sweep_duration.clone(),
-        );
-        registry.register_with_unit(
-            "ctkeep_close_wait_age",
-            "How long sockets were in CLOSE_WAIT, told when they have left it",
-            Unit::Seconds,
-            this.close_wait_age.clone(),
-        );
-        registry.register("ctkeep_events", "Events received from the kernel", this.events.clone());
-        registry.register(
-            "ctkeep_event_overruns",
-            "Times that the kernel dropped events because the receive buffer was full",
-            this.overruns.clone(),
-        );
-        registry.register(
-            "ctkeep_resyncs",
-            "Deep sweeps made because events were lost or unreadable",
-            this.resyncs.clone(),
-        );
-        registry.register(
-            "ctkeep_defence_transitions",
-            "Changes of the defence level",
-            this.transitions.clone(),
-        );
-        this
     }
 
-    /// One more, of a family with one label; its values are all there already.
-    pub(super) fn bump(
-        family: &Family<Labels<1>, Counter>,
-        label: &'static str,
-        value: &'static str,
-    ) {
-        family.get_or_create(&[(label, value)]).inc();
+    /// One value.
+    pub(super) fn value(&self, count: Count, labels: &[&'static str]) -> u64 {
+        let counter = self.counters.get(count as usize).and_then(|family| family.get(labels));
+        counter.map_or(0, counter::Counter::get)
     }
-}
 
-fn counters(label: &'static str, values: &[&'static str]) -> Family<Labels<1>, Counter> {
-    let family = Family::default();
-    for value in values {
-        drop(family.get_or_create(&[(label, *value)]));
+    /// One more, of this size.
+    pub(super) fn observe(&self, histogram: Histogram, labels: &[&'static str], value: f64) {
+        let found = self.histograms.get(histogram as usize).and_then(|family| family.get(labels));
+        debug_assert!(found.is_some(), "{histogram:?}{labels:?}");
+        if let Some(found) = found {
+            found.observe(value);
+        }
     }
-    family
+
+    /// Writes all of them.
+    pub(super) fn encode(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        fn owned<M: Clone>(family: &Family<M>) -> impl Iterator<Item = (Vec<String>, M)> {
+            let owned = |labels: &Vec<&str>| labels.iter().map(|it| (*it).to_owned()).collect();
+            family.iter().map(move |(labels, metric)| (owned(labels), metric.clone()))
+        }
+        for (count, family) in Count::ALL.iter().zip(&self.counters) {
+            count.spec().encode(encoder, MetricType::Counter, owned(family))?;
+        }
+        for (histogram, family) in Histogram::ALL.iter().zip(&self.histograms) {
+            histogram.spec().encode(encoder, MetricType::Histogram, owned(family))?;
+        }
+        Ok(())
+    }
 }

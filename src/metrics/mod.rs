@@ -11,6 +11,7 @@ pub(crate) mod history;
 pub mod http;
 mod page;
 mod process;
+mod spec;
 mod survey;
 mod text;
 pub(crate) mod textfile;
@@ -28,9 +29,10 @@ use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 
-use self::counts::{ACTIONS, Counts, ROUTES};
-use self::gauges::{BUFFERS, Gauge, Gauges};
+use self::counts::Counts;
+use self::gauges::Gauges;
 use self::history::History;
+use self::spec::{ACTIONS, BUFFERS, Count, DROPS, FAMILIES, Gauge, Histogram, ROUTES};
 pub use self::survey::Look;
 use self::text::from_open_metrics;
 use crate::conntrack::TableSize;
@@ -85,7 +87,7 @@ pub enum EventType {
 /// All figures of the daemon.
 pub struct Metrics {
     registry: Registry,
-    counts: Counts,
+    counts: Arc<Counts>,
     guards: Arc<Guards>,
     history: Mutex<History>,
     written: Mutex<Option<Written>>,
@@ -130,6 +132,17 @@ struct Guard {
     gauges: Gauges,
     failure: Option<String>,
     top: Vec<(IpAddr, u64)>,
+    /// The kernel's own counters as they were last: they outlive a namespace that comes and goes.
+    kernel: HashMap<(Count, &'static str), u64>,
+}
+
+impl Guard {
+    /// How far the kernel's counter has come since the last look; one that is lower than it was has
+    /// begun anew.
+    fn since_last(&mut self, count: Count, label: &'static str, now: u64) -> u64 {
+        let last = self.kernel.insert((count, label), now).unwrap_or(0);
+        now.checked_sub(last).unwrap_or(now)
+    }
 }
 
 /// How a guard fares.
@@ -153,13 +166,14 @@ impl Guards {
     }
 }
 
-/// Gauges are added up when they are read.
+/// All of the table; gauges are added up when they are read.
 #[derive(Debug)]
-struct Present(Arc<Guards>);
+struct Figures(Arc<Guards>, Arc<Counts>);
 
-impl Collector for Present {
+impl Collector for Figures {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
-        self.0.total().encode(&mut encoder)
+        self.0.total().encode(&mut encoder)?;
+        self.1.encode(&mut encoder)
     }
 }
 
@@ -174,7 +188,7 @@ impl Metrics {
         registry.register("ctkeep_build", "Version of this program", version);
         let release = Info::new([("release", kernel.clone())]);
         registry.register("ctkeep_kernel", "Release of the running kernel", release);
-        let counts = Counts::new(&mut registry);
+        let counts = Arc::new(Counts::default());
         let mode = if dry_run { "observe" } else { "enforce" };
         let mut own = Gauges::default();
         own.set(Gauge::Mode, &[mode], 1.0);
@@ -186,10 +200,11 @@ impl Metrics {
                 gauges: Gauges::default(),
                 failure: None,
                 top: Vec::new(),
+                kernel: HashMap::new(),
             })
         });
         let guards = Arc::new(Guards { own: Mutex::new(own), all: all.collect() });
-        registry.register_collector(Box::new(Present(guards.clone())));
+        registry.register_collector(Box::new(Figures(guards.clone(), counts.clone())));
         registry.register_collector(Box::new(process::Figures));
         Self {
             registry,
@@ -301,16 +316,13 @@ impl Share {
             EventType::Destroy => "destroy",
             EventType::Nflog => "nflog",
         };
-        if count == 0 {
-            return;
-        }
-        self.metrics.counts.events.get_or_create(&[("type", kind)]).inc_by(count);
+        self.metrics.counts.add(Count::Events, &[kind], count);
     }
 
     /// Events were lost, or could not be read, and a deep sweep follows.
     pub fn lost_events(&self, overrun: bool) {
-        self.metrics.counts.overruns.inc_by(u64::from(overrun));
-        self.metrics.counts.resyncs.inc();
+        self.metrics.counts.add(Count::EventOverruns, &[], u64::from(overrun));
+        self.metrics.counts.add(Count::Resyncs, &[], 1);
     }
 
     /// These receive buffers, in bytes, have been granted to the socket that events come from.
@@ -335,7 +347,8 @@ impl Share {
         self.guard(|guard| {
             guard.gauges.set(Gauge::ShieldDevices, &[], devices as f64);
             for (decision, count) in DECISIONS.into_iter().zip(decisions) {
-                guard.gauges.set(Gauge::ShieldPackets, &[decision], count as f64);
+                let more = guard.since_last(Count::ShieldPackets, decision, count);
+                self.metrics.counts.add(Count::ShieldPackets, &[decision], more);
             }
         });
     }
@@ -344,12 +357,9 @@ impl Share {
     pub fn acted(&mut self, outcomes: &[Outcome], trigger: Trigger, since: Instant) {
         let counts = &self.metrics.counts;
         let took = since.elapsed().as_secs_f64();
-        let reaction = counts.reaction.get_or_create(&[("trigger", trigger.name())]);
-        let done = |action| Counts::bump(&counts.actions, "action", action);
-        let failed = |action, error: &Error| {
-            let labels = [("action", action), ("reason", error.reason())];
-            counts.errors.get_or_create(&labels).inc();
-        };
+        let done = |action| counts.add(Count::Actions, &[action], 1);
+        let failed =
+            |action, error: &Error| counts.add(Count::ActionErrors, &[action, error.reason()], 1);
         let mut history = locked(&self.metrics.history);
         for outcome in outcomes {
             let action = &outcome.action;
@@ -358,8 +368,8 @@ impl Share {
                     done(action.kind.name());
                     history.done(action, trigger);
                     if action.kind.needs_recount() {
-                        counts.late_repairs.inc();
-                        reaction.observe(took);
+                        counts.add(Count::LateRepairs, &[], 1);
+                        counts.observe(Histogram::Reaction, &[trigger.name()], took);
                     }
                     if trigger == Trigger::Sweep {
                         self.repaired.insert(action.view.flow);
@@ -370,7 +380,7 @@ impl Share {
             match &outcome.recount {
                 Some(Ok(route)) => {
                     done("recount");
-                    Counts::bump(&counts.recounts, "route", route.name());
+                    counts.add(Count::Recounts, &[route.name()], 1);
                 }
                 Some(Err(error)) => failed("recount", error),
                 None => {}
@@ -386,7 +396,7 @@ impl Share {
     /// The defence level has changed.
     pub fn defence_changed(&self, change: &Transition) {
         let direction = if change.to > change.from { "up" } else { "down" };
-        Counts::bump(&self.metrics.counts.transitions, "direction", direction);
+        self.metrics.counts.add(Count::DefenceTransitions, &[direction], 1);
     }
 
     /// The size of the table, as the kernel tells it.
@@ -403,8 +413,14 @@ impl Share {
     /// The kernel refused, or an answer was lost; the figures stay as they were.
     pub fn survey<T: Transport>(&mut self, tables: &mut Tables<T>, look: Look<'_>) -> Result<()> {
         let mut gauges = Gauges::default();
-        survey::survey(tables, look, &self.repaired, &mut gauges)?;
-        self.guard(|guard| guard.gauges.replace(gauges));
+        let drops = survey::survey(tables, look, &self.repaired, &mut gauges)?;
+        self.guard(|guard| {
+            guard.gauges.replace(gauges);
+            for (kind, count) in DROPS.into_iter().zip(drops) {
+                let more = guard.since_last(Count::Drops, kind, count);
+                self.metrics.counts.add(Count::Drops, &[kind], more);
+            }
+        });
         Ok(())
     }
 
@@ -420,8 +436,8 @@ impl Share {
         self.repaired = HashSet::new();
         self.note_half_closed(snapshot, now);
         let counts = &self.metrics.counts;
-        counts.sweeps.inc();
-        counts.sweep_duration.observe((now - began).as_secs_f64());
+        counts.add(Count::Sweeps, &[], 1);
+        counts.observe(Histogram::SweepDuration, &[], (now - began).as_secs_f64());
         let mut sources: HashMap<IpAddr, u64> = HashMap::new();
         let (mut held, mut oldest) = ([0_u32; 2], now);
         for entry in ledger.held() {
@@ -438,7 +454,7 @@ impl Share {
         top.truncate(TOP);
         let time = clock().duration_since(UNIX_EPOCH).unwrap_or_default();
         self.guard(|guard| {
-            for ((family, held), sources) in gauges::FAMILIES.into_iter().zip(held).zip(of_family) {
+            for ((family, held), sources) in FAMILIES.into_iter().zip(held).zip(of_family) {
                 guard.gauges.set(Gauge::Held, &[family], f64::from(held));
                 guard.gauges.set(Gauge::HeldSources, &[family], sources as f64);
             }
@@ -461,13 +477,14 @@ impl Share {
             }
         }
         for since in before.into_values() {
-            self.metrics.counts.close_wait_age.observe((now - since).as_secs_f64());
+            let age = (now - since).as_secs_f64();
+            self.metrics.counts.observe(Histogram::CloseWaitAge, &[], age);
         }
     }
 
     /// A round of work has failed.
     pub fn failed(&self, error: &Error) {
-        self.metrics.counts.sweep_errors.inc();
+        self.metrics.counts.add(Count::SweepErrors, &[], 1);
         // Without the connection that it was about: that would name a peer.
         self.guard(|guard| guard.failure = Some(format!("{}: {}", error.op.verb, error.cause)));
     }
@@ -475,24 +492,19 @@ impl Share {
     /// What all guards have done so far.
     pub fn done(&self) -> Done {
         let counts = &self.metrics.counts;
+        let value = |count, labels: &[&'static str]| counts.value(count, labels);
         let errors = ACTIONS.into_iter().flat_map(|action| {
-            Error::REASONS.map(|reason| {
-                let count = counts.errors.get_or_create(&[("action", action), ("reason", reason)]);
-                ((action, reason), count.get())
-            })
+            Error::REASONS
+                .map(|reason| ((action, reason), value(Count::ActionErrors, &[action, reason])))
         });
         Done {
-            actions: nonzero(ACTIONS, |action| {
-                counts.actions.get_or_create(&[("action", action)]).get()
-            }),
+            actions: nonzero(ACTIONS, |action| value(Count::Actions, &[action])),
             errors: errors.filter(|(_, count)| *count > 0).collect(),
-            recounts: nonzero(ROUTES, |route| {
-                counts.recounts.get_or_create(&[("route", route)]).get()
-            }),
-            late_repairs: counts.late_repairs.get(),
-            sweeps: counts.sweeps.get(),
-            sweep_errors: counts.sweep_errors.get(),
-            event_overruns: counts.overruns.get(),
+            recounts: nonzero(ROUTES, |route| value(Count::Recounts, &[route])),
+            late_repairs: value(Count::LateRepairs, &[]),
+            sweeps: value(Count::Sweeps, &[]),
+            sweep_errors: value(Count::SweepErrors, &[]),
+            event_overruns: value(Count::EventOverruns, &[]),
         }
     }
 }
@@ -552,4 +564,39 @@ fn clock() -> SystemTime {
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A guard whose namespace goes takes its gauges away, and no counter goes down: Prometheus would
+    /// take that for a restart, and count all that is left once more.
+    #[test]
+    fn counters_never_go_down() {
+        let metrics = Arc::new(Metrics::new(vec!["web".to_owned(), "db".to_owned()], false));
+        let hidden = || {
+            let text = metrics.written().text;
+            metrics.written.lock().unwrap().take();
+            let text = String::from_utf8(text.to_vec()).unwrap();
+            let line = text.lines().find(|line| line.contains("decision=\"rst_hidden\"")).unwrap();
+            line.rsplit(' ').next().unwrap().parse::<f64>().unwrap()
+        };
+        let packets =
+            |count| DECISIONS.map(|decision| if decision == "rst_hidden" { count } else { 0 });
+        let (web, db) = (Share::new(&metrics, 0), Share::new(&metrics, 1));
+        web.shield(1, packets(5));
+        db.shield(1, packets(2));
+        assert_eq!(hidden(), 7.0);
+        web.shield(1, packets(6));
+        assert_eq!(hidden(), 8.0);
+        drop(web);
+        assert_eq!(hidden(), 8.0, "its namespace has gone");
+        // The kernel counts on where the table was the same, and from 0 in a new one.
+        let web = Share::new(&metrics, 0);
+        web.shield(1, packets(7));
+        assert_eq!(hidden(), 9.0);
+        web.shield(1, packets(3));
+        assert_eq!(hidden(), 12.0);
+    }
 }

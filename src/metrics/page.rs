@@ -4,9 +4,9 @@ use std::fmt::{self, Display, Write};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use super::counts::ACTIONS;
-use super::gauges::{Gauge, Gauges};
+use super::gauges::Gauges;
 use super::history::{History, SAMPLES, STEP};
+use super::spec::{ACTIONS, Count, Gauge};
 use super::{Metrics, Seen, clock, locked};
 use crate::error::Error;
 
@@ -103,7 +103,7 @@ fn figures(out: &mut String, metrics: &Metrics, total: &Gauges) -> fmt::Result {
     let all = total.sum(Gauge::Mismatches);
     let mismatches = all - total.value(Gauge::Mismatches, &["agree"]);
     let oldest = Duration::try_from_secs_f64(total.value(Gauge::HeldOldest, &[]));
-    let counts = &metrics.counts;
+    let count = |count| metrics.counts.value(count, &[]);
     out.push_str("<dl>");
     let mut figure = |id: &str, name: &str, value: &dyn Display| {
         write!(out, "<div><dt>{name}</dt><dd id=\"{id}\">{value}</dd></div>")
@@ -114,9 +114,9 @@ fn figures(out: &mut String, metrics: &Metrics, total: &Gauges) -> fmt::Result {
     figure("oldest", "longest held", &age(oldest.unwrap_or_default()))?;
     figure("table", "conntrack table", &format_args!("{entries} of {limit} ({fill:.1} %)"))?;
     figure("mismatches", "mismatches left", &mismatches)?;
-    figure("late", "late repairs", &counts.late_repairs.get())?;
-    figure("overruns", "event overruns", &counts.overruns.get())?;
-    figure("sweep-errors", "sweep errors", &counts.sweep_errors.get())?;
+    figure("late", "late repairs", &count(Count::LateRepairs))?;
+    figure("overruns", "event overruns", &count(Count::EventOverruns))?;
+    figure("sweep-errors", "sweep errors", &count(Count::SweepErrors))?;
     out.push_str("</dl>");
     Ok(())
 }
@@ -193,8 +193,7 @@ fn errors(out: &mut String, metrics: &Metrics) -> fmt::Result {
     let mut rows = String::new();
     for action in ACTIONS {
         for reason in Error::REASONS {
-            let labels = [("action", action), ("reason", reason)];
-            let count = metrics.counts.errors.get_or_create(&labels).get();
+            let count = metrics.counts.value(Count::ActionErrors, &[action, reason]);
             if count > 0 {
                 write!(rows, "<tr><td>{action}<td>{reason}<td class=\"n\">{count}</tr>")?;
             }

@@ -3,7 +3,8 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::IpAddr;
 
-use super::gauges::{DROPS, FAMILIES, Gauge, Gauges, TABLES, THRESHOLDS, timed_states};
+use super::gauges::Gauges;
+use super::spec::{DROPS, FAMILIES, Gauge, TABLES, THRESHOLDS, TIMED};
 use crate::audit::classes::Class;
 use crate::error::Result;
 use crate::flow::FourTuple;
@@ -33,13 +34,14 @@ pub struct Look<'a> {
     pub ledger: &'a Ledger,
 }
 
-/// Sets the gauges; `repaired` are the connections that the sweep has just put right.
+/// Sets the gauges, and returns the kernel's own counters of what it dropped; `repaired` are the
+/// connections that the sweep has just put right.
 pub(super) fn survey<T: Transport>(
     tables: &mut Tables<T>,
     look: Look<'_>,
     repaired: &HashSet<FourTuple>,
     gauges: &mut Gauges,
-) -> Result<()> {
+) -> Result<[u64; DROPS.len()]> {
     let Look { snapshot, scope, policy, .. } = look;
     let in_scope = |socket: &Socket| scope.contains(policy, socket.flow());
     let open = [State::Established, State::CloseWait];
@@ -105,9 +107,9 @@ fn sources(views: impl Iterator<Item = View>, repaired: &HashSet<FourTuple>, gau
     for (index, table) in TABLES.into_iter().enumerate() {
         let counts = || sources.values().filter_map(|counts| counts.get(index).copied());
         gauges.set(Gauge::SourceMaximum, &[table], counts().max().unwrap_or(0) as f64);
-        for threshold in THRESHOLDS {
+        for (threshold, name) in THRESHOLDS {
             let over = counts().filter(|count| *count > threshold).count();
-            gauges.set(Gauge::SourcesOver, &[table, &threshold.to_string()], over as f64);
+            gauges.set(Gauge::SourcesOver, &[table, name], over as f64);
         }
     }
 }
@@ -155,14 +157,12 @@ fn mismatches<T: Transport>(
 }
 
 /// What the kernel is told about conntrack, and what it counts itself.
-fn settings<T: Transport>(tables: &mut Tables<T>, gauges: &mut Gauges) -> Result<()> {
+fn settings<T: Transport>(
+    tables: &mut Tables<T>,
+    gauges: &mut Gauges,
+) -> Result<[u64; DROPS.len()]> {
     let counters = tables.conntrack.counters()?;
-    let counts =
-        [counters.drop, counters.early_drop, counters.insert_failed, counters.chain_toolong];
-    for (kind, count) in DROPS.into_iter().zip(counts) {
-        gauges.set(Gauge::Drops, &[kind], count as f64);
-    }
-    for state in timed_states() {
+    for state in TIMED {
         let setting = state.timeout_setting();
         if let Some(seconds) = setting.and_then(|name| sysctl::conntrack(&name)) {
             gauges.set(Gauge::Timeout, &[state.name()], seconds as f64);
@@ -171,5 +171,5 @@ fn settings<T: Transport>(tables: &mut Tables<T>, gauges: &mut Gauges) -> Result
     if let Some(loose) = sysctl::conntrack("nf_conntrack_tcp_loose") {
         gauges.set(Gauge::TcpLoose, &[], loose as f64);
     }
-    Ok(())
+    Ok([counters.drop, counters.early_drop, counters.insert_failed, counters.chain_toolong])
 }
