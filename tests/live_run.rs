@@ -210,19 +210,19 @@ fn a_table_of_closing_connections_that_is_full_says_so() {
         }
     };
     stray_fins(60);
-    let drained = watch.drain(1000, |_, _| {}).expect("the log");
+    let drained = watch.drain(1000, |_| {}).expect("the log");
     assert!(!drained.full, "room is left: {drained:?}");
     stray_fins(200);
     let mut told = HashSet::new();
-    let drained = watch.drain(1000, |flow, _| {
-        told.insert(flow);
+    let drained = watch.drain(1000, |suspect| {
+        told.insert(suspect.flow);
     });
     assert!(drained.expect("the log").full, "nobody said that it was full");
     // What is known already is told all the same; of the rest one FIN a second.
     assert!(told.len() < 70, "{} FINs were logged", told.len());
     let holds = holds_within(SOON, || {
         stray_fins(60);
-        let drained = watch.drain(1000, |_, _| {}).expect("the log");
+        let drained = watch.drain(1000, |_| {}).expect("the log");
         thread::sleep(Duration::from_secs(1));
         !drained.full
     });

@@ -22,7 +22,7 @@ fuzz_target!(|bytes: &[u8]| {
             continue;
         };
         if let Some(plain) = plainly(packet.value()) {
-            assert_eq!(read.map(|read| read.flow), Some(plain));
+            assert_eq!(read.and_then(|read| read.flow), Some(plain));
         }
     }
 });

@@ -46,6 +46,7 @@ use crate::reconcile::pressure::Transition;
 use crate::reconcile::snapshot::Snapshot;
 use crate::shield::DECISIONS;
 use crate::sockdiag::{Cookie, State};
+pub use crate::watch::instant_of;
 
 /// A written exposition serves for this long: a flood of scrapes costs copies.
 const FRESH: Duration = Duration::from_millis(100);
@@ -544,17 +545,6 @@ impl Drop for Share {
             guard.seen = Seen::Absent;
         });
     }
-}
-
-/// No event waits longer to be read.
-const LONGEST_WAIT: Duration = Duration::from_secs(600);
-
-/// The time of day as the workers' clock has it; now, where it lies in the future or so long ago
-/// that the time of day has been set since.
-pub fn instant_of(time: SystemTime) -> Instant {
-    let now = Instant::now();
-    let age = clock().duration_since(time).ok().filter(|age| *age < LONGEST_WAIT);
-    age.and_then(|age| now.checked_sub(age)).unwrap_or(now)
 }
 
 #[allow(clippy::disallowed_methods, reason = "what is published has the time of day")]

@@ -1,18 +1,20 @@
 //! Where a worker learns at once that a connection needs a look.
 
 pub mod ctnetlink;
+mod headers;
 pub mod nflog;
 mod nflog_table;
 
 use std::collections::HashSet;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use self::ctnetlink::{Event, EventKind, Listener};
 use self::nflog::Watch;
 use crate::conntrack::{Entry, TcpState};
 use crate::error::Result;
 use crate::flow::FourTuple;
+use crate::netlink;
 use crate::nftables::Hook;
 
 /// Datagrams read before what they tell is repaired.
@@ -66,9 +68,12 @@ pub enum Events {
 pub struct Suspect {
     /// Seen from the server.
     pub flow: FourTuple,
+    /// The device that its packet came in by, 0 where that is not known. A socket can be bound to
+    /// it, and that of a link-local peer is.
+    pub interface: u32,
     /// What conntrack said of it last, where that is all that is left.
     pub destroyed: Option<Entry>,
-    /// When the kernel saw what happened, where it tells.
+    /// When the kernel saw what happened, where it says so.
     pub at: Option<SystemTime>,
 }
 
@@ -83,10 +88,21 @@ pub struct Drained {
     pub destroys: u64,
     /// The kernel dropped some.
     pub overrun: bool,
-    /// Some could not be read.
+    /// Messages of the kernel that could not be read.
     pub malformed: u32,
-    /// The source cannot tell of all, for now.
+    /// Packets without a TCP header in what was logged of them. Anybody can send one, so they are
+    /// no reason to look at anything.
+    pub unreadable: u64,
+    /// The source cannot report all, for now.
     pub full: bool,
+}
+
+impl Drained {
+    /// What netlink has lost besides.
+    fn add(&mut self, lost: netlink::Drained) {
+        self.overrun |= lost.overrun;
+        self.malformed += lost.malformed;
+    }
 }
 
 impl Events {
@@ -137,39 +153,27 @@ impl Events {
     /// # Errors
     /// The socket is broken.
     pub fn drain(&mut self, own: u32, mut take: impl FnMut(Suspect)) -> Result<Drained> {
-        let mut all = Drained::default();
         match self {
-            Self::Off => {}
-            Self::Nflog(watch) => {
-                let drained = watch.drain(DRAIN, |flow, at| {
-                    all.logged += 1;
-                    take(Suspect { flow, destroyed: None, at });
-                })?;
-                (all.overrun, all.malformed) = (drained.overrun, drained.malformed);
-                all.full = drained.full;
-            }
+            Self::Off => Ok(Drained::default()),
+            Self::Nflog(watch) => watch.drain(DRAIN, take),
             Self::Ctnetlink(listener) => {
-                let drained = listener.drain(DRAIN, |event| {
-                    match event.kind {
-                        EventKind::Update => all.updates += 1,
-                        EventKind::Destroy => all.destroys += 1,
+                let mut drained = Drained::default();
+                let lost = listener.drain(DRAIN, |event| {
+                    let is_gone = event.kind == EventKind::Destroy;
+                    *(if is_gone { &mut drained.destroys } else { &mut drained.updates }) += 1;
+                    if event.port == own || !is_suspicious(&event) {
+                        return;
                     }
-                    if event.port != own && is_suspicious(&event) {
-                        let gone = event.kind == EventKind::Destroy;
-                        // Reversed, the server's side is in the other tuple.
-                        for flow in [event.entry.reply, event.entry.orig] {
-                            take(Suspect {
-                                flow,
-                                destroyed: gone.then_some(event.entry),
-                                at: None,
-                            });
-                        }
+                    // Reversed, the server's side is in the other tuple.
+                    for flow in [event.entry.reply, event.entry.orig] {
+                        let destroyed = is_gone.then_some(event.entry);
+                        take(Suspect { flow, interface: 0, destroyed, at: None });
                     }
                 })?;
-                (all.overrun, all.malformed) = (drained.overrun, drained.malformed);
+                drained.add(lost);
+                Ok(drained)
             }
         }
-        Ok(all)
     }
 
     /// Watches these ports, and these half-closed connections for as long as they are.
@@ -190,4 +194,20 @@ impl Events {
 /// Whether an event can mean that conntrack has been fooled.
 fn is_suspicious(event: &Event) -> bool {
     event.kind == EventKind::Destroy || event.entry.state().is_some_and(TcpState::is_closing)
+}
+
+/// No event waits longer to be read.
+const LONGEST_WAIT: Duration = Duration::from_secs(600);
+
+/// The time of day as the workers' clock has it; now, where it lies in the future or so long ago
+/// that the time of day has been set since.
+pub fn instant_of(time: SystemTime) -> Instant {
+    let now = Instant::now();
+    let age = time_of_day().duration_since(time).ok().filter(|age| *age < LONGEST_WAIT);
+    age.and_then(|age| now.checked_sub(age)).unwrap_or(now)
+}
+
+#[allow(clippy::disallowed_methods, reason = "the kernel stamps packets with the time of day")]
+fn time_of_day() -> SystemTime {
+    SystemTime::now()
 }

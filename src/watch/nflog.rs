@@ -11,16 +11,17 @@ use std::collections::HashSet;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use etherparse::{LaxNetSlice, LaxSlicedPacket, TransportSlice};
 use netlink_packet_core::{DecodeError, Emitable, NlasIterator, parse_u32_be};
 use netlink_packet_netfilter::nflog::{ConfigCmd, ConfigFlags, ConfigMode, ConfigNla};
 use netlink_packet_netfilter::{NetfilterHeader, NetfilterProtoFamily};
 use netlink_sys::protocols::NETLINK_NETFILTER;
 
+use super::headers::tcp_flow;
 pub use super::nflog_table::CLOSING;
 use super::nflog_table::{self, FULL, HELD4, HELD6, PORTS};
+use super::{Drained, Suspect};
 use crate::error::{Op, Result};
-use crate::flow::{Endpoint, FourTuple};
+use crate::flow::FourTuple;
 use crate::netlink::{Connection, KernelSocket, Request, drain};
 use crate::nftables::{Hook, Table, tuple};
 
@@ -28,27 +29,19 @@ use crate::nftables::{Hook, Table, tuple};
 const NFULNL_MSG_PACKET: u16 = 4 << 8;
 const NFULNL_MSG_CONFIG: u16 = 4 << 8 | 1;
 const NFULA_TIMESTAMP: u16 = 3;
+const NFULA_IFINDEX_INDEV: u16 = 4;
 const NFULA_PAYLOAD: u16 = 9;
 const NFULA_PREFIX: u16 = 10;
 const NFULA_SEQ: u16 = 12;
 /// Length of `struct nfgenmsg`.
 const NFGENMSG_LEN: usize = 4;
 
-/// Headers of IPv6 with some extensions and of TCP.
-pub(super) const SNAPLEN: u32 = 128;
+/// The headers of every packet that Linux takes in one piece: eight options in a header of each kind
+/// are 2 KiB (`net.ipv6.max_dst_opts_number`), and a packet without options is logged as short as
+/// it is.
+pub(super) const SNAPLEN: u32 = 4096;
 /// Asked for; some 20 000 packets queue in 8 MiB.
 const LOG_BUFFER: usize = 8 << 20;
-
-/// What a call to [`Watch::drain`] met beside packets.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Drained {
-    /// The kernel dropped packets for us: look at everything.
-    pub overrun: bool,
-    /// Messages that could not be read: look at everything.
-    pub malformed: u32,
-    /// More connections close at once than the table has room for: it cannot tell of all.
-    pub full: bool,
-}
 
 /// The table, and the socket that its packets arrive at.
 #[derive(Debug)]
@@ -148,32 +141,37 @@ impl Watch {
         Ok(())
     }
 
-    /// Hands the connection of every queued packet, seen from the server, to `take`, and when the
-    /// packet came, until none is left or `limit` datagrams were read.
+    /// Hands the connection of every queued packet to `take`, until none is left or `limit`
+    /// datagrams were read.
     ///
     /// # Errors
     /// The socket is broken. Lost and unreadable packets are not errors but in [`Drained`].
-    pub fn drain(
-        &mut self,
-        limit: usize,
-        mut take: impl FnMut(FourTuple, Option<SystemTime>),
-    ) -> Result<Drained> {
-        let (mut is_gap, mut full) = (false, false);
+    pub fn drain(&mut self, limit: usize, mut take: impl FnMut(Suspect)) -> Result<Drained> {
+        let (mut drained, mut is_gap) = (Drained::default(), false);
         let next = &mut self.next;
         let op = Op::new("receive logged packets");
         let lost = drain(&mut self.socket, &mut self.datagram, limit, op, |frame| {
             if frame.kind != NFULNL_MSG_PACKET {
                 return Ok(());
             }
-            let Packet { flow, seq, at, is_unlearned } = packet(frame.payload)
-                .ok_or_else(|| DecodeError::from("no TCP packet in the log message"))?;
+            let packet = packet(frame.payload)
+                .ok_or_else(|| DecodeError::from("no packet in the log message"))?;
+            let Packet { flow, interface, seq, at, is_unlearned } = packet;
             is_gap |= seq.is_some() && next.is_some() && seq != *next;
             *next = seq.map(|seq| seq.wrapping_add(1));
-            full |= is_unlearned;
-            take(flow.inverse(), at);
+            drained.logged += 1;
+            drained.full |= is_unlearned;
+            if let Some(flow) = flow {
+                take(Suspect { flow: flow.inverse(), interface, destroyed: None, at });
+            } else {
+                // Anybody can send one; it says nothing of other packets.
+                drained.unreadable += 1;
+            }
             Ok(())
         })?;
-        Ok(Drained { overrun: lost.overrun || is_gap, malformed: lost.malformed, full })
+        drained.add(lost);
+        drained.overrun |= is_gap;
+        Ok(drained)
     }
 }
 
@@ -195,32 +193,36 @@ fn config(op: Op, group: u16, attributes: &[ConfigNla]) -> Request {
 /// A logged packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Packet {
-    /// From its sender to its receiver.
-    pub flow: FourTuple,
+    /// From its sender to its receiver; `None` where no TCP header could be read.
+    pub flow: Option<FourTuple>,
+    /// The device that it came in by, 0 for none.
+    pub interface: u32,
     /// Its number among the packets of the group.
     pub seq: Option<u32>,
-    /// When it came; kernels before 5.18 tell it only where somebody else asks for it too.
+    /// When it came; kernels before 5.18 say it only where somebody else asks for it too.
     pub at: Option<SystemTime>,
     /// A FIN for which the table had no room.
     pub is_unlearned: bool,
 }
 
-/// The packet in the payload of a log message; `None` where there is no TCP packet in it.
+/// The packet in the payload of a log message; `None` where there is none.
 pub fn packet(payload: &[u8]) -> Option<Packet> {
-    let mut flow = None;
+    let mut bytes = None;
     let (mut seq, mut at) = (None, None);
+    let mut interface = 0;
     let mut is_unlearned = false;
     for attribute in NlasIterator::new(payload.get(NFGENMSG_LEN..)?) {
         let attribute = attribute.ok()?;
         match attribute.kind() {
-            NFULA_PAYLOAD => flow = tcp_flow(attribute.value()),
+            NFULA_PAYLOAD => bytes = Some(tcp_flow(attribute.value())),
+            NFULA_IFINDEX_INDEV => interface = parse_u32_be(attribute.value()).unwrap_or(0),
             NFULA_TIMESTAMP => at = timestamp(attribute.value()),
             NFULA_SEQ => seq = parse_u32_be(attribute.value()).ok(),
             NFULA_PREFIX => is_unlearned = attribute.value().starts_with(FULL.as_bytes()),
             _ => {}
         }
     }
-    Some(Packet { flow: flow?, seq, at, is_unlearned })
+    Some(Packet { flow: bytes?, interface, seq, at, is_unlearned })
 }
 
 /// `struct nfulnl_msg_packet_timestamp`: seconds and microseconds since the epoch.
@@ -230,25 +232,4 @@ fn timestamp(value: &[u8]) -> Option<SystemTime> {
     UNIX_EPOCH
         .checked_add(Duration::from_secs(u64::from_be_bytes(*seconds)))?
         .checked_add(Duration::from_micros(u64::from_be_bytes(*micros)))
-}
-
-/// The four-tuple of a TCP packet that may be cut off behind its headers.
-fn tcp_flow(packet: &[u8]) -> Option<FourTuple> {
-    let sliced = LaxSlicedPacket::from_ip(packet).ok()?;
-    let (src, dst) = match &sliced.net? {
-        LaxNetSlice::Ipv4(ip) => {
-            (ip.header().source_addr().into(), ip.header().destination_addr().into())
-        }
-        LaxNetSlice::Ipv6(ip) => {
-            (ip.header().source_addr().into(), ip.header().destination_addr().into())
-        }
-        _ => return None,
-    };
-    match sliced.transport? {
-        TransportSlice::Tcp(tcp) => Some(FourTuple::new(
-            Endpoint::new(src, tcp.source_port()),
-            Endpoint::new(dst, tcp.destination_port()),
-        )),
-        _ => None,
-    }
 }
