@@ -4,6 +4,7 @@ pub mod ctnetlink;
 mod headers;
 pub mod nflog;
 mod nflog_table;
+pub mod rules;
 
 use std::collections::HashSet;
 use std::os::fd::{AsFd, BorrowedFd};
