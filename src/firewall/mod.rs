@@ -7,6 +7,7 @@
 mod expression;
 mod iptables_save;
 pub mod limits;
+pub mod lists;
 mod nft;
 mod ports;
 mod xt;

@@ -1,0 +1,206 @@
+//! The lists that limits keep, and which of them are no longer those of before.
+//!
+//! What a limit counts is kept with its rule, or with the element of a set, and is gone with it.
+//! nf_tables numbers tables, rules and sets: other numbers, another list. A rule that is replaced
+//! in its place keeps its number, and an emptied set too: that must have been heard.
+//! iptables-legacy numbers nothing, so there the rules and their counters must tell.
+
+mod legacy;
+mod nft;
+
+use std::collections::{BTreeSet, HashMap};
+use std::fmt;
+
+use netlink_sys::protocols::NETLINK_NETFILTER;
+
+use self::legacy::Saved;
+use self::nft::{Identity, Numbers};
+use super::limits::{LimitRule, Limiter};
+use super::{Family, Ruleset, nft_chains, parse_saved};
+use crate::error::{Cause, Op, Result};
+use crate::netlink::{Connection, KernelSocket, Transport};
+
+/// Rules that change while they are read are read anew so often.
+const ATTEMPTS: u32 = 4;
+
+/// A set: the kernel's number of the family, table and name.
+pub type SetKey = (u8, String, String);
+/// A rule: the kernel's number of the family, table and the rule's own number.
+pub type RuleKey = (u8, String, u64);
+
+/// The limits of one network namespace, each with what its list is known by.
+#[derive(Clone, Debug, Default)]
+pub struct Lists {
+    nft: Vec<(LimitRule, Identity)>,
+    legacy: Vec<(Family, Saved, Vec<LimitRule>)>,
+    unread: Vec<String>,
+}
+
+/// What has been heard of since the lists were read before.
+#[derive(Clone, Debug, Default)]
+pub struct Since {
+    /// Rules that were taken away; another one may have their number.
+    pub deleted: BTreeSet<RuleKey>,
+    /// Sets that lost elements.
+    pub emptied: BTreeSet<SetKey>,
+    /// iptables-legacy ran.
+    pub legacy_ran: bool,
+    /// Something was missed.
+    pub lost: bool,
+}
+
+/// Why the list of a limit does not hold what is open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Loss {
+    /// The limit is new, or its rule was made anew.
+    New,
+    /// It is for more connections than before.
+    Wider,
+    /// Elements were taken out of the set that its lists are in.
+    Emptied,
+    /// iptables-legacy has replaced its table.
+    Replaced,
+    /// It may be another list: something was missed, or iptables-legacy ran and nothing shows
+    /// whether it replaced the table.
+    Unknown,
+}
+
+impl Loss {
+    /// All of them.
+    pub const ALL: [Self; 5] =
+        [Self::New, Self::Wider, Self::Emptied, Self::Replaced, Self::Unknown];
+
+    /// Its name in logs and metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::New => "new",
+            Self::Wider => "wider",
+            Self::Emptied => "emptied",
+            Self::Replaced => "replaced",
+            Self::Unknown => "unknown",
+        }
+    }
+}
+
+impl fmt::Display for Loss {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::New => "limit is new",
+            Self::Wider => "limit is for more connections now",
+            Self::Emptied => "set of the limit was emptied",
+            Self::Replaced => "table of the limit was replaced",
+            Self::Unknown => "limit may have lost its list",
+        })
+    }
+}
+
+/// A limit whose list does not hold what is open.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Anew {
+    /// The limit.
+    pub rule: LimitRule,
+    /// Why.
+    pub loss: Loss,
+}
+
+impl Lists {
+    /// Reads the limits of the network namespace that the calling thread is in; those of nf_tables
+    /// are taken from `known`, where nothing was heard of them since.
+    ///
+    /// # Errors
+    /// The kernel refused, or the rules changed all the while. What else cannot be read is in
+    /// [`Lists::unread`].
+    pub fn read(known: Option<&Self>) -> Result<Self> {
+        let nft = match known {
+            Some(known) => known.nft.clone(),
+            None => {
+                let op = Op::new("open nftables netlink");
+                read_nft(&mut Connection::new(KernelSocket::open(op, NETLINK_NETFILTER)?))?
+            }
+        };
+        let mut this = Self { nft, ..Self::default() };
+        for family in [Family::Ip, Family::Ip6] {
+            match Saved::read(family) {
+                Ok(None) => {}
+                Ok(Some(saved)) => {
+                    let chains = parse_saved(saved.text(), family);
+                    let limits = limits(Ruleset { chains, unread: Vec::new() });
+                    this.legacy.push((family, saved, limits));
+                }
+                Err(what) => this.unread.push(what),
+            }
+        }
+        Ok(this)
+    }
+
+    /// All limits.
+    pub fn limits(&self) -> impl Iterator<Item = &LimitRule> {
+        let nft = self.nft.iter().map(|(rule, _)| rule);
+        nft.chain(self.legacy.iter().flat_map(|(_, _, rules)| rules))
+    }
+
+    /// What could not be read, and why.
+    pub fn unread(&self) -> &[String] {
+        &self.unread
+    }
+
+    /// The limits whose lists are not those that they had in `before`.
+    pub fn anew(&self, before: &Self, since: &Since) -> Vec<Anew> {
+        let mut reach: HashMap<&Identity, Vec<&LimitRule>> = HashMap::new();
+        for (rule, identity) in &before.nft {
+            reach.entry(identity).or_default().push(rule);
+        }
+        let of_nft = self.nft.iter().filter_map(|(rule, identity)| {
+            let loss = match reach.get(identity) {
+                None => Loss::New,
+                Some(_) if identity.is_deleted(since) => Loss::New,
+                Some(_) if identity.is_emptied(since) => Loss::Emptied,
+                Some(_) if since.lost => Loss::Unknown,
+                Some(rules) if rules.iter().any(|known| is_same_reach(known, rule)) => return None,
+                Some(_) => Loss::Wider,
+            };
+            Some(Anew { rule: rule.clone(), loss })
+        });
+        let of_legacy = self.legacy.iter().flat_map(|(family, saved, rules)| {
+            let known = before.legacy.iter().find(|(known, _, _)| known == family);
+            rules.iter().filter_map(move |rule| {
+                let loss = match known {
+                    None => Loss::New,
+                    Some((_, known, _)) if saved.is_replaced(known, &rule.table) => Loss::Replaced,
+                    Some(_) if since.legacy_ran || since.lost => Loss::Unknown,
+                    Some(_) => return None,
+                };
+                Some(Anew { rule: rule.clone(), loss })
+            })
+        });
+        of_nft.chain(of_legacy).collect()
+    }
+}
+
+fn read_nft<T: Transport>(connection: &mut Connection<T>) -> Result<Vec<(LimitRule, Identity)>> {
+    for _ in 0..ATTEMPTS {
+        let numbers = Numbers::read(connection)?;
+        let chains = nft_chains(connection)?;
+        // Places are the same in both readings if nothing changed from the first to the last.
+        if nft::generation(connection)? == numbers.generation() {
+            let limits = limits(Ruleset { chains, unread: Vec::new() });
+            let known = |rule: LimitRule| {
+                let identity = numbers.identity(&rule);
+                (rule, identity)
+            };
+            return Ok(limits.into_iter().map(known).collect());
+        }
+    }
+    Err(Op::new("read nft rules").failed(Cause::Interrupted { attempts: ATTEMPTS }))
+}
+
+fn limits(ruleset: Ruleset) -> Vec<LimitRule> {
+    Limiter::of(&ruleset).rules
+}
+
+/// Whether the same packets reach a limit.
+fn is_same_reach(one: &LimitRule, other: &LimitRule) -> bool {
+    one.matches == other.matches
+        && one.before == other.before
+        && (one.hook, one.priority) == (other.hook, other.priority)
+}
