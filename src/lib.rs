@@ -11,7 +11,7 @@
 //! - [`flow`] and [`Error`]: endpoints, four-tuples, and the one error.
 //! - [`netlink`]: bytes to and from the kernel; a list is whole or an error.
 //! - [`conntrack`], [`sockdiag`]: the two tables, one typed request for each thing asked;
-//!   [`nftables`]: tables of our own; [`rtnetlink`]: devices and routes; [`host`]: settings,
+//!   [`nftables`]: tables of our own, lists of all; [`rtnetlink`]: devices and routes; [`host`]: settings,
 //!   namespaces, privileges.
 //! - [`firewall`]: the host's rules and the limits in them. [`watch`]: where the daemon learns that
 //!   an entry changed. [`shield`]: the packet program that keeps conntrack from being fooled.

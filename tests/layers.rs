@@ -24,10 +24,15 @@ const LAYERS: [&[&str]; 11] = [
 ];
 
 /// Values and decisions: no clock, no I/O, no log.
-const PURE: [&str; 9] = [
+const PURE: [&str; 14] = [
     "flow.rs",
     "conntrack/decode.rs",
     "conntrack/entry.rs",
+    "firewall/iptables_save.rs",
+    "firewall/limits.rs",
+    "firewall/ports.rs",
+    "firewall/rule.rs",
+    "firewall/xt.rs",
     "sockdiag/decode.rs",
     "sockdiag/socket.rs",
     "reconcile/ledger.rs",

@@ -7,7 +7,7 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
-use netlink_packet_core::{DefaultNla, Emitable, NLA_F_NESTED, NLM_F_CREATE, NLM_F_EXCL};
+use netlink_packet_core::{DefaultNla, Emitable, NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_netfilter::{NetfilterHeader, NetfilterProtoFamily};
 
 use super::entry::{Entry, EntryKey, SeqAdj, Status, SynProxy, TcpState, Zone};
@@ -15,6 +15,7 @@ use super::uapi::*;
 use crate::error::Op;
 use crate::flow::{AF_INET, AF_INET6, Endpoint, FourTuple};
 use crate::netlink::Request;
+use crate::netlink::attribute::{nested, nla};
 
 /// One change to the table.
 #[derive(Clone, Copy, Debug)]
@@ -324,16 +325,6 @@ fn address(kind: u16, addr: IpAddr) -> DefaultNla {
         IpAddr::V4(addr) => nla(kind, &addr.octets()),
         IpAddr::V6(addr) => nla(kind, &addr.octets()),
     }
-}
-
-fn nla(kind: u16, value: &[u8]) -> DefaultNla {
-    DefaultNla::new(kind, value.to_vec())
-}
-
-fn nested(kind: u16, parts: &[DefaultNla]) -> DefaultNla {
-    let mut value = vec![0; parts.buffer_len()];
-    parts.emit(&mut value);
-    DefaultNla::new(kind | NLA_F_NESTED, value)
 }
 
 fn request(

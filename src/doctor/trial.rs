@@ -13,7 +13,7 @@ use crate::conntrack::{Change, Conntrack, Entry, Insert, Status, TcpState, Zone}
 use crate::error::{Cause, Op, Result};
 use crate::flow::{Endpoint, FourTuple};
 use crate::netlink::{Connection, KernelSocket, Request};
-use crate::nftables::{Chain, Expr, Hook, Layout, Set, Table, tuple};
+use crate::nftables::{ChainSpec, Expr, Hook, SetSpec, Table, TableSpec, key};
 use crate::recount::{Mode, Recount, Recounter, Route};
 
 const RTM_NEWLINK: u16 = 16;
@@ -75,7 +75,7 @@ fn try_out(mode: Mode, client: [u8; 4], server: [u8; 4], now: Instant) -> Result
     recounter.nudge(&like, now)?;
     for _ in 0..TRIES {
         // An element that is not there cannot be removed.
-        match limit.remove(COUNTED, &[tuple::key(flow)]) {
+        match limit.remove(COUNTED, &[key::of(flow)]) {
             Ok(()) => return Ok(recounter.seal(&like, now)),
             Err(error) if error.is_absent() => thread::sleep(PAUSE),
             Err(error) => return Err(error),
@@ -89,17 +89,17 @@ fn try_out(mode: Mode, client: [u8; 4], server: [u8; 4], now: Instant) -> Result
 fn limit() -> Result<Table> {
     let mut rule = vec![Expr::NfProto, Expr::Equals(vec![NFPROTO_IPV4])];
     rule.extend([Expr::L4Proto, Expr::Equals(vec![IPPROTO_TCP]), Expr::CountOver(0)]);
-    rule.extend(tuple::load_v4());
+    rule.extend(key::load_v4());
     rule.push(Expr::Add(COUNTED));
-    let counted = Set {
+    let counted = SetSpec {
         name: COUNTED,
-        key_length: tuple::KEY_V4,
+        key_length: key::KEY_V4,
         size: Some(16),
         timeout: Some(TIMEOUT),
         elements: Vec::new(),
     };
-    let chain = Chain { name: "input", hook: Hook::Input, priority: 0, rules: vec![rule] };
-    Table::create(LIMIT, &Layout { sets: vec![counted], chains: vec![chain] })
+    let chain = ChainSpec { name: "input", hook: Hook::Input, priority: 0, rules: vec![rule] };
+    Table::create(LIMIT, &TableSpec { sets: vec![counted], chains: vec![chain] })
 }
 
 /// The device that the client is reached by.

@@ -1,6 +1,36 @@
-//! Netlink attributes as dumps nest them: looked up by number, borrowed, never trusted.
+//! Netlink attributes: those of answers looked up by number, borrowed, never trusted; those of
+//! requests built.
 
-use netlink_packet_core::{NLA_HEADER_SIZE, NlasIterator};
+use netlink_packet_core::{DefaultNla, Emitable, NLA_F_NESTED, NLA_HEADER_SIZE, NlasIterator};
+
+/// An attribute of these bytes.
+pub fn nla(kind: u16, value: &[u8]) -> DefaultNla {
+    DefaultNla::new(kind, value.to_vec())
+}
+
+/// A number in network byte order.
+pub fn word(kind: u16, value: u32) -> DefaultNla {
+    nla(kind, &value.to_be_bytes())
+}
+
+/// A text with its NUL.
+pub fn text(kind: u16, text: &str) -> DefaultNla {
+    let mut value = text.as_bytes().to_vec();
+    value.push(0);
+    DefaultNla::new(kind, value)
+}
+
+/// A nest of attributes.
+pub fn nested(kind: u16, parts: &[DefaultNla]) -> DefaultNla {
+    DefaultNla::new(kind | NLA_F_NESTED, emitted(parts))
+}
+
+/// The bytes of these attributes, one behind the other.
+pub fn emitted(parts: &[DefaultNla]) -> Vec<u8> {
+    let mut bytes = vec![0; parts.buffer_len()];
+    parts.emit(&mut bytes);
+    bytes
+}
 
 /// A nest of attributes.
 #[derive(Clone, Copy, Debug)]

@@ -4,7 +4,7 @@
 //! extended acknowledgements and every way in which an answer can go missing. A list that it
 //! returns is whole, or it is an error.
 
-mod attribute;
+pub mod attribute;
 mod conn;
 mod drain;
 mod frame;

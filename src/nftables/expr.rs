@@ -4,7 +4,7 @@
 use netlink_packet_core::DefaultNla;
 
 use super::uapi::*;
-use super::{nested, nla, text, word};
+use crate::netlink::attribute::{nested, nla, text, word};
 
 /// One step of a rule.
 #[derive(Clone, Debug, PartialEq, Eq)]

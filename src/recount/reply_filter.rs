@@ -13,7 +13,7 @@ use super::Notrack;
 use crate::error::Result;
 use crate::flow::FourTuple;
 use crate::host::random;
-use crate::nftables::{Chain, Expr, Hook, Layout, Set, Table, tuple};
+use crate::nftables::{ChainSpec, Expr, Hook, SetSpec, Table, TableSpec, key};
 
 const IPPROTO_ICMP: u8 = 1;
 const IPPROTO_TCP: u8 = 6;
@@ -80,11 +80,11 @@ impl ReplyFilter {
         chains.push(notrack());
         let sets =
             [FINS, ALL].into_iter().flat_map(|names| {
-                names.into_iter().zip([tuple::KEY_V4, tuple::KEY_V6]).map(|(name, key_length)| {
-                    Set { name, key_length, size: None, timeout: None, elements: Vec::new() }
+                names.into_iter().zip([key::KEY_V4, key::KEY_V6]).map(|(name, key_length)| {
+                    SetSpec { name, key_length, size: None, timeout: None, elements: Vec::new() }
                 })
             });
-        let layout = Layout { sets: sets.collect(), chains };
+        let layout = TableSpec { sets: sets.collect(), chains };
         Ok(Self { table: Table::create(name, &layout)?, notracks: HashMap::new() })
     }
 
@@ -166,7 +166,7 @@ impl ReplyFilter {
     ) -> Result<()> {
         for (set, is_ipv4) in [(ipv4, true), (ipv6, false)] {
             let of_family = flows.iter().filter(|flow| flow.is_ipv4() == is_ipv4);
-            let keys: Vec<_> = of_family.map(|flow| tuple::key(*flow)).collect();
+            let keys: Vec<_> = of_family.map(|flow| key::of(*flow)).collect();
             if !keys.is_empty() {
                 change(&mut self.table, set, &keys)?;
             }
@@ -175,7 +175,7 @@ impl ReplyFilter {
     }
 }
 
-fn chains(marks: Marks) -> [Chain; 2] {
+fn chains(marks: Marks) -> [ChainSpec; 2] {
     let answered = marks.nudge.wrapping_add(1).to_be_bytes().to_vec();
     let quoted = marks.nudge.to_be_bytes().to_vec();
     let is = |protocol: u8| [Expr::L4Proto, Expr::Equals(vec![protocol])];
@@ -198,7 +198,7 @@ fn chains(marks: Marks) -> [Chain; 2] {
     let other_tcp = [&is(IPPROTO_TCP)[..], &[Expr::Accept]].concat();
     let seal = [&at(TCP_SEQ, &marks.seal.to_be_bytes())[..], &is(IPPROTO_TCP), &[Expr::Drop]];
     [
-        Chain {
+        ChainSpec {
             name: "answers",
             hook: Hook::Output,
             priority: BEFORE_CONNTRACK,
@@ -209,7 +209,7 @@ fn chains(marks: Marks) -> [Chain; 2] {
                 quote(IPPROTO_ICMPV6, IPV6_HEADER),
             ],
         },
-        Chain {
+        ChainSpec {
             name: "seals",
             hook: Hook::Output,
             priority: AFTER_CONNTRACK,
@@ -220,7 +220,7 @@ fn chains(marks: Marks) -> [Chain; 2] {
 
 /// Packets of these tuples go past conntrack, on to TCP. Never a SYN: a port that is used again
 /// must be seen.
-fn notrack() -> Chain {
+fn notrack() -> ChainSpec {
     let flags = |mask: u8| [Expr::transport(TCP_FLAGS, 1), Expr::Mask(vec![mask])];
     let mut rules = vec![
         // First, and of whatever protocol: it is what most packets are.
@@ -229,15 +229,14 @@ fn notrack() -> Chain {
     ];
     let [fins4, fins6] = FINS;
     let [all4, all6] = ALL;
-    for (family, fins, all, key) in [
-        (NFPROTO_IPV4, fins4, all4, tuple::load_v4()),
-        (NFPROTO_IPV6, fins6, all6, tuple::load_v6()),
-    ] {
+    for (family, fins, all, key) in
+        [(NFPROTO_IPV4, fins4, all4, key::load_v4()), (NFPROTO_IPV6, fins6, all6, key::load_v6())]
+    {
         let of_family = [Expr::NfProto, Expr::Equals(vec![family])];
         let past = |set| [Expr::In(set), Expr::NoTrack, Expr::Accept];
         rules.push([&of_family[..], &key, &past(all)].concat());
         let fin = [&flags(FIN)[..], &[Expr::Differs(vec![0])]].concat();
         rules.push([&of_family[..], &fin, &key, &past(fins)].concat());
     }
-    Chain { name: "notrack", hook: Hook::Prerouting, priority: BEFORE_CONNTRACK, rules }
+    ChainSpec { name: "notrack", hook: Hook::Prerouting, priority: BEFORE_CONNTRACK, rules }
 }

@@ -1,6 +1,6 @@
 //! The table: where a mark becomes `notrack`.
 
-use crate::nftables::{Chain, Expr, Hook, Layout, Set};
+use crate::nftables::{ChainSpec, Expr, Hook, SetSpec, TableSpec};
 
 /// The devices that the program is at.
 pub(super) const DEVICES: &str = "devices";
@@ -10,7 +10,7 @@ const PRIORITY: i32 = -310;
 
 /// One rule, which most packets leave at once. A mark from a device without the program is none of
 /// ours.
-pub(super) fn layout(mark: u32, devices: Vec<Vec<u8>>) -> Layout {
+pub(super) fn layout(mark: u32, devices: Vec<Vec<u8>>) -> TableSpec {
     let rule = vec![
         Expr::Mark,
         Expr::Mask(mark.to_ne_bytes().to_vec()),
@@ -22,10 +22,11 @@ pub(super) fn layout(mark: u32, devices: Vec<Vec<u8>>) -> Layout {
         Expr::SetMark,
         Expr::NoTrack,
     ];
-    let set = Set { name: DEVICES, key_length: 4, size: None, timeout: None, elements: devices };
+    let set =
+        SetSpec { name: DEVICES, key_length: 4, size: None, timeout: None, elements: devices };
     let chain =
-        Chain { name: "hide", hook: Hook::Prerouting, priority: PRIORITY, rules: vec![rule] };
-    Layout { sets: vec![set], chains: vec![chain] }
+        ChainSpec { name: "hide", hook: Hook::Prerouting, priority: PRIORITY, rules: vec![rule] };
+    TableSpec { sets: vec![set], chains: vec![chain] }
 }
 
 /// A set element for a device.

@@ -18,7 +18,7 @@ use netlink_sys::protocols::NETLINK_ROUTE;
 use crate::error::{Op, Result};
 use crate::host::sysctl;
 use crate::netlink::{KernelSocket, drain};
-use crate::nftables::{Layout, Table};
+use crate::nftables::{Table, TableSpec};
 use crate::rtnetlink::link::{Link, links};
 use program::Attached;
 pub(crate) use program::Program;
@@ -258,7 +258,7 @@ pub fn try_load() -> Result<()> {
 /// 5.12 the table. `own` is as for [`Shield::raise`].
 pub(crate) fn remove_leftovers(own: &str) {
     // One that is made goes with its value, and takes the place of the other.
-    drop(Table::create(&table_name(own), &Layout::default()));
+    drop(Table::create(&table_name(own), &TableSpec::default()));
     match links() {
         Ok(links) => links.iter().for_each(|link| program::remove_leftovers(&link.name)),
         Err(error) => tracing::warn!(%error, "no look for what another run left"),

@@ -23,7 +23,7 @@ use super::{Drained, Suspect};
 use crate::error::{Op, Result};
 use crate::flow::FourTuple;
 use crate::netlink::{Connection, KernelSocket, Request, drain};
-use crate::nftables::{Hook, Table, tuple};
+use crate::nftables::{Hook, Table, key};
 
 /// `NFNL_SUBSYS_ULOG << 8 | NFULNL_MSG_PACKET` and `| NFULNL_MSG_CONFIG`.
 const NFULNL_MSG_PACKET: u16 = 4 << 8;
@@ -130,7 +130,7 @@ impl Watch {
         for (set, ipv4) in [(HELD4, true), (HELD6, false)] {
             let of_family = |flow: &&FourTuple| flow.is_ipv4() == ipv4;
             let keys = |flows: &mut dyn Iterator<Item = &FourTuple>| -> Vec<Vec<u8>> {
-                flows.filter(of_family).map(|flow| tuple::key(flow.inverse())).collect()
+                flows.filter(of_family).map(|flow| key::of(flow.inverse())).collect()
             };
             let new = keys(&mut flows.difference(&self.held));
             let old = keys(&mut self.held.difference(&flows));

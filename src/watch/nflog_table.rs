@@ -10,7 +10,7 @@
 use std::collections::HashSet;
 use std::time::Duration;
 
-use crate::nftables::{Chain, Expr, Hook, Layout, Set, tuple};
+use crate::nftables::{ChainSpec, Expr, Hook, SetSpec, TableSpec, key};
 
 pub(super) const PORTS: &str = "ports";
 pub(super) const HELD4: &str = "held4";
@@ -47,8 +47,8 @@ pub(super) fn layout(
     ports: &HashSet<u16>,
     closing: u32,
     memory: Duration,
-) -> Layout {
-    let set = |name, key_length, size, timeout| Set {
+) -> TableSpec {
+    let set = |name, key_length, size, timeout| SetSpec {
         name,
         key_length,
         size,
@@ -56,7 +56,7 @@ pub(super) fn layout(
         elements: Vec::new(),
     };
     let sets = vec![
-        Set {
+        SetSpec {
             elements: ports.iter().map(|port| port_key(*port)).collect(),
             ..set(PORTS, 2, None, None)
         },
@@ -75,8 +75,8 @@ pub(super) fn layout(
         vec![Expr::transport(TCP_DESTINATION_PORT, 2), Expr::NotIn(PORTS), Expr::Accept],
     ];
     for (family, closing, held, key) in [
-        (NFPROTO_IPV4, CLOSING4, HELD4, tuple::load_v4()),
-        (NFPROTO_IPV6, CLOSING6, HELD6, tuple::load_v6()),
+        (NFPROTO_IPV4, CLOSING4, HELD4, key::load_v4()),
+        (NFPROTO_IPV6, CLOSING6, HELD6, key::load_v6()),
     ] {
         let of_family = [Expr::NfProto, Expr::Equals(vec![family])];
         let tell = [log(None), Expr::Accept];
@@ -90,8 +90,8 @@ pub(super) fn layout(
         rules.push([&fin[..], &[UNLEARNED, log(Some(FULL)), Expr::Accept]].concat());
     }
     rules.push([&any(RST)[..], &[UNHERALDED, log(None)]].concat());
-    let chain = Chain { name: "watch", hook, priority: PRIORITY, rules };
-    Layout { sets, chains: vec![chain] }
+    let chain = ChainSpec { name: "watch", hook, priority: PRIORITY, rules };
+    TableSpec { sets, chains: vec![chain] }
 }
 
 /// A set element for a port.

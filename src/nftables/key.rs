@@ -38,7 +38,7 @@ fn load(source_address: u32, length: u32) -> [Expr; 4] {
 }
 
 /// The key of a packet of `flow`: as the loads lay it out.
-pub(crate) fn key(flow: FourTuple) -> Vec<u8> {
+pub(crate) fn of(flow: FourTuple) -> Vec<u8> {
     let mut key = Vec::with_capacity(40);
     for end in [flow.src, flow.dst] {
         match end.addr() {
