@@ -15,7 +15,8 @@ AS_ROOT := $(if $(filter 0,$(shell id -u)),,unshare --user --map-root-user)
 
 FUZZ_SECONDS ?= 60
 FUZZ_TARGETS = conntrack sockdiag netlink nflog ruleset saved options http
-# Debian's: bullseye, bookworm, trixie, and the newest of all. One of them: make test-kernels KERNELS=6.1
+# Debian's: bullseye, bookworm, trixie, and the newest of all. Any other that its suites list goes, too:
+# make test-kernels KERNELS="6.12.73 6.18.5"
 KERNELS ?= 5.10 6.1 6.12 sid
 
 .PHONY: all demo test test-kernels check advisories fuzz soak bench install stage deb rpm static package-test \

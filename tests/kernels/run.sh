@@ -1,7 +1,7 @@
 #!/bin/sh
 # Runs the live tests of the core on Debian's kernels, in QEMU.
 #
-#   run.sh KERNEL...        5.10, 6.1, 6.12, sid
+#   run.sh KERNEL...        a series, a version, a release or a suite, as `fetch.sh` takes them
 #
 # What is run stands in `core`: PROGRAMS="stock live_seal" takes these of it alone, FULL=1 all tests
 # of its programs. As many guests run at once as there are processors; the work of one kernel is
