@@ -218,8 +218,6 @@ struct Worker<'p> {
     events: Events,
     hook: Hook,
     shield: Option<shield::Shield<'p>>,
-    /// A guarded connection has been seen that the shield does not cover.
-    is_uncovered: bool,
     scope: Scope,
     /// Ports that had a listener in this run and may still have connections.
     ports_ever: HashSet<u16>,
@@ -323,7 +321,6 @@ impl<'p> Worker<'p> {
             events,
             hook,
             shield: None,
-            is_uncovered: false,
             scope,
             ports_ever: HashSet::new(),
             ledger: Ledger::new(settings.defence, settings.policy.zone),
@@ -622,11 +619,7 @@ impl<'p> Worker<'p> {
         if depth == Depth::Deep {
             self.survey(&snapshot);
         }
-        // Translated, it has another tuple on the wire than its socket.
-        let is_translated = |entry: Entry| entry.is_translated();
-        self.is_uncovered = self.is_uncovered && depth == Depth::Shallow
-            || snapshot.views.iter().filter_map(|view| view.entry).any(is_translated);
-        let interval = self.sweep_interval();
+        let interval = self.settings.sweep_interval;
         self.next_sweep = now + jittered(self.ledger.pressure().hurry(interval));
         match depth {
             Depth::Deep => {
@@ -644,22 +637,6 @@ impl<'p> Worker<'p> {
         tracing::debug!(?depth, views = snapshot.views.len(), took = ?(now - began), "swept");
         self.share.swept(&snapshot, &self.ledger, began, interval);
         Ok(())
-    }
-
-    /// From sweep to sweep. Where the shield covers every guarded connection nothing is left to do
-    /// but to extend, well before an entry can expire.
-    fn sweep_interval(&self) -> Duration {
-        let own = self.settings.sweep_interval;
-        let is_covered = self.shield.as_ref().is_some_and(shield::Shield::is_whole)
-            && !self.is_uncovered
-            && !matches!(self.events, Events::Off);
-        if !is_covered {
-            return own;
-        }
-        let states = [TcpState::FinWait, TcpState::CloseWait];
-        let timeouts = states.into_iter().filter_map(kernel_timeout);
-        let shortest = timeouts.fold(self.settings.policy.lease, Duration::min);
-        own.max(shortest / 4)
     }
 
     /// Has figures taken of the whole tables, where somebody reads them.
