@@ -11,21 +11,19 @@ use std::collections::{HashSet, VecDeque};
 use std::io;
 use std::ops::Range;
 use std::rc::Rc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ctkeep::conntrack::{Entry, Tcp, TcpState, decode};
 use ctkeep::firewall::limits::Limiter;
 use ctkeep::firewall::{Key, Ruleset, nft_chains};
 use ctkeep::flow::{Endpoint, FourTuple};
 use ctkeep::netlink::{Connection, Request, Transport};
-use ctkeep::reconcile::apply::{Outcome, apply};
-use ctkeep::reconcile::confirm::confirm;
-use ctkeep::reconcile::ledger::Ledger;
-use ctkeep::reconcile::observe::Tables;
-use ctkeep::reconcile::plan::plan;
-use ctkeep::reconcile::policy::{Policy, Scope};
-use ctkeep::recount::Recounter;
-use ctkeep::sockdiag::{State, States};
+use ctkeep::reconcile::apply::Outcome;
+use ctkeep::reconcile::keeper::{Acted, Depth, Keeper, Recounting, Settings, Trigger, Witness};
+use ctkeep::reconcile::plan::Action;
+use ctkeep::reconcile::policy::Policy;
+use ctkeep::reconcile::pressure::Defence;
+use ctkeep::sockdiag::State;
 use ctkeep::{Op, Result};
 use played::host::{Host, Shared, tuple};
 use played::{
@@ -294,18 +292,23 @@ fn wrong() -> HashSet<FourTuple> {
 
 struct World {
     host: Shared,
-    tables: Tables<Liar>,
+    keeper: Keeper<Liar>,
     wire: Rc<RefCell<Wire>>,
-    ledger: Ledger,
-    policy: Policy,
-    scope: Scope,
+    now: Instant,
 }
 
-/// Which sweep.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Depth {
-    Deep,
-    Shallow,
+/// The repairs of a sweep.
+#[derive(Default)]
+struct Repairs(Vec<Outcome>);
+
+impl Witness for Repairs {
+    fn seen(&mut self, _ports: &HashSet<u16>, _half_closed: HashSet<FourTuple>) {}
+
+    fn acted(&mut self, acted: Acted) {
+        self.0.extend(acted.outcomes);
+    }
+
+    fn planned(&mut self, _actions: &[Action], _trigger: Trigger) {}
 }
 
 impl World {
@@ -317,35 +320,24 @@ impl World {
             is_conntrack,
             late: VecDeque::new(),
         });
-        let mut ledger = Ledger::default();
-        ledger.set_tracked(HashSet::from([PORT]));
-        let scope = Scope { ports: HashSet::from([PORT]) };
-        Self { host, tables, wire, ledger, policy: Policy::default(), scope }
+        let settings = Settings {
+            policy: Policy::default(),
+            sweep_interval: Duration::from_secs(1),
+            deep_interval: Duration::from_secs(30),
+            dry_run: false,
+        };
+        let (recounting, defence, now) = (Recounting::by(None), Defence::Auto, Instant::now());
+        let keeper = Keeper::new(tables, recounting, settings, defence, now, || 0).unwrap();
+        Self { host, keeper, wire, now }
     }
 
-    /// A sweep with its repairs, as the daemon makes it.
+    /// A sweep with its repairs.
     fn sweep(&mut self, depth: Depth) -> Result<Vec<Outcome>> {
-        let Self { tables, ledger, policy, scope, .. } = self;
         let lie = self.wire.take().lie;
         self.wire.borrow_mut().lie = lie;
-        tables.scope(policy)?;
-        let snapshot = match depth {
-            Depth::Deep => {
-                let open = States::from_iter([State::Established, State::CloseWait]);
-                tables.whole(scope, policy, open)?
-            }
-            Depth::Shallow => tables.half_closed(scope, policy, ledger)?,
-        };
-        ledger.note(&snapshot);
-        if depth == Depth::Shallow {
-            ledger.settle(&snapshot);
-        }
-        let planned = plan(&snapshot, scope, policy, ledger);
-        let confirmed = confirm(tables, &planned, &snapshot.evidence, scope, policy, ledger)?;
-        let now = Instant::now();
-        let outcomes = apply(tables, &mut None::<Recounter>, &confirmed, policy, ledger, now)?;
-        tables.conntrack.size()?;
-        Ok(outcomes)
+        let mut repairs = Repairs::default();
+        self.keeper.sweep(depth, self.now, &mut repairs)?;
+        Ok(repairs.0)
     }
 
     /// Whatever was sent to the kernel was right.
@@ -400,6 +392,8 @@ fn lied_to(lie: Lie, steps: Range<usize>, depth: Depth) -> bool {
     }
     world.assert_nothing_wrong_done(&case);
     world.wire.borrow_mut().lie = None;
+    // A table that was said to be full lets inserts rest for a minute at most.
+    world.now += Duration::from_secs(61);
 
     let outcomes = world.sweep(Depth::Deep).unwrap_or_else(|error| panic!("{case}, then: {error}"));
     assert!(outcomes.iter().all(|outcome| outcome.result.is_ok()), "{case}: {outcomes:?}");

@@ -19,16 +19,14 @@ use std::time::{Duration, Instant};
 use ctkeep::conntrack::{Entry, TcpState};
 use ctkeep::flow::FourTuple;
 use ctkeep::netlink::Transport;
-use ctkeep::reconcile::apply::apply;
-use ctkeep::reconcile::confirm::{Confirmed, confirm};
-use ctkeep::reconcile::ledger::Ledger;
+use ctkeep::reconcile::keeper::{Acted, Depth, Keeper, Recounting, Settings, Trigger, Witness};
 use ctkeep::reconcile::observe::Tables;
-use ctkeep::reconcile::plan::{ActionKind, plan};
-use ctkeep::reconcile::policy::{Policy, Scope};
+use ctkeep::reconcile::plan::Action;
+use ctkeep::reconcile::policy::Policy;
+use ctkeep::reconcile::pressure::Defence;
 use ctkeep::reconcile::snapshot::{Direction, View};
-use ctkeep::recount::{Notrack, Recounter};
-use ctkeep::sockdiag::{Lookup, Socket, State, States};
-use model::{Model, PORT, Rst, bystanders};
+use ctkeep::sockdiag::{Socket, State};
+use model::{Counting, Model, PORT, Rst, bystanders};
 use played::host::{Host, Shared, tuple};
 use played::{CT_DELETE, CT_NEW, NLM_F_DUMP_INTR, NLMSG_DONE, Played, descend, requests, u16_at};
 use proptest::prelude::*;
@@ -111,100 +109,50 @@ impl Watched {
     }
 }
 
-/// ctkeep, as its daemon goes about it.
-struct Keeper {
-    tables: Tables<Watched>,
-    ledger: Ledger,
-    policy: Policy,
-    scope: Scope,
-    line: Rc<Line>,
-    now: Instant,
+/// What the keeper did between two steps of a history.
+#[derive(Default)]
+struct Deeds {
+    /// Connections that were repaired.
+    repaired: HashSet<FourTuple>,
 }
 
-impl Keeper {
-    fn react(&mut self, model: &mut Model) {
-        let told: HashSet<_> = model.told.drain(..).collect();
-        let told = told.into_iter().filter(|flow| self.scope.contains(&self.policy, *flow));
-        let mut lookups: Vec<_> = told.map(|flow| Lookup { flow, interface: 0 }).collect();
-        lookups.sort_by_key(|lookup| lookup.flow);
-        self.look_at(&lookups, model);
+impl Witness for Deeds {
+    fn seen(&mut self, _ports: &HashSet<u16>, _half_closed: HashSet<FourTuple>) {}
+
+    fn acted(&mut self, acted: Acted) {
+        for outcome in acted.outcomes.iter().filter(|outcome| outcome.result.is_ok()) {
+            let Action { kind, view, .. } = outcome.action;
+            let first = !kind.needs_recount() || self.repaired.insert(view.flow);
+            assert!(first, "right after its repair: {kind} {}", view.flow);
+        }
     }
 
-    fn look_at(&mut self, lookups: &[Lookup], model: &mut Model) {
-        let snapshot = self.tables.exactly(lookups, &self.ledger).unwrap();
-        let confirmed = Confirmed::new(&snapshot, &self.scope, &self.policy, &self.ledger);
-        self.carry_out(&confirmed, model);
-    }
-
-    fn sweep(&mut self, deep: bool, model: &mut Model) {
-        let Self { tables, ledger, policy, scope, .. } = self;
-        let open = States::from_iter([State::Established, State::CloseWait]);
-        let snapshot = if deep {
-            let snapshot = tables.whole(scope, policy, open).unwrap();
-            let alive = snapshot.views.iter().filter_map(|view| view.socket);
-            ledger.retain_seen(alive.map(|socket| socket.cookie));
-            snapshot
-        } else {
-            tables.half_closed(scope, policy, ledger).unwrap()
-        };
-        ledger.note(&snapshot);
-        if !deep {
-            ledger.settle(&snapshot);
-        }
-        let mut planned = plan(&snapshot, scope, policy, ledger);
-        if !ledger.pressure().allows_inserts() {
-            planned.actions.retain(|action| action.kind != ActionKind::Reinsert);
-        }
-        let confirmed =
-            confirm(tables, &planned, &snapshot.evidence, scope, policy, ledger).unwrap();
-        self.carry_out(&confirmed, model);
-        if deep {
-            self.ledger.set_tracked(snapshot.evidence.tracked.clone());
-        }
-        let entries = self.tables.conntrack.size().unwrap().entries;
-        let maximum = model.host.borrow().maximum.unwrap_or(1 << 20);
-        self.ledger.pressure_mut().tick(f64::from(entries) / maximum as f64, self.now);
-    }
-
-    fn carry_out(&mut self, confirmed: &Confirmed, model: &mut Model) {
-        let held = self.ledger.held().map(|held| held.lookup.flow);
-        self.line.held.replace(held.collect());
-        let (tables, ledger) = (&mut self.tables, &mut self.ledger);
-        let outcomes =
-            apply(tables, &mut None::<Recounter>, confirmed, &self.policy, ledger, self.now)
-                .unwrap();
-        let mut again = Vec::new();
-        for outcome in outcomes {
-            let (kind, Some(socket)) = (outcome.action.kind, outcome.action.view.socket) else {
-                continue;
-            };
-            let Ok(()) = outcome.result else { continue };
-            let notrack = self.ledger.notrack(&socket);
-            if kind.needs_recount() {
-                let seal = kind == ActionKind::Revive || notrack == Some(Notrack::FinsAndRsts);
-                model.recounted(&socket, seal);
-                self.ledger.pressure_mut().repaired(socket.remote.addr(), self.now);
-                again.push(Lookup::from(&socket));
-            } else if kind == ActionKind::Seal {
-                model.sealed(&socket);
-            }
-            if let Some(notrack) = notrack {
-                model.notrack(socket.cookie, notrack);
-            }
-        }
-        if !again.is_empty() {
-            let snapshot = self.tables.exactly(&again, &self.ledger).unwrap();
-            self.ledger.settle(&snapshot);
-            let confirmed = Confirmed::new(&snapshot, &self.scope, &self.policy, &self.ledger);
-            assert!(confirmed.actions().is_empty(), "right after its repair: {confirmed:?}");
-        }
-    }
+    fn planned(&mut self, _actions: &[Action], _trigger: Trigger) {}
 }
+
+/// Longer than any look at a connection is put off.
+const LATER: Duration = Duration::from_millis(5);
 
 struct World {
     model: Model,
-    keeper: Keeper,
+    keeper: Option<Keeper<Watched, Counting>>,
+    line: Rc<Line>,
+    now: Instant,
     loses_events: bool,
+}
+
+/// A keeper with an empty memory.
+fn keeper(tables: Tables<Watched>, model: &Model, now: Instant) -> Keeper<Watched, Counting> {
+    let settings = Settings {
+        policy: Policy { ports: HashSet::from([PORT]), ..Policy::default() },
+        sweep_interval: Duration::from_secs(10),
+        deep_interval: Duration::from_secs(30),
+        dry_run: false,
+    };
+    let recounting = Recounting::by(Some(model.counting()));
+    let mut keeper = Keeper::new(tables, recounting, settings, Defence::Auto, now, || 0).unwrap();
+    keeper.maximum = model.host.borrow().maximum.map(|maximum| maximum as u64);
+    keeper
 }
 
 impl World {
@@ -223,17 +171,41 @@ impl World {
         truth.replace(Some(host.clone()));
         let mut model = Model::new(host, limit);
         assert!(model.syn(Model::flow(HONEST, 4000)));
-        let keeper = Keeper {
-            tables,
-            ledger: Ledger::default(),
-            policy: Policy::default(),
-            scope: Scope { ports: HashSet::from([PORT]) },
-            line,
-            now: Instant::now(),
-        };
-        let mut this = Self { model, keeper, loses_events: false };
-        this.keeper.sweep(true, &mut this.model);
+        let now = Instant::now();
+        let keeper = Some(keeper(tables, &model, now));
+        let mut this = Self { model, keeper, line, now, loses_events: false };
+        this.sweep(true);
         this
+    }
+
+    /// Lets the keeper act, and look again at what it has repaired.
+    fn act(&mut self, act: impl FnOnce(&mut Keeper<Watched, Counting>, Instant, &mut Deeds)) {
+        let keeper = self.keeper.as_mut().unwrap();
+        let mut deeds = Deeds::default();
+        self.line.held.replace(keeper.held().map(|held| held.lookup.flow).collect());
+        act(keeper, self.now, &mut deeds);
+        for _ in 0..2 {
+            self.now += LATER;
+            self.line.held.replace(keeper.held().map(|held| held.lookup.flow).collect());
+            keeper.look_again(self.now, &mut deeds).unwrap();
+        }
+    }
+
+    fn sweep(&mut self, deep: bool) {
+        let depth = if deep { Depth::Deep } else { Depth::Shallow };
+        self.act(|keeper, now, deeds| drop(keeper.sweep(depth, now, deeds).unwrap()));
+    }
+
+    fn react(&mut self) {
+        let told = self.model.told.drain(..).map(|flow| (flow, None)).collect();
+        self.act(|keeper, now, deeds| keeper.suspects(told, now, now, deeds).unwrap());
+    }
+
+    /// ctkeep ends without a word, and begins anew.
+    fn crash(&mut self) {
+        let tables = self.keeper.take().unwrap().into_tables();
+        self.model.drop_notracks();
+        self.keeper = Some(keeper(tables, &self.model, self.now));
     }
 
     fn flows(&self, source: u8) -> Vec<FourTuple> {
@@ -264,19 +236,16 @@ impl World {
             }),
             Step::Flood(count) => self.model.flood(count),
             Step::Wait(seconds) => self.pass(seconds),
-            Step::Sweep { deep } => self.keeper.sweep(deep, &mut self.model),
+            Step::Sweep { deep } => self.sweep(deep),
             Step::LoseEvents(loses) => self.loses_events = loses,
-            Step::LoseParts(nth) => self.keeper.line.loses.set(nth),
-            Step::Interrupt => self.keeper.line.interrupted.set(true),
-            Step::Crash => {
-                self.keeper.ledger = Ledger::default();
-                self.model.drop_notracks();
-            }
+            Step::LoseParts(nth) => self.line.loses.set(nth),
+            Step::Interrupt => self.line.interrupted.set(true),
+            Step::Crash => self.crash(),
         }
         if self.loses_events {
             self.model.told.clear();
         } else {
-            self.keeper.react(&mut self.model);
+            self.react();
         }
     }
 
@@ -325,9 +294,9 @@ impl World {
     fn pass(&mut self, seconds: u64) {
         for second in 1..=seconds {
             self.model.pass(1);
-            self.keeper.now += Duration::from_secs(1);
+            self.now += Duration::from_secs(1);
             if second.is_multiple_of(10) {
-                self.keeper.sweep(second.is_multiple_of(30), &mut self.model);
+                self.sweep(second.is_multiple_of(30));
             }
         }
     }
@@ -336,11 +305,11 @@ impl World {
     fn rest(&mut self) {
         self.loses_events = false;
         self.model.told.clear();
-        self.keeper.line.loses.set(None);
-        self.keeper.line.interrupted.set(false);
-        self.keeper.sweep(true, &mut self.model);
+        self.line.loses.set(None);
+        self.line.interrupted.set(false);
+        self.sweep(true);
         self.pass(120);
-        self.keeper.sweep(true, &mut self.model);
+        self.sweep(true);
     }
 
     /// What is wrong with the tables, one sentence each.
@@ -491,8 +460,8 @@ proptest! {
         world.rest();
         prop_assert_eq!(world.disagreements(), Vec::<String>::new());
         let changes = world.model.host.borrow().changes;
-        world.keeper.sweep(true, &mut world.model);
-        world.keeper.sweep(false, &mut world.model);
+        world.sweep(true);
+        world.sweep(false);
         prop_assert_eq!(world.model.host.borrow().changes, changes, "a second look");
     }
 
@@ -502,9 +471,9 @@ proptest! {
     fn without_ctkeep_a_held_entry_expires_within_a_lease(steps in any_steps()) {
         let mut world = World::new(LIMIT, None, false);
         steps.iter().for_each(|step| world.play(step));
-        world.keeper.line.loses.set(None);
-        world.keeper.sweep(true, &mut world.model);
-        world.model.pass(world.keeper.policy.lease.as_secs());
+        world.line.loses.set(None);
+        world.sweep(true);
+        world.model.pass(Policy::default().lease.as_secs());
         let entries = world.model.host.borrow().entries.clone();
         for entry in entries.iter().filter(|entry| entry.is_ours()) {
             let state = world.model.socket(entry.reply).map(|socket| socket.state);

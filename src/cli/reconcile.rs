@@ -1,6 +1,7 @@
 //! `ctkeep reconcile`: one repair pass.
 
-use std::time::Instant;
+use std::collections::HashSet;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 
@@ -8,80 +9,94 @@ use super::Exit;
 use super::args::{Format, Reconcile};
 use super::output::{self, Rows};
 use crate::error::Result;
-use crate::reconcile::apply::{Outcome, apply};
-use crate::reconcile::confirm::{Confirmed, confirm};
-use crate::reconcile::ledger::Ledger;
+use crate::flow::FourTuple;
+use crate::host::random;
+use crate::reconcile::apply::Outcome;
+use crate::reconcile::keeper::{Acted, Depth, Keeper, Recounting, Settings, Trigger, Witness};
 use crate::reconcile::observe::Tables;
-use crate::reconcile::plan::{Action, Rest, Verdict, plan, verdict};
+use crate::reconcile::plan::{Action, Rest, Verdict, verdict};
+use crate::reconcile::policy::Policy;
 use crate::reconcile::pressure::Defence;
+use crate::reconcile::snapshot::View;
 use crate::recount::{Mode, Recounter};
-use crate::sockdiag::{State, States};
 
 /// Beside the daemon's own, which may be there.
 const DEVICE: &str = "ctkeep1";
+
+/// What the pass did, or in a dry run would do.
+#[derive(Default)]
+struct Done {
+    outcomes: Vec<Outcome>,
+    planned: Vec<Action>,
+}
+
+impl Witness for Done {
+    fn seen(&mut self, _ports: &HashSet<u16>, _half_closed: HashSet<FourTuple>) {}
+
+    fn acted(&mut self, acted: Acted) {
+        self.outcomes.extend(acted.outcomes);
+    }
+
+    fn planned(&mut self, actions: &[Action], _trigger: Trigger) {
+        self.planned.extend(actions);
+    }
+}
 
 pub(super) fn run(args: &Reconcile) -> Result<Exit> {
     let mut policy = args.scope.policy();
     policy.force = args.force;
     let mut exit = Exit::Done;
     for namespace in args.scope.namespaces()? {
-        let (done, untracked, outcomes) = namespace.run(|| {
-            let mut tables = Tables::open()?;
-            let mode = if args.dry_run { Mode::Off } else { args.recount };
-            let mut recounter = Recounter::open(mode, DEVICE, Instant::now())?;
-            let scope = tables.scope(&policy)?;
-            let open = States::from_iter([State::Established, State::CloseWait]);
-            let snapshot = tables.whole(&scope, &policy, open)?;
-            let mut ledger = Ledger::new(Defence::Auto, policy.zone);
-            ledger.note(&snapshot);
-            let untracked = snapshot
-                .views
-                .iter()
-                .filter(|view| {
-                    let verdict = verdict(view, &snapshot.evidence, &scope, &policy, &ledger);
-                    verdict == Verdict::Leave(Rest::Untracked)
-                })
-                .count();
-            let mut planned = plan(&snapshot, &scope, &policy, &ledger);
-            planned.actions.sort_by_key(|action| action.view.flow);
-            let confirmed =
-                confirm(&mut tables, &planned, &snapshot.evidence, &scope, &policy, &ledger)?;
-            let outcomes = if args.dry_run {
-                Vec::new()
-            } else {
-                let now = Instant::now();
-                apply(&mut tables, &mut recounter, &confirmed, &policy, &mut ledger, now)?
-            };
-            Ok((confirmed, untracked, outcomes))
-        })?;
-        print(args, namespace.name(), &done, &outcomes)?;
+        let (done, untracked) = namespace.run(|| pass(args, &policy))?;
+        print(args, namespace.name(), &done)?;
         if untracked > 0 {
             eprintln!(
                 "ctkeep: left {untracked} open connections without an entry alone: no sign that \
                  they were ever tracked (--force re-inserts them)"
             );
         }
-        if args.dry_run && !done.actions().is_empty() {
+        if !done.planned.is_empty() {
             exit = Exit::Disagreement;
         }
-        if outcomes.iter().any(|outcome| outcome.result.is_err()) {
+        if done.outcomes.iter().any(|outcome| outcome.result.is_err()) {
             exit = Exit::Incomplete;
         }
     }
     Ok(exit)
 }
 
-fn print(args: &Reconcile, netns: &str, confirmed: &Confirmed, outcomes: &[Outcome]) -> Result<()> {
-    let results: Vec<Option<&Outcome>> = if args.dry_run {
-        confirmed.actions().iter().map(|_| None).collect()
-    } else {
-        outcomes.iter().map(Some).collect()
+/// One deep sweep, and how many open connections it left alone for want of evidence.
+fn pass(args: &Reconcile, policy: &Policy) -> Result<(Done, usize)> {
+    let now = Instant::now();
+    let mode = if args.dry_run { Mode::Off } else { args.recount };
+    let recounting = Recounting::by(Recounter::open(mode, DEVICE, now)?);
+    let settings = Settings {
+        policy: policy.clone(),
+        sweep_interval: Duration::ZERO,
+        deep_interval: Duration::ZERO,
+        dry_run: args.dry_run,
     };
-    let rows = confirmed.actions().iter().zip(results);
+    let (tables, defence) = (Tables::open()?, Defence::Auto);
+    let mut keeper = Keeper::new(tables, recounting, settings, defence, now, random::bits)?;
+    let mut done = Done::default();
+    let sweep = keeper.sweep(Depth::Deep, now, &mut done)?;
+    done.outcomes.sort_by_key(|outcome| outcome.action.view.flow);
+    done.planned.sort_by_key(|action| action.view.flow);
+    let (_, scope, policy, ledger) = keeper.parts();
+    let evidence = &sweep.snapshot.evidence;
+    let untracked = Verdict::Leave(Rest::Untracked);
+    let is_untracked = |view: &View| verdict(view, evidence, scope, policy, ledger) == untracked;
+    Ok((done, sweep.snapshot.views.iter().filter(is_untracked).count()))
+}
+
+fn print(args: &Reconcile, netns: &str, done: &Done) -> Result<()> {
+    let carried_out = done.outcomes.iter().map(|outcome| (&outcome.action, Some(outcome)));
+    let rows: Vec<_> =
+        done.planned.iter().map(|action| (action, None)).chain(carried_out).collect();
     match args.output.format {
         Format::Json => {
             let actions: Vec<_> =
-                rows.map(|(action, outcome)| action_json(action, outcome)).collect();
+                rows.into_iter().map(|(action, outcome)| action_json(action, outcome)).collect();
             output::line(&json!({
                 "schema": 1, "netns": netns, "dry_run": args.dry_run, "actions": actions,
             }))
@@ -97,10 +112,10 @@ fn print(args: &Reconcile, netns: &str, confirmed: &Confirmed, outcomes: &[Outco
                     outcome.map_or("planned".to_owned(), result_text),
                 ]
             };
-            if confirmed.actions().is_empty() {
+            if rows.is_empty() {
                 return output::text("nothing to repair\n");
             }
-            let rows = rows.map(row).collect();
+            let rows = rows.into_iter().map(row).collect();
             output::text(&output::table(&headings, rows, Rows::Whole, args.output.no_header))
         }
     }

@@ -3,7 +3,8 @@
 //! The workers speak blocking netlink and never wait for the runtime; it serves signals and metrics.
 
 mod control;
-mod lines;
+mod desk;
+mod log;
 mod service;
 mod worker;
 
@@ -25,6 +26,7 @@ use crate::host::netns::Namespace;
 use crate::host::privileges::{self, Capability};
 use crate::metrics::history::STEP;
 use crate::metrics::{Metrics, http, textfile};
+use crate::reconcile::keeper;
 use crate::reconcile::policy::Policy;
 use crate::reconcile::pressure::Defence;
 use crate::recount;
@@ -103,6 +105,16 @@ pub struct Publishing {
 const WRITE: Duration = Duration::from_secs(5);
 
 impl Settings {
+    /// What the keeper goes by.
+    fn keeper(&self) -> keeper::Settings {
+        keeper::Settings {
+            policy: self.policy.clone(),
+            sweep_interval: self.sweep_interval,
+            deep_interval: self.deep_interval,
+            dry_run: self.dry_run,
+        }
+    }
+
     /// What the daemon must be permitted as long as it runs.
     fn privileges(&self, programs: &[Option<Program>]) -> Vec<Capability> {
         let mut all = vec![Capability::CAP_NET_ADMIN, Capability::CAP_NET_RAW];

@@ -3,8 +3,9 @@
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, SystemTime};
 
-use super::{Trigger, clock};
+use super::clock;
 use crate::flow::FourTuple;
+use crate::reconcile::keeper::Trigger;
 use crate::reconcile::plan::{Action, ActionKind, Reason};
 
 /// From sample to sample.

@@ -40,6 +40,7 @@ use crate::error::{Error, Result};
 use crate::flow::FourTuple;
 use crate::netlink::Transport;
 use crate::reconcile::apply::Outcome;
+use crate::reconcile::keeper::Trigger;
 use crate::reconcile::ledger::Ledger;
 use crate::reconcile::observe::Tables;
 use crate::reconcile::pressure::Transition;
@@ -54,25 +55,6 @@ const FRESH: Duration = Duration::from_millis(100);
 const RECENT: Duration = Duration::from_secs(5);
 /// Sources that the status page names.
 const TOP: usize = 10;
-
-/// Why a repair is made.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Trigger {
-    /// An event told of it.
-    Event,
-    /// A sweep found it.
-    Sweep,
-}
-
-impl Trigger {
-    /// Its name in metrics.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Event => "event",
-            Self::Sweep => "sweep",
-        }
-    }
-}
 
 /// A kind of event, as metrics count them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -35,7 +35,7 @@ pub struct Ledger {
     /// The sockets of held entries, seen from the server.
     flows: HashMap<FourTuple, Cookie>,
     distrusted: HashSet<Cookie>,
-    ghosts: HashMap<EntryKey, Instant>,
+    orphans: HashMap<EntryKey, Instant>,
     overdue: HashSet<EntryKey>,
     pressure: Pressure,
     tracked: HashSet<u16>,
@@ -117,22 +117,22 @@ impl Ledger {
 
     /// Takes note of all entries without a socket; those that have been so for `grace` are
     /// overdue.
-    pub fn note_ghosts(
+    pub fn note_orphans(
         &mut self,
-        ghosts: impl IntoIterator<Item = EntryKey>,
+        orphans: impl IntoIterator<Item = EntryKey>,
         grace: Duration,
         now: Instant,
     ) {
         let mut present = HashMap::new();
-        for key in ghosts {
-            present.insert(key, self.ghosts.get(&key).copied().unwrap_or(now));
+        for key in orphans {
+            present.insert(key, self.orphans.get(&key).copied().unwrap_or(now));
         }
         self.overdue = present
             .iter()
             .filter(|(_, since)| now.saturating_duration_since(**since) >= grace)
             .map(|(key, _)| *key)
             .collect();
-        self.ghosts = present;
+        self.orphans = present;
     }
 
     /// Whether this entry has been without a socket for too long.

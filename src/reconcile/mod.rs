@@ -4,11 +4,14 @@
 //! look-ups, [`apply`] changes the table; [`ledger`] remembers what is held.
 
 pub mod apply;
+pub mod backoff;
 pub mod confirm;
 pub mod evidence;
+pub mod keeper;
 pub mod ledger;
 pub mod observe;
 pub mod plan;
 pub mod policy;
 pub mod pressure;
 pub mod snapshot;
+pub mod timers;

@@ -3,18 +3,21 @@
 //! Sockets and entries are those of a [`Host`], so that every question and every change of ctkeep
 //! passes the real bytes. What packets do to them is as measured on Linux 6.18 (docs/attack.md),
 //! reduced to what a decision can depend on. The packets of recount and seal are not sent here:
-//! their effect, which the live tests prove, is put in by [`Model::recounted`].
+//! their effect, which the live tests prove, is that of [`Counting`].
 
 #![allow(unreachable_pub)]
 
+use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
-use std::time::Duration;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
 
+use ctkeep::Result;
 use ctkeep::conntrack::{Entry, Status, Tcp, TcpState, Zone};
 use ctkeep::flow::{Endpoint, FourTuple};
-use ctkeep::recount::Notrack;
-use ctkeep::sockdiag::{Cookie, Socket, State};
+use ctkeep::recount::{Notrack, Recount, Route};
+use ctkeep::sockdiag::{Socket, State};
 
 use crate::played::host::Shared;
 use crate::played::{self, entry, flow, reversed_entry};
@@ -47,30 +50,93 @@ pub enum Rst {
 pub struct Model {
     pub host: Shared,
     pub limit: usize,
-    /// The limiter's list of each source: original tuples.
-    lists: HashMap<IpAddr, Vec<FourTuple>>,
-    /// Entries that conntrack has seen a packet of the server for, after ctkeep put them there.
-    sealed: HashSet<Cookie>,
-    /// Connections whose packets of a kind conntrack does not see.
-    notracks: HashMap<Cookie, Notrack>,
+    limiter: Rc<RefCell<Limiter>>,
     /// What events have told of.
     pub told: Vec<FourTuple>,
     cookies: u64,
     ids: u32,
 }
 
+/// What packets do beside the two tables. All tuples are original ones.
+#[derive(Default)]
+struct Limiter {
+    /// The list of each source.
+    lists: HashMap<IpAddr, Vec<FourTuple>>,
+    /// Entries that conntrack has seen a packet of the server for, after ctkeep put them there.
+    sealed: HashSet<FourTuple>,
+    /// Connections whose packets of a kind conntrack does not see.
+    notracks: HashMap<FourTuple, Notrack>,
+}
+
+/// What ctkeep makes the limiter count by: the effect of its packets, which the live tests prove.
+pub struct Counting {
+    host: Shared,
+    limiter: Rc<RefCell<Limiter>>,
+}
+
+impl Recount for Counting {
+    fn admit(&mut self, _entry: &Entry, _now: Instant) -> bool {
+        true
+    }
+
+    fn nudge(&mut self, entry: &Entry, _now: Instant) -> Result<Route> {
+        let host = self.host.borrow();
+        let now = host.entries.iter().find(|other| other.orig == entry.orig);
+        let mut limiter = self.limiter.borrow_mut();
+        limiter.sealed.remove(&entry.orig);
+        // A packet of an entry that is assured is not added.
+        if now.is_some_and(|now| !is_assured(now)) {
+            let list = limiter.lists.entry(entry.orig.src.addr()).or_default();
+            if !list.contains(&entry.orig) {
+                list.push(entry.orig);
+            }
+        }
+        Ok(Route::Ingress)
+    }
+
+    fn can_seal(&self) -> bool {
+        true
+    }
+
+    fn seal(&mut self, entry: &Entry, _now: Instant) -> Result<()> {
+        self.limiter.borrow_mut().sealed.insert(entry.orig);
+        Ok(())
+    }
+
+    fn notrack(&mut self, wanted: &[(FourTuple, Notrack)], _now: Instant) -> Result<()> {
+        for (orig, notrack) in wanted {
+            let mut limiter = self.limiter.borrow_mut();
+            let now = limiter.notracks.entry(*orig).or_insert(*notrack);
+            *now = (*now).max(*notrack);
+        }
+        Ok(())
+    }
+
+    fn narrow_notrack(
+        &mut self,
+        held: impl Iterator<Item = FourTuple>,
+        _now: Instant,
+    ) -> Result<()> {
+        let held: HashSet<_> = held.collect();
+        self.limiter.borrow_mut().notracks.retain(|orig, _| held.contains(orig));
+        Ok(())
+    }
+
+    fn refresh(&mut self, _now: Instant) {}
+}
+
 impl Model {
     pub fn new(host: Shared, limit: usize) -> Self {
-        Self {
-            host,
-            limit,
-            lists: HashMap::new(),
-            sealed: HashSet::new(),
-            notracks: HashMap::new(),
-            told: Vec::new(),
-            cookies: 0,
-            ids: 1 << 20,
-        }
+        Self { host, limit, limiter: Rc::default(), told: Vec::new(), cookies: 0, ids: 1 << 20 }
+    }
+
+    /// What ctkeep makes this limiter count by.
+    pub fn counting(&self) -> Counting {
+        Counting { host: self.host.clone(), limiter: self.limiter.clone() }
+    }
+
+    fn notrack(&self, flow: FourTuple) -> Option<Notrack> {
+        self.limiter.borrow().notracks.get(&flow.inverse()).copied()
     }
 
     /// The connection of a peer's port, seen from the server.
@@ -127,13 +193,17 @@ impl Model {
             let entry = host.entries.iter().find(|e| e.orig == *orig || e.reply == *orig);
             entry.and_then(Entry::state).is_some_and(TcpState::is_counted)
         };
-        self.lists.entry(source).or_default().retain(counts);
+        self.limiter.borrow_mut().lists.entry(source).or_default().retain(counts);
+    }
+
+    fn count(&mut self, source: IpAddr, orig: FourTuple) {
+        self.limiter.borrow_mut().lists.entry(source).or_default().push(orig);
     }
 
     /// Whether the limiter has the connection in its list, and would leave it there.
     pub fn is_counted(&mut self, flow: FourTuple) -> bool {
         self.sweep_list(flow.dst.addr());
-        self.lists[&flow.dst.addr()].contains(&flow.inverse())
+        self.limiter.borrow().lists[&flow.dst.addr()].contains(&flow.inverse())
     }
 
     /// A SYN of the peer; whether a new connection has come of it.
@@ -147,8 +217,7 @@ impl Model {
             Some(_) => return false,
             None => {}
         }
-        let list = self.lists.entry(source).or_default();
-        if list.len() >= self.limit {
+        if self.limiter.borrow().lists[&source].len() >= self.limit {
             return false;
         }
         if self.socket(flow).is_some() {
@@ -156,7 +225,7 @@ impl Model {
             let opening =
                 Entry { status: Some(Status::FRESH), ..entry(flow, TcpState::SynSent, 120) };
             if self.insert(opening) {
-                self.lists.entry(source).or_default().push(orig);
+                self.count(source, orig);
             }
             return false;
         }
@@ -164,7 +233,7 @@ impl Model {
         if !self.insert(entry(flow, state, timeout(state))) {
             return false;
         }
-        self.lists.entry(source).or_default().push(orig);
+        self.count(source, orig);
         self.cookies += 1;
         let (local, remote) = (flow.src.to_string(), flow.dst.to_string());
         let socket = played::socket(&local, &remote, State::Established, self.cookies);
@@ -182,7 +251,7 @@ impl Model {
             let socket = host.sockets.iter_mut().find(|s| s.flow() == flow).unwrap();
             socket.state = State::CloseWait;
         }
-        if self.notracks.contains_key(&socket.cookie) {
+        if self.notrack(flow).is_some() {
             return;
         }
         let next = match self.entry(flow).and_then(|entry| entry.state()) {
@@ -198,18 +267,20 @@ impl Model {
     }
 
     pub fn rst(&mut self, flow: FourTuple, rst: Rst) {
-        let Some(socket) = self.socket(flow) else { return };
+        if self.socket(flow).is_none() {
+            return;
+        }
         if rst == Rst::Exact {
             self.host.borrow_mut().sockets.retain(|socket| socket.flow() != flow);
         }
-        if self.notracks.get(&socket.cookie) == Some(&Notrack::FinsAndRsts) {
+        if self.notrack(flow) == Some(Notrack::FinsAndRsts) {
             return;
         }
         let state = self.entry(flow).and_then(|entry| entry.state());
         match (state, rst) {
             (None | Some(TcpState::None), _) => return,
             (Some(TcpState::Established), Rst::Stale) => {
-                if self.sealed.contains(&socket.cookie) {
+                if self.limiter.borrow().sealed.contains(&flow.inverse()) {
                     self.set_entry(flow, |entry| entry.timeout = Some(Duration::from_secs(300)));
                 }
                 return;
@@ -276,39 +347,9 @@ impl Model {
         host.entries.retain(|entry| entry.timeout != Some(Duration::ZERO));
     }
 
-    /// What the packets of a recount, and of a seal, do behind a repair that was made in place.
-    pub fn recounted(&mut self, socket: &Socket, seal: bool) {
-        let flow = socket.flow();
-        let state = self.entry(flow).and_then(|entry| entry.state());
-        self.set_entry(flow, |entry| {
-            entry.tcp = entry.tcp.map(|tcp| Tcp { flags: [0x08; 2], ..tcp });
-        });
-        let list = self.lists.entry(flow.dst.addr()).or_default();
-        if state.is_some() && !list.contains(&flow.inverse()) {
-            list.push(flow.inverse());
-        }
-        self.sealed.remove(&socket.cookie);
-        if seal {
-            self.sealed(socket);
-            self.set_entry(flow, |entry| {
-                let tcp = entry.tcp.map(|tcp| Tcp { state: TcpState::Established, ..tcp });
-                entry.tcp = tcp;
-            });
-        }
-    }
-
-    /// The entry is held as ESTABLISHED.
-    pub fn sealed(&mut self, socket: &Socket) {
-        self.sealed.insert(socket.cookie);
-    }
-
-    pub fn notrack(&mut self, cookie: Cookie, notrack: Notrack) {
-        self.notracks.insert(cookie, notrack);
-    }
-
     /// They belong to the process.
     pub fn drop_notracks(&mut self) {
-        self.notracks.clear();
+        self.limiter.borrow_mut().notracks.clear();
     }
 
     /// How many connections the server holds open for a source.

@@ -1,0 +1,287 @@
+//! Beside the keeper of one worker: the event source, the shield, the log and the metrics.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::log::{Lines, line};
+use super::{Settings, ShieldMode};
+use crate::error::Result;
+use crate::flow::FourTuple;
+use crate::metrics::{EventType, Share};
+use crate::nftables::Hook;
+use crate::reconcile::apply::Outcome;
+use crate::reconcile::keeper::{Acted, Sweep, Trigger, Witness};
+use crate::reconcile::ledger::Ledger;
+use crate::reconcile::plan::{Action, ActionKind};
+use crate::shield::{Program, Shield};
+use crate::watch::{Drained, Events, Wanted, nflog};
+
+pub(super) struct Desk<'p> {
+    pub(super) settings: Arc<Settings>,
+    pub(super) device: String,
+    hook: Hook,
+    pub(super) events: Events,
+    /// The event source has failed and is to be opened anew.
+    events_failed: bool,
+    pub(super) shield: Option<Shield<'p>>,
+    pub(super) share: Share,
+    lines: Lines,
+}
+
+impl<'p> Desk<'p> {
+    /// Opens the event source for these ports.
+    pub(super) fn open(
+        settings: Arc<Settings>,
+        device: String,
+        hook: Hook,
+        ports: &HashSet<u16>,
+        share: Share,
+    ) -> Result<Self> {
+        let events = Events::open(wanted(&settings, &watch_name(&device), hook, ports))?;
+        let lines = Lines::new(Instant::now());
+        let this = Self {
+            settings,
+            device,
+            hook,
+            events,
+            events_failed: false,
+            shield: None,
+            share,
+            lines,
+        };
+        this.publish_receive_buffer();
+        Ok(this)
+    }
+
+    /// Works by these settings from now on.
+    pub(super) fn apply_settings(
+        &mut self,
+        settings: Arc<Settings>,
+        ports: &HashSet<u16>,
+    ) -> Result<()> {
+        let before = std::mem::replace(&mut self.settings, settings);
+        // What is remembered of closing connections goes by it.
+        self.events_failed |= before.sweep_interval != self.settings.sweep_interval;
+        self.reopen_events(ports)
+    }
+
+    /// Opens the event source anew where it has failed; repairs never wait for it.
+    pub(super) fn reopen_events(&mut self, ports: &HashSet<u16>) -> Result<()> {
+        if !std::mem::take(&mut self.events_failed) {
+            return Ok(());
+        }
+        // The old one first: a group has one owner.
+        self.events = Events::Off;
+        let name = watch_name(&self.device);
+        match Events::open(wanted(&self.settings, &name, self.hook, ports)) {
+            Ok(events) => self.events = events,
+            Err(error) if error.is_unavailable() => return Err(error),
+            Err(error) => tracing::warn!(%error, "no events, the sweep alone"),
+        }
+        self.publish_receive_buffer();
+        Ok(())
+    }
+
+    fn publish_receive_buffer(&self) {
+        let (source, bytes) = self.events.receive_buffer();
+        self.share.receive_buffer(source, bytes);
+    }
+
+    /// Counts what came from the event source.
+    pub(super) fn drained(&mut self, drained: &Drained) {
+        self.share.events(EventType::Nflog, drained.logged);
+        self.share.events(EventType::Update, drained.updates);
+        self.share.events(EventType::Destroy, drained.destroys);
+        if drained.overrun || drained.malformed > 0 {
+            tracing::warn!(
+                overrun = drained.overrun,
+                malformed = drained.malformed,
+                "events were lost, sweeping at once"
+            );
+            self.share.lost_events(drained.overrun);
+        }
+        if drained.full {
+            let what = "more connections close at once than are watched: sweeping instead";
+            tracing::warn!(at_once = nflog::CLOSING, "{what}");
+        }
+    }
+
+    /// Keeps from conntrack what would fool it, before the first look at what it knows.
+    pub(super) fn raise_shield(
+        &mut self,
+        program: &'p mut Program,
+        ports: &HashSet<u16>,
+    ) -> Result<()> {
+        let mark = self.settings.shield_mark;
+        match Shield::raise(program, &self.device, mark, ports) {
+            Ok(shield) => {
+                tracing::info!(devices = shield.devices(), mark, "shield raised");
+                self.shield = Some(shield);
+            }
+            Err(error) if self.settings.shield == ShieldMode::On => return Err(error),
+            Err(error) => tracing::warn!(%error, "no shield, repairing alone"),
+        }
+        Ok(())
+    }
+
+    /// What fails about the shield is tried again, and never stands in the way of a repair.
+    pub(super) fn update_shield(&mut self, update: impl FnOnce(&mut Shield<'p>) -> Result<()>) {
+        if let Some(Err(error)) = self.shield.as_mut().map(update) {
+            line!(
+                self.lines.fits("shield"),
+                warn,
+                %error,
+                "shield does not follow, will be tried again"
+            );
+        }
+    }
+
+    /// Publishes what the shield has decided, and whether it is missing where it can be raised.
+    pub(super) fn publish_shield(&self, can_be_raised: bool) {
+        let is_wanted = can_be_raised && self.settings.shield != ShieldMode::Off;
+        let is_whole = self.shield.as_ref().is_some_and(|shield| !shield.is_refused());
+        self.share.shield_missing(is_wanted && !is_whole);
+        match self.shield.as_ref().map(|shield| (shield.devices(), shield.counts())) {
+            Some((devices, Ok(counts))) => self.share.shield(devices, counts),
+            Some((_, Err(error))) => tracing::debug!(%error, "counters stay as they were"),
+            None => {}
+        }
+    }
+
+    /// Logs and publishes a sweep that ended well.
+    pub(super) fn swept(&mut self, sweep: &Sweep, ledger: &Ledger) {
+        if let Some(error) = &sweep.notrack {
+            tracing::warn!(%error, "notrack sets stay as they are for now");
+        }
+        self.share.table(sweep.table, sweep.maximum);
+        if let Some(change) = &sweep.transition {
+            self.share.defence_changed(change);
+            tracing::warn!(
+                from = change.from as u8,
+                to = change.to as u8,
+                repairs_per_second = change.rate,
+                table_fill = change.fill,
+                "defence level changed"
+            );
+        }
+        let (views, took) = (sweep.snapshot.views.len(), sweep.began.elapsed());
+        tracing::debug!(depth = ?sweep.depth, views, ?took, "swept");
+        self.share.swept(&sweep.snapshot, ledger, sweep.began, self.settings.sweep_interval);
+    }
+
+    /// Logs what has been done since the start.
+    pub(super) fn say_done(&self) {
+        let done = self.share.done();
+        tracing::info!(
+            actions = ?done.actions,
+            errors = ?done.errors,
+            recounts = ?done.recounts,
+            late_repairs = done.late_repairs,
+            sweeps = done.sweeps,
+            sweep_errors = done.sweep_errors,
+            event_overruns = done.event_overruns,
+            "done so far"
+        );
+    }
+
+    /// Once a second: of which log lines there were too many to write each.
+    pub(super) fn sum_up(&mut self) {
+        let withheld = self.lines.withheld(Instant::now());
+        if !withheld.is_empty() {
+            tracing::info!(?withheld, "and more of the same in the last second");
+        }
+    }
+
+    fn log_outcome(&mut self, outcome: &Outcome, trigger: Trigger) {
+        let action = &outcome.action;
+        let flow = action.view.flow.inverse();
+        match &outcome.result {
+            // Routine: a sealed connection with traffic has it at every sweep.
+            Ok(()) if action.kind == ActionKind::Extend => tracing::debug!(%flow, "extended"),
+            Ok(()) => self.log_action(action, trigger, "acted"),
+            Err(error) if error.is_table_full() => {}
+            Err(error) => line!(
+                self.lines.fits("action failed"),
+                warn,
+                action = action.kind.name(),
+                %flow,
+                %error,
+                "action failed, will be planned again"
+            ),
+        }
+        if let Some(Err(error)) = &outcome.recount {
+            line!(self.lines.fits("recount failed"), warn, %flow, %error, "recount failed");
+        }
+        if let Some(Err(error)) = &outcome.seal {
+            line!(self.lines.fits("seal failed"), warn, %flow, %error, "seal failed");
+        }
+    }
+
+    fn log_action(&mut self, action: &Action, trigger: Trigger, message: &'static str) {
+        line!(
+            self.lines.fits(action.kind.name()),
+            info,
+            action = action.kind.name(),
+            flow = %action.view.flow.inverse(),
+            reason = %action.reason,
+            trigger = ?trigger,
+            zone = action.template.zone.id(),
+            // What was never seen is put back as a plain entry, without mark, labels and the like.
+            seen = action.template.tcp.is_some(),
+            "{message}"
+        );
+    }
+}
+
+impl Witness for Desk<'_> {
+    fn seen(&mut self, ports: &HashSet<u16>, half_closed: HashSet<FourTuple>) {
+        if let Err(error) = self.events.follow(ports, half_closed) {
+            // Somebody took its table away, or a set is full.
+            tracing::warn!(%error, "event source fails, opening it anew");
+            self.events_failed = true;
+        }
+        self.update_shield(|shield| shield.follow(ports));
+    }
+
+    fn acted(&mut self, acted: Acted) {
+        self.share.acted(&acted.outcomes, acted.trigger, acted.since);
+        for outcome in &acted.outcomes {
+            self.log_outcome(outcome, acted.trigger);
+        }
+        if let Some(rest) = acted.table_full {
+            let full = |outcome: &&Outcome| {
+                outcome.result.as_ref().is_err_and(crate::error::Error::is_table_full)
+            };
+            if let Some(Err(error)) = acted.outcomes.iter().find(full).map(|it| &it.result) {
+                tracing::warn!(%error, retry_in = ?rest, "conntrack table full");
+            }
+        }
+    }
+
+    fn planned(&mut self, actions: &[Action], trigger: Trigger) {
+        for action in actions {
+            self.log_action(action, trigger, "would act");
+        }
+    }
+}
+
+fn watch_name(device: &str) -> String {
+    format!("{device}-watch")
+}
+
+fn wanted<'a>(
+    settings: &Settings,
+    name: &'a str,
+    hook: Hook,
+    ports: &'a HashSet<u16>,
+) -> Wanted<'a> {
+    Wanted {
+        source: settings.events,
+        name,
+        group: settings.nflog_group,
+        hook,
+        ports,
+        memory: settings.sweep_interval,
+    }
+}
