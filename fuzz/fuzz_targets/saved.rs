@@ -6,11 +6,12 @@ use std::sync::LazyLock;
 use std::time::SystemTime;
 
 use ctkeep::audit::report::{Report, Request};
-use ctkeep::audit::saved;
+use ctkeep::audit::saved::{Host, Saved};
 use ctkeep::cli::output;
 use ctkeep::firewall::limits::Limiter;
-use ctkeep::firewall::{Family, Ruleset, parse_saved};
+use ctkeep::firewall::{Chain, Family, Ruleset, parse_saved};
 use ctkeep::reconcile::policy::Policy;
+use ctkeep::sockdiag::State;
 use jsonschema::Validator;
 use libfuzzer_sys::fuzz_target;
 
@@ -23,10 +24,6 @@ static SCHEMA: LazyLock<Validator> = LazyLock::new(|| {
 fuzz_target!(init: { LazyLock::force(&SCHEMA); }, |bytes: &[u8]| {
     let text = String::from_utf8_lossy(bytes);
     let lines = text.lines().count();
-    let (sockets, entries) = (saved::sockets(&text), saved::entries(&text));
-    assert!(sockets.values.len() + sockets.malformed.len() <= lines);
-    assert!(entries.values.len() + entries.malformed.len() <= lines);
-
     let chains = [(Family::Ip, true), (Family::Ip6, false)].map(|(family, ipv4)| {
         let chains = parse_saved(&text, family);
         let rules = chains.iter().flat_map(|chain| &chain.rules);
@@ -35,14 +32,36 @@ fuzz_target!(init: { LazyLock::force(&SCHEMA); }, |bytes: &[u8]| {
         chains
     });
 
+    // One text as both tables: each reader counts what is not its own, and none loses a line.
+    let both = Saved::read(bytes, bytes, None);
+    let sockets = Saved::read(bytes, ENTRIES, Some(State::CloseWait));
+    let entries = Saved::read(SOCKETS, bytes, None);
+    for saved in [both, sockets, entries].into_iter().flatten() {
+        check(saved, &chains.concat());
+    }
+});
+
+const SOCKETS: &[u8] = b"LISTEN 0 128 *:80 *:*\nCLOSE-WAIT 1 0 192.0.2.1:80 198.51.100.7:40000\n";
+const ENTRIES: &[u8] = b"tcp 6 9 CLOSE src=198.51.100.7 dst=192.0.2.1 sport=40000 dport=80 \
+    src=192.0.2.1 dst=198.51.100.7 sport=80 dport=40000\n";
+
+fn check(saved: Saved, chains: &[Chain]) {
+    let most = saved.sockets.values.len() + 2 * saved.entries.values.len();
+    for holder in saved.sockets.holders.values() {
+        assert!(!holder.command.contains(char::is_control), "{holder:?}");
+    }
     let policy = Policy::default();
-    let (mut seen, scope) = saved::seen(&sockets.values, &entries.values, &policy);
-    seen.limiter = Limiter::of(&Ruleset { chains: chains.concat(), unread: Vec::new() });
+    let Ok(Host { mut seen, scope, .. }) = saved.join(&policy) else { return };
+    seen.limiter = Limiter::of(&Ruleset { chains: chains.to_vec(), unread: Vec::new() });
     let request = Request { limit: None, mask: None, mask6: None, now: SystemTime::UNIX_EPOCH };
     let report = Report::of(seen, &scope, &policy, request);
     assert_eq!(report.classes().values().sum::<usize>(), report.connections.len());
-    assert!(report.connections.len() <= sockets.values.len() + entries.values.len());
+    assert!(report.connections.len() <= most);
     let json = report.to_json(true, None);
     assert!(SCHEMA.is_valid(&json), "{json}");
-    assert!(output::report(&report, true, None, false).ends_with('\n'));
-});
+    let text = output::report(&report, true, None, false);
+    assert!(
+        text.ends_with('\n')
+            && !text.replace("\u{1b}[", "").contains(|c: char| c.is_control() && c != '\n')
+    );
+}

@@ -204,11 +204,21 @@ pub fn syn(figures: &Tcp, syn_recv: u64) -> Vec<Finding> {
     all
 }
 
+const QUEUE_ADVICE: &str =
+    "the application does not accept: raise its workers, its listen backlog and net.core.somaxconn";
+
 /// One listen queue.
 pub fn queue(waiting: u32, limit: u32) -> Finding {
+    // netstat does not show the limit of a queue.
+    if limit == 0 {
+        let what = format!("{waiting} wait to be accepted");
+        return match waiting {
+            0 => Finding::ok("listen-queue-full", what),
+            _ => Finding::warn("listen-queue-full", what, QUEUE_ADVICE),
+        };
+    }
     let what = format!("{waiting} of {limit} wait to be accepted");
-    let advice = "the application does not accept: raise its workers, its listen backlog and \
-                  net.core.somaxconn";
+    let advice = QUEUE_ADVICE;
     match u64::from(waiting).saturating_mul(100) {
         full if waiting > 0 && full >= u64::from(limit) * 100 => {
             Finding::bad("listen-queue-full", what, advice)
@@ -252,6 +262,11 @@ pub fn application(held: usize, close_wait: usize, unread: u64) -> Finding {
     Finding::ok("half-closed-held", what)
 }
 
+/// Sockets that no process has any more.
+pub fn closing(sockets: usize) -> Finding {
+    Finding::ok("half-closed-held", format!("{sockets} sockets that the kernel is closing"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::finding::Verdict;
@@ -272,6 +287,7 @@ mod tests {
     #[test]
     fn a_listen_queue_is_judged_by_its_fill() {
         assert_eq!(queue(0, 0).verdict, Verdict::Ok);
+        assert_eq!(queue(1, 0).verdict, Verdict::Warn, "a limit of 0 may be one that is not shown");
         assert_eq!(queue(1, 3).verdict, Verdict::Ok);
         assert_eq!(queue(2, 4).verdict, Verdict::Warn);
         assert_eq!(queue(4, 4).verdict, Verdict::Bad);

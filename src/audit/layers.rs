@@ -1,13 +1,13 @@
 //! What a connection passes on its way in, layer by layer, each with figures and a verdict. Pure.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 
 use serde::Serialize;
 
 use super::checks;
 use super::figures::{Figures, Table, Tcp};
 use super::finding::{Finding, Verdict, worst};
-use super::processes::Holder;
+use super::processes::{Holder, Owner, Owners};
 use super::sources::Load;
 use crate::firewall::limits::Limiter;
 use crate::reconcile::snapshot::Views;
@@ -103,13 +103,33 @@ pub struct Queue {
     pub command: Option<String>,
     /// How full it is.
     pub verdict: Verdict,
+    /// What was seen.
+    pub what: String,
     /// What to do about it.
     pub advice: Option<String>,
 }
 
-/// One process, or group of workers that share their sockets.
+/// Who has the sockets of one row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// A process, or a group of workers that share their sockets.
+    Process,
+    /// Listen queues: the connections wait to be accepted.
+    Queue,
+    /// Processes that cannot be seen.
+    Unseen,
+    /// No process: subflows of MPTCP.
+    Descriptorless,
+    /// The kernel, since their process has closed them.
+    Kernel,
+}
+
+/// The sockets of one owner.
 #[derive(Clone, Debug, Serialize)]
 pub struct Application {
+    /// Who has them.
+    pub kind: Kind,
     /// The lowest process id; `null` for sockets that no process holds or may be seen to hold.
     pub pid: Option<i32>,
     /// Its command name.
@@ -143,8 +163,8 @@ pub struct Inputs<'a> {
     pub listeners: &'a [Socket],
     /// Connections of the scope.
     pub views: &'a Views,
-    /// Who holds which inode.
-    pub holders: &'a HashMap<u32, Holder>,
+    /// Who has the sockets.
+    pub owners: &'a Owners,
 }
 
 impl Layers {
@@ -163,7 +183,7 @@ impl Layers {
                 findings.push(checks::listen_drops(&figures.tcp));
                 Layer::new(findings, Handshakes { syn_recv, tcp: figures.tcp.clone() })
             }),
-            listen: inputs.listeners.iter().map(|socket| queue(socket, inputs.holders)).collect(),
+            listen: inputs.listeners.iter().map(|socket| queue(socket, inputs.owners)).collect(),
             application: applications(inputs),
         }
     }
@@ -209,9 +229,9 @@ fn limits(inputs: Inputs<'_>) -> Layer<Limits> {
     Layer::new(findings, Limits { rules })
 }
 
-fn queue(socket: &Socket, holders: &HashMap<u32, Holder>) -> Queue {
+fn queue(socket: &Socket, owners: &Owners) -> Queue {
     let finding = checks::queue(socket.recv_queue, socket.send_queue);
-    let holder = holders.get(&socket.inode);
+    let holder = owners.holder(socket);
     Queue {
         local: socket.local.to_string(),
         waiting: socket.recv_queue,
@@ -219,27 +239,43 @@ fn queue(socket: &Socket, holders: &HashMap<u32, Holder>) -> Queue {
         pid: holder.map(|holder| holder.pid),
         command: holder.map(|holder| holder.command.clone()),
         verdict: finding.verdict,
+        what: finding.what,
         advice: Some(finding.advice).filter(|advice| !advice.is_empty()),
     }
 }
 
+/// Sockets by those who have them: processes first, those with most half-closed sockets before
+/// others.
 fn applications(inputs: Inputs<'_>) -> Vec<Application> {
-    let mut by_process: BTreeMap<Option<i32>, (Option<&Holder>, Vec<Socket>)> = BTreeMap::new();
+    type Group<'h> = (Option<&'h Holder>, Vec<Socket>);
+    let mut groups: BTreeMap<(Kind, Option<i32>), Group<'_>> = BTreeMap::new();
     for socket in inputs.views.iter().filter_map(|view| view.socket) {
-        let holder = inputs.holders.get(&socket.inode);
-        let group = by_process.entry(holder.map(|holder| holder.pid)).or_default();
+        let owner = inputs.owners.of(&socket);
+        let (kind, holder) = match owner {
+            Owner::Process(holder) => (Kind::Process, Some(holder)),
+            Owner::Queue => (Kind::Queue, None),
+            Owner::Descriptorless => (Kind::Descriptorless, None),
+            Owner::Unseen => (Kind::Unseen, None),
+            // A handshake is no application's yet: the layer syn counts it.
+            Owner::Kernel if socket.state == State::SynRecv => continue,
+            Owner::Kernel => (Kind::Kernel, None),
+        };
+        let group = groups.entry((kind, holder.map(|holder| holder.pid))).or_default();
         group.0 = holder;
         group.1.push(socket);
     }
-    let mut all: Vec<_> =
-        by_process.into_values().map(|(holder, sockets)| application(holder, &sockets)).collect();
+    let mut all: Vec<_> = groups
+        .into_iter()
+        .map(|((kind, _), (holder, sockets))| application(kind, holder, &sockets))
+        .collect();
     all.sort_by_key(|application| {
-        std::cmp::Reverse(application.sockets.get(State::CloseWait.name()).copied())
+        let close_wait = application.sockets.get(State::CloseWait.name()).copied();
+        (application.kind, std::cmp::Reverse(close_wait))
     });
     all
 }
 
-fn application(holder: Option<&Holder>, sockets: &[Socket]) -> Application {
+fn application(kind: Kind, holder: Option<&Holder>, sockets: &[Socket]) -> Application {
     let mut by_state = BTreeMap::new();
     let mut unread = 0_u64;
     for socket in sockets {
@@ -250,8 +286,13 @@ fn application(holder: Option<&Holder>, sockets: &[Socket]) -> Application {
     }
     let of = |state: State| by_state.get(state.name()).copied().unwrap_or(0);
     let close_wait = of(State::CloseWait);
-    let finding = checks::application(close_wait + of(State::Established), close_wait, unread);
+    let open = close_wait + of(State::Established);
+    let finding = match kind {
+        Kind::Kernel => checks::closing(sockets.len()),
+        _ => checks::application(open, close_wait, unread),
+    };
     Application {
+        kind,
         pid: holder.map(|holder| holder.pid),
         command: holder.map(|holder| holder.command.clone()),
         processes: holder.map_or(0, |holder| holder.processes),

@@ -1,8 +1,10 @@
-//! Which processes hold a socket, by procfs.
+//! Which processes hold a socket, by procfs, or as a text has it.
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::path::Path;
+
+use crate::sockdiag::{Cookie, Socket, State};
 
 /// The process that holds a socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -13,6 +15,78 @@ pub struct Holder {
     pub command: String,
     /// How many processes hold it.
     pub processes: usize,
+}
+
+/// Who has a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Owner<'o> {
+    /// A process.
+    Process(&'o Holder),
+    /// The queue of its listener: the application has not accepted it yet.
+    Queue,
+    /// The kernel: its process has closed it, or it is a handshake.
+    Kernel,
+    /// No descriptor, and no queue either: a subflow of MPTCP.
+    Descriptorless,
+    /// A process that cannot be seen: of another user or namespace, or not in the text.
+    Unseen,
+}
+
+/// Who has the sockets of one look.
+#[derive(Clone, Debug, Default)]
+pub struct Owners {
+    by_inode: HashMap<u32, Holder>,
+    by_cookie: HashMap<Cookie, Holder>,
+    /// Connections that wait at each listening port.
+    waiting: HashMap<u16, u32>,
+    /// Inode 0 says that no process has the socket. A text without inodes says nothing.
+    has_inodes: bool,
+}
+
+impl Owners {
+    /// Those of this host.
+    pub fn look(sockets: impl Iterator<Item = Socket>, listeners: &[Socket]) -> Self {
+        let inodes = sockets.chain(listeners.iter().copied()).map(|socket| socket.inode);
+        let by_inode = holders(&inodes.filter(|inode| *inode != 0).collect());
+        Self { by_inode, has_inodes: true, waiting: waiting(listeners), ..Self::default() }
+    }
+
+    /// Those that a text names.
+    pub fn named(
+        by_cookie: HashMap<Cookie, Holder>,
+        has_inodes: bool,
+        listeners: &[Socket],
+    ) -> Self {
+        Self { by_cookie, has_inodes, waiting: waiting(listeners), ..Self::default() }
+    }
+
+    /// The owner of a socket.
+    pub fn of(&self, socket: &Socket) -> Owner<'_> {
+        if let Some(holder) = self.holder(socket) {
+            return Owner::Process(holder);
+        }
+        let waits = || self.waiting.get(&socket.local.port()).is_some_and(|count| *count > 0);
+        match socket.state {
+            _ if socket.inode != 0 || !self.has_inodes => Owner::Unseen,
+            State::Established | State::CloseWait if waits() => Owner::Queue,
+            State::Established | State::CloseWait => Owner::Descriptorless,
+            _ => Owner::Kernel,
+        }
+    }
+
+    /// The process that has a socket, where it can be seen.
+    pub fn holder(&self, socket: &Socket) -> Option<&Holder> {
+        self.by_cookie.get(&socket.cookie).or_else(|| self.by_inode.get(&socket.inode))
+    }
+}
+
+fn waiting(listeners: &[Socket]) -> HashMap<u16, u32> {
+    let mut waiting = HashMap::new();
+    for listener in listeners {
+        let count: &mut u32 = waiting.entry(listener.local.port()).or_default();
+        *count = count.saturating_add(listener.recv_queue);
+    }
+    waiting
 }
 
 /// The holders of these inodes. Processes that may not be looked into are passed over.
@@ -58,9 +132,21 @@ fn sockets(process: &Path) -> HashSet<u32> {
     descriptors.filter_map(|descriptor| inode(&fs::read_link(descriptor.path()).ok()?)).collect()
 }
 
-/// A process may give itself any name, also one that a terminal obeys.
 fn command(process: &Path) -> String {
     let name = fs::read(process.join("comm")).unwrap_or_default();
     let name = String::from_utf8_lossy(&name);
-    name.trim_end_matches('\n').replace(|letter: char| letter.is_control(), "?")
+    printable(name.trim_end_matches('\n'))
+}
+
+/// A text without what a terminal obeys: control characters, and those that turn the direction of
+/// writing. A process may give itself any name, and a file may hold anything.
+pub fn printable(text: &str) -> String {
+    let turns = |letter| matches!(letter, '\u{200e}' | '\u{200f}' | '\u{61c}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    text.chars()
+        .map(|letter| match letter {
+            '\t' => ' ',
+            letter if letter.is_control() || turns(letter) => '?',
+            letter => letter,
+        })
+        .collect()
 }

@@ -1,6 +1,6 @@
 //! Takes the look: joins the tables, makes sure of every disagreement, names and adds up.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 use std::thread;
 use std::time::{Duration, SystemTime};
 
@@ -10,7 +10,7 @@ use super::classes::Class;
 use super::cover::Cover;
 use super::figures::Figures;
 use super::layers::{Inputs, Layers};
-use super::processes::{Holder, holders};
+use super::processes::{Holder, Owners};
 use super::sources::{Measure, Source, loads, sources};
 use crate::conntrack::TcpState;
 use crate::error::Result;
@@ -69,8 +69,8 @@ pub struct Seen {
     pub limiter: Limiter,
     /// Settings and counters, where the host is at hand.
     pub figures: Option<Figures>,
-    /// Who holds which inode.
-    pub holders: HashMap<u32, Holder>,
+    /// Who has the sockets.
+    pub owners: Owners,
     /// What a running daemon tells of itself; `None` for saved tables.
     pub told: Option<Told>,
 }
@@ -88,8 +88,8 @@ impl Seen {
         let mut ledger = Ledger::new(Defence::Auto, policy.zone);
         ledger.note(&snapshot);
         make_sure(&mut tables, &mut snapshot, &scope, policy, &ledger)?;
-        let inodes = snapshot.views.iter().filter_map(|view| view.socket).chain(listeners.clone());
-        let inodes: HashSet<u32> = inodes.map(|s| s.inode).filter(|inode| *inode != 0).collect();
+        let sockets = snapshot.views.iter().filter_map(|view| view.socket);
+        let owners = Owners::look(sockets, &listeners);
         let seen = Self {
             netns: if netns.is_empty() { own_namespace() } else { netns.to_owned() },
             kernel: nix::sys::utsname::uname()
@@ -100,7 +100,7 @@ impl Seen {
             listeners,
             limiter: Limiter::of(&Ruleset::read()),
             figures: Some(Figures::read(&mut tables.conntrack)?),
-            holders: holders(&inodes),
+            owners,
             told: Some(instance::ask("ctkeep")),
         };
         Ok((seen, scope))
@@ -158,9 +158,9 @@ impl Report {
             is_limit_named: request.limit.is_some(),
             listeners: &listeners,
             views: &snapshot.views,
-            holders: &seen.holders,
+            owners: &seen.owners,
         });
-        let holder = |view: &View| seen.holders.get(&view.socket?.inode).cloned();
+        let holder = |view: &View| seen.owners.holder(&view.socket?).cloned();
         let connections = snapshot
             .views
             .iter()
@@ -268,6 +268,7 @@ fn connection_json(connection: &Connection) -> Value {
         "entry_state": entry.and_then(|entry| entry.state()).map(TcpState::name),
         "entry_timeout_seconds":
             entry.and_then(|entry| entry.timeout).map(|timeout| timeout.as_secs()),
+        "unreplied": entry.map(|_| connection.view.is_unreplied()),
         "zone": entry.map_or(0, |entry| entry.zone.id()),
         "class": connection.class.name(),
         "pid": holder.map(|holder| holder.pid),

@@ -75,7 +75,8 @@ pub fn sources(
     ages: &HashMap<u64, u64>,
 ) -> Vec<Source> {
     let mut by_net: HashMap<IpNet, Source> = HashMap::new();
-    for view in views {
+    // What this host has opened is no load of the peer's.
+    for view in views.into_iter().filter(|view| !view.is_outgoing()) {
         let net = measure.net(view.flow.dst.addr());
         let source = by_net.entry(net).or_insert_with(|| Source {
             net,
@@ -149,7 +150,7 @@ pub fn loads(views: impl IntoIterator<Item = View> + Clone, limiter: &Limiter) -
             continue;
         };
         let mut groups: HashMap<IpNet, Load> = HashMap::new();
-        for view in views.clone() {
+        for view in views.clone().into_iter().filter(|view| !view.is_outgoing()) {
             let peer = view.flow.dst.addr();
             if rule.covers(peer, port_seen(rule, &view)) {
                 let net = network(peer, prefix);

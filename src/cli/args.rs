@@ -117,13 +117,18 @@ pub(super) struct Audit {
     #[arg(long)]
     pub all: bool,
 
-    /// Read sockets from this file, as `ss -tanoie` prints them, instead of the kernel
+    /// Read sockets from this file, as `ss -tanoiep` or `netstat -tanp` prints them, instead of the
+    /// kernel
     #[arg(long, value_name = "FILE", requires = "conntrack", conflicts_with = "netns")]
     pub sockets: Option<PathBuf>,
 
     /// Read entries from this file, as `conntrack -L -o extended` prints them
     #[arg(long, value_name = "FILE", requires = "sockets", conflicts_with = "netns")]
     pub conntrack: Option<PathBuf>,
+
+    /// State of the sockets in a file without State column (`ss` with a filter for one state)
+    #[arg(long, value_name = "STATE", requires = "sockets")]
+    pub socket_state: Option<State>,
 }
 
 #[derive(Debug, Args)]

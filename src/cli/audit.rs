@@ -11,9 +11,13 @@ use super::Exit;
 use super::args::{Audit, Format};
 use super::output;
 use crate::audit::report::{Report, Request, Seen};
-use crate::audit::saved::{self, Parsed};
+use crate::audit::saved::{File, Host, Refusal, Saved};
 use crate::error::{Error, Result};
-use crate::reconcile::policy::{Policy, Scope};
+use crate::reconcile::policy::Policy;
+use crate::sockdiag::State;
+
+const SOCKETS: &str = "--sockets";
+const CONNTRACK: &str = "--conntrack";
 
 /// A look that takes longer says so, on a terminal.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -29,7 +33,10 @@ pub(super) fn run(args: &Audit) -> Result<Exit> {
         now,
     };
     if let (Some(sockets), Some(entries)) = (&args.sockets, &args.conntrack) {
-        let (seen, scope) = read(sockets, entries, &policy)?;
+        let Host { seen, scope, notes } = read(sockets, entries, args.socket_state, &policy)?;
+        for note in notes {
+            eprintln!("ctkeep: {note}");
+        }
         return show(args, &Report::of(seen, &scope, &policy, request));
     }
     let mut exit = Exit::Done;
@@ -53,21 +60,27 @@ fn show(args: &Audit, report: &Report) -> Result<Exit> {
     Ok(if report.has_disagreements() { Exit::Disagreement } else { Exit::Done })
 }
 
-/// Saved tables; lines that cannot be read are named and passed over.
-fn read(sockets: &Path, entries: &Path, policy: &Policy) -> Result<(Seen, Scope)> {
-    let sockets = named(sockets, "--sockets", saved::sockets)?;
-    let entries = named(entries, "--conntrack", saved::entries)?;
-    Ok(saved::seen(&sockets, &entries, policy))
-}
-
-fn named<T>(path: &Path, flag: &'static str, parse: impl Fn(&str) -> Parsed<T>) -> Result<Vec<T>> {
-    let bytes = fs::read(path)
-        .map_err(|error| Error::usage(flag, format!("{}: {error}", path.display())))?;
-    let parsed = parse(&String::from_utf8_lossy(&bytes));
-    for malformed in parsed.malformed {
-        eprintln!("ctkeep: {}:{}: {}", path.display(), malformed.line, malformed.what);
+/// Saved tables; what is passed over is said in one line for each file.
+fn read(sockets: &Path, entries: &Path, filter: Option<State>, policy: &Policy) -> Result<Host> {
+    let bytes = |path: &Path, flag| {
+        fs::read(path).map_err(|error| Error::usage(flag, format!("{}: {error}", path.display())))
+    };
+    let (first, second) = (bytes(sockets, SOCKETS)?, bytes(entries, CONNTRACK)?);
+    let refused = |refusal: Refusal| {
+        let (flag, path) = match refusal.file {
+            File::Sockets => (SOCKETS, sockets),
+            File::Entries => (CONNTRACK, entries),
+        };
+        let line = refusal.line.map_or(String::new(), |line| format!("{line}:"));
+        Error::usage(flag, format!("{}:{line} {}", path.display(), refusal.what))
+    };
+    let saved = Saved::read(&first, &second, filter).map_err(refused)?;
+    for (path, parsed) in [(sockets, &saved.sockets.parsed), (entries, &saved.entries.parsed)] {
+        if let Some(summary) = parsed.summary(&path.display().to_string()) {
+            eprintln!("ctkeep: {summary}");
+        }
     }
-    Ok(parsed.values)
+    saved.join(policy).map_err(refused)
 }
 
 /// Does `work`; where it takes long and somebody watches, says on stderr that it goes on.

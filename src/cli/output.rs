@@ -9,7 +9,7 @@ use comfy_table::{ColumnConstraint, ContentArrangement, Table, Width, presets};
 
 use crate::audit::cover::Cover;
 use crate::audit::finding::{Finding, Verdict};
-use crate::audit::layers::Layers;
+use crate::audit::layers::{Kind, Layers};
 use crate::audit::report::{Connection, Report};
 use crate::audit::sources::Source;
 use crate::error::{Op, Result};
@@ -128,7 +128,10 @@ pub fn report(report: &Report, all: bool, top: Option<usize>, no_header: bool) -
             view.flow.dst.to_string(),
             view.flow.src.to_string(),
             view.socket.map_or("-", |socket| socket.state.name()).to_owned(),
-            entry.map_or("-", |state| state.name()).to_owned(),
+            entry.map_or("-".to_owned(), |state| {
+                let unreplied = if view.is_unreplied() { "/unreplied" } else { "" };
+                format!("{state}{unreplied}")
+            }),
             timeout.map_or("-".to_owned(), |time| format!("{}s", time.as_secs())),
             holder.map_or("-".to_owned(), |holder| format!("{}/{}", holder.pid, holder.command)),
         ]
@@ -199,10 +202,7 @@ fn layers(layers: &Layers, no_header: bool) -> String {
     }
     for queue in &layers.listen {
         let who = queue.command.as_deref().map_or(String::new(), |name| format!(" by {name}"));
-        let what = format!(
-            "{}: {} of {} wait to be accepted{who}",
-            queue.local, queue.waiting, queue.limit
-        );
+        let what = format!("{}: {}{who}", queue.local, queue.what);
         add("listen", queue.verdict, &what, queue.advice.as_deref().unwrap_or_default());
     }
     for application in &layers.application {
@@ -211,7 +211,7 @@ fn layers(layers: &Layers, no_header: bool) -> String {
                 format!("{command} ({pid} and {} more)", application.processes - 1)
             }
             (Some(pid), Some(command)) => format!("{command} ({pid})"),
-            _ => "no process".to_owned(),
+            _ => ownerless(application.kind).to_owned(),
         };
         let what = format!("{who}: {}", application.what);
         add(
@@ -222,6 +222,16 @@ fn layers(layers: &Layers, no_header: bool) -> String {
         );
     }
     table(&["LAYER", "VERDICT", "WHAT"], rows, Rows::Text, no_header)
+}
+
+/// Whose sockets these are, where no process can be named.
+fn ownerless(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Queue => "waiting to be accepted",
+        Kind::Unseen | Kind::Process => "process unknown",
+        Kind::Descriptorless => "no process (MPTCP subflows)",
+        Kind::Kernel => "closed by their process",
+    }
 }
 
 /// The same text with what hurts in colour.

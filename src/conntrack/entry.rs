@@ -149,6 +149,11 @@ impl Status {
     pub fn is_assured(self) -> bool {
         self.0 & IPS_ASSURED != 0
     }
+
+    /// Whether a packet of the reply direction was seen.
+    pub fn has_seen_reply(self) -> bool {
+        self.0 & IPS_SEEN_REPLY != 0
+    }
 }
 
 impl fmt::Debug for Status {

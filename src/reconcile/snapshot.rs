@@ -50,6 +50,17 @@ impl View {
         Some((direction, state))
     }
 
+    /// Whether conntrack has seen packets of one side alone.
+    pub fn is_unreplied(&self) -> bool {
+        let status = self.entry.and_then(|entry| entry.status);
+        status.is_some_and(|status| !status.has_seen_reply())
+    }
+
+    /// Whether this host opened the connection, as far as the entry tells.
+    pub fn is_outgoing(&self) -> bool {
+        matches!(self.entry_side(), Some((Direction::Outgoing, _)))
+    }
+
     /// Whether a limiter counts the entry for the peer.
     pub fn is_counted(&self) -> bool {
         matches!(self.entry_side(), Some((Direction::FromPeer, state)) if state.is_counted())

@@ -1,0 +1,200 @@
+//! A text of entries: which lines belong together, and what events leave behind. Pure.
+
+use std::collections::{HashMap, HashSet};
+
+use super::conntrack::{Item, Kind, is_complete, is_continued_by, is_start, item};
+use super::lines::{Line, Text};
+use super::{Mistake, Parsed};
+use crate::conntrack::{Entry, EntryKey};
+use crate::flow::FourTuple;
+
+/// A mailer breaks one line into this many at most.
+const PIECES: usize = 8;
+
+/// Entries of a text.
+#[derive(Clone, Debug, Default)]
+pub struct Entries {
+    /// TCP entries that are in the table at the end of the text.
+    pub values: Vec<Entry>,
+    /// What became of the other lines.
+    pub parsed: Parsed,
+    /// Events alone: of a connection that they do not mention nothing is known. Holds those that
+    /// they do, each as the reply tuple has it.
+    pub mentioned: Option<HashSet<FourTuple>>,
+    /// The tool's last line says that the table is empty.
+    pub is_empty_table: bool,
+    /// The tool's own words where it failed.
+    pub failure: Option<(usize, String)>,
+}
+
+/// Reads entries as `conntrack -L`, `conntrack -E` and `/proc/net/nf_conntrack` print them.
+pub(super) fn entries(text: &Text) -> Entries {
+    let mut entries = Entries::default();
+    let mut last: HashMap<EntryKey, usize> = HashMap::new();
+    let mut values: Vec<Option<Entry>> = Vec::new();
+    let mut mentioned = HashSet::new();
+    let mut is_list = false;
+    for line in records(&text.lines, &mut entries) {
+        let (kind, entry) = match item(&line.text) {
+            Ok(Item::Tcp(kind, entry)) => (kind, *entry),
+            Ok(Item::Other(name)) => {
+                entries.parsed.pass(protocol(&name));
+                continue;
+            }
+            Err(mistake) => {
+                entries.parsed.mistaken(line.number, mistake);
+                continue;
+            }
+        };
+        mentioned.insert(entry.reply);
+        let before = last.get(&entry.key()).copied();
+        match kind {
+            Kind::Dying => entries.parsed.pass("dying"),
+            Kind::Destroyed => {
+                entries.parsed.read += 1;
+                if let Some(slot) = before.and_then(|at| values.get_mut(at)) {
+                    *slot = None;
+                }
+            }
+            Kind::Listed | Kind::Changed => {
+                entries.parsed.read += 1;
+                is_list |= kind == Kind::Listed;
+                match before.and_then(|at| values.get_mut(at)) {
+                    Some(slot) => *slot = Some(entry),
+                    None => {
+                        last.insert(entry.key(), values.len());
+                        values.push(Some(entry));
+                    }
+                }
+            }
+        }
+    }
+    entries.parsed.mistakes.sort_by_key(|(line, _)| *line);
+    entries.values = values.into_iter().flatten().collect();
+    let is_history = !is_list && !mentioned.is_empty() && !entries.is_empty_table;
+    entries.mentioned = is_history.then_some(mentioned);
+    entries
+}
+
+/// Protocols by the names that are counted.
+fn protocol(name: &str) -> &'static str {
+    const NAMES: [&str; 8] = ["udp", "icmp", "icmpv6", "udplite", "sctp", "dccp", "gre", "igmp"];
+    NAMES.into_iter().find(|known| *known == name).unwrap_or("of other protocols")
+}
+
+/// Puts lines together that a mailer has broken; passes over what the tool says of itself.
+fn records(lines: &[Line], entries: &mut Entries) -> Vec<Line> {
+    let mut records: Vec<(Line, usize)> = Vec::new();
+    for line in lines {
+        let text = line.text.as_str();
+        if is_start(text) {
+            records.push((line.clone(), 1));
+            continue;
+        }
+        if text.contains("flow entries have been shown") || text.starts_with("conntrack v") {
+            entries.is_empty_table |= text.contains(": 0 flow entries");
+            let failed = text.split_once("Operation failed: ").map(|(_, why)| why.to_owned());
+            entries.failure = entries.failure.take().or(failed.map(|why| (line.number, why)));
+            continue;
+        }
+        match records.last_mut() {
+            Some((record, pieces))
+                if *pieces < PIECES && (!is_complete(&record.text) || is_continued_by(text)) =>
+            {
+                record.text.push(' ');
+                record.text.push_str(text);
+                *pieces += 1;
+            }
+            // The end of what the tool says of itself, broken off.
+            _ if text.ends_with("have been shown.") => {}
+            _ => entries.parsed.mistaken(line.number, Mistake::new("not understood", "no entry")),
+        }
+    }
+    records.into_iter().map(|(line, _)| line).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::conntrack::{TcpState, Zone};
+
+    fn read(text: &str) -> Entries {
+        entries(&Text::of(text.as_bytes()))
+    }
+
+    fn line(head: &str, port: u16) -> String {
+        format!(
+            "{head} src=198.51.100.7 dst=192.0.2.1 sport={port} dport=8080 \
+             src=192.0.2.1 dst=198.51.100.7 sport=8080 dport={port} [ASSURED]\n"
+        )
+    }
+
+    #[test]
+    fn entries_are_read_in_either_form() {
+        let text = "ipv4     2 tcp      6 117 CLOSE_WAIT src=198.51.100.7 dst=192.0.2.1 sport=4000 \
+            dport=80 src=192.0.2.1 dst=198.51.100.7 sport=8080 dport=4000 [ASSURED] mark=0 zone=3 use=1\n\
+            tcp      6 9 CLOSE src=2001:db8:1::7 dst=2001:db8::1 sport=4000 dport=80 \
+            src=2001:db8::1 dst=2001:db8:1::7 sport=80 dport=4000 mark=0 use=1\n\
+            udp      17 29 src=192.0.2.2 dst=192.0.2.1 sport=1 dport=53 [UNREPLIED] src=192.0.2.1 \
+            dst=192.0.2.2 sport=53 dport=1 mark=0 use=1\n\
+            conntrack v1.4.8 (conntrack-tools): 3 flow entries have been shown.\n\
+            tcp      6 9 HALF src=192.0.2.2 dst=192.0.2.1 sport=1 dport=53 src=192.0.2.1 \
+            dst=192.0.2.2 sport=53 dport=1\n\
+            tcp      6 9 CLOSE src=2001:db8:1::7 dst=2001:db8::1 sport=4000\n";
+        let read = read(text);
+        let [translated, plain] = read.values.as_slice() else { panic!("{read:?}") };
+        assert!(translated.is_translated() && translated.zone == Zone::both(3));
+        assert_eq!(plain.state(), Some(TcpState::Close));
+        assert_eq!(read.parsed.passed, [("udp", 1)].into());
+        let lines: Vec<_> = read.parsed.mistakes.iter().map(|(line, _)| *line).collect();
+        assert_eq!(lines, [5, 6]);
+        assert_eq!(read.mentioned, None);
+    }
+
+    #[test]
+    fn the_last_event_counts_and_an_end_removes() {
+        let text = [
+            line("    [NEW] tcp      6 120 SYN_SENT", 1),
+            line(" [UPDATE] tcp      6 432000 ESTABLISHED", 1),
+            line("    [NEW] tcp      6 120 SYN_SENT", 2),
+            line(" [UPDATE] tcp      6 60 CLOSE_WAIT", 2),
+            line("[DESTROY] tcp      6 CLOSE_WAIT", 2),
+            line("[DESTROY] tcp      6", 3),
+            line("[1748509201.118871]\t [UPDATE] tcp 6 10 CLOSE", 1),
+        ];
+        let read = read(&text.concat());
+        let [entry] = read.values.as_slice() else { panic!("{read:?}") };
+        assert_eq!((entry.orig.src.port(), entry.state()), (1, Some(TcpState::Close)));
+        assert_eq!(read.mentioned.map(|flows| flows.len()), Some(3));
+    }
+
+    #[test]
+    fn a_list_with_events_behind_it_is_a_list_brought_up_to_date() {
+        let text = line("tcp      6 431990 ESTABLISHED", 1)
+            + &line("tcp      6 431990 ESTABLISHED", 2)
+            + &line("tcp      6 CLOSE", 4)
+            + &line("[DESTROY] tcp      6", 2);
+        let read = read(&text);
+        assert_eq!(read.values.len(), 1);
+        assert_eq!((read.mentioned, read.parsed.passed), (None, [("dying", 1)].into()));
+    }
+
+    #[test]
+    fn lines_that_a_mailer_has_broken_are_put_together() {
+        let text = line("tcp      6 431990 ESTABLISHED", 1) + &line("tcp      6 9 CLOSE", 2);
+        let broken =
+            text.replace(" sport", "\nsport").replace(" [ASS", "\n[ASS").replace("6 9", "6\n9");
+        let read = read(&broken);
+        assert_eq!(read.values.len(), 2, "{broken}");
+        assert!(read.parsed.mistakes.is_empty(), "{read:?}");
+    }
+
+    #[test]
+    fn what_the_tool_says_of_itself_is_heard() {
+        let empty = read("conntrack v1.4.8 (conntrack-tools): 0 flow entries have been shown.\n");
+        assert!(empty.is_empty_table && empty.mentioned.is_none());
+        let failed =
+            read("conntrack v1.4.8 (conntrack-tools): Operation failed: sorry, you must be root\n");
+        assert_eq!(failed.failure, Some((1, "sorry, you must be root".to_owned())));
+    }
+}

@@ -1,0 +1,241 @@
+//! Puts saved tables together as a look at their host would, and says what they leave open. Pure.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::net::IpAddr;
+
+use super::Saved;
+use super::refusal::{File, Refusal};
+use crate::audit::processes::Owners;
+use crate::audit::report::Seen;
+use crate::conntrack::Entry;
+use crate::flow::FourTuple;
+use crate::reconcile::observe::join;
+use crate::reconcile::policy::{Policy, Scope};
+use crate::reconcile::snapshot::{Direction, View};
+use crate::sockdiag::{Socket, State};
+
+/// The host that two texts come from.
+#[derive(Debug)]
+pub struct Host {
+    /// What they show.
+    pub seen: Seen,
+    /// Which ports are looked at.
+    pub scope: Scope,
+    /// What the texts cannot tell, or was concluded from them; sentences for the user.
+    pub notes: Vec<String>,
+}
+
+impl Saved {
+    /// Puts both tables together.
+    ///
+    /// # Errors
+    /// No port is known to be served.
+    pub fn join(&self, policy: &Policy) -> Result<Host, Refusal> {
+        let (listeners, connected): (Vec<_>, Vec<_>) =
+            self.sockets.values.iter().partition(|socket: &&Socket| socket.state == State::Listen);
+        let mut notes = Vec::new();
+        let mut scope = policy.scope(&listeners);
+        if policy.ports.is_empty() {
+            let more = self.served_without_listener(&connected, &scope);
+            notes.extend(listenerless(&more, &connected, listeners.is_empty()));
+            scope.ports.extend(more);
+        }
+        if scope.ports.is_empty() {
+            return Err(Refusal {
+                file: File::Sockets,
+                line: None,
+                what:
+                    "no listening socket, and the entries show no port as served; name the ports \
+                       by --port"
+                        .to_owned(),
+            });
+        }
+        if listeners.len() == self.sockets.values.len() {
+            notes.push(
+                "only listening sockets: the host is idle, or this is ss -l, which leaves the \
+                 connections out"
+                    .to_owned(),
+            );
+        }
+        let mut snapshot = join(self.entries.values.iter().copied(), connected, &scope, policy);
+        let homes = Homes::of(&self.sockets.values);
+        snapshot.views.retain(|view| view.socket.is_some() || homes.contain(view));
+        if self.sockets.is_partial() {
+            let before = snapshot.views.len();
+            snapshot.views.retain(|view| view.socket.is_some());
+            let left_out = before - snapshot.views.len();
+            if left_out > 0 {
+                notes.push(format!(
+                    "the text holds a part of the sockets (a filter, grep): {left_out} entries \
+                     without a socket are left out"
+                ));
+            }
+        }
+        if let Some(mentioned) = &self.entries.mentioned {
+            let before = snapshot.views.len();
+            snapshot.views.retain(|view| is_mentioned(mentioned, view.flow));
+            let left_out = before - snapshot.views.len();
+            if left_out > 0 {
+                notes.push(format!(
+                    "the entries are events (conntrack -E): {left_out} of {before} connections do not \
+                     appear in them and are left out; conntrack -L shows them all"
+                ));
+            }
+        }
+        notes.extend(unknown_direction(snapshot.views.iter(), &scope));
+        if self.entries.mentioned.is_none() {
+            notes.extend(without_any_entry(snapshot.views.iter()));
+        }
+        let owners =
+            Owners::named(self.sockets.holders.clone(), self.sockets.has_inodes, &listeners);
+        let mut seen = Seen {
+            netns: "saved tables".to_owned(),
+            snapshot,
+            listeners,
+            owners,
+            ..Seen::default()
+        };
+        seen.ledger.note(&seen.snapshot);
+        seen.limiter.unread.push("rules are not part of saved tables".to_owned());
+        Ok(Host { seen, scope, notes })
+    }
+
+    /// Ports of connections that came to this host although nothing listens there: the listener has
+    /// ended, or is not in the text. An entry shows who began; where none does, connections from
+    /// several ports to one port did not begin here.
+    fn served_without_listener(&self, connected: &[Socket], scope: &Scope) -> HashSet<u16> {
+        let replies: HashMap<FourTuple, &Entry> =
+            self.entries.values.iter().map(|entry| (entry.reply, entry)).collect();
+        let begun_here: HashSet<FourTuple> =
+            self.entries.values.iter().map(|entry| entry.orig).collect();
+        let mut peers: HashMap<u16, HashSet<u16>> = HashMap::new();
+        let mut dialled: HashSet<u16> = HashSet::new();
+        let mut served = HashSet::new();
+        for socket in connected.iter().filter(|socket| is_open(socket)) {
+            let (port, flow) = (socket.local.port(), socket.flow());
+            if scope.ports.contains(&port) {
+                continue;
+            }
+            if begun_here.contains(&flow) || scope.ports.contains(&socket.remote.port()) {
+                dialled.insert(port);
+            } else if replies.contains_key(&flow) {
+                served.insert(port);
+            } else {
+                peers.entry(port).or_default().insert(socket.remote.port());
+            }
+        }
+        let several = peers.into_iter().filter(|(_, ports)| ports.len() > 1).map(|(port, _)| port);
+        served.extend(several.filter(|port| !dialled.contains(port)));
+        served
+    }
+}
+
+fn is_open(socket: &Socket) -> bool {
+    matches!(socket.state, State::Established | State::CloseWait)
+}
+
+fn listenerless(
+    ports: &HashSet<u16>,
+    connected: &[Socket],
+    has_no_listeners: bool,
+) -> Option<String> {
+    let mut counts: BTreeMap<u16, usize> = BTreeMap::new();
+    for socket in connected.iter().filter(|socket| ports.contains(&socket.local.port())) {
+        *counts.entry(socket.local.port()).or_default() += 1;
+    }
+    if counts.is_empty() {
+        return None;
+    }
+    let counts: Vec<_> = counts.iter().map(|(port, n)| format!("{port} ({n} sockets)")).collect();
+    let counts = counts.join(", ");
+    Some(if has_no_listeners {
+        format!(
+            "no listening socket in the text; served by the look of it: {counts}; --port names others"
+        )
+    } else {
+        format!("no listener any more, but served: {counts}")
+    })
+}
+
+/// Addresses of the host, as far as its sockets show them.
+struct Homes {
+    /// Local addresses.
+    addresses: HashSet<IpAddr>,
+    /// Ports of listeners on every address, for each family.
+    any: HashSet<(u16, bool)>,
+}
+
+impl Homes {
+    fn of(sockets: &[Socket]) -> Self {
+        let mut homes = Self { addresses: HashSet::new(), any: HashSet::new() };
+        for local in sockets.iter().map(|socket| socket.local) {
+            match local.addr() {
+                addr if !addr.is_unspecified() => {
+                    homes.addresses.insert(addr);
+                }
+                IpAddr::V4(_) => {
+                    homes.any.insert((local.port(), true));
+                }
+                // One of both families, unless the text says otherwise.
+                IpAddr::V6(_) => homes.any.extend([(local.port(), true), (local.port(), false)]),
+            }
+        }
+        homes
+    }
+
+    /// Whether the server's end of this entry is here: a known address, or one that a listener on
+    /// every address takes, unless the entry leads elsewhere.
+    fn contain(&self, view: &View) -> bool {
+        let local = view.flow.src;
+        let leads_here = || {
+            view.entry.is_some_and(|entry| {
+                entry.reply == view.flow && entry.orig.dst.addr() == local.addr()
+            })
+        };
+        self.addresses.contains(&local.addr())
+            || self.any.contains(&(local.port(), local.addr().is_ipv4())) && leads_here()
+    }
+}
+
+fn is_mentioned(mentioned: &HashSet<FourTuple>, flow: FourTuple) -> bool {
+    mentioned.contains(&flow) || mentioned.contains(&flow.inverse())
+}
+
+/// An entry that begins at a port of the scope belongs to a connection that this host opened from
+/// there, or was picked up in its middle at a packet of the server. Only its flags tell.
+fn unknown_direction(views: impl Iterator<Item = View>, scope: &Scope) -> Option<String> {
+    let is_unknown = |view: &View| {
+        let is_begun_here = matches!(view.entry_side(), Some((Direction::Outgoing, _)));
+        view.socket.is_some_and(|socket| is_open(&socket))
+            && is_begun_here
+            && scope.ports.contains(&view.flow.src.port())
+    };
+    let count = views.filter(is_unknown).count();
+    (count > 0).then(|| {
+        format!(
+            "{count} connections were begun from a served port: this host opened them, or conntrack \
+             picked them up in their middle; a text does not tell, ctkeep audit on the host does"
+        )
+    })
+}
+
+/// Ports of which no connection has an entry.
+fn without_any_entry(views: impl Iterator<Item = View>) -> Option<String> {
+    let mut ports: BTreeMap<u16, bool> = BTreeMap::new();
+    for view in views {
+        let is_missing = view.entry.is_none() && view.socket.is_some_and(|socket| is_open(&socket));
+        let has_entry = view.entry.is_some();
+        if is_missing || has_entry {
+            *ports.entry(view.flow.src.port()).or_default() |= has_entry;
+        }
+    }
+    let ports: Vec<_> =
+        ports.iter().filter(|(_, has)| !**has).map(|(port, _)| port.to_string()).collect();
+    (!ports.is_empty()).then(|| {
+        format!(
+            "no connection to port {} has an entry: forgotten, or never tracked (NOTRACK); the rules \
+             would tell",
+            ports.join(", ")
+        )
+    })
+}

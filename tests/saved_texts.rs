@@ -1,0 +1,324 @@
+//! Texts as people send them: what `ctkeep audit --sockets FILE --conntrack FILE` makes of them.
+//!
+//! The files of tests/texts are in the form of reports from the field, with addresses of the
+//! documentation ranges. The server is 192.0.2.1, its port 8080.
+
+// A helper of a test that meets the unexpected ends by a panic.
+#![allow(clippy::indexing_slicing)]
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::Value;
+
+/// What a run said.
+struct Said {
+    code: i32,
+    out: String,
+    err: String,
+}
+
+impl Said {
+    fn report(&self) -> Value {
+        serde_json::from_str(&self.out)
+            .unwrap_or_else(|error| panic!("{error}: {}{}", self.out, self.err))
+    }
+
+    /// Classes that are not empty.
+    fn classes(&self) -> BTreeMap<String, u64> {
+        let report = self.report();
+        let classes = report["summary"]["classes"].as_object().expect("classes").clone();
+        let counts = classes.into_iter().map(|(class, n)| (class, n.as_u64().expect("a count")));
+        counts.filter(|(_, count)| *count > 0).collect()
+    }
+}
+
+fn file(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/texts").join(name)
+}
+
+fn audit(sockets: &Path, entries: &Path, args: &[&str]) -> Said {
+    let output = Command::new(env!("CARGO_BIN_EXE_ctkeep"))
+        .arg("audit")
+        .arg("--sockets")
+        .arg(sockets)
+        .arg("--conntrack")
+        .arg(entries)
+        .args(args)
+        .output()
+        .expect("ctkeep");
+    let text = |bytes| String::from_utf8(bytes).expect("UTF-8");
+    Said {
+        code: output.status.code().expect("an exit code"),
+        out: text(output.stdout),
+        err: text(output.stderr),
+    }
+}
+
+/// As JSON, agreeing connections too.
+fn of(sockets: &str, entries: &str, args: &[&str]) -> Said {
+    audit(&file(sockets), &file(entries), &[&["--format=json", "--all"], args].concat())
+}
+
+/// The same with a text of sockets that is made here.
+fn of_text(sockets: impl AsRef<[u8]>, entries: &str) -> Said {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("sockets");
+    std::fs::write(&path, sockets).expect("a file");
+    audit(&path, &file(entries), &["--format=json", "--all"])
+}
+
+fn counts(expected: &[(&str, u64)]) -> BTreeMap<String, u64> {
+    expected.iter().map(|(class, count)| ((*class).to_owned(), *count)).collect()
+}
+
+const PLAIN: [(&str, u64); 2] = [("agree", 2), ("entry-closed", 1)];
+
+fn read(name: &str) -> String {
+    std::fs::read_to_string(file(name)).expect(name)
+}
+
+#[test]
+fn the_same_sockets_are_found_in_every_dress() {
+    let plain = read("ss-plain.txt");
+    let indented = plain.replace('\n', "\n    ");
+    let dressed = [
+        plain.clone(),
+        read("ss-indented-markdown.txt"),
+        format!("\u{feff}{plain}"),
+        plain.replace('\n', "\r\n"),
+        format!("We see this:\n\n```\n{plain}```\n\nThanks\n"),
+        format!("root@web:~# ss -tan\n{plain}root@web:~#\n"),
+        format!("> {}\n", plain.trim_end().replace('\n', "\n> ")),
+        format!("    {indented}"),
+        plain.replace("          198.51", "\n198.51"),
+        plain.replace("ESTAB", "\u{1b}[1;32mESTAB\u{1b}[0m"),
+        // Its last column is headed so by iproute2 6.1.
+        plain.replace("Address:Port Process", "Address:PortProcess"),
+    ];
+    for text in dressed {
+        let said = of_text(&text, "ct-plain.txt");
+        assert_eq!((said.code, said.classes()), (1, counts(&PLAIN)), "{text}\n{}", said.err);
+    }
+    let utf16: Vec<u8> =
+        format!("\u{feff}{plain}").encode_utf16().flat_map(u16::to_le_bytes).collect();
+    assert_eq!(of_text(utf16, "ct-plain.txt").classes(), counts(&PLAIN));
+    for name in ["netstat.txt", "ss-netid.txt"] {
+        let said = of(name, "ct-plain.txt", &[]);
+        assert_eq!((said.code, said.classes()), (1, counts(&PLAIN)), "{name}: {}", said.err);
+    }
+}
+
+#[test]
+fn netstat_tells_states_in_other_languages_and_processes() {
+    let said = of("netstat-localised.txt", "ct-plain.txt", &[]);
+    let report = said.report();
+    assert_eq!(report["summary"]["sockets"]["established"], 1);
+    assert_eq!(report["summary"]["sockets"]["listening"], 1);
+    let report = of("netstat.txt", "ct-plain.txt", &[]).report();
+    let connections = report["connections"].as_array().expect("connections");
+    let named: Vec<_> = connections.iter().map(|it| (&it["pid"], &it["command"])).collect();
+    let worker = (&Value::from(902), &Value::from("httpd: worker p"));
+    assert_eq!((named[1], named[2]), (worker, (&Value::Null, &Value::Null)));
+}
+
+#[test]
+fn a_file_that_cannot_be_read_is_never_an_all_clear() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let empty = directory.path().join("empty");
+    std::fs::write(&empty, "").expect("a file");
+    let (plain, entries) = (file("ss-plain.txt"), file("ct-plain.txt"));
+    for (sockets, entries, said) in [
+        (&empty, &entries, "--sockets: "),
+        (&plain, &empty, "--conntrack: "),
+        (&entries, &plain, "swapped"),
+        (&entries, &entries, "ct-plain.txt:1: these are conntrack entries"),
+        (&plain, &plain, "ss-plain.txt:2: these are sockets"),
+        (&file("ss-names-of-services.txt"), &entries, ":2: '*:https' is no numeric address"),
+        (&file("ss-state-filter.txt"), &entries, ":2: no State column"),
+    ] {
+        let run = audit(sockets, entries, &[]);
+        assert_eq!((run.code, run.out.as_str()), (2, ""), "{said}: {}", run.err);
+        assert!(run.err.contains(said) && run.err.lines().count() == 1, "{said}: {}", run.err);
+    }
+}
+
+#[test]
+fn the_state_that_a_filter_leaves_out_is_named_by_the_user() {
+    let said = of("ss-state-filter.txt", "ct-plain.txt", &["--socket-state", "close-wait"]);
+    let expected = counts(&[("agree", 1), ("entry-closed", 1), ("entry-missing", 1)]);
+    assert_eq!((said.code, said.classes()), (1, expected.clone()), "{}", said.err);
+    assert!(said.err.contains("8080 (3 sockets)"), "{}", said.err);
+    assert!(said.err.contains("1 entries without a socket are left out"), "{}", said.err);
+    let prompted = format!("$ ss -tan state close-wait\n{}", read("ss-state-filter.txt"));
+    assert_eq!(of_text(prompted, "ct-plain.txt").classes(), expected);
+    let bare = read("ss-state-filter.txt").lines().skip(1).collect::<Vec<_>>().join("\n");
+    assert_eq!(of_text(&bare, "ct-plain.txt").code, 2);
+    let named = ["--socket-state", "close-wait", "--port", "9000"];
+    assert_eq!(of("ss-state-filter.txt", "ct-plain.txt", &named).classes(), counts(&[]));
+}
+
+#[test]
+fn lines_that_are_passed_over_are_counted_in_one_line() {
+    let said = of("ss-netid.txt", "ct-plain.txt", &[]);
+    let lines: Vec<_> = said.err.lines().collect();
+    let [sockets, entries] = lines.as_slice() else { panic!("{}", said.err) };
+    assert!(sockets.ends_with("ss-netid.txt: passed over 1 of 5 lines: 1 udp"), "{sockets}");
+    assert!(entries.ends_with("ct-plain.txt: passed over 1 of 4 lines: 1 udp"), "{entries}");
+    let odd = read("ss-plain.txt") + "HALF-SHUT 0 0 192.0.2.1:8080 203.0.113.9:5002\nwords\n";
+    let said = of_text(odd, "ct-plain.txt");
+    let expected = ":6: unknown state 'HALF-SHUT'; passed over 2 of 6 lines: 1 not understood, 1 \
+                    with an unknown state";
+    assert!(said.err.contains(expected), "{}", said.err);
+}
+
+#[test]
+fn subflows_are_taken_and_the_mptcp_lines_are_not() {
+    let said = of("ss-mptcp.txt", "ct-plain.txt", &[]);
+    let report = said.report();
+    let open = &report["summary"]["sockets"];
+    assert_eq!((&open["established"], &open["close-wait"]), (&1.into(), &0.into()));
+    assert!(said.err.contains("3 mptcp"), "{}", said.err);
+}
+
+#[test]
+fn a_name_of_a_process_is_never_taken_for_a_field() {
+    let said = of("ss-names.txt", "ct-plain.txt", &[]);
+    let report = said.report();
+    let connections = report["connections"].as_array().expect("connections").clone();
+    let held: Vec<_> = connections.iter().filter(|it| it["inode"] != Value::Null).collect();
+    let inodes: Vec<_> = held.iter().map(|it| it["inode"].as_u64().expect("an inode")).collect();
+    assert_eq!(inodes, [3001, 3002, 3003, 3004, 3005, 3006]);
+    assert!(held.iter().all(|it| it["uid"] == 33), "{held:#?}");
+    let names: Vec<_> = held.iter().map(|it| it["command"].as_str().expect("a name")).collect();
+    let expected = [
+        "node /srv/app a",
+        "Web Content (x)",
+        "nginx: worker p",
+        "a ino:7 sk:9 b",
+        "c sk:9 uid:0",
+        "say \"hi\"",
+    ];
+    assert_eq!(names, expected);
+    assert_eq!(held[1]["processes"], 2);
+}
+
+#[test]
+fn nothing_in_a_file_reaches_the_terminal_as_a_command() {
+    let name = "evil\u{1b}]0;x\u{7}\u{9b}31m\u{202e}";
+    let rows = format!(
+        "LISTEN 0 128 0.0.0.0:8080 0.0.0.0:*\n\
+         CLOSE-WAIT 1 0 192.0.2.1:8080 198.51.100.7:41003 users:((\"{name}\",pid=9,fd=9))\n\
+         \u{1b}[2J{name} 0 0 192.0.2.1:8080 198.51.100.7:41004\n"
+    );
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("sockets");
+    std::fs::write(&path, rows).expect("a file");
+    for format in ["--format=json", "--format=table"] {
+        let said = audit(&path, &file("ct-plain.txt"), &[format]);
+        let text = format!("{}{}", said.out, said.err);
+        let commands = |letter: char| letter.is_control() && letter != '\n' || letter == '\u{202e}';
+        assert!(!text.contains(commands), "{text:?}");
+        assert!(text.contains("evil"), "{text}");
+    }
+}
+
+#[test]
+fn connections_that_wait_to_be_accepted_belong_to_no_process() {
+    let said = of("ss-unaccepted.txt", "ct-plain.txt", &[]);
+    let report = said.report();
+    assert_eq!(report["layers"]["listen"][0]["waiting"], 6);
+    let application = report["layers"]["application"].as_array().expect("rows");
+    let rows: Vec<_> = application.iter().map(|row| (&row["kind"], &row["pid"])).collect();
+    assert_eq!(rows, [(&"process".into(), &77.into()), (&"queue".into(), &Value::Null)]);
+    assert_eq!(application[1]["sockets"]["close-wait"], 3);
+    let table = audit(&file("ss-unaccepted.txt"), &file("ct-plain.txt"), &[]).out;
+    assert!(table.contains("waiting to be accepted: 3 of 4"), "{table}");
+    // Without inodes the text says nothing of processes.
+    let report = of("ss-plain.txt", "ct-plain.txt", &[]).report();
+    assert_eq!(report["layers"]["application"][0]["kind"], "unseen");
+}
+
+#[test]
+fn connections_outlive_their_listener_in_the_report() {
+    let said = of("ss-listener-gone.txt", "ct-plain.txt", &[]);
+    assert_eq!((said.code, said.classes()), (1, counts(&[("entry-missing", 2)])), "{}", said.err);
+    assert!(
+        said.err.contains("no listener any more, but served: 8443 (2 sockets)"),
+        "{}",
+        said.err
+    );
+    // What this host dials is not served.
+    let dialled = "LISTEN 0 128 0.0.0.0:8080 0.0.0.0:*\n\
+        ESTAB 0 0 192.0.2.1:40001 203.0.113.5:443\nESTAB 0 0 192.0.2.1:40002 203.0.113.5:443\n";
+    assert_eq!(of_text(dialled, "ct-plain.txt").report()["summary"]["sockets"]["established"], 0);
+}
+
+#[test]
+fn entries_of_an_idle_service_are_found() {
+    let only = of("ss-listeners-only.txt", "ct-ghosts.txt", &["--limit", "3"]);
+    let control = read("ss-listeners-only.txt") + "ESTAB 0 0 192.0.2.1:9000 203.0.113.5:443\n";
+    for said in [only, of_text(control, "ct-ghosts.txt")] {
+        assert_eq!((said.code, said.classes()), (1, counts(&[("socket-missing", 4)])));
+        let report = said.report();
+        let sources = report["sources"].as_array().expect("sources").iter();
+        let mut stale: Vec<_> =
+            sources.map(|it| (it["source"].as_str().unwrap_or(""), &it["stale"])).collect();
+        stale.sort_unstable_by_key(|(source, _)| *source);
+        assert_eq!(stale, [("198.51.100.20/32", &1.into()), ("198.51.100.7/32", &3.into())]);
+        let unreplied = report["connections"].as_array().expect("connections").iter();
+        assert_eq!(unreplied.filter(|it| it["unreplied"] == true).count(), 1);
+    }
+    let table = audit(&file("ss-listeners-only.txt"), &file("ct-ghosts.txt"), &[]);
+    assert!(table.out.contains("established/unreplied"), "{}", table.out);
+    assert!(table.err.contains("only listening sockets"), "{}", table.err);
+    // A host that forwards the port elsewhere, or serves it on another address alone.
+    let elsewhere = read("ss-listeners-only.txt").replace("0.0.0.0:8080", "192.0.2.9:8080");
+    let elsewhere = elsewhere.replace("[::]:8080", "[2001:db8::9]:8080");
+    assert_eq!(of_text(elsewhere, "ct-ghosts.txt").classes(), counts(&[]));
+}
+
+#[test]
+fn a_text_never_claims_who_began_a_connection() {
+    let said = of("ss-libp2p.txt", "ct-libp2p.txt", &[]);
+    assert_eq!((said.code, said.classes()), (0, counts(&[("agree", 4)])), "{}", said.out);
+    assert!(said.err.contains("3 connections were begun from a served port"), "{}", said.err);
+    let report = said.report();
+    let sources = report["sources"].as_array().expect("sources");
+    assert_eq!((sources.len(), &sources[0]["held"]), (1, &1.into()), "dialled ones are no load");
+    // A peer's port that is one of ours says nothing either.
+    let said = of("ss-sameport.txt", "ct-sameport.txt", &["--port", "179,8080"]);
+    assert_eq!((said.code, said.classes()), (0, counts(&[("agree", 2)])), "{}", said.out);
+    // An established entry without an answer was begun by the server's own packet.
+    let reversed = "tcp 6 300 ESTABLISHED src=192.0.2.1 dst=198.51.100.7 sport=8080 dport=41003 \
+        [UNREPLIED] src=198.51.100.7 dst=192.0.2.1 sport=41003 dport=8080 mark=0 use=1\n";
+    let directory = tempfile::tempdir().expect("a directory");
+    let entries = directory.path().join("entries");
+    std::fs::write(&entries, read("ct-plain.txt").replace("6 4 CLOSE", "6 4 SYN_SENT") + reversed)
+        .expect("a file");
+    let said = audit(&file("ss-plain.txt"), &entries, &["--format=json"]);
+    assert_eq!(said.report()["summary"]["classes"]["entry-reversed"], 0, "the right one is there");
+    let line = read("ct-plain.txt").lines().find(|line| line.contains("41003")).map(str::to_owned);
+    let without = read("ct-plain.txt").replace(&line.expect("a line"), "") + reversed;
+    std::fs::write(&entries, without).expect("a file");
+    let said = audit(&file("ss-plain.txt"), &entries, &["--format=json"]);
+    assert_eq!(said.report()["summary"]["classes"]["entry-reversed"], 1, "{}", said.out);
+}
+
+#[test]
+fn events_are_read_for_what_they_tell() {
+    for name in ["ct-events.txt", "ct-events-timestamp.txt"] {
+        let said = of("ss-plain.txt", name, &[]);
+        assert_eq!((said.code, said.classes()), (1, counts(&[("entry-missing", 1)])), "{name}");
+        assert_eq!(said.report()["connections"][0]["remote"], "198.51.100.7:41002");
+        assert!(said.err.contains("2 of 3 connections do not appear"), "{}", said.err);
+    }
+    // A list with events behind it is brought up to date by them.
+    let directory = tempfile::tempdir().expect("a directory");
+    let entries = directory.path().join("entries");
+    std::fs::write(&entries, read("ct-plain.txt") + &read("ct-events.txt")).expect("a file");
+    let said = audit(&file("ss-plain.txt"), &entries, &["--format=json"]);
+    let expected = counts(&[("agree", 1), ("entry-closed", 1), ("entry-missing", 1)]);
+    assert_eq!(said.classes(), expected, "{}", said.err);
+}
