@@ -24,8 +24,9 @@ const LAYERS: [&[&str]; 11] = [
 ];
 
 /// Values and decisions: no clock, no I/O, no log.
-const PURE: [&str; 14] = [
+const PURE: [&str; 15] = [
     "flow.rs",
+    "audit/survey.rs",
     "conntrack/decode.rs",
     "conntrack/entry.rs",
     "firewall/iptables_save.rs",

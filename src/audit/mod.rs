@@ -10,3 +10,4 @@ pub mod processes;
 pub mod report;
 pub mod saved;
 pub mod sources;
+pub mod survey;

@@ -33,16 +33,18 @@ use self::counts::Counts;
 use self::gauges::Gauges;
 use self::history::History;
 use self::spec::{ACTIONS, BUFFERS, Count, DROPS, FAMILIES, Gauge, Histogram, ROUTES};
-pub use self::survey::Look;
 use self::text::from_open_metrics;
+use crate::audit::survey::{Kernel, Survey, SweepResult};
 use crate::conntrack::TableSize;
 use crate::error::{Error, Result};
 use crate::flow::FourTuple;
+use crate::host::sysctl;
 use crate::netlink::Transport;
 use crate::reconcile::apply::Outcome;
 use crate::reconcile::keeper::Trigger;
 use crate::reconcile::ledger::Ledger;
 use crate::reconcile::observe::Tables;
+use crate::reconcile::policy::{Policy, Scope};
 use crate::reconcile::pressure::Transition;
 use crate::reconcile::snapshot::Snapshot;
 use crate::shield::DECISIONS;
@@ -262,6 +264,19 @@ impl Metrics {
     }
 }
 
+/// What a deep sweep saw.
+#[derive(Clone, Copy, Debug)]
+pub struct Look<'a> {
+    /// The connections, with sockets that are open on the server's side.
+    pub snapshot: &'a Snapshot,
+    /// The scope then.
+    pub scope: &'a Scope,
+    /// The administrator's wishes.
+    pub policy: &'a Policy,
+    /// What is held now.
+    pub ledger: &'a Ledger,
+}
+
 /// One guard's part in the metrics.
 #[derive(Debug)]
 pub struct Share {
@@ -395,8 +410,30 @@ impl Share {
     /// # Errors
     /// The kernel refused, or an answer was lost; the figures stay as they were.
     pub fn survey<T: Transport>(&mut self, tables: &mut Tables<T>, look: Look<'_>) -> Result<()> {
+        let Look { snapshot, scope, policy, ledger } = look;
+        let sweep = SweepResult { snapshot, scope, policy, ledger, repaired: &self.repaired };
+        let mut survey = Survey::of(sweep, tables.sockets.sockets(Survey::states())?);
+        let again = tables.exactly(survey.suspects(), ledger)?;
+        survey.make_sure(sweep, &again);
+        survey.kernel = Kernel {
+            counters: tables.conntrack.counters()?,
+            timeouts: spec::TIMED
+                .into_iter()
+                .filter_map(|state| Some((state, sysctl::conntrack(&state.timeout_setting()?)?)))
+                .collect(),
+            tcp_loose: sysctl::conntrack("nf_conntrack_tcp_loose"),
+        };
+        self.surveyed(&survey);
+        Ok(())
+    }
+
+    /// The whole tables were looked at.
+    pub fn surveyed(&mut self, survey: &Survey) {
         let mut gauges = Gauges::default();
-        let drops = survey::survey(tables, look, &self.repaired, &mut gauges)?;
+        survey::publish(survey, &mut gauges);
+        let counters = survey.kernel.counters;
+        let drops =
+            [counters.drop, counters.early_drop, counters.insert_failed, counters.chain_toolong];
         self.guard(|guard| {
             guard.gauges.replace(gauges);
             for (kind, count) in DROPS.into_iter().zip(drops) {
@@ -404,7 +441,6 @@ impl Share {
                 self.metrics.counts.add(Count::Drops, &[kind], more);
             }
         });
-        Ok(())
     }
 
     /// A sweep that began then has ended well; the next comes after about `interval`.

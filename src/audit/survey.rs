@@ -1,0 +1,289 @@
+//! The figures of the whole tables, from the snapshot of a deep sweep. Pure: what has to be looked
+//! up for them is named here, and the answers are arguments.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::net::IpAddr;
+
+use super::classes::Class;
+use crate::conntrack::{Counters, TcpState};
+use crate::flow::FourTuple;
+use crate::reconcile::ledger::Ledger;
+use crate::reconcile::plan::cell;
+use crate::reconcile::policy::{Policy, Scope};
+use crate::reconcile::snapshot::{Snapshot, View};
+use crate::sockdiag::{Lookup, Socket, State, States};
+
+/// So many disagreements are made sure of by exact look-ups, some milliseconds; of more than these
+/// the dump is believed.
+const EXACT: usize = 1024;
+
+/// States whose sockets a deep sweep has seen already.
+const SWEPT: [State; 2] = [State::Established, State::CloseWait];
+
+/// What a deep sweep saw, and what was made of it.
+#[derive(Clone, Copy, Debug)]
+pub struct SweepResult<'a> {
+    /// The connections, with sockets that are open on the server's side.
+    pub snapshot: &'a Snapshot,
+    /// The scope then.
+    pub scope: &'a Scope,
+    /// The administrator's wishes.
+    pub policy: &'a Policy,
+    /// What is held now.
+    pub ledger: &'a Ledger,
+    /// The connections that it has just put right.
+    pub repaired: &'a HashSet<FourTuple>,
+}
+
+/// The figures.
+#[derive(Clone, Debug, Default)]
+pub struct Survey {
+    /// Sockets of the scope by state, of IPv4 and of IPv6.
+    pub sockets: [BTreeMap<State, u64>; 2],
+    /// What waits at each port.
+    pub queues: BTreeMap<u16, Queue>,
+    /// Connections of each peer with each port.
+    pub sources: HashMap<(IpAddr, u16), SourceCounts>,
+    /// How the tables stood to each other after the repairs.
+    pub classes: BTreeMap<Class, Found>,
+    /// What the kernel is told about conntrack, and what it counts itself; set by the caller.
+    pub kernel: Kernel,
+    /// Connections to look up exactly.
+    suspects: Vec<Lookup>,
+}
+
+/// The listeners of one port together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Queue {
+    /// Connections that wait to be accepted.
+    pub waiting: u64,
+    /// How many may.
+    pub limit: u64,
+}
+
+/// The connections of one peer with one port.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SourceCounts {
+    /// Sockets that are open on the server's side.
+    pub open: u64,
+    /// Those of them that the peer has half-closed.
+    pub half_closed: u64,
+    /// Entries that a limiter counts.
+    pub counted: u64,
+    /// Open sockets without a counted entry.
+    pub uncounted: u64,
+}
+
+/// The connections of one class.
+#[derive(Clone, Debug, Default)]
+pub struct Found {
+    /// How many.
+    pub connections: u64,
+    /// Whose.
+    pub sources: HashSet<IpAddr>,
+}
+
+/// Conntrack's settings and counters.
+#[derive(Clone, Debug, Default)]
+pub struct Kernel {
+    /// What was refused or evicted.
+    pub counters: Counters,
+    /// `nf_conntrack_tcp_timeout_*`, in seconds.
+    pub timeouts: Vec<(TcpState, u64)>,
+    /// `nf_conntrack_tcp_loose`.
+    pub tcp_loose: Option<u64>,
+}
+
+impl Survey {
+    /// States of the sockets that are still to be listed for it.
+    pub fn states() -> States {
+        State::ALL.into_iter().filter(|state| !SWEPT.contains(state)).collect()
+    }
+
+    /// The figures so far, with all sockets in [`Survey::states`].
+    pub fn of(sweep: SweepResult<'_>, others: Vec<Socket>) -> Self {
+        let (mut listeners, mut others): (Vec<_>, Vec<_>) =
+            others.into_iter().partition(|socket| socket.state == State::Listen);
+        others.retain(|socket| sweep.scope.contains(sweep.policy, socket.flow()));
+        listeners.retain(|socket| sweep.scope.ports.contains(&socket.local.port()));
+        let mut this = Self::default();
+        let swept = sweep.snapshot.views.iter().filter_map(|view| view.socket);
+        this.count_sockets(swept.chain(others.iter().chain(&listeners).copied()));
+        this.count_queues(&listeners);
+        this.count_sources(sweep);
+        this.compare(sweep, &others.iter().map(Socket::flow).collect());
+        this
+    }
+
+    fn count_sockets(&mut self, all: impl Iterator<Item = Socket>) {
+        for socket in all {
+            let [ipv4, ipv6] = &mut self.sockets;
+            let family = if socket.local.addr().is_ipv4() { ipv4 } else { ipv6 };
+            *family.entry(socket.state).or_default() += 1;
+        }
+    }
+
+    /// Several listeners of one port (`SO_REUSEPORT`, IPv4 beside IPv6) add up.
+    fn count_queues(&mut self, listeners: &[Socket]) {
+        for listener in listeners {
+            let queue = self.queues.entry(listener.local.port()).or_default();
+            queue.waiting += u64::from(listener.recv_queue);
+            queue.limit += u64::from(listener.send_queue);
+        }
+    }
+
+    fn count_sources(&mut self, sweep: SweepResult<'_>) {
+        for view in sweep.snapshot.views.iter() {
+            let state = view.socket.map(|socket| socket.state);
+            let is_open = state.is_some_and(|state| SWEPT.contains(&state));
+            // The snapshot is older than the repair. What was repaired without a socket was given
+            // back.
+            let is_repaired = sweep.repaired.contains(&view.flow);
+            let is_counted = if is_repaired { is_open } else { view.is_counted() };
+            if is_open || is_counted {
+                let key = (view.flow.dst.addr(), view.flow.src.port());
+                let source = self.sources.entry(key).or_default();
+                source.open += u64::from(is_open);
+                source.half_closed += u64::from(state == Some(State::CloseWait));
+                source.counted += u64::from(is_counted);
+                source.uncounted += u64::from(is_open && !is_counted);
+            }
+        }
+    }
+
+    /// Two dumps are taken at two moments, and the sweep has repaired since: what it leaves is to be
+    /// looked up again.
+    fn compare(&mut self, sweep: SweepResult<'_>, closing: &HashSet<FourTuple>) {
+        self.classes = Class::ALL.map(|class| (class, Found::default())).into();
+        for view in sweep.snapshot.views.iter() {
+            let agrees = sweep.repaired.contains(&view.flow)
+                || view.socket.is_none() && closing.contains(&view.flow);
+            match if agrees { Class::Agree } else { class(&view, sweep.snapshot, sweep) } {
+                Class::Agree => self.note(Class::Agree, &view),
+                _ if self.suspects.len() < EXACT => self.suspects.push(Lookup {
+                    flow: view.flow,
+                    interface: view.socket.map_or(0, |socket| socket.interface),
+                }),
+                class => self.note(class, &view),
+            }
+        }
+    }
+
+    fn note(&mut self, class: Class, view: &View) {
+        let found = self.classes.entry(class).or_default();
+        found.connections += 1;
+        found.sources.insert(view.flow.dst.addr());
+    }
+
+    /// What [`Survey::make_sure`] wants looked up exactly.
+    pub fn suspects(&self) -> &[Lookup] {
+        &self.suspects
+    }
+
+    /// Takes what exact look-ups of the suspects have shown.
+    pub fn make_sure(&mut self, sweep: SweepResult<'_>, now: &Snapshot) {
+        self.suspects.clear();
+        for view in now.views.iter().filter(|view| view.socket.is_some() || view.entry.is_some()) {
+            self.note(class(&view, now, sweep), &view);
+        }
+    }
+}
+
+fn class(view: &View, snapshot: &Snapshot, sweep: SweepResult<'_>) -> Class {
+    Class::of(cell(view, &snapshot.evidence, sweep.scope, sweep.policy, sweep.ledger))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::conntrack::{Entry, Tcp, Zone};
+    use crate::flow::Endpoint;
+    use crate::reconcile::pressure::Defence;
+    use crate::sockdiag::Cookie;
+
+    fn view(port: u16, state: Option<State>, entry: Option<TcpState>) -> View {
+        let server: Endpoint = "192.0.2.1:80".parse().unwrap();
+        let peer = Endpoint::new("198.51.100.7".parse().unwrap(), port);
+        let flow = FourTuple::new(server, peer);
+        let socket = state.map(|state| Socket {
+            local: flow.src,
+            remote: flow.dst,
+            state,
+            inode: 1,
+            uid: 0,
+            cookie: Cookie(port.into()),
+            interface: 0,
+            recv_queue: 0,
+            send_queue: 0,
+        });
+        let entry = entry.map(|state| Entry {
+            timeout: Some(Duration::from_secs(3600)),
+            tcp: Some(Tcp { state, wscale: [7, 7], flags: [0; 2] }),
+            ..Entry::plain(flow.inverse(), Zone::default())
+        });
+        View { flow, socket, entry }
+    }
+
+    #[test]
+    fn what_a_sweep_has_repaired_agrees_and_what_it_left_is_looked_up_again() {
+        let open = Some(State::CloseWait);
+        let (repaired, left, sound) = (
+            view(1, open, Some(TcpState::Close)),
+            view(2, open, Some(TcpState::Close)),
+            view(3, open, Some(TcpState::CloseWait)),
+        );
+        let snapshot = Snapshot::new([repaired, left, sound]);
+        let policy = Policy::default();
+        let scope = Scope { ports: [80].into(), ..policy.scope(&[]) };
+        let ledger = Ledger::new(Defence::Auto, 0);
+        let put_right = [repaired.flow].into();
+        let sweep = SweepResult {
+            snapshot: &snapshot,
+            scope: &scope,
+            policy: &policy,
+            ledger: &ledger,
+            repaired: &put_right,
+        };
+        let mut survey = Survey::of(sweep, Vec::new());
+        let source = (left.flow.dst.addr(), 80);
+        let counts = SourceCounts { open: 3, half_closed: 3, counted: 2, uncounted: 1 };
+        assert_eq!(survey.sources[&source], counts);
+        assert_eq!(survey.sockets[0][&State::CloseWait], 3);
+        let flows = |survey: &Survey| {
+            survey.suspects().iter().map(|suspect| suspect.flow).collect::<Vec<_>>()
+        };
+        assert_eq!(flows(&survey), [left.flow]);
+        // Gone by now: it was no disagreement.
+        let mut gone = survey.clone();
+        gone.make_sure(sweep, &Snapshot::new([View { socket: None, entry: None, ..left }]));
+        assert_eq!(gone.classes[&Class::EntryClosed].connections, 0);
+        survey.make_sure(sweep, &Snapshot::new([left]));
+        assert_eq!(survey.classes[&Class::EntryClosed].connections, 1);
+        assert_eq!(survey.classes[&Class::EntryClosed].sources.len(), 1);
+        assert_eq!(survey.classes[&Class::Agree].connections, 2);
+        assert_eq!(flows(&survey), []);
+    }
+
+    #[test]
+    fn listeners_of_one_port_add_up() {
+        let listener = |backlog| Socket {
+            state: State::Listen,
+            recv_queue: 1,
+            send_queue: backlog,
+            ..view(1, Some(State::Listen), None).socket.unwrap()
+        };
+        let policy = Policy::default();
+        let scope = Scope { ports: [80].into(), ..policy.scope(&[]) };
+        let sweep = SweepResult {
+            snapshot: &Snapshot::default(),
+            scope: &scope,
+            policy: &policy,
+            ledger: &Ledger::default(),
+            repaired: &HashSet::new(),
+        };
+        let survey = Survey::of(sweep, vec![listener(128), listener(511)]);
+        assert_eq!(survey.queues[&80], Queue { waiting: 2, limit: 639 });
+    }
+}
