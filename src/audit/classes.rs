@@ -43,7 +43,10 @@ impl Class {
             Verdict::Act(ActionKind::Reverse, _) => Self::EntryReversed,
             Verdict::Leave(Rest::NotGuarded) if reversed => Self::EntryReversed,
             Verdict::Leave(Rest::OverCount) => Self::SocketMissing,
-            Verdict::Act(ActionKind::Release | ActionKind::Reap | ActionKind::Seal, _)
+            Verdict::Act(
+                ActionKind::Recount | ActionKind::Release | ActionKind::Reap | ActionKind::Seal,
+                _,
+            )
             | Verdict::Leave(_) => Self::Agree,
         }
     }

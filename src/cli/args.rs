@@ -39,6 +39,8 @@ pub(super) enum Command {
     Audit(Audit),
     /// Repair once what disagrees now
     Reconcile(Reconcile),
+    /// Show the limits every open connection of theirs once, as after a reload of the rules
+    Recount(Recount),
     /// Guard connections until told to stop
     Run(Run),
     /// Show what both tables say of one connection, and what ctkeep would do
@@ -153,6 +155,23 @@ pub(super) struct Reconcile {
 }
 
 #[derive(Debug, Args)]
+pub(super) struct Recount {
+    #[command(flatten)]
+    pub scope: Scope,
+
+    #[command(flatten)]
+    pub output: Output,
+
+    /// Print which connections would be shown, and change nothing
+    #[arg(long)]
+    pub dry_run: bool,
+
+    /// How the limiter is made to count a connection again
+    #[arg(long, value_name = "ROUTE", default_value = "auto", value_parser = recount_route())]
+    pub recount: Mode,
+}
+
+#[derive(Debug, Args)]
 pub(super) struct Explain {
     // Not a doc comment: rustdoc takes the brackets for a link.
     #[arg(
@@ -229,6 +248,12 @@ pub(super) struct Run {
     /// How the limiter is made to count a repaired connection again
     #[arg(long, value_name = "ROUTE", default_value = "auto", value_parser = recount_mode())]
     pub recount: Mode,
+
+    /// Follow changes of the firewall's rules, and show limits that are new or were emptied what
+    /// is open: where possible (auto), or off
+    #[arg(long, value_name = "WHEN", default_value = "auto", value_parser = follow_rules(),
+          action = ArgAction::Set)]
+    pub follow_rules: bool,
 
     /// Keep FINs and RSTs that TCP would not act on from conntrack: off, where possible, or on
     #[arg(long, value_name = "WHEN", default_value = "off", value_parser = shield())]
@@ -442,6 +467,18 @@ fn shield() -> impl TypedValueParser<Value = ShieldMode> {
         "auto" => ShieldMode::Auto,
         "on" => ShieldMode::On,
         _ => ShieldMode::Off,
+    })
+}
+
+fn follow_rules() -> impl TypedValueParser<Value = bool> {
+    PossibleValuesParser::new(["auto", "off"]).map(|name| name == "auto")
+}
+
+fn recount_route() -> impl TypedValueParser<Value = Mode> {
+    PossibleValuesParser::new(["auto", "ingress", "loopback"]).map(|name| match name.as_str() {
+        "ingress" => Mode::Ingress,
+        "loopback" => Mode::Loopback,
+        _ => Mode::Auto,
     })
 }
 

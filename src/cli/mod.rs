@@ -9,6 +9,7 @@ mod log;
 mod manual;
 pub mod output;
 mod reconcile;
+mod recount;
 mod run;
 
 use std::ffi::OsString;
@@ -95,6 +96,7 @@ fn dispatch(command: Command) -> Result<Exit> {
     match command {
         Command::Audit(args) => audit::run(&args),
         Command::Reconcile(args) => reconcile::run(&args),
+        Command::Recount(args) => recount::run(&args),
         Command::Run(args) => run::run(args),
         Command::Explain(args) => explain::run(&args),
         Command::Doctor(args) => doctor::run(&args),

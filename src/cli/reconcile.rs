@@ -21,13 +21,13 @@ use crate::reconcile::snapshot::View;
 use crate::recount::{Mode, Recounter};
 
 /// Beside the daemon's own, which may be there.
-const DEVICE: &str = "ctkeep1";
+pub(super) const DEVICE: &str = "ctkeep1";
 
 /// What the pass did, or in a dry run would do.
 #[derive(Default)]
-struct Done {
-    outcomes: Vec<Outcome>,
-    planned: Vec<Action>,
+pub(super) struct Done {
+    pub(super) outcomes: Vec<Outcome>,
+    pub(super) planned: Vec<Action>,
 }
 
 impl Witness for Done {
@@ -130,7 +130,7 @@ fn result_text(outcome: &Outcome) -> String {
     }
 }
 
-fn action_json(action: &Action, outcome: Option<&Outcome>) -> serde_json::Value {
+pub(super) fn action_json(action: &Action, outcome: Option<&Outcome>) -> serde_json::Value {
     json!({
         "action": action.kind.name(),
         "local": action.view.flow.src.to_string(),

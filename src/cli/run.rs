@@ -43,6 +43,7 @@ fn settings(args: Run) -> Result<Settings> {
         shield: args.shield,
         shield_mark: args.shield_mark,
         events: args.events,
+        follow_rules: args.follow_rules,
         nflog_group: args.nflog_group,
         sweep_interval: args.sweep_interval,
         deep_interval: args.deep_interval,

@@ -7,6 +7,7 @@ use std::time::Instant;
 use super::log::{Lines, line};
 use super::{Settings, ShieldMode};
 use crate::error::Result;
+use crate::firewall::lists::Anew;
 use crate::flow::FourTuple;
 use crate::metrics::{EventType, Share};
 use crate::nftables::Hook;
@@ -147,6 +148,25 @@ impl<'p> Desk<'p> {
             Some((_, Err(error))) => tracing::debug!(%error, "counters stay as they were"),
             None => {}
         }
+    }
+
+    /// Logs and counts limits that have lost their lists.
+    pub(super) fn limits_lost(&mut self, anew: &[Anew]) {
+        for Anew { rule, loss } in anew {
+            self.share.rules_changed(*loss);
+            line!(
+                self.lines.fits("limit lost its list"),
+                info,
+                limit = %rule,
+                reason = %loss,
+                "what is open is shown to a limit again"
+            );
+        }
+    }
+
+    /// Publishes how many open connections no limit is known to count that should.
+    pub(super) fn uncounted(&self, sockets: usize) {
+        self.share.uncounted(sockets);
     }
 
     /// Logs and publishes a sweep that ended well.

@@ -5,6 +5,7 @@
 mod control;
 mod desk;
 mod log;
+mod rules;
 mod service;
 mod worker;
 
@@ -66,6 +67,8 @@ pub struct Settings {
     pub device: String,
     /// Event source.
     pub events: EventSource,
+    /// Whether changes of the firewall's rules are followed.
+    pub follow_rules: bool,
     /// NFLOG group of the source `nflog`.
     pub nflog_group: u16,
     /// Shield.
@@ -141,6 +144,7 @@ impl Settings {
         self.namespaces == other.namespaces
             && self.events == other.events
             && self.nflog_group == other.nflog_group
+            && self.follow_rules == other.follow_rules
             && self.recount == other.recount
             && self.shield == other.shield
             && self.shield_mark == other.shield_mark
@@ -369,7 +373,7 @@ fn take_up(control: &Control, new: Result<Settings>) {
         Err(error) => tracing::error!(%error, "reload failed, keeping the old configuration"),
         Ok(new) if !old.same_foundation(&new) => tracing::error!(
             "reload refused, keeping the old configuration: namespaces, events, nflog group, \
-             recount, shield, device, defence, realtime, dry-run and metrics-listen take a restart"
+             follow-rules, recount, shield, device, defence, realtime, dry-run and metrics-listen take a restart"
         ),
         Ok(new) => {
             control.replace(new);

@@ -18,9 +18,11 @@ use thread_priority::{
 
 use super::control::Control;
 use super::desk::Desk;
+use super::rules::Rules;
 use super::{Guard, OnExit, Publishing, Settings};
 use crate::conntrack::TcpState;
 use crate::error::{Op, Result};
+use crate::firewall;
 use crate::host::netns::Namespace;
 use crate::host::{instance, random, sysctl};
 use crate::metrics::{Look, Share, instant_of};
@@ -179,11 +181,14 @@ struct Ready {
     events: bool,
     devices: bool,
     question: bool,
+    rules: bool,
 }
 
 struct Worker<'p> {
     keeper: Keeper,
     desk: Desk<'p>,
+    /// The rules whose limits count these sockets, where they are followed.
+    rules: Option<Rules>,
     /// Where the audit asks.
     claim: Option<UnixListener>,
     sweep_failing: bool,
@@ -217,7 +222,14 @@ impl Worker<'_> {
         // Before the first dump, so that nothing happens unseen between the two.
         let hook = if guard.is_for_others() { Hook::Forward } else { Hook::Input };
         let desk = Desk::open(settings, device, hook, &keeper.scope().ports, share)?;
-        Ok(Self { keeper, desk, claim: None, sweep_failing: false, checked: now })
+        let rules = if desk.settings.follow_rules {
+            let hook =
+                if guard.is_for_others() { firewall::Hook::Forward } else { firewall::Hook::Input };
+            Some(Rules::follow(hook, &desk.device, now)?)
+        } else {
+            None
+        };
+        Ok(Self { keeper, desk, rules, claim: None, sweep_failing: false, checked: now })
     }
 
     /// Whether a second has passed since the last look at the namespaces.
@@ -233,7 +245,9 @@ impl Worker<'_> {
     /// Sleeps until there is something to do.
     fn wait(&self, control: &Control) -> Result<Ready> {
         let now = Instant::now();
-        let due = self.keeper.next_timeout().map(|due| due.saturating_duration_since(now));
+        let due = self.keeper.next_timeout().into_iter();
+        let due = due.chain(self.rules.as_ref().and_then(Rules::next_timeout)).min();
+        let due = due.map(|due| due.saturating_duration_since(now));
         // Signs of life and the namespaces want a turn now and then.
         let time = due.unwrap_or(COME_BACK).min(COME_BACK);
         let sources = [
@@ -241,6 +255,7 @@ impl Worker<'_> {
             self.desk.events.fd(),
             self.desk.shield.as_ref().map(AsFd::as_fd),
             self.claim.as_ref().map(AsFd::as_fd),
+            self.rules.as_ref().map(AsFd::as_fd),
         ];
         let mut fds: Vec<_> = sources
             .iter()
@@ -249,9 +264,9 @@ impl Worker<'_> {
             .collect();
         wait_for(&mut fds, time)?;
         let mut answers = fds.iter().map(|fd| fd.any() != Some(false));
-        let [_, events, devices, question] =
+        let [_, events, devices, question, rules] =
             sources.map(|source| source.is_some() && answers.next() == Some(true));
-        Ok(Ready { events, devices, question })
+        Ok(Ready { events, devices, question, rules })
     }
 
     /// One turn of the loop. Only what makes further work senseless is an error; a failed sweep
@@ -288,9 +303,31 @@ impl Worker<'_> {
         if ready.question {
             self.answer();
         }
+        self.follow_rules(ready.rules)?;
         let worked = cpu_time();
         let swept = self.keeper.turn(Instant::now(), &mut self.desk)?;
         swept.map_or(Ok(()), |sweep| self.swept(&sweep, worked))
+    }
+
+    /// Hears of rules that change, and shows limits that have lost their lists what is open.
+    fn follow_rules(&mut self, ready: bool) -> Result<()> {
+        let Some(rules) = &mut self.rules else { return Ok(()) };
+        if ready {
+            rules.hear(Instant::now())?;
+        }
+        let (anew, since) = rules.look(Instant::now());
+        self.desk.limits_lost(&anew);
+        let now = Instant::now();
+        self.keeper.limits_lost(anew, since, rules.free_at().max(now));
+        if self.keeper.recount_is_due(now) {
+            let worked = cpu_time();
+            self.keeper.recount(now, &mut self.desk)?;
+            let now = Instant::now();
+            rules.spend(cpu_time().saturating_sub(worked), now);
+            self.keeper.put_off_recount(rules.free_at().max(now));
+            self.desk.uncounted(self.keeper.ledger().uncounted_sockets());
+        }
+        Ok(())
     }
 
     /// The deep sweep of the start: what comes before it is not guarded.
@@ -414,7 +451,7 @@ fn open_recounter(settings: &Settings, device: &str, now: Instant) -> Result<Opt
 }
 
 /// What this thread has cost so far: waiting, and being stopped, cost nothing.
-fn cpu_time() -> Duration {
+pub(super) fn cpu_time() -> Duration {
     clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
 }
 

@@ -37,6 +37,7 @@ use self::text::from_open_metrics;
 use crate::audit::survey::{Kernel, Survey, SweepResult};
 use crate::conntrack::TableSize;
 use crate::error::{Error, Result};
+use crate::firewall::lists::Loss;
 use crate::flow::FourTuple;
 use crate::host::sysctl;
 use crate::netlink::Transport;
@@ -44,6 +45,7 @@ use crate::reconcile::apply::Outcome;
 use crate::reconcile::keeper::Trigger;
 use crate::reconcile::ledger::Ledger;
 use crate::reconcile::observe::Tables;
+use crate::reconcile::plan::ActionKind;
 use crate::reconcile::policy::{Policy, Scope};
 use crate::reconcile::pressure::Transition;
 use crate::reconcile::snapshot::Snapshot;
@@ -363,9 +365,12 @@ impl Share {
             let action = &outcome.action;
             match &outcome.result {
                 Ok(()) => {
-                    done(action.kind.name());
+                    // A recount is counted below, where it is known what became of it.
+                    if action.kind != ActionKind::Recount {
+                        done(action.kind.name());
+                    }
                     history.done(action, trigger);
-                    if action.kind.needs_recount() {
+                    if action.kind.is_repair() {
                         counts.add(Count::LateRepairs, &[], 1);
                         counts.observe(Histogram::Reaction, &[trigger.name()], took);
                     }
@@ -379,6 +384,9 @@ impl Share {
                 Some(Ok(route)) => {
                     done("recount");
                     counts.add(Count::Recounts, &[route.name()], 1);
+                    if trigger == Trigger::Rules {
+                        counts.observe(Histogram::Reaction, &[trigger.name()], took);
+                    }
                 }
                 Some(Err(error)) => failed("recount", error),
                 None => {}
@@ -389,6 +397,18 @@ impl Share {
                 None => {}
             }
         }
+    }
+
+    /// A limit has lost its list.
+    pub fn rules_changed(&self, loss: Loss) {
+        self.metrics.counts.add(Count::RuleChanges, &[loss.name()], 1);
+    }
+
+    /// So many open connections are counted by no limit, as far as is known, that should be.
+    pub fn uncounted(&self, sockets: usize) {
+        self.guard(|guard| {
+            guard.gauges.set(Gauge::Uncounted, &[], sockets as f64);
+        });
     }
 
     /// The defence level has changed.
@@ -479,6 +499,7 @@ impl Share {
             }
             guard.gauges.set(Gauge::HeldOldest, &[], (now - oldest).as_secs_f64());
             guard.gauges.set(Gauge::LastSweep, &[], time.as_secs_f64());
+            guard.gauges.set(Gauge::Uncounted, &[], ledger.uncounted_sockets() as f64);
             guard.gauges.set(Gauge::DefenceLevel, &[], f64::from(ledger.pressure().level() as u8));
             guard.seen = Seen::Swept { at: now, patience: (interval * 3).max(RECENT) };
             guard.failure = None;

@@ -10,6 +10,7 @@ use prometheus_client::registry::Unit;
 use crate::audit::classes::Class;
 use crate::conntrack::TcpState;
 use crate::error::Error;
+use crate::firewall::lists::Loss;
 use crate::shield::DECISIONS;
 use crate::sockdiag::State;
 
@@ -70,6 +71,7 @@ const DIRECTION: Label = label("direction", || vec!["up", "down"]);
 const DROP: Label = label("kind", || DROPS.to_vec());
 const EVENT: Label = label("type", || vec!["update", "destroy", "nflog"]);
 const FAMILY: Label = label("family", || FAMILIES.to_vec());
+const LOSS: Label = label("kind", || Loss::ALL.map(Loss::name).to_vec());
 const MODE: Label = label("mode", || vec!["enforce", "observe"]);
 /// There when somebody listens.
 const PORT: Label = label("port", Vec::new);
@@ -79,7 +81,7 @@ const SOCKET: Label = label("socket", || BUFFERS.to_vec());
 const STATE: Label = label("state", || State::ALL.map(State::name).to_vec());
 const TABLE: Label = label("table", || TABLES.to_vec());
 const THRESHOLD: Label = label("threshold", || THRESHOLDS.map(|(_, name)| name).to_vec());
-const TRIGGER: Label = label("trigger", || vec!["event", "sweep"]);
+const TRIGGER: Label = label("trigger", || vec!["event", "sweep", "rules"]);
 
 /// How the values of several guards become one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -216,6 +218,10 @@ table! {
         .by(&[FAMILY]);
     HeldSources = row("ctkeep_held_sources", "Distinct peer addresses of held connections.")
         .by(&[FAMILY]);
+    Uncounted = row(
+        "ctkeep_uncounted_connections",
+        "Open connections that a limit has lost and that were not shown to it yet.",
+    );
     HeldOldest = row(
         "ctkeep_held_oldest_age",
         "For how long the oldest held connection has been held.",
@@ -286,6 +292,10 @@ table! {
         "ctkeep_recounts",
         "Connections shown to the limiter again, by the way that the packet took.",
     ).by(&[ROUTE]);
+    RuleChanges = row(
+        "ctkeep_rule_changes",
+        "Limits that lost their lists because rules changed, by what is known of it.",
+    ).by(&[LOSS]);
     Sweeps = row("ctkeep_sweeps", "Sweeps that ended well, shallow and deep.");
     SweepErrors = row("ctkeep_sweep_errors", "Rounds of sweep or events that failed.");
     Events = row("ctkeep_events", "Events received from the kernel.").by(&[EVENT]);

@@ -14,7 +14,7 @@ use crate::error::{Cause, Op, Result};
 use crate::flow::FourTuple;
 use crate::netlink::Transport;
 use crate::recount::{Notrack, Recount, Route};
-use crate::sockdiag::State;
+use crate::sockdiag::{Socket, State};
 
 /// So many repairs are under way at once: between an insert and its last step an entry is not
 /// assured, and that should be short.
@@ -71,8 +71,13 @@ pub fn apply<T: Transport, R: Recount>(
             continue;
         }
         let Action { kind, view, template, .. } = outcome.action;
+        if let (Some(socket), Some(Ok(_))) = (view.socket, &outcome.recount) {
+            ledger.set_counted(&socket);
+        }
         match (kind, view.socket) {
             (ActionKind::Release | ActionKind::Reap, _) => ledger.drop_flow(view.flow),
+            // What is right as it is stays the kernel's to time.
+            (ActionKind::Recount, Some(Socket { state: State::Established, .. })) => {}
             (_, Some(socket)) => {
                 ledger.hold(socket, template, now);
                 if let Some(notrack) = notrack {
@@ -99,7 +104,7 @@ fn raise<R: Recount>(
 /// an honest one. Who does it again past a seal, or from several ports, is neither.
 fn notracks(actions: &[Action], ledger: &Ledger) -> Vec<Option<Notrack>> {
     let mut repairs: HashMap<IpAddr, u32> = HashMap::new();
-    for action in actions.iter().filter(|action| action.kind.needs_recount()) {
+    for action in actions.iter().filter(|action| action.kind.is_repair()) {
         *repairs.entry(action.view.flow.dst.addr()).or_default() += 1;
     }
     actions
@@ -112,7 +117,7 @@ fn notracks(actions: &[Action], ledger: &Ledger) -> Vec<Option<Notrack>> {
                 ledger.notrack(&socket).is_some() || ledger.pressure().offends(source, more);
             let had_its_fin = socket.state == State::CloseWait;
             match action.kind {
-                kind if kind.needs_recount() && again => Some(Notrack::FinsAndRsts),
+                kind if kind.is_repair() && again => Some(Notrack::FinsAndRsts),
                 // The peer of an ESTABLISHED socket still needs its FIN to get through, also where
                 // rules drop what conntrack has not seen.
                 ActionKind::Revive | ActionKind::Reverse | ActionKind::Seal if had_its_fin => {
@@ -202,8 +207,9 @@ fn way(
     match recounter {
         Some(recounter) if action.kind.needs_recount() => {
             if recounter.admit(&action.template, now) {
-                let seal =
-                    action.kind == ActionKind::Revive || notrack == Some(Notrack::FinsAndRsts);
+                let seal = action.kind == ActionKind::Revive
+                    || notrack == Some(Notrack::FinsAndRsts)
+                    || action.kind == ActionKind::Recount && is_held_as_established(action);
                 Way::Recount { seal: seal && recounter.can_seal() }
             } else {
                 Way::InPlace { out_of_nudges: true }
@@ -215,7 +221,7 @@ fn way(
 
 /// The change that a repair begins with, and in place is.
 fn first_step(action: &Action, way: Way, lease: Duration) -> Change {
-    let entry = action.view.entry;
+    let (entry, lease) = (action.view.entry, timeout(action, lease));
     let key = entry.map_or(action.template.key(), |entry| entry.key());
     let id = entry.and_then(|entry| entry.id);
     let (status, sealed) = match way {
@@ -226,9 +232,12 @@ fn first_step(action: &Action, way: Way, lease: Duration) -> Change {
     let state = held_as(action, sealed);
     let insert = Insert { like: action.template, state, status, timeout: lease };
     match (action.kind, way) {
-        (ActionKind::Extend, _) => Change::Extend { key, timeout: lease },
+        // What cannot be recounted stays as it is.
+        (ActionKind::Extend, _) | (ActionKind::Recount, Way::InPlace { .. }) => {
+            Change::Extend { key, timeout: lease }
+        }
         (ActionKind::Revive, Way::InPlace { .. }) => last_step(action, lease, false),
-        (ActionKind::Revive | ActionKind::Reverse, _) => {
+        (ActionKind::Revive | ActionKind::Reverse | ActionKind::Recount, _) => {
             Change::Replace { old: key, id, new: insert }
         }
         (ActionKind::Reinsert, _) => Change::Insert(insert),
@@ -251,8 +260,24 @@ fn last_step(action: &Action, lease: Duration, sealed: bool) -> Change {
         key: action.template.key(),
         state: held_as(action, sealed),
         status: Some(Status::ASSURED),
-        timeout: lease,
+        timeout: timeout(action, lease),
     }
+}
+
+/// How long the entry lives from now on: what agrees keeps the time that the kernel gave it.
+fn timeout(action: &Action, lease: Duration) -> Duration {
+    let left = action.view.entry.and_then(|entry| entry.timeout);
+    match (action.kind, action.view.socket.map(|socket| socket.state)) {
+        (ActionKind::Recount, Some(State::Established)) => left.unwrap_or(lease),
+        _ => lease,
+    }
+}
+
+/// Whether a half-closed connection is held as one that is not, so that stale RSTs leave it alone.
+fn is_held_as_established(action: &Action) -> bool {
+    let half_closed = action.view.socket.is_some_and(|socket| socket.state == State::CloseWait);
+    let state = action.view.entry.and_then(|entry| entry.state());
+    half_closed && state == Some(TcpState::Established)
 }
 
 /// The state that conntrack should see the connection in. Only ESTABLISHED can be sealed.

@@ -19,8 +19,10 @@ use super::policy::{Policy, Scope};
 use super::pressure::{Defence, Transition};
 use super::snapshot::Snapshot;
 use super::timers::{Timer, Timers};
+use super::uncounted::Uncounted;
 use crate::conntrack::{Change, Entry, TableSize, TcpState};
 use crate::error::{Error, Result};
+use crate::firewall::lists::Anew;
 use crate::flow::FourTuple;
 use crate::netlink::{KernelSocket, Transport};
 use crate::recount::{Notrack, Recount, Recounter};
@@ -66,6 +68,8 @@ pub enum Trigger {
     Event,
     /// A sweep found it.
     Sweep,
+    /// The firewall's rules have changed.
+    Rules,
 }
 
 impl Trigger {
@@ -74,6 +78,7 @@ impl Trigger {
         match self {
             Self::Event => "event",
             Self::Sweep => "sweep",
+            Self::Rules => "rules",
         }
     }
 }
@@ -179,6 +184,9 @@ pub struct Keeper<T: Transport = KernelSocket, R: Recount = Recounter> {
     second_look: Deferred,
     open_look: Deferred,
     back_off: BackOff,
+    uncounted: Uncounted,
+    /// When the first change of rules became known that has not been followed.
+    rules_changed: Option<Instant>,
     random: fn() -> u64,
 }
 
@@ -214,6 +222,8 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             second_look: Deferred::default(),
             open_look: Deferred::default(),
             back_off: BackOff::default(),
+            uncounted: Uncounted::default(),
+            rules_changed: None,
             random,
         })
     }
@@ -332,6 +342,73 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         self.defer(Timer::OpenLook, OPEN_LOOK, lookups, since, now);
         confirmed.retain(|action| open(action).is_none());
         self.carry_out(confirmed, Trigger::Event, since, now, witness)
+    }
+
+    /// These limits have lost their lists: what is open of theirs is shown to them in the next
+    /// turns, part by part, from `at` on. `since` is when that became known.
+    pub fn limits_lost(&mut self, anew: Vec<Anew>, since: Instant, at: Instant) {
+        if anew.is_empty() {
+            return;
+        }
+        self.uncounted.add(anew);
+        self.rules_changed.get_or_insert(since);
+        self.timers.hasten(Timer::Recount, at);
+    }
+
+    /// Whether limits wait for what is open of theirs.
+    pub fn recount_is_due(&self, now: Instant) -> bool {
+        self.timers.is_due(Timer::Recount, now)
+    }
+
+    /// Shows limits that have lost their lists one part of what is open of theirs; more is due at
+    /// once, so that events come in between.
+    ///
+    /// # Errors
+    /// A conversation broke: the sweeps show what was left.
+    pub fn recount(&mut self, now: Instant, witness: &mut impl Witness) -> Result<()> {
+        let recounted = self.try_recount(now, witness);
+        if recounted.is_err() {
+            self.timers.set(Timer::Recount, now + self.settings.sweep_interval);
+        }
+        recounted
+    }
+
+    fn try_recount(&mut self, now: Instant, witness: &mut impl Witness) -> Result<()> {
+        let settings = self.settings.clone();
+        if !self.uncounted.is_waiting() && self.uncounted.is_new() {
+            let open = States::from_iter([State::Established, State::CloseWait]);
+            let mut sockets = self.tables.sockets.sockets(open)?;
+            let policy = &settings.policy;
+            sockets.retain(|socket| {
+                policy.states.contains(socket.state) && self.scope.contains(policy, socket.flow())
+            });
+            let ledger = &mut self.ledger;
+            self.uncounted.find(&sockets, |socket, loss| ledger.set_uncounted(socket, loss));
+        }
+        let lookups = self.uncounted.next(PART);
+        let snapshot = self.tables.exactly(&lookups, &self.ledger)?;
+        for view in snapshot.views.iter().filter(|view| !self.uncounted.concerns(view)) {
+            if let Some(socket) = view.socket {
+                self.ledger.set_counted(&socket);
+            }
+        }
+        let since = self.rules_changed.unwrap_or(now);
+        let confirmed = self.confirmed(&snapshot);
+        self.carry_out(confirmed, Trigger::Rules, since, now, witness)?;
+        self.timers.take(Timer::Recount, now);
+        if self.uncounted.is_waiting() || self.uncounted.is_new() {
+            self.timers.set(Timer::Recount, now);
+        } else {
+            self.rules_changed = None;
+        }
+        Ok(())
+    }
+
+    /// Limits that lost their lists while what is open was shown to them begin anew at `at`.
+    pub fn put_off_recount(&mut self, at: Instant) {
+        if !self.uncounted.is_waiting() && self.uncounted.is_new() {
+            self.timers.set(Timer::Recount, at);
+        }
     }
 
     /// Events were lost: everything must be looked at, at once.
@@ -535,6 +612,9 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         if confirmed.actions().iter().any(|action| action.kind.needs_recount()) {
             self.recounting.open(now)?;
         }
+        if self.recounting.recounter.is_none() {
+            confirmed.retain(|action| action.kind != ActionKind::Recount);
+        }
         let recounter = &mut self.recounting.recounter;
         let (tables, ledger) = (&mut self.tables, &mut self.ledger);
         let outcomes = apply(tables, recounter, &confirmed, &settings.policy, ledger, now)?;
@@ -552,9 +632,11 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             if outcome.action.kind.needs_recount()
                 && let Some(socket) = outcome.action.view.socket
             {
-                // Nothing but a sample tells of connections that are fooled before their FIN.
-                fooled_open |= socket.state == State::Established;
-                self.ledger.pressure_mut().repaired(socket.remote.addr(), now);
+                if outcome.action.kind.is_repair() {
+                    // Nothing but a sample tells of connections that are fooled before their FIN.
+                    fooled_open |= socket.state == State::Established;
+                    self.ledger.pressure_mut().repaired(socket.remote.addr(), now);
+                }
                 again.push(Lookup::from(&socket));
             }
         }

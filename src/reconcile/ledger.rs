@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use super::pressure::{Defence, Pressure};
 use super::snapshot::Snapshot;
 use crate::conntrack::{Entry, EntryKey, Tcp, Zone};
+use crate::firewall::lists::Loss;
 use crate::flow::FourTuple;
 use crate::recount::Notrack;
 use crate::sockdiag::{Cookie, Lookup, Socket, State};
@@ -35,6 +36,8 @@ pub struct Ledger {
     /// The sockets of held entries, seen from the server.
     flows: HashMap<FourTuple, Cookie>,
     distrusted: HashSet<Cookie>,
+    /// Open sockets that a limit is not known to count.
+    uncounted: HashMap<Cookie, Loss>,
     orphans: HashMap<EntryKey, Instant>,
     overdue: HashSet<EntryKey>,
     pressure: Pressure,
@@ -194,6 +197,26 @@ impl Ledger {
         self.distrusted.contains(&socket.cookie)
     }
 
+    /// A limit that is for this socket's connection has lost its list.
+    pub fn set_uncounted(&mut self, socket: &Socket, loss: Loss) {
+        self.uncounted.insert(socket.cookie, loss);
+    }
+
+    /// The limits have been shown the connection of this socket.
+    pub fn set_counted(&mut self, socket: &Socket) {
+        self.uncounted.remove(&socket.cookie);
+    }
+
+    /// Why a limit does not count the connection of this socket, where that is known.
+    pub fn uncounted(&self, socket: &Socket) -> Option<Loss> {
+        self.uncounted.get(&socket.cookie).copied()
+    }
+
+    /// How many open sockets no limit is known to count that should.
+    pub fn uncounted_sockets(&self) -> usize {
+        self.uncounted.len()
+    }
+
     /// The last entry seen for this very socket: what an entry for it must look like. Of what
     /// changes by itself it has the TCP state alone.
     pub fn last_entry(&self, socket: &Socket) -> Option<Entry> {
@@ -239,6 +262,7 @@ impl Ledger {
     pub fn retain_seen(&mut self, alive: impl IntoIterator<Item = Cookie>) {
         let alive: HashSet<_> = alive.into_iter().collect();
         self.known.retain(|cookie, known| known.hold.is_some() || alive.contains(cookie));
+        self.uncounted.retain(|cookie, _| alive.contains(cookie));
     }
 
     /// Ports of which some connection has an entry now; replaces what was known.

@@ -15,3 +15,4 @@ pub mod policy;
 pub mod pressure;
 pub mod snapshot;
 pub mod timers;
+pub mod uncounted;

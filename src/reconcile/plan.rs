@@ -10,6 +10,7 @@ use super::ledger::Ledger;
 use super::policy::{Policy, Scope};
 use super::snapshot::{Direction, Snapshot, View};
 use crate::conntrack::{Entry, TcpState, Zone};
+use crate::firewall::lists::Loss;
 use crate::flow::FourTuple;
 use crate::sockdiag::State;
 
@@ -26,6 +27,8 @@ pub enum ActionKind {
     Reverse,
     /// Hold an entry as ESTABLISHED where it is, before a stale RST comes.
     Seal,
+    /// Show the limiter a connection that both tables agree on, and that its list lacks.
+    Recount,
     /// Give an entry back whose socket is gone.
     Release,
     /// Remove an entry that no socket backs.
@@ -41,14 +44,21 @@ impl ActionKind {
             Self::Reinsert => "reinsert",
             Self::Reverse => "reverse",
             Self::Seal => "seal",
+            Self::Recount => "recount",
             Self::Release => "release",
             Self::Reap => "reap",
         }
     }
 
-    /// Whether the limiter may have thrown the connection out before it.
-    pub fn needs_recount(self) -> bool {
+    /// Whether it brings back what conntrack had lost; the limiter may have thrown the connection
+    /// out before it.
+    pub fn is_repair(self) -> bool {
         matches!(self, Self::Revive | Self::Reinsert | Self::Reverse)
+    }
+
+    /// Whether the limiter must be shown the connection.
+    pub fn needs_recount(self) -> bool {
+        self.is_repair() || self == Self::Recount
     }
 }
 
@@ -84,6 +94,8 @@ pub enum Reason {
     SocketMissing,
     /// The source has fooled conntrack again and again, or the table is nearly full.
     UnderAttack,
+    /// A limit that is for the connection has lost its list.
+    Uncounted(Loss),
 }
 
 impl fmt::Display for Reason {
@@ -95,6 +107,7 @@ impl fmt::Display for Reason {
             Self::EntryReversed => f.write_str("entry picked up in the wrong direction"),
             Self::SocketGone => f.write_str("socket gone"),
             Self::SocketMissing => f.write_str("no socket for too long"),
+            Self::Uncounted(loss) => loss.fmt(f),
             Self::UnderAttack => f.write_str("socket half-closed, source under suspicion"),
         }
     }
@@ -256,6 +269,12 @@ pub fn verdict(
                 && entry.is_some_and(|entry| ledger.is_overdue(entry.key())) =>
         {
             Verdict::Act(ActionKind::Reap, Reason::SocketMissing)
+        }
+        (
+            Verdict::Leave(Rest::Agree) | Verdict::Act(ActionKind::Extend, _),
+            Some((Direction::FromPeer, _)),
+        ) if let Some(loss) = view.socket.and_then(|socket| ledger.uncounted(&socket)) => {
+            Verdict::Act(ActionKind::Recount, Reason::Uncounted(loss))
         }
         (
             Verdict::Leave(Rest::Agree) | Verdict::Act(ActionKind::Extend, _),

@@ -11,11 +11,13 @@ pub enum Timer {
     Deep,
     /// Another look at connections that were just repaired.
     SecondLook,
+    /// Showing limits that have lost their lists what is open.
+    Recount,
     /// The first look that may act at connections without FIN that conntrack believes closed.
     OpenLook,
 }
 
-const TIMERS: usize = 4;
+const TIMERS: usize = 5;
 
 /// The moment at which each kind of work is due.
 #[derive(Clone, Debug, Default)]

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io;
 use std::process::{Command, Stdio};
 
 use crate::firewall::Family;
@@ -32,8 +33,13 @@ impl Saved {
             Family::Ip6 => ("/proc/thread-self/net/ip6_tables_names", "ip6tables-legacy-save"),
             _ => ("/proc/thread-self/net/ip_tables_names", "iptables-legacy-save"),
         };
-        if fs::read_to_string(names).unwrap_or_default().trim().is_empty() {
-            return Ok(None);
+        match fs::read_to_string(names) {
+            Ok(tables) if !tables.trim().is_empty() => {}
+            // The kernel has them, and only root and its group may know which.
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                return Err(format!("{names}: {error}"));
+            }
+            _ => return Ok(None),
         }
         let mut save = Command::new(tool);
         save.arg("-c").stdin(Stdio::null()).stderr(Stdio::null());

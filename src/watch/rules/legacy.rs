@@ -23,9 +23,15 @@ pub struct Lock {
     inotify: Inotify,
     directory: PathBuf,
     name: OsString,
-    /// The file, where there is one.
+    place: WatchDescriptor,
+    /// The file, where there is one and it may be watched.
     file: Option<WatchDescriptor>,
 }
+
+/// A run of iptables has ended, and by then it has replaced the table.
+const ENDED: AddWatchFlags = AddWatchFlags::IN_CLOSE;
+/// The file may be new.
+const MADE: AddWatchFlags = AddWatchFlags::IN_CREATE.union(AddWatchFlags::IN_MOVED_TO);
 
 impl Lock {
     /// Watches the lock file of the mount namespace that the calling thread is in. It may be made
@@ -45,26 +51,26 @@ impl Lock {
         };
         let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC)
             .map_err(|errno| op.io(errno.into()))?;
-        let made = AddWatchFlags::IN_CREATE | AddWatchFlags::IN_MOVED_TO;
-        inotify.add_watch(directory, made).map_err(|errno| op.io(errno.into()))?;
-        let mut this =
-            Self { inotify, directory: directory.to_owned(), name: name.to_owned(), file: None };
-        this.find()?;
+        let place = inotify.add_watch(directory, MADE).map_err(|errno| op.io(errno.into()))?;
+        let (directory, name) = (directory.to_owned(), name.to_owned());
+        let mut this = Self { inotify, directory, name, place, file: None };
+        this.find().map_err(|errno| op.io(errno.into()))?;
         Ok(this)
     }
 
-    /// Watches the file itself if it is there; whether it is.
-    fn find(&mut self) -> Result<bool> {
-        // By its end the table has been replaced.
-        let ended = AddWatchFlags::IN_CLOSE | AddWatchFlags::IN_DELETE_SELF;
-        match self.inotify.add_watch(&self.directory.join(&self.name), ended) {
+    /// Watches the file itself. Where only root may read it, as iptables makes it, all of its
+    /// directory is watched: what is in there is opened some times a second at most.
+    fn find(&mut self) -> nix::Result<()> {
+        match self.inotify.add_watch(&self.directory.join(&self.name), ENDED) {
             Ok(file) => self.file = Some(file),
             Err(Errno::ENOENT) => self.file = None,
-            Err(errno) => {
-                return Err(Op::new("watch the lock of iptables-legacy").io(errno.into()));
+            Err(Errno::EACCES) => {
+                self.file = None;
+                self.place = self.inotify.add_watch(&self.directory, MADE | ENDED)?;
             }
+            Err(errno) => return Err(errno),
         }
-        Ok(self.file.is_some())
+        Ok(())
     }
 
     /// How many runs have ended since the last time, as far as it can be told.
@@ -72,27 +78,25 @@ impl Lock {
     /// # Errors
     /// The watch is broken.
     pub fn drain(&mut self) -> Result<u64> {
+        let op = Op::new("watch the lock of iptables-legacy");
         let mut runs = 0;
         loop {
             let events = match self.inotify.read_events() {
                 Ok(events) => events,
                 Err(Errno::EAGAIN) => return Ok(runs),
                 Err(Errno::EINTR) => continue,
-                Err(errno) => {
-                    return Err(Op::new("watch the lock of iptables-legacy").io(errno.into()));
-                }
+                Err(errno) => return Err(op.io(errno.into())),
             };
             for event in events {
-                if event.mask.contains(AddWatchFlags::IN_Q_OVERFLOW) {
-                    runs += 1;
-                } else if Some(event.wd) == self.file {
-                    if event.mask.intersects(AddWatchFlags::IN_CLOSE) {
-                        runs += 1;
-                    } else if event.mask.contains(AddWatchFlags::IN_IGNORED) {
-                        self.find()?;
-                    }
-                } else if event.name.as_ref() == Some(&self.name) && self.find()? {
+                let is_named = event.wd == self.place && event.name.as_ref() == Some(&self.name);
+                let is_file = Some(event.wd) == self.file;
+                if is_named && event.mask.intersects(MADE) {
+                    self.find().map_err(|errno| op.io(errno.into()))?;
                     // Its first run may have ended before it was watched.
+                    runs += 1;
+                } else if (is_named || is_file) && event.mask.intersects(ENDED)
+                    || event.mask.contains(AddWatchFlags::IN_Q_OVERFLOW)
+                {
                     runs += 1;
                 }
             }
@@ -134,6 +138,21 @@ mod tests {
         assert!(lock.drain().unwrap() >= 1, "made anew");
         drop(File::open(&path).unwrap());
         assert!(lock.drain().unwrap() >= 1);
+    }
+
+    #[test]
+    fn a_lock_that_only_root_may_read_is_watched_by_its_directory() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("xtables.lock");
+        drop(File::create(&path).unwrap());
+        let mut lock = Lock::watch_at(&path).unwrap();
+        // As if it had been refused: the file's own watch is gone.
+        lock.inotify.rm_watch(lock.file.take().unwrap()).unwrap();
+        lock.place = lock.inotify.add_watch(directory.path(), MADE | ENDED).unwrap();
+        drop(File::open(&path).unwrap());
+        assert!(lock.drain().unwrap() >= 1);
+        drop(File::create(directory.path().join("another")).unwrap());
+        assert_eq!(lock.drain().unwrap(), 0);
     }
 
     #[test]

@@ -1,0 +1,165 @@
+//! Open connections that limits do not count, since their lists are new: found, and waiting for
+//! their turn to be shown to the limit. Pure.
+//!
+//! Sockets and entries of such connections agree, so no sweep would find them: what is known comes
+//! from the rules (docs/reloads.md).
+
+use std::collections::VecDeque;
+
+use super::snapshot::View;
+use crate::conntrack::Entry;
+use crate::firewall::limits::LimitRule;
+use crate::firewall::lists::{Anew, Loss};
+use crate::flow::FourTuple;
+use crate::sockdiag::{Lookup, Socket};
+
+/// Limits whose lists are new, and what is open of theirs.
+#[derive(Clone, Debug, Default)]
+pub struct Uncounted {
+    /// Not gone through yet.
+    new: Vec<Anew>,
+    /// Whose connections are waiting.
+    current: Vec<Anew>,
+    /// As many as there are open sockets at most.
+    waiting: VecDeque<Lookup>,
+}
+
+impl Uncounted {
+    /// The lists of these limits are new. One of the same place takes the place of the one before:
+    /// many reloads in a row are no more than one.
+    pub fn add(&mut self, anew: impl IntoIterator<Item = Anew>) {
+        for one in anew {
+            let is_same = |known: &Anew| {
+                known.rule.place() == one.rule.place() && known.rule.matches == one.rule.matches
+            };
+            match self.new.iter_mut().find(|known| is_same(known)) {
+                Some(known) => *known = one,
+                None => self.new.push(one),
+            }
+        }
+    }
+
+    /// Whether there are limits that have not been gone through.
+    pub fn is_new(&self) -> bool {
+        !self.new.is_empty()
+    }
+
+    /// Whether connections are waiting.
+    pub fn is_waiting(&self) -> bool {
+        !self.waiting.is_empty()
+    }
+
+    /// Goes through these open sockets: those that one of the new limits may be for are handed to
+    /// `found`, and wait.
+    pub fn find(&mut self, sockets: &[Socket], mut found: impl FnMut(&Socket, Loss)) {
+        self.current = std::mem::take(&mut self.new);
+        for socket in sockets {
+            let loss = self.current.iter().find(|one| may_be_for(&one.rule, socket));
+            if let Some(Anew { loss, .. }) = loss {
+                found(socket, *loss);
+                self.waiting.push_back(Lookup::from(socket));
+            }
+        }
+    }
+
+    /// The next ones in turn, at most so many.
+    pub fn next(&mut self, most: usize) -> Vec<Lookup> {
+        let most = most.min(self.waiting.len());
+        self.waiting.drain(..most).collect()
+    }
+
+    /// Whether one of the limits gone through is for this connection, as its entry shows.
+    pub fn concerns(&self, view: &View) -> bool {
+        let Some(entry) = view.entry else { return false };
+        self.current.iter().any(|one| is_for(&one.rule, view.flow, &entry))
+    }
+}
+
+/// As far as the socket shows: rules before address translation see another port.
+fn may_be_for(rule: &LimitRule, socket: &Socket) -> bool {
+    let (peer, port) = (socket.remote.addr(), socket.local.port());
+    rule.is_before_nat() && rule.family.covers(peer.is_ipv4()) || rule.covers(peer, port)
+}
+
+/// Whether a limit is for a connection, seen from the server, with this entry.
+pub fn is_for(rule: &LimitRule, flow: FourTuple, entry: &Entry) -> bool {
+    let port = if rule.is_before_nat() { entry.orig.dst.port() } else { flow.src.port() };
+    rule.covers(entry.orig.src.addr(), port)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::conntrack::Zone;
+    use crate::firewall::{Family, parse_saved};
+    use crate::firewall::{Ruleset, limits::Limiter};
+    use crate::sockdiag::{Cookie, State};
+
+    fn limit(table: &str, chain: &str, port: u16) -> Anew {
+        let text = format!(
+            "*{table}\n:{chain} ACCEPT [0:0]\n-A {chain} -p tcp -m tcp --dport {port} \
+             --tcp-flags FIN,SYN,RST,ACK SYN -m connlimit --connlimit-above 3 \
+             --connlimit-mask 32 --connlimit-saddr -j DROP\nCOMMIT\n"
+        );
+        let chains = parse_saved(&text, Family::Ip);
+        let mut found = Limiter::of(&Ruleset { chains, ..Ruleset::default() }).rules;
+        Anew { rule: found.pop().unwrap(), loss: Loss::New }
+    }
+
+    fn socket(local: &str, cookie: u64) -> Socket {
+        Socket {
+            local: local.parse().unwrap(),
+            remote: "198.51.100.7:4000".parse().unwrap(),
+            state: State::Established,
+            cookie: Cookie(cookie),
+            inode: 1,
+            uid: 0,
+            interface: 0,
+            recv_queue: 0,
+            send_queue: 0,
+        }
+    }
+
+    fn found(uncounted: &mut Uncounted, sockets: &[Socket]) -> Vec<u64> {
+        let mut cookies = Vec::new();
+        uncounted.find(sockets, |socket, _| cookies.push(socket.cookie.0));
+        cookies
+    }
+
+    #[test]
+    fn only_connections_that_the_limit_is_for_are_found() {
+        let mut uncounted = Uncounted::default();
+        uncounted.add([limit("filter", "INPUT", 80)]);
+        let sockets = [socket("192.0.2.1:80", 1), socket("192.0.2.1:81", 2)];
+        assert_eq!(found(&mut uncounted, &sockets), [1]);
+        assert!(uncounted.is_waiting() && !uncounted.is_new());
+        assert_eq!(uncounted.next(10).len(), 1);
+        assert!(!uncounted.is_waiting());
+        assert!(found(&mut uncounted, &sockets).is_empty(), "gone through");
+    }
+
+    #[test]
+    fn a_limit_before_translation_is_for_the_port_that_the_client_asked_for() {
+        let mut uncounted = Uncounted::default();
+        uncounted.add([limit("mangle", "PREROUTING", 80)]);
+        let socket = socket("10.0.0.2:8080", 1);
+        assert_eq!(found(&mut uncounted, &[socket]), [1]);
+        let view = |asked: &str| {
+            let plain = Entry::plain(socket.flow().inverse(), Zone::default());
+            let orig = FourTuple::new(socket.remote, asked.parse().unwrap());
+            let entry = Some(Entry { orig, ..plain });
+            View { flow: socket.flow(), socket: Some(socket), entry }
+        };
+        assert!(uncounted.concerns(&view("192.0.2.1:80")));
+        assert!(!uncounted.concerns(&view("192.0.2.1:81")));
+    }
+
+    #[test]
+    fn many_reloads_in_a_row_are_one() {
+        let mut uncounted = Uncounted::default();
+        for _ in 0..100 {
+            uncounted.add([limit("filter", "INPUT", 80), limit("filter", "INPUT", 443)]);
+        }
+        assert_eq!(uncounted.new.len(), 2);
+    }
+}
