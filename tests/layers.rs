@@ -276,6 +276,15 @@ fn what_is_pure_has_no_clock_no_io_and_no_log() {
 }
 
 #[test]
+fn metrics_publish_and_ask_the_kernel_nothing() {
+    for source in sources().iter().filter(|source| source.module() == "metrics") {
+        for word in ["Transport", "KernelSocket", "Tables", "sysctl"] {
+            assert!(!source.code.contains(word), "{}: {word}", source.path.display());
+        }
+    }
+}
+
+#[test]
 fn heavy_crates_stay_where_they_belong() {
     for source in sources() {
         for (name, modules) in RESERVED {

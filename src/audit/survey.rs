@@ -20,6 +20,18 @@ const EXACT: usize = 1024;
 /// States whose sockets a deep sweep has seen already.
 const SWEPT: [State; 2] = [State::Established, State::CloseWait];
 
+/// Conntrack states that have a timeout.
+pub const TIMED: [TcpState; 8] = [
+    TcpState::SynSent,
+    TcpState::SynRecv,
+    TcpState::Established,
+    TcpState::FinWait,
+    TcpState::CloseWait,
+    TcpState::LastAck,
+    TcpState::TimeWait,
+    TcpState::Close,
+];
+
 /// What a deep sweep saw, and what was made of it.
 #[derive(Clone, Copy, Debug)]
 pub struct SweepResult<'a> {

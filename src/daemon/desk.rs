@@ -9,7 +9,7 @@ use super::{Settings, ShieldMode};
 use crate::error::Result;
 use crate::firewall::lists::Anew;
 use crate::flow::FourTuple;
-use crate::metrics::{EventType, Share};
+use crate::metrics::{EventType, GuardMetrics};
 use crate::nftables::Hook;
 use crate::reconcile::apply::Outcome;
 use crate::reconcile::keeper::{Acted, Sweep, Trigger, Witness};
@@ -26,7 +26,7 @@ pub(super) struct Desk<'p> {
     /// The event source has failed and is to be opened anew.
     events_failed: bool,
     pub(super) shield: Option<Shield<'p>>,
-    pub(super) share: Share,
+    pub(super) share: GuardMetrics,
     lines: Lines,
 }
 
@@ -37,7 +37,7 @@ impl<'p> Desk<'p> {
         device: String,
         hook: Hook,
         ports: &HashSet<u16>,
-        share: Share,
+        share: GuardMetrics,
     ) -> Result<Self> {
         let events = Events::open(wanted(&settings, &watch_name(&device), hook, ports))?;
         let lines = Lines::new(Instant::now());

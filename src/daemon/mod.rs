@@ -7,6 +7,7 @@ mod desk;
 mod log;
 mod rules;
 mod service;
+mod survey;
 mod worker;
 
 use std::net::SocketAddr;

@@ -19,13 +19,15 @@ use thread_priority::{
 use super::control::Control;
 use super::desk::Desk;
 use super::rules::Rules;
+use super::survey;
 use super::{Guard, OnExit, Publishing, Settings};
+use crate::audit::survey::SweepResult;
 use crate::conntrack::TcpState;
 use crate::error::{Op, Result};
 use crate::firewall;
 use crate::host::netns::Namespace;
 use crate::host::{instance, random, sysctl};
-use crate::metrics::{Look, Share, instant_of};
+use crate::metrics::{GuardMetrics, instant_of};
 use crate::nftables::Hook;
 use crate::reconcile::keeper::{Depth, Keeper, Recounting, Sweep};
 use crate::reconcile::ledger::Held;
@@ -116,7 +118,7 @@ fn guard_present(
              guarding all the same; a second instance would not be noticed"
         );
     }
-    let share = Share::new(&control.metrics, number);
+    let share = GuardMetrics::new(&control.metrics, number);
     let mut worker = Worker::open(settings, guard, present, share)?;
     worker.claim = claim;
     if alone {
@@ -201,7 +203,7 @@ impl Worker<'_> {
         settings: Arc<Settings>,
         guard: &Guard,
         present: &[Namespace],
-        share: Share,
+        share: GuardMetrics,
     ) -> Result<Self> {
         let device = if guard.is_for_others() {
             // Nothing of another daemon's in the same namespace has this name.
@@ -386,9 +388,13 @@ impl Worker<'_> {
             return;
         }
         let (tables, scope, policy, ledger) = self.keeper.parts();
-        let look = Look { snapshot: &sweep.snapshot, scope, policy, ledger };
-        if let Err(error) = self.desk.share.survey(tables, look) {
-            tracing::warn!(%error, "metrics of the whole tables stay as they were");
+        let repaired = self.desk.share.repaired();
+        let seen = SweepResult { snapshot: &sweep.snapshot, scope, policy, ledger, repaired };
+        match survey::survey(tables, seen) {
+            Ok(survey) => self.desk.share.surveyed(&survey),
+            Err(error) => {
+                tracing::warn!(%error, "metrics of the whole tables stay as they were");
+            }
         }
     }
 

@@ -1,7 +1,7 @@
 //! What the daemon tells the world: `/metrics`, `/healthz`, a status page, and a file for
 //! node_exporter.
 //!
-//! Each guard has a [`Share`]: it adds to counters that all guards have in common, and sets gauges
+//! Each guard has a [`GuardMetrics`]: it adds to counters that all guards have in common, and sets gauges
 //! of its own after each sweep. A scrape adds the gauges of all guards up; it asks the kernel
 //! nothing, and a guard never waits for it longer than that takes. docs/metrics.md lists the metrics.
 
@@ -34,19 +34,15 @@ use self::gauges::Gauges;
 use self::history::History;
 use self::spec::{ACTIONS, BUFFERS, Count, DROPS, FAMILIES, Gauge, Histogram, ROUTES};
 use self::text::from_open_metrics;
-use crate::audit::survey::{Kernel, Survey, SweepResult};
+use crate::audit::survey::Survey;
 use crate::conntrack::TableSize;
-use crate::error::{Error, Result};
+use crate::error::Error;
 use crate::firewall::lists::Loss;
 use crate::flow::FourTuple;
-use crate::host::sysctl;
-use crate::netlink::Transport;
 use crate::reconcile::apply::Outcome;
 use crate::reconcile::keeper::Trigger;
 use crate::reconcile::ledger::Ledger;
-use crate::reconcile::observe::Tables;
 use crate::reconcile::plan::ActionKind;
-use crate::reconcile::policy::{Policy, Scope};
 use crate::reconcile::pressure::Transition;
 use crate::reconcile::snapshot::Snapshot;
 use crate::shield::DECISIONS;
@@ -115,7 +111,7 @@ struct Guards {
 #[derive(Debug)]
 struct Guard {
     name: String,
-    seen: Seen,
+    liveness: Liveness,
     gauges: Gauges,
     failure: Option<String>,
     top: Vec<(IpAddr, u64)>,
@@ -134,7 +130,7 @@ impl Guard {
 
 /// How a guard fares.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Seen {
+enum Liveness {
     /// It waits for its namespaces.
     Absent,
     /// Its first sweep is under way.
@@ -183,7 +179,7 @@ impl Metrics {
         let all = guards.into_iter().map(|name| {
             Mutex::new(Guard {
                 name,
-                seen: Seen::Starting,
+                liveness: Liveness::Starting,
                 gauges: Gauges::default(),
                 failure: None,
                 top: Vec::new(),
@@ -248,15 +244,15 @@ impl Metrics {
         for guard in &self.guards.all {
             let guard = locked(guard);
             let name = &guard.name;
-            match guard.seen {
-                Seen::Swept { at, patience } if at.elapsed() <= patience => {}
-                Seen::Swept { at, .. } => {
+            match guard.liveness {
+                Liveness::Swept { at, patience } if at.elapsed() <= patience => {}
+                Liveness::Swept { at, .. } => {
                     let age = at.elapsed().as_secs();
                     let why = guard.failure.as_deref().unwrap_or("a sweep is still under way");
                     return Err(format!("{name}: last good sweep {age} s ago: {why}"));
                 }
-                Seen::Absent => return Err(format!("{name}: the namespace is not there")),
-                Seen::Starting => {
+                Liveness::Absent => return Err(format!("{name}: the namespace is not there")),
+                Liveness::Starting => {
                     let why = guard.failure.as_deref().unwrap_or("it is under way");
                     return Err(format!("{name}: no sweep yet: {why}"));
                 }
@@ -266,22 +262,9 @@ impl Metrics {
     }
 }
 
-/// What a deep sweep saw.
-#[derive(Clone, Copy, Debug)]
-pub struct Look<'a> {
-    /// The connections, with sockets that are open on the server's side.
-    pub snapshot: &'a Snapshot,
-    /// The scope then.
-    pub scope: &'a Scope,
-    /// The administrator's wishes.
-    pub policy: &'a Policy,
-    /// What is held now.
-    pub ledger: &'a Ledger,
-}
-
 /// One guard's part in the metrics.
 #[derive(Debug)]
-pub struct Share {
+pub struct GuardMetrics {
     metrics: Arc<Metrics>,
     number: usize,
     /// Since when each half-closed socket of the last sweep has been so.
@@ -290,7 +273,7 @@ pub struct Share {
     repaired: HashSet<FourTuple>,
 }
 
-impl Share {
+impl GuardMetrics {
     /// The part of guard `number`, which begins its first sweep.
     pub fn new(metrics: &Arc<Metrics>, number: usize) -> Self {
         let this = Self {
@@ -299,7 +282,7 @@ impl Share {
             half_closed: HashMap::new(),
             repaired: HashSet::new(),
         };
-        this.guard(|guard| guard.seen = Seen::Starting);
+        this.guard(|guard| guard.liveness = Liveness::Starting);
         this
     }
 
@@ -425,26 +408,9 @@ impl Share {
         });
     }
 
-    /// Takes the figures that need whole tables from what a deep sweep saw.
-    ///
-    /// # Errors
-    /// The kernel refused, or an answer was lost; the figures stay as they were.
-    pub fn survey<T: Transport>(&mut self, tables: &mut Tables<T>, look: Look<'_>) -> Result<()> {
-        let Look { snapshot, scope, policy, ledger } = look;
-        let sweep = SweepResult { snapshot, scope, policy, ledger, repaired: &self.repaired };
-        let mut survey = Survey::of(sweep, tables.sockets.sockets(Survey::states())?);
-        let again = tables.exactly(survey.suspects(), ledger)?;
-        survey.make_sure(sweep, &again);
-        survey.kernel = Kernel {
-            counters: tables.conntrack.counters()?,
-            timeouts: spec::TIMED
-                .into_iter()
-                .filter_map(|state| Some((state, sysctl::conntrack(&state.timeout_setting()?)?)))
-                .collect(),
-            tcp_loose: sysctl::conntrack("nf_conntrack_tcp_loose"),
-        };
-        self.surveyed(&survey);
-        Ok(())
+    /// The connections that the sweep under way has put right.
+    pub fn repaired(&self) -> &HashSet<FourTuple> {
+        &self.repaired
     }
 
     /// The whole tables were looked at.
@@ -501,7 +467,7 @@ impl Share {
             guard.gauges.set(Gauge::LastSweep, &[], time.as_secs_f64());
             guard.gauges.set(Gauge::Uncounted, &[], ledger.uncounted_sockets() as f64);
             guard.gauges.set(Gauge::DefenceLevel, &[], f64::from(ledger.pressure().level() as u8));
-            guard.seen = Seen::Swept { at: now, patience: (interval * 3).max(RECENT) };
+            guard.liveness = Liveness::Swept { at: now, patience: (interval * 3).max(RECENT) };
             guard.failure = None;
             guard.top = top;
         });
@@ -575,13 +541,13 @@ pub struct Done {
     pub event_overruns: u64,
 }
 
-impl Drop for Share {
+impl Drop for GuardMetrics {
     /// What is not guarded any more has no figures.
     fn drop(&mut self) {
         self.guard(|guard| {
             guard.gauges = Gauges::default();
             guard.top.clear();
-            guard.seen = Seen::Absent;
+            guard.liveness = Liveness::Absent;
         });
     }
 }
@@ -613,7 +579,7 @@ mod tests {
         };
         let packets =
             |count| DECISIONS.map(|decision| if decision == "rst_hidden" { count } else { 0 });
-        let (web, db) = (Share::new(&metrics, 0), Share::new(&metrics, 1));
+        let (web, db) = (GuardMetrics::new(&metrics, 0), GuardMetrics::new(&metrics, 1));
         web.shield(1, packets(5));
         db.shield(1, packets(2));
         assert_eq!(hidden(), 7.0);
@@ -622,7 +588,7 @@ mod tests {
         drop(web);
         assert_eq!(hidden(), 8.0, "its namespace has gone");
         // The kernel counts on where the table was the same, and from 0 in a new one.
-        let web = Share::new(&metrics, 0);
+        let web = GuardMetrics::new(&metrics, 0);
         web.shield(1, packets(7));
         assert_eq!(hidden(), 9.0);
         web.shield(1, packets(3));

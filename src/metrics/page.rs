@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::gauges::Gauges;
 use super::history::{History, SAMPLES, STEP};
 use super::spec::{ACTIONS, Count, Gauge};
-use super::{Metrics, Seen, clock, locked};
+use super::{Liveness, Metrics, clock, locked};
 use crate::error::Error;
 
 const STYLE: &str = include_str!("page.css");
@@ -211,10 +211,10 @@ fn guards(out: &mut String, metrics: &Metrics, shown: bool) -> fmt::Result {
     let mut top = Vec::new();
     for guard in &metrics.guards.all {
         let guard = locked(guard);
-        let swept = match guard.seen {
-            Seen::Swept { at, .. } => format!("{} ago", age(at.elapsed())),
-            Seen::Starting => "none yet".to_owned(),
-            Seen::Absent => "the namespace is not there".to_owned(),
+        let swept = match guard.liveness {
+            Liveness::Swept { at, .. } => format!("{} ago", age(at.elapsed())),
+            Liveness::Starting => "none yet".to_owned(),
+            Liveness::Absent => "the namespace is not there".to_owned(),
         };
         let failure = guard.failure.as_deref().unwrap_or("none");
         let name = Escaped(&guard.name);

@@ -8,6 +8,7 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Unit;
 
 use crate::audit::classes::Class;
+use crate::audit::survey::TIMED;
 use crate::conntrack::TcpState;
 use crate::error::Error;
 use crate::firewall::lists::Loss;
@@ -30,17 +31,6 @@ pub(super) const ACTIONS: [&str; 8] =
     ["extend", "revive", "reinsert", "reverse", "recount", "seal", "release", "reap"];
 /// Ways of a nudge.
 pub(super) const ROUTES: [&str; 2] = ["ingress", "loopback"];
-/// Conntrack states that have a timeout.
-pub(super) const TIMED: [TcpState; 8] = [
-    TcpState::SynSent,
-    TcpState::SynRecv,
-    TcpState::Established,
-    TcpState::FinWait,
-    TcpState::CloseWait,
-    TcpState::LastAck,
-    TcpState::TimeWait,
-    TcpState::Close,
-];
 
 /// Seconds. A repair by event takes some hundred microseconds; a sweep comes once a second.
 const REACTION_BUCKETS: [f64; 16] = [
