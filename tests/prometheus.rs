@@ -25,7 +25,7 @@ const RULES_TESTS: &str = "packaging/prometheus/ctkeep.rules.test.yml";
 const DASHBOARD: &str = "packaging/grafana/ctkeep.json";
 const MANUAL: &str = "docs/operations.md";
 
-const ALERTS: [&str; 9] = [
+const ALERTS: [&str; 10] = [
     "CtkeepDriftNotRepaired",
     "CtkeepLateRepairsRising",
     "CtkeepEventOverruns",
@@ -35,6 +35,7 @@ const ALERTS: [&str; 9] = [
     "CtkeepHeldTooLong",
     "CtkeepReloadFailed",
     "CtkeepShieldMissing",
+    "CtkeepConnectionsUncounted",
 ];
 
 fn dashboard() -> Value {
