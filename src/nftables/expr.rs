@@ -19,6 +19,18 @@ pub enum Expr {
     SetMark,
     /// Load the number of the device it came in by (4 bytes of the machine's order). `meta iif`
     InputDevice,
+    /// Load what conntrack says of the packet (4 bytes of the machine's order): bits of
+    /// `enum ip_conntrack_info`. A rule with a `ct` expression switches conntrack on. `ct state`
+    CtState,
+    /// Load the status bits of the packet's entry (4 bytes of the machine's order); go on only if
+    /// there is an entry. `ct status`
+    CtStatus,
+    /// Load 0 for a packet of the direction that opened the connection, else 1 (1 byte); go on
+    /// only if there is an entry. `ct direction`
+    CtDirection,
+    /// Load the port that answers come from: the server's own, whatever the packet's was
+    /// translated from (2 bytes); go on only if there is an entry. `ct reply proto-src`
+    CtReplySource,
     /// Load bytes of a header into the 4-byte register `register` (0 is the first) and on.
     /// `@nh,offset,length` or `@th,offset,length` (in bytes here)
     Load {
@@ -51,6 +63,8 @@ pub enum Expr {
         snaplen: u32,
         /// A word that goes with it.
         prefix: Option<&'static str>,
+        /// Sent when so many wait, or when the group's own number or time is up.
+        threshold: u16,
     },
     /// Go on only so often.
     Limit {
@@ -95,6 +109,14 @@ impl Expr {
                 ("meta", data.map(|(kind, value)| word(kind, value)).into())
             }
             Self::InputDevice => ("meta", meta(NFT_META_IIF)),
+            Self::CtState => ("ct", ct(NFT_CT_STATE)),
+            Self::CtStatus => ("ct", ct(NFT_CT_STATUS)),
+            Self::CtDirection => ("ct", ct(NFT_CT_DIRECTION)),
+            Self::CtReplySource => {
+                let mut data = ct(NFT_CT_PROTO_SRC);
+                data.push(nla(NFTA_CT_DIRECTION, &[IP_CT_DIR_REPLY]));
+                ("ct", data)
+            }
             Self::Load { header, offset, length, register } => {
                 let base = match header {
                     Header::Network => NFT_PAYLOAD_NETWORK_HEADER,
@@ -130,12 +152,11 @@ impl Expr {
                     word(NFTA_DYNSET_SREG_KEY, NFT_REG32_00),
                 ],
             ),
-            Self::Log { group, snaplen, prefix } => {
+            Self::Log { group, snaplen, prefix, threshold } => {
                 let mut data = vec![
                     nla(NFTA_LOG_GROUP, &group.to_be_bytes()),
                     word(NFTA_LOG_SNAPLEN, *snaplen),
-                    // Each packet at once.
-                    nla(NFTA_LOG_QTHRESHOLD, &1_u16.to_be_bytes()),
+                    nla(NFTA_LOG_QTHRESHOLD, &threshold.to_be_bytes()),
                 ];
                 data.extend(prefix.map(|prefix| text(NFTA_LOG_PREFIX, prefix)));
                 ("log", data)
@@ -165,6 +186,10 @@ impl Expr {
 
 fn meta(key: u32) -> Vec<DefaultNla> {
     vec![word(NFTA_META_KEY, key), word(NFTA_META_DREG, NFT_REG32_00)]
+}
+
+fn ct(key: u32) -> Vec<DefaultNla> {
+    vec![word(NFTA_CT_KEY, key), word(NFTA_CT_DREG, NFT_REG32_00)]
 }
 
 fn lookup(set: &str, flags: u32) -> Vec<DefaultNla> {

@@ -89,6 +89,16 @@ impl Table<KernelSocket> {
 }
 
 impl<T: Transport> Table<T> {
+    /// Makes the table anew with all that is in it, whether somebody has taken it away or not, in one
+    /// transaction: no packet meets half of it.
+    ///
+    /// # Errors
+    /// As [`Table::create`].
+    pub fn rebuild(&mut self, layout: &TableSpec) -> Result<()> {
+        let flags = if self.owned { NFT_TABLE_F_OWNER } else { 0 };
+        self.build(Op::new("make nftables table anew"), layout, flags)
+    }
+
     fn build(&mut self, op: Op, layout: &TableSpec, flags: u32) -> Result<()> {
         let table = text(NFTA_TABLE_NAME, &self.name);
         let flagged = [table.clone(), word(NFTA_TABLE_FLAGS, flags)];

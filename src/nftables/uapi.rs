@@ -90,7 +90,13 @@ pub(crate) const NFT_META_L4PROTO: u32 = 16;
 
 pub(crate) const NFTA_CT_DREG: u16 = 1;
 pub(crate) const NFTA_CT_KEY: u16 = 2;
+pub(crate) const NFTA_CT_DIRECTION: u16 = 3;
 pub(crate) const NFT_CT_STATE: u32 = 0;
+pub(crate) const NFT_CT_DIRECTION: u32 = 1;
+pub(crate) const NFT_CT_STATUS: u32 = 2;
+pub(crate) const NFT_CT_PROTO_SRC: u32 = 11;
+/// `enum ip_conntrack_dir`
+pub(crate) const IP_CT_DIR_REPLY: u8 = 1;
 
 pub(crate) const NFTA_PAYLOAD_DREG: u16 = 1;
 pub(crate) const NFTA_PAYLOAD_BASE: u16 = 2;

@@ -51,7 +51,6 @@ pub(crate) struct Shield<'p> {
     table: Table,
     /// Our own helper device: nothing comes in by it but what recount sends.
     own: String,
-    name: String,
     mark: u32,
     monitor: KernelSocket,
     datagram: Vec<u8>,
@@ -88,7 +87,6 @@ impl<'p> Shield<'p> {
             program,
             table,
             own: own.to_owned(),
-            name,
             mark,
             monitor,
             datagram: Vec::new(),
@@ -202,8 +200,7 @@ impl<'p> Shield<'p> {
             return Ok(());
         }
         tracing::warn!("the table of the shield is gone, making it anew");
-        self.table = Table::create(&self.name, &layout::layout(self.mark, devices))?;
-        Ok(())
+        self.table.rebuild(&layout::layout(self.mark, devices))
     }
 }
 

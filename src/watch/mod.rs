@@ -5,6 +5,7 @@ mod headers;
 pub mod nflog;
 mod nflog_table;
 pub mod rules;
+mod tracking;
 
 use std::collections::HashSet;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -112,8 +113,8 @@ impl Events {
     /// # Errors
     /// The source that was named cannot be had.
     pub fn open(wanted: Wanted<'_>) -> Result<Self> {
-        let Wanted { source, name, group, hook, ports, memory } = wanted;
-        let nflog = || Watch::open(name, group, hook, ports, nflog::CLOSING, memory);
+        let Wanted { source, name, group, hook: _, ports, memory } = wanted;
+        let nflog = || Watch::open(name, group, ports, nflog::CLOSING, memory);
         let events = match source {
             EventSource::Off => Self::Off,
             EventSource::Ctnetlink => Self::Ctnetlink(Listener::open()?),

@@ -1,29 +1,28 @@
-//! Packets that can fool conntrack, told by nftables: a FIN or RST of a connection whose FIN has
-//! been seen before.
+//! Packets that can fool conntrack, logged by an nftables table of our own ([`super::nflog_table`]):
+//! every RST of a guarded connection, and every FIN but its first.
 //!
-//! An nft table of our own learns the first FIN of each guarded connection and logs what follows.
-//! Ordinary traffic pays a few header look-ups and never wakes this program; conntrack's own
-//! events would cost every connection of the host (docs/performance.md). What it does not see, an
-//! RST without a FIN before it, is the sweep's: but a sample of these is logged too, and one that has
-//! fooled conntrack calls for a deep sweep.
+//! Ordinary traffic pays a few header look-ups; RSTs that may well be ordinary are handed over in
+//! batches. Conntrack's own events would cost every connection of the host (docs/performance.md),
+//! and are silent about a packet that is dropped behind conntrack: they are sent when a packet has
+//! come through.
 
 use std::collections::HashSet;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use netlink_packet_core::{DecodeError, Emitable, NlasIterator, parse_u32_be};
-use netlink_packet_netfilter::nflog::{ConfigCmd, ConfigFlags, ConfigMode, ConfigNla};
+use netlink_packet_netfilter::nflog::{ConfigCmd, ConfigFlags, ConfigMode, ConfigNla, Timeout};
 use netlink_packet_netfilter::{NetfilterHeader, NetfilterProtoFamily};
 use netlink_sys::protocols::NETLINK_NETFILTER;
 
 use super::headers::tcp_flow;
 pub use super::nflog_table::CLOSING;
-use super::nflog_table::{self, FULL, HELD4, HELD6, PORTS};
-use super::{Drained, Suspect};
+use super::nflog_table::{self, FULL, HELD4, HELD6, HURRY, PORTS, QUEUE, TRANSLATED, Watched};
+use super::{Drained, Suspect, tracking};
 use crate::error::{Op, Result};
 use crate::flow::FourTuple;
 use crate::netlink::{Connection, KernelSocket, Request, drain};
-use crate::nftables::{Hook, Table, key};
+use crate::nftables::{Table, TableSpec, key};
 
 /// `NFNL_SUBSYS_ULOG << 8 | NFULNL_MSG_PACKET` and `| NFULNL_MSG_CONFIG`.
 const NFULNL_MSG_PACKET: u16 = 4 << 8;
@@ -40,6 +39,10 @@ const NFGENMSG_LEN: usize = 4;
 /// are 2 KiB (`net.ipv6.max_dst_opts_number`), and a packet without options is logged as short as
 /// it is.
 pub(super) const SNAPLEN: u32 = 4096;
+/// A batch fits into it: a logged packet takes some 200 bytes.
+const BATCH_BYTES: u32 = 16 << 10;
+/// How long RSTs wait for others, in hundredths of a second: as short as can be.
+const BATCH_TIME: u32 = 1;
 /// Asked for; some 20 000 packets queue in 8 MiB.
 const LOG_BUFFER: usize = 8 << 20;
 
@@ -50,13 +53,18 @@ pub struct Watch {
     socket: KernelSocket,
     datagram: Vec<u8>,
     next: Option<u32>,
+    group: u16,
     ports: HashSet<u16>,
+    closing: u32,
+    memory: Duration,
     held: HashSet<FourTuple>,
+    /// The chain is there: its `ct` expressions would switch conntrack on in a namespace that lives
+    /// without.
+    is_watching: bool,
 }
 
 impl Watch {
-    /// Watches these local ports in the network namespace of the calling thread. `hook` is
-    /// [`Hook::Input`] for sockets of this namespace, [`Hook::Forward`] for those behind it;
+    /// Watches these ports of servers in or behind the network namespace of the calling thread.
     /// `closing` is how many closing connections are remembered at once, [`CLOSING`] as a rule, and
     /// `memory` for how long: until the caller has had time to name those that stay half-closed
     /// ([`Watch::set_held`]), and not much longer, or the next connection that uses the port is
@@ -68,7 +76,6 @@ impl Watch {
     pub fn open(
         name: &str,
         group: u16,
-        hook: Hook,
         ports: &HashSet<u16>,
         closing: u32,
         memory: Duration,
@@ -79,8 +86,9 @@ impl Watch {
             vec![ConfigNla::Cmd(ConfigCmd::Bind)],
             vec![
                 ConfigNla::Mode(ConfigMode::new_packet(SNAPLEN)),
-                // Each packet in a message of its own, at once.
-                ConfigNla::QThresh(1),
+                ConfigNla::QThresh(QUEUE.into()),
+                ConfigNla::NlBufSiz(BATCH_BYTES),
+                ConfigNla::Timeout(Timeout::new(BATCH_TIME)),
                 ConfigNla::Flags(ConfigFlags::SEQ),
             ],
         ];
@@ -91,15 +99,33 @@ impl Watch {
         socket.grow_receive_buffer(LOG_BUFFER).map_err(|error| op.io(error))?;
         socket.set_non_blocking().map_err(|error| op.io(error))?;
         // After the group: a log statement without a listener would go nowhere.
-        let table = Table::create(name, &nflog_table::layout(hook, group, ports, closing, memory))?;
-        Ok(Self {
+        let table = Table::create(name, &TableSpec::default())?;
+        let mut this = Self {
             table,
             socket,
             datagram: Vec::new(),
             next: None,
+            group,
             ports: ports.clone(),
+            closing,
+            memory,
             held: HashSet::new(),
-        })
+            is_watching: false,
+        };
+        this.watch()?;
+        Ok(this)
+    }
+
+    /// Puts the chain in place as soon as conntrack has been seen to track anything.
+    fn watch(&mut self) -> Result<()> {
+        if self.is_watching || !tracking::is_on() {
+            return Ok(());
+        }
+        let Self { group, closing, memory, .. } = *self;
+        let watched = Watched { group, ports: &self.ports, closing, memory };
+        self.table.rebuild(&nflog_table::layout(watched))?;
+        self.is_watching = true;
+        Ok(())
     }
 
     /// Receive buffer in bytes, as granted.
@@ -112,6 +138,10 @@ impl Watch {
     /// # Errors
     /// The table is gone.
     pub fn set_ports(&mut self, ports: &HashSet<u16>) -> Result<()> {
+        if !self.is_watching {
+            self.ports.clone_from(ports);
+            return self.watch();
+        }
         let key = |port: &u16| nflog_table::port_key(*port);
         let new: Vec<_> = ports.difference(&self.ports).map(key).collect();
         let old: Vec<_> = self.ports.difference(ports).map(key).collect();
@@ -127,6 +157,9 @@ impl Watch {
     /// # Errors
     /// The set is full, or the table is gone.
     pub fn set_held(&mut self, flows: HashSet<FourTuple>) -> Result<()> {
+        if !self.is_watching {
+            return Ok(());
+        }
         for (set, ipv4) in [(HELD4, true), (HELD6, false)] {
             let of_family = |flow: &&FourTuple| flow.is_ipv4() == ipv4;
             let keys = |flows: &mut dyn Iterator<Item = &FourTuple>| -> Vec<Vec<u8>> {
@@ -156,11 +189,14 @@ impl Watch {
             }
             let packet = packet(frame.payload)
                 .ok_or_else(|| DecodeError::from("no packet in the log message"))?;
-            let Packet { flow, interface, seq, at, is_unlearned } = packet;
+            let Packet { flow, interface, seq, at, prefix } = packet;
             is_gap |= seq.is_some() && next.is_some() && seq != *next;
             *next = seq.map(|seq| seq.wrapping_add(1));
+            if prefix == Prefix::Hurry {
+                return Ok(());
+            }
             drained.logged += 1;
-            drained.full |= is_unlearned;
+            drained.full |= prefix == Prefix::Full;
             if let Some(flow) = flow {
                 take(Suspect { flow: flow.inverse(), interface, destroyed: None, at });
             } else {
@@ -201,8 +237,34 @@ pub struct Packet {
     pub seq: Option<u32>,
     /// When it came; kernels before 5.18 say it only where somebody else asks for it too.
     pub at: Option<SystemTime>,
-    /// A FIN for which the table had no room.
-    pub is_unlearned: bool,
+    /// The word that the rule gave it.
+    pub prefix: Prefix,
+}
+
+/// What a rule says of a packet that it logs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Prefix {
+    /// Nothing: the packet has its socket's own addresses and ports.
+    #[default]
+    Plain,
+    /// Its destination will be translated.
+    Translated,
+    /// The table has no room for others like it.
+    Full,
+    /// A SYN that only sends off the packets before it.
+    Hurry,
+}
+
+impl Prefix {
+    /// The kernel ends the word with a zero.
+    fn read(value: &[u8]) -> Self {
+        match value.split(|byte| *byte == 0).next().map(std::str::from_utf8) {
+            Some(Ok(TRANSLATED)) => Self::Translated,
+            Some(Ok(FULL)) => Self::Full,
+            Some(Ok(HURRY)) => Self::Hurry,
+            _ => Self::Plain,
+        }
+    }
 }
 
 /// The packet in the payload of a log message; `None` where there is none.
@@ -210,7 +272,7 @@ pub fn packet(payload: &[u8]) -> Option<Packet> {
     let mut bytes = None;
     let (mut seq, mut at) = (None, None);
     let mut interface = 0;
-    let mut is_unlearned = false;
+    let mut prefix = Prefix::Plain;
     for attribute in NlasIterator::new(payload.get(NFGENMSG_LEN..)?) {
         let attribute = attribute.ok()?;
         match attribute.kind() {
@@ -218,11 +280,11 @@ pub fn packet(payload: &[u8]) -> Option<Packet> {
             NFULA_IFINDEX_INDEV => interface = parse_u32_be(attribute.value()).unwrap_or(0),
             NFULA_TIMESTAMP => at = timestamp(attribute.value()),
             NFULA_SEQ => seq = parse_u32_be(attribute.value()).ok(),
-            NFULA_PREFIX => is_unlearned = attribute.value().starts_with(FULL.as_bytes()),
+            NFULA_PREFIX => prefix = Prefix::read(attribute.value()),
             _ => {}
         }
     }
-    Some(Packet { flow: bytes?, interface, seq, at, is_unlearned })
+    Some(Packet { flow: bytes?, interface, seq, at, prefix })
 }
 
 /// `struct nfulnl_msg_packet_timestamp`: seconds and microseconds since the epoch.

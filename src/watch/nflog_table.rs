@@ -1,11 +1,16 @@
-//! The table: which packets are logged.
+//! The table: which packets are logged, and when.
 //!
-//! A packet without FIN or RST leaves at the first rule, one to another port at the third.
-//! Priority -150: conntrack (-200) has seen the packet, the filter rules have not.
+//! The chain stands right behind conntrack (-199), before anything that can drop a packet that
+//! conntrack has acted upon: mangle, IP's own checks, the filter rules, the socket. What is logged
+//! there is compared with the socket, so it does not matter who kept it from TCP.
 //!
-//! There is no `ct` expression here, on purpose: one would switch conntrack on in a namespace that
-//! has been living without. So a flood of stray FINs can fill the set of closing connections (at
-//! 87 000 a second); then what it would have told is found by the next sweep.
+//! - A packet without SYN, FIN and RST leaves at the first rule, one without entry at the `ct state`
+//!   rule: strangers' packets change no entry, and are not logged.
+//! - The first FIN of a connection is remembered. What follows it, FIN or RST, is logged at once.
+//! - An RST without a FIN before it waits in the kernel for others, up to [`QUEUE`] of them or some
+//!   ten milliseconds: each would else wake the daemon, for every connection that its client resets
+//!   (0.72 of the connections a second). Where RSTs wait, the next SYN sends them off: a limiter
+//!   drops closed connections at the next SYN, so no attacker gains by the delay.
 
 use std::collections::HashSet;
 use std::time::Duration;
@@ -17,18 +22,32 @@ pub(super) const HELD4: &str = "held4";
 pub(super) const HELD6: &str = "held6";
 const CLOSING4: &str = "closing4";
 const CLOSING6: &str = "closing6";
+/// Ports at which an RST waits to be sent.
+const RESET: &str = "reset";
 
-const PRIORITY: i32 = -150;
+/// Behind conntrack (-200), before mangle (-150).
+const PRIORITY: i32 = -199;
 
-/// RSTs that are logged although no FIN came before: a sample. Every one would wake the daemon for
-/// each connection that its client resets (0.72 of the connections a second); one that proves to
-/// have fooled conntrack makes the daemon look at all the others.
-const UNHERALDED: Expr = Expr::Limit { rate: 100, burst: 100 };
+/// RSTs that wait for each other at most.
+pub(super) const QUEUE: u16 = 64;
+/// They are looked at together for 2 us each: a flood takes a twentieth of a core.
+const RESETS: Expr = Expr::Limit { rate: 20_000, burst: 5_000 };
+/// SYNs that send off what waits. Between two of them a source sends a burst that gains at most
+/// what the next finds.
+const HURRIES: Expr = Expr::Limit { rate: 250, burst: 2 };
+/// For so long an RST waits at most, and a little more.
+const RESET_WAITS: Duration = Duration::from_millis(20);
+/// Ports of [`RESET`]: RSTs of others wait for their time to be up.
+const RESET_PORTS: u32 = 1024;
 
-/// A FIN that found its set full: once a second, not each.
-const UNLEARNED: Expr = Expr::Limit { rate: 1, burst: 1 };
+/// A FIN that found its set full, an RST beyond [`RESETS`]: once a second, not each.
+const NOT_WATCHED: Expr = Expr::Limit { rate: 1, burst: 1 };
 /// The word that goes with it.
 pub(super) const FULL: &str = "full";
+/// The word that goes with a SYN that only sends off what waits.
+pub(super) const HURRY: &str = "hurry";
+/// The word that goes with a packet whose destination will be translated.
+pub(super) const TRANSLATED: &str = "translated";
 
 /// Closing connections of a family that are remembered at once.
 pub const CLOSING: u32 = 262_144;
@@ -39,15 +58,30 @@ const NFPROTO_IPV6: u8 = 10;
 const TCP_DESTINATION_PORT: u32 = 2;
 const TCP_FLAGS: u32 = 13;
 const FIN: u8 = 0x01;
+const SYN: u8 = 0x02;
 const RST: u8 = 0x04;
+const ACK: u8 = 0x10;
 
-pub(super) fn layout(
-    hook: Hook,
-    group: u16,
-    ports: &HashSet<u16>,
-    closing: u32,
-    memory: Duration,
-) -> TableSpec {
+/// `NF_CT_STATE_BIT` of `IP_CT_ESTABLISHED` and `IP_CT_RELATED`: there was an entry before.
+const TRACKED: u32 = 1 << 1 | 1 << 2;
+/// `NF_CT_STATE_UNTRACKED_BIT`
+const UNTRACKED: u32 = 1 << 6;
+/// `enum ip_conntrack_status`
+const IPS_DST_NAT: u32 = 1 << 5;
+/// `enum ip_conntrack_dir`
+const IP_CT_DIR_ORIGINAL: u8 = 0;
+
+/// What the table is made with.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Watched<'a> {
+    pub(super) group: u16,
+    pub(super) ports: &'a HashSet<u16>,
+    pub(super) closing: u32,
+    pub(super) memory: Duration,
+}
+
+pub(super) fn layout(watched: Watched<'_>) -> TableSpec {
+    let Watched { group, ports, closing, memory } = watched;
     let set = |name, key_length, size, timeout| SetSpec {
         name,
         key_length,
@@ -64,34 +98,133 @@ pub(super) fn layout(
         set(CLOSING6, 40, Some(closing), Some(memory)),
         set(HELD4, 16, None, None),
         set(HELD6, 40, None, None),
+        set(RESET, 2, Some(RESET_PORTS), Some(RESET_WAITS)),
     ];
-    let flags = |mask: u8| [Expr::transport(TCP_FLAGS, 1), Expr::Mask(vec![mask])];
-    let any = |mask: u8| [&flags(mask)[..], &[Expr::Differs(vec![0])]].concat();
-    let log = |prefix| Expr::Log { group, snaplen: super::nflog::SNAPLEN, prefix };
-    let mut rules = vec![
-        // First, and of whatever protocol: it is what most packets are.
-        [&flags(FIN | RST)[..], &[Expr::Equals(vec![0]), Expr::Accept]].concat(),
-        vec![Expr::L4Proto, Expr::Differs(vec![IPPROTO_TCP]), Expr::Accept],
-        vec![Expr::transport(TCP_DESTINATION_PORT, 2), Expr::NotIn(PORTS), Expr::Accept],
-    ];
-    for (family, closing, held, key) in [
-        (NFPROTO_IPV4, CLOSING4, HELD4, key::load_v4()),
-        (NFPROTO_IPV6, CLOSING6, HELD6, key::load_v6()),
-    ] {
-        let of_family = [Expr::NfProto, Expr::Equals(vec![family])];
-        let tell = [log(None), Expr::Accept];
-        for known in [held, closing] {
-            rules.push([&of_family[..], &key, &[Expr::In(known)], &tell].concat());
-        }
-        // With an RST it is an RST, to TCP and to conntrack.
-        let fin = [&of_family[..], &flags(FIN | RST), &[Expr::Equals(vec![FIN])]].concat();
-        rules.push([&fin[..], &key, &[Expr::Add(closing), Expr::Accept]].concat());
-        // Nothing can be added to a full set, and the rule above ends there.
-        rules.push([&fin[..], &[UNLEARNED, log(Some(FULL)), Expr::Accept]].concat());
-    }
-    rules.push([&any(RST)[..], &[UNHERALDED, log(None)]].concat());
-    let chain = ChainSpec { name: "watch", hook, priority: PRIORITY, rules };
+    let chain = ChainSpec {
+        name: "watch",
+        hook: Hook::Prerouting,
+        priority: PRIORITY,
+        rules: [ordinary(group), watched_at_once(group), first_fins(group), resets(group)].concat(),
+    };
     TableSpec { sets, chains: vec![chain] }
+}
+
+/// What is of no interest leaves, cheapest first.
+fn ordinary(group: u16) -> Vec<Vec<Expr>> {
+    let mut rules = vec![
+        rule(&[&no_flag(SYN | FIN | RST), &[Expr::Accept]]),
+        vec![Expr::L4Proto, Expr::Differs(vec![IPPROTO_TCP]), Expr::Accept],
+        rule(&[
+            &flags(SYN | ACK | FIN | RST, SYN),
+            &[port(), Expr::In(RESET), HURRIES, log(group, Some(HURRY), 1), Expr::Accept],
+        ]),
+        rule(&[&no_flag(FIN | RST), &[Expr::Accept]]),
+    ];
+    // Conntrack does not see these: no entry changes, but one may have to be given back.
+    for family in FAMILIES {
+        rules.push(rule(&[
+            &ct(Expr::CtState, UNTRACKED, true),
+            &family.key(),
+            &[Expr::In(family.held), log(group, None, 1), Expr::Accept],
+        ]));
+    }
+    let unguarded = [port(), Expr::NotIn(PORTS)];
+    rules.extend([
+        rule(&[&ct(Expr::CtState, TRACKED, false), &[Expr::Accept]]),
+        rule(&[&unguarded, &ct(Expr::CtStatus, IPS_DST_NAT, false), &[Expr::Accept]]),
+        rule(&[
+            &unguarded,
+            &[Expr::CtDirection, Expr::Differs(vec![IP_CT_DIR_ORIGINAL]), Expr::Accept],
+        ]),
+        rule(&[&unguarded, &[Expr::CtReplySource, Expr::NotIn(PORTS), Expr::Accept]]),
+    ]);
+    rules
+}
+
+/// Connections that are half-closed, or whose first FIN has just been seen.
+fn watched_at_once(group: u16) -> Vec<Vec<Expr>> {
+    let mut rules = Vec::new();
+    for family in FAMILIES {
+        for known in [family.held, family.closing] {
+            let key = family.key();
+            let found = rule(&[&key, &[Expr::In(known)]]);
+            let plain = ct(Expr::CtStatus, IPS_DST_NAT, false);
+            rules.push(rule(&[&found, &plain, &[log(group, None, 1), Expr::Accept]]));
+            rules.push(rule(&[&found, &[log(group, Some(TRANSLATED), 1), Expr::Accept]]));
+        }
+    }
+    rules
+}
+
+fn first_fins(group: u16) -> Vec<Vec<Expr>> {
+    let mut rules = Vec::new();
+    // With an RST it is an RST, to TCP and to conntrack.
+    let fin = flags(FIN | RST, FIN);
+    for family in FAMILIES {
+        rules.push(rule(&[&fin, &family.key(), &[Expr::Add(family.closing), Expr::Accept]]));
+    }
+    // Nothing can be added to a full set, and the rules above end there.
+    rules.push(rule(&[&fin, &[NOT_WATCHED, log(group, Some(FULL), 1)]]));
+    rules.push(rule(&[&fin, &[Expr::Accept]]));
+    rules
+}
+
+fn resets(group: u16) -> Vec<Vec<Expr>> {
+    let plain = ct(Expr::CtStatus, IPS_DST_NAT, false);
+    let wait = |prefix| [RESETS, log(group, prefix, QUEUE), Expr::Accept];
+    vec![
+        vec![port(), Expr::Add(RESET)],
+        rule(&[&plain, &wait(None)]),
+        rule(&[&ct(Expr::CtStatus, IPS_DST_NAT, true), &wait(Some(TRANSLATED))]),
+        vec![NOT_WATCHED, log(group, Some(FULL), 1)],
+    ]
+}
+
+struct Family {
+    nfproto: u8,
+    closing: &'static str,
+    held: &'static str,
+    load: fn() -> [Expr; 4],
+}
+
+const FAMILIES: [Family; 2] = [
+    Family { nfproto: NFPROTO_IPV4, closing: CLOSING4, held: HELD4, load: key::load_v4 },
+    Family { nfproto: NFPROTO_IPV6, closing: CLOSING6, held: HELD6, load: key::load_v6 },
+];
+
+impl Family {
+    /// Goes on with the packet's four-tuple, if it is of this family.
+    fn key(&self) -> Vec<Expr> {
+        let is_of_it = [Expr::NfProto, Expr::Equals(vec![self.nfproto])];
+        rule(&[&is_of_it, &(self.load)()])
+    }
+}
+
+fn rule(parts: &[&[Expr]]) -> Vec<Expr> {
+    parts.concat()
+}
+
+fn port() -> Expr {
+    Expr::transport(TCP_DESTINATION_PORT, 2)
+}
+
+fn flags(mask: u8, value: u8) -> [Expr; 3] {
+    [Expr::transport(TCP_FLAGS, 1), Expr::Mask(vec![mask]), Expr::Equals(vec![value])]
+}
+
+fn no_flag(mask: u8) -> [Expr; 3] {
+    flags(mask, 0)
+}
+
+/// Goes on if one of these bits is set, or none.
+fn ct(load: Expr, bits: u32, is_set: bool) -> [Expr; 3] {
+    let none = vec![0; 4];
+    let compare = if is_set { Expr::Differs(none) } else { Expr::Equals(none) };
+    [load, Expr::Mask(bits.to_ne_bytes().to_vec()), compare]
+}
+
+fn log(group: u16, prefix: Option<&'static str>, threshold: u16) -> Expr {
+    Expr::Log { group, snaplen: super::nflog::SNAPLEN, prefix, threshold }
 }
 
 /// A set element for a port.
