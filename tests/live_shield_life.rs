@@ -27,7 +27,7 @@ const SOURCE6: &str = "2001:db8:1::7";
 const LIMIT: u32 = 3;
 const SOON: Duration = Duration::from_secs(10);
 /// The default of --shield-mark.
-const MARK: u32 = 0x2000;
+const MARK: u32 = 0x1000;
 const PROGRAM: &str = "ctkeep_shield";
 const STRICT: &str = "*filter\n:INPUT DROP [0:0]\n:OUTPUT ACCEPT [0:0]\n\
     -A INPUT -i lo -j ACCEPT\n\
@@ -263,7 +263,7 @@ fn half_closed_streams_are_whole() {
 fn the_mark_is_gone_before_any_other_chain_and_a_flush_changes_nothing() {
     let Some((lab, _server, _daemon)) = scene() else { return };
     let count = "table inet eyes { chain c { type filter hook prerouting priority -309; \
-                 meta mark & 0x2000 != 0 counter; meta mark 0 counter; }; }";
+                 meta mark & 0x1000 != 0 counter; meta mark 0 counter; }; }";
     lab.server.feed("nft -f -", count);
     let peer = lab.peer(SOURCE);
     assert_eq!(gain(&peer), 0);

@@ -260,7 +260,7 @@ pub(super) struct Run {
     pub shield: ShieldMode,
 
     /// The bit of the packet mark that the shield works with
-    #[arg(long, value_name = "BIT", default_value = "0x2000", value_parser = mark_bit)]
+    #[arg(long, value_name = "BIT", default_value = "0x1000", value_parser = mark_bit)]
     pub shield_mark: u32,
 
     /// Name of the helper device and nftables table that are made for recount
@@ -459,7 +459,7 @@ fn mark_bit(text: &str) -> std::result::Result<u32, String> {
     };
     bit.ok()
         .filter(|bit| bit.is_power_of_two())
-        .ok_or_else(|| "expected a number with one bit set, such as 0x2000".to_owned())
+        .ok_or_else(|| "expected a number with one bit set, such as 0x1000".to_owned())
 }
 
 fn shield() -> impl TypedValueParser<Value = ShieldMode> {

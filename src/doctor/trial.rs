@@ -93,7 +93,7 @@ fn limit() -> Result<Table> {
     rule.push(Expr::Add(COUNTED));
     let counted = SetSpec {
         name: COUNTED,
-        key_length: key::KEY_V4,
+        key: key::TUPLE_V4,
         size: Some(16),
         timeout: Some(TIMEOUT),
         elements: Vec::new(),

@@ -8,6 +8,7 @@ mod table;
 pub(crate) mod uapi;
 
 pub use expr::{Expr, Header};
+pub use key::Field;
 pub use table::{ChainSpec, SetSpec, Table, TableSpec};
 
 /// Where packets meet chains (`enum nf_inet_hooks`).

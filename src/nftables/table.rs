@@ -10,6 +10,7 @@ use netlink_packet_netfilter::{NetfilterHeader, NetfilterProtoFamily};
 use netlink_sys::protocols::NETLINK_NETFILTER;
 use nix::errno::Errno;
 
+use super::key::{self, Field};
 use super::uapi::*;
 use super::{Expr, Hook};
 use crate::error::{Op, Result};
@@ -24,8 +25,8 @@ const ELEMENTS: usize = 512;
 pub struct SetSpec {
     /// Name in `nft list ruleset`.
     pub name: &'static str,
-    /// Length of an element in bytes, each field of it padded to 4.
-    pub key_length: u32,
+    /// What an element is made of.
+    pub key: &'static [Field],
     /// Most elements; what does not fit is not added. The kernel sets aside room for all of them
     /// at once, 25 bytes each: without it a set begins small and grows.
     pub size: Option<u32>,
@@ -145,9 +146,8 @@ impl<T: Transport> Table<T> {
             text(NFTA_SET_TABLE, &self.name),
             text(NFTA_SET_NAME, set.name),
             word(NFTA_SET_ID, id),
-            // Only `nft list` reads the type.
-            word(NFTA_SET_KEY_TYPE, 0),
-            word(NFTA_SET_KEY_LEN, set.key_length),
+            word(NFTA_SET_KEY_TYPE, key::type_of(set.key)),
+            word(NFTA_SET_KEY_LEN, key::length_of(set.key)),
         ];
         if let Some(size) = set.size {
             attributes.push(nested(NFTA_SET_DESC, &[word(NFTA_SET_DESC_SIZE, size)]));

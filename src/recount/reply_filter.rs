@@ -78,12 +78,15 @@ impl ReplyFilter {
     pub(super) fn open(name: &str, marks: Marks) -> Result<Self> {
         let mut chains: Vec<_> = chains(marks).into();
         chains.push(notrack());
-        let sets =
-            [FINS, ALL].into_iter().flat_map(|names| {
-                names.into_iter().zip([key::KEY_V4, key::KEY_V6]).map(|(name, key_length)| {
-                    SetSpec { name, key_length, size: None, timeout: None, elements: Vec::new() }
-                })
-            });
+        let sets = [FINS, ALL].into_iter().flat_map(|names| {
+            names.into_iter().zip([key::TUPLE_V4, key::TUPLE_V6]).map(|(name, key)| SetSpec {
+                name,
+                key,
+                size: None,
+                timeout: None,
+                elements: Vec::new(),
+            })
+        });
         let layout = TableSpec { sets: sets.collect(), chains };
         Ok(Self { table: Table::create(name, &layout)?, notracks: HashMap::new() })
     }
@@ -238,5 +241,5 @@ fn notrack() -> ChainSpec {
         let fin = [&flags(FIN)[..], &[Expr::Differs(vec![0])]].concat();
         rules.push([&of_family[..], &fin, &key, &past(fins)].concat());
     }
-    ChainSpec { name: "notrack", hook: Hook::Prerouting, priority: BEFORE_CONNTRACK, rules }
+    ChainSpec { name: "untracked", hook: Hook::Prerouting, priority: BEFORE_CONNTRACK, rules }
 }

@@ -1,9 +1,9 @@
 //! The table: where a mark becomes `notrack`.
 
-use crate::nftables::{ChainSpec, Expr, Hook, SetSpec, TableSpec};
+use crate::nftables::{ChainSpec, Expr, Field, Hook, SetSpec, TableSpec};
 
 /// The devices that the program is at.
-pub(super) const DEVICES: &str = "devices";
+pub(super) const DEVICES: &str = "shielded";
 
 /// Before the raw table (-300) and conntrack (-200); after reassembly (-400).
 const PRIORITY: i32 = -310;
@@ -22,8 +22,13 @@ pub(super) fn layout(mark: u32, devices: Vec<Vec<u8>>) -> TableSpec {
         Expr::SetMark,
         Expr::NoTrack,
     ];
-    let set =
-        SetSpec { name: DEVICES, key_length: 4, size: None, timeout: None, elements: devices };
+    let set = SetSpec {
+        name: DEVICES,
+        key: &[Field::IfaceIndex],
+        size: None,
+        timeout: None,
+        elements: devices,
+    };
     let chain =
         ChainSpec { name: "hide", hook: Hook::Prerouting, priority: PRIORITY, rules: vec![rule] };
     TableSpec { sets: vec![set], chains: vec![chain] }

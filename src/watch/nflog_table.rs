@@ -15,7 +15,7 @@
 use std::collections::HashSet;
 use std::time::Duration;
 
-use crate::nftables::{ChainSpec, Expr, Hook, SetSpec, TableSpec, key};
+use crate::nftables::{ChainSpec, Expr, Field, Hook, SetSpec, TableSpec, key};
 
 pub(super) const PORTS: &str = "ports";
 pub(super) const HELD4: &str = "held4";
@@ -23,7 +23,7 @@ pub(super) const HELD6: &str = "held6";
 const CLOSING4: &str = "closing4";
 const CLOSING6: &str = "closing6";
 /// Ports at which an RST waits to be sent.
-const RESET: &str = "reset";
+const RESET: &str = "hurried";
 
 /// Behind conntrack (-200), before mangle (-150).
 const PRIORITY: i32 = -199;
@@ -82,23 +82,17 @@ pub(super) struct Watched<'a> {
 
 pub(super) fn layout(watched: Watched<'_>) -> TableSpec {
     let Watched { group, ports, closing, memory } = watched;
-    let set = |name, key_length, size, timeout| SetSpec {
-        name,
-        key_length,
-        size,
-        timeout,
-        elements: Vec::new(),
-    };
+    let set = |name, key, size, timeout| SetSpec { name, key, size, timeout, elements: Vec::new() };
     let sets = vec![
         SetSpec {
             elements: ports.iter().map(|port| port_key(*port)).collect(),
-            ..set(PORTS, 2, None, None)
+            ..set(PORTS, &[Field::InetService], None, None)
         },
-        set(CLOSING4, 16, Some(closing), Some(memory)),
-        set(CLOSING6, 40, Some(closing), Some(memory)),
-        set(HELD4, 16, None, None),
-        set(HELD6, 40, None, None),
-        set(RESET, 2, Some(RESET_PORTS), Some(RESET_WAITS)),
+        set(CLOSING4, key::TUPLE_V4, Some(closing), Some(memory)),
+        set(CLOSING6, key::TUPLE_V6, Some(closing), Some(memory)),
+        set(HELD4, key::TUPLE_V4, None, None),
+        set(HELD6, key::TUPLE_V6, None, None),
+        set(RESET, &[Field::InetService], Some(RESET_PORTS), Some(RESET_WAITS)),
     ];
     let chain = ChainSpec {
         name: "watch",
@@ -136,7 +130,12 @@ fn ordinary(group: u16) -> Vec<Vec<Expr>> {
             &unguarded,
             &[Expr::CtDirection, Expr::Differs(vec![IP_CT_DIR_ORIGINAL]), Expr::Accept],
         ]),
-        rule(&[&unguarded, &[Expr::CtReplySource, Expr::NotIn(PORTS), Expr::Accept]]),
+        rule(&[
+            // Known already, but nft loads the port only where the rule itself says of what.
+            &[Expr::L4Proto, Expr::Equals(vec![IPPROTO_TCP])],
+            &unguarded,
+            &[Expr::CtReplySource, Expr::NotIn(PORTS), Expr::Accept],
+        ]),
     ]);
     rules
 }
