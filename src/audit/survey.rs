@@ -248,7 +248,7 @@ mod tests {
         );
         let snapshot = Snapshot::new([repaired, left, sound]);
         let policy = Policy::default();
-        let scope = Scope { ports: [80].into(), ..policy.scope(&[]) };
+        let scope = Scope { ports: [80].into() };
         let ledger = Ledger::new(Defence::Auto, 0);
         let put_right = [repaired.flow].into();
         let sweep = SweepResult {
@@ -287,7 +287,7 @@ mod tests {
             ..view(1, Some(State::Listen), None).socket.unwrap()
         };
         let policy = Policy::default();
-        let scope = Scope { ports: [80].into(), ..policy.scope(&[]) };
+        let scope = Scope { ports: [80].into() };
         let sweep = SweepResult {
             snapshot: &Snapshot::default(),
             scope: &scope,

@@ -229,7 +229,7 @@ impl<'s, 'c, T: Transport> Machine<'s, 'c, T> {
         let mask = data.nest(NFTA_BITWISE_MASK).and_then(|mask| mask.value(NFTA_DATA_VALUE));
         match (mask, data.number(NFTA_BITWISE_OP).unwrap_or(NFT_BITWISE_BOOL)) {
             (Some(mask), NFT_BITWISE_BOOL) if register.mask.is_none() => {
-                register.mask = Some(mask.to_vec())
+                register.mask = Some(mask.to_vec());
             }
             _ => register.field = Field::Unknown,
         }
