@@ -1,4 +1,4 @@
-//! Packets that can fool conntrack, logged by an nftables table of our own ([`super::nflog_table`]):
+//! Packets that can fool conntrack, logged by an nftables table of our own (`nflog_table`):
 //! every RST of a guarded connection, and every FIN but its first.
 //!
 //! Ordinary traffic pays a few header look-ups; RSTs that may well be ordinary are handed over in
