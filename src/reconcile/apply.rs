@@ -104,7 +104,7 @@ fn raise<R: Recount>(
 /// an honest one. Who does it again past a seal, or from several ports, is neither.
 fn notracks(actions: &[Action], ledger: &Ledger) -> Vec<Option<Notrack>> {
     let mut repairs: HashMap<IpAddr, u32> = HashMap::new();
-    for action in actions.iter().filter(|action| action.kind.is_repair()) {
+    for action in actions.iter().filter(|action| action.reason.is_fooled()) {
         *repairs.entry(action.view.flow.dst.addr()).or_default() += 1;
     }
     actions
@@ -117,7 +117,7 @@ fn notracks(actions: &[Action], ledger: &Ledger) -> Vec<Option<Notrack>> {
                 ledger.notrack(&socket).is_some() || ledger.pressure().offends(source, more);
             let had_its_fin = socket.state == State::CloseWait;
             match action.kind {
-                kind if kind.is_repair() && again => Some(Notrack::FinsAndRsts),
+                _ if action.reason.is_fooled() && again => Some(Notrack::FinsAndRsts),
                 // The peer of an ESTABLISHED socket still needs its FIN to get through, also where
                 // rules drop what conntrack has not seen.
                 ActionKind::Revive | ActionKind::Reverse | ActionKind::Seal if had_its_fin => {

@@ -284,13 +284,27 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
                 continue;
             }
             let Deferred { since, lookups } = std::mem::take(self.deferred(timer));
-            let lookups: Vec<_> = lookups.into_iter().collect();
-            let snapshot = self.tables.exactly(&lookups, &self.ledger)?;
-            self.ledger.settle(&snapshot);
-            let confirmed = self.confirmed(&snapshot);
-            self.carry_out(confirmed, Trigger::Event, since.unwrap_or(now), now, witness)?;
+            let (since, lookups) = (since.unwrap_or(now), lookups.into_iter().collect::<Vec<_>>());
+            let looked = self.look_at(&lookups, since, now, witness);
+            if looked.is_err() {
+                self.defer(timer, self.settings.sweep_interval, lookups, since, now);
+            }
+            looked?;
         }
         Ok(())
+    }
+
+    fn look_at(
+        &mut self,
+        lookups: &[Lookup],
+        since: Instant,
+        now: Instant,
+        witness: &mut impl Witness,
+    ) -> Result<()> {
+        let snapshot = self.tables.exactly(lookups, &self.ledger)?;
+        self.ledger.settle(&snapshot);
+        let confirmed = self.confirmed(&snapshot);
+        self.carry_out(confirmed, Trigger::Event, since, now, witness)
     }
 
     /// What an event source has seen: connections of the server, with the last entry where they
@@ -431,9 +445,18 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         now: Instant,
         witness: &mut impl Witness,
     ) -> Result<Sweep> {
+        let timer = match depth {
+            Depth::Shallow => Timer::Shallow,
+            Depth::Deep => Timer::Deep,
+        };
         let swept = self.try_sweep(depth, now, witness);
-        if swept.is_err() {
-            self.timers.set(Timer::Shallow, now + self.settings.sweep_interval);
+        match &swept {
+            Ok(_) => self.timers.succeeded(timer),
+            // The other kind may work: it is due as it was.
+            Err(_) => {
+                let (first, most) = (self.settings.sweep_interval, self.settings.deep_interval);
+                self.timers.failed(timer, now, first, most);
+            }
         }
         swept
     }
@@ -628,12 +651,12 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
     fn note_repairs(&mut self, outcomes: &[Outcome], trigger: Trigger, now: Instant) {
         let mut again = Vec::new();
         let mut fooled_open = false;
-        for outcome in outcomes {
+        for outcome in outcomes.iter().filter(|outcome| outcome.result.is_ok()) {
             if outcome.action.kind.needs_recount()
                 && let Some(socket) = outcome.action.view.socket
             {
-                if outcome.action.kind.is_repair() {
-                    // Nothing but a sample tells of connections that are fooled before their FIN.
+                // Forgetting (a flush, an idle timeout, an early drop) is nobody's offence.
+                if outcome.action.reason.is_fooled() {
                     fooled_open |= socket.state == State::Established;
                     self.ledger.pressure_mut().repaired(socket.remote.addr(), now);
                 }
@@ -647,15 +670,17 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
     }
 
     fn note_full_table(&mut self, outcomes: &[Outcome], now: Instant) -> Option<Duration> {
-        let mut say = None;
-        for outcome in outcomes {
-            match &outcome.result {
-                Ok(()) if outcome.action.kind == ActionKind::Reinsert => self.back_off.succeeded(),
-                Err(error) if error.is_table_full() => say = self.back_off.failed(now).or(say),
-                _ => {}
-            }
+        let refused = |outcome: &Outcome| outcome.result.as_ref().is_err_and(Error::is_table_full);
+        if outcomes.iter().any(refused) {
+            return self.back_off.failed(now);
         }
-        say
+        let is_inserted = |outcome: &Outcome| {
+            outcome.result.is_ok() && outcome.action.kind == ActionKind::Reinsert
+        };
+        if outcomes.iter().any(is_inserted) {
+            self.back_off.succeeded();
+        }
+        None
     }
 
     /// Adds to what waits for `timer`, which keeps its time.

@@ -98,6 +98,13 @@ pub enum Reason {
     Uncounted(Loss),
 }
 
+impl Reason {
+    /// Whether packets of the peer have made conntrack believe what is not so.
+    pub fn is_fooled(self) -> bool {
+        matches!(self, Self::EntryClosed(_))
+    }
+}
+
 impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

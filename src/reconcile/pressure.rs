@@ -181,7 +181,9 @@ impl Pressure {
     pub fn hurry(&self, interval: Duration) -> Duration {
         match self.level {
             Level::Calm => interval,
-            Level::Alert | Level::Siege => (interval / 4).max(Duration::from_millis(100)),
+            Level::Alert | Level::Siege => {
+                (interval / 4).max(Duration::from_millis(100)).min(interval)
+            }
         }
     }
 }

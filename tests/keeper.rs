@@ -1,0 +1,318 @@
+//! The keeper as it runs: a played kernel, the time by hand, and a few verbs.
+//!
+//! Sections by what is going on: peace, packets of a peer, a failing kernel, a full table.
+
+// A helper of a test that meets the unexpected ends by a panic.
+#![allow(clippy::unwrap_used, clippy::indexing_slicing)]
+
+mod played;
+
+use std::cell::Cell;
+use std::collections::HashSet;
+use std::io;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use ctkeep::conntrack::{Entry, TcpState};
+use ctkeep::flow::FourTuple;
+use ctkeep::netlink::Transport;
+use ctkeep::reconcile::keeper::{
+    Acted, Depth, Keeper, Recounting, Settings, Sweep, Trigger, Witness,
+};
+use ctkeep::reconcile::plan::{Action, ActionKind};
+use ctkeep::reconcile::policy::Policy;
+use ctkeep::reconcile::pressure::Defence;
+use ctkeep::sockdiag::State;
+use played::host::{Host, Shared};
+use played::{Played, entry, flow, requests, socket};
+
+const SECOND: Duration = Duration::from_secs(1);
+const SWEEP: Duration = SECOND;
+const DEEP: Duration = Duration::from_secs(30);
+const ENOMEM: i32 = 12;
+
+/// The kernel, which fails at will.
+struct Faulty {
+    kernel: Played,
+    is_conntrack: bool,
+    /// Dumps of the whole conntrack table fail.
+    deep_fails: Rc<Cell<bool>>,
+    in_deep: bool,
+}
+
+impl Transport for Faulty {
+    fn send(&mut self, datagram: &[u8]) -> io::Result<()> {
+        self.in_deep = self.is_conntrack && requests(datagram).iter().any(|it| it.is_dump());
+        self.kernel.send(datagram)
+    }
+
+    fn recv(&mut self, datagram: &mut Vec<u8>) -> io::Result<()> {
+        if self.in_deep && self.deep_fails.get() {
+            return Err(io::Error::from_raw_os_error(ENOMEM));
+        }
+        self.kernel.recv(datagram)
+    }
+}
+
+/// What the keeper did since it was last asked.
+#[derive(Default)]
+struct Deeds {
+    done: Vec<(ActionKind, u16)>,
+    failed: usize,
+    said_full: Vec<Duration>,
+}
+
+impl Witness for Deeds {
+    fn seen(&mut self, _ports: &HashSet<u16>, _half_closed: HashSet<FourTuple>) {}
+
+    fn acted(&mut self, acted: Acted) {
+        for outcome in &acted.outcomes {
+            match outcome.result {
+                Ok(()) => {
+                    self.done.push((outcome.action.kind, outcome.action.view.flow.dst.port()));
+                }
+                Err(_) => self.failed += 1,
+            }
+        }
+        self.said_full.extend(acted.table_full);
+    }
+
+    fn planned(&mut self, _actions: &[Action], _trigger: Trigger) {}
+}
+
+/// A server with a limit, its peer at 198.51.100.7, and the keeper.
+struct World {
+    host: Shared,
+    keeper: Keeper<Faulty>,
+    deep_fails: Rc<Cell<bool>>,
+    now: Instant,
+}
+
+impl World {
+    /// With connections of these ports of the peer, opened and in agreement.
+    fn with(ports: std::ops::Range<u16>) -> Self {
+        let mut sockets = vec![socket("0.0.0.0:80", "0.0.0.0:0", State::Listen, 1)];
+        sockets.extend(ports.clone().map(|port| {
+            let local = of(port);
+            let (local, remote) = (local.src.to_string(), local.dst.to_string());
+            socket(&local, &remote, State::Established, u64::from(port))
+        }));
+        let entries = ports.map(|port| entry(of(port), TcpState::Established, 432_000)).collect();
+        let deep_fails = Rc::<Cell<bool>>::default();
+        let (host, tables) =
+            Host { sockets, entries, ..Host::default() }.open_by(|kernel, is_conntrack| Faulty {
+                kernel,
+                is_conntrack,
+                deep_fails: deep_fails.clone(),
+                in_deep: false,
+            });
+        let settings = Settings {
+            policy: Policy::default(),
+            sweep_interval: SWEEP,
+            deep_interval: DEEP,
+            dry_run: false,
+        };
+        let (recounting, now) = (Recounting::by(None), Instant::now());
+        let keeper = Keeper::new(tables, recounting, settings, Defence::Auto, now, || 150).unwrap();
+        Self { host, keeper, deep_fails, now }
+    }
+
+    /// The peer half-closes.
+    fn fin(&self, port: u16) {
+        self.socket(port, State::CloseWait);
+        self.set(port, TcpState::CloseWait, 60);
+    }
+
+    /// A stale RST of the peer.
+    fn rst(&self, port: u16) {
+        self.set(port, TcpState::Close, 10);
+    }
+
+    /// The socket gets into this state.
+    fn socket(&self, port: u16, state: State) {
+        let mut host = self.host.borrow_mut();
+        host.sockets.iter_mut().find(|it| it.flow() == of(port)).unwrap().state = state;
+    }
+
+    /// The entry gets into this state.
+    fn set(&self, port: u16, state: TcpState, seconds: u64) {
+        let mut host = self.host.borrow_mut();
+        if let Some(now) = host.entries.iter_mut().find(|it| it.reply == of(port)) {
+            *now = Entry { id: now.id, ..entry(of(port), state, seconds) };
+        }
+    }
+
+    /// `conntrack -F`
+    fn flush(&self) {
+        self.host.borrow_mut().entries.clear();
+    }
+
+    /// The table takes no more entries than it has.
+    fn fill_table(&self) {
+        let mut host = self.host.borrow_mut();
+        host.maximum = Some(host.entries.len());
+    }
+
+    /// The socket ends.
+    fn close(&self, port: u16) {
+        self.host.borrow_mut().sockets.retain(|socket| socket.flow() != of(port));
+    }
+
+    /// An event source has seen a packet of this connection.
+    fn suspect(&mut self, port: u16) -> Deeds {
+        let mut deeds = Deeds::default();
+        let suspects = [(of(port), None)].into();
+        self.keeper.suspects(suspects, self.now, self.now, &mut deeds).unwrap();
+        deeds
+    }
+
+    fn sweep(&mut self, depth: Depth) -> Deeds {
+        let mut deeds = Deeds::default();
+        self.keeper.sweep(depth, self.now, &mut deeds).unwrap();
+        deeds
+    }
+
+    /// Time passes until something is due; what came of it.
+    fn turn(&mut self) -> (ctkeep::Result<Option<Sweep>>, Deeds) {
+        let due = self.keeper.next_timeout().unwrap();
+        self.now = self.now.max(due);
+        let mut deeds = Deeds::default();
+        (self.keeper.turn(self.now, &mut deeds), deeds)
+    }
+
+    fn state(&self, port: u16) -> Option<TcpState> {
+        let host = self.host.borrow();
+        host.entries.iter().find(|it| it.reply == of(port)).and_then(Entry::state)
+    }
+}
+
+/// The connection of a port of the peer, seen from the server.
+fn of(port: u16) -> FourTuple {
+    flow("192.0.2.1:80", &format!("198.51.100.7:{port}"))
+}
+
+mod peace {
+    use super::*;
+
+    #[test]
+    fn the_first_turn_is_a_deep_sweep_and_then_each_comes_by_its_own_interval() {
+        let mut world = World::with(4000..4003);
+        let begun = world.now;
+        let mut depths = Vec::new();
+        while world.now < begun + DEEP + SECOND {
+            let (swept, deeds) = world.turn();
+            depths.push(swept.unwrap().unwrap().depth);
+            assert_eq!(deeds.done, []);
+        }
+        assert_eq!(depths.first(), Some(&Depth::Deep));
+        assert_eq!(depths.iter().filter(|depth| **depth == Depth::Deep).count(), 2);
+        // Each a twentieth sooner than its interval, with the random number that is given here.
+        assert!((31..=36).contains(&depths.len()), "{depths:?}");
+    }
+
+    #[test]
+    fn what_a_sweep_took_is_added_to_its_interval_and_bounds_deep_ones() {
+        let mut world = World::with(4000..4003);
+        let sweep = world.turn().0.unwrap().unwrap();
+        let ended = world.now + SECOND * 2;
+        world.keeper.took(&sweep, ended, SECOND);
+        assert!(world.keeper.next_timeout().unwrap() > ended);
+        world.now = ended;
+        while world.turn().0.unwrap().unwrap().depth == Depth::Shallow {}
+        assert!(world.now >= ended + SECOND * 100, "a hundredth of a core");
+    }
+}
+
+mod packets {
+    use super::*;
+
+    #[test]
+    fn a_stale_rst_is_repaired_at_its_event_and_looked_at_again() {
+        let mut world = World::with(4000..4003);
+        world.sweep(Depth::Deep);
+        world.fin(4000);
+        world.rst(4000);
+        assert_eq!(world.suspect(4000).done, [(ActionKind::Revive, 4000)]);
+        assert_eq!(world.state(4000), Some(TcpState::CloseWait));
+        // TCP takes an exact one a moment later.
+        world.close(4000);
+        let (swept, deeds) = world.turn();
+        assert!(swept.unwrap().is_none(), "a second look, no sweep");
+        assert_eq!(deeds.done, [(ActionKind::Release, 4000)]);
+    }
+
+    #[test]
+    fn what_seems_to_have_fooled_an_open_connection_is_given_a_moment() {
+        let mut world = World::with(4000..4003);
+        world.sweep(Depth::Deep);
+        world.rst(4000);
+        world.rst(4001);
+        assert_eq!(world.suspect(4000).done, []);
+        assert_eq!(world.suspect(4001).done, []);
+        // An ordinary RST: TCP has seen it by now.
+        world.close(4000);
+        assert_eq!(world.turn().1.done, [(ActionKind::Revive, 4001)]);
+    }
+}
+
+mod a_failing_kernel {
+    use super::*;
+
+    #[test]
+    fn a_deep_sweep_that_fails_comes_back_ever_later_and_keeps_no_shallow_one_out() {
+        let mut world = World::with(4000..4003);
+        world.sweep(Depth::Deep);
+        world.deep_fails.set(true);
+        let begun = world.now;
+        let (mut failed, mut shallow) = (0, 0);
+        while world.now < begun + DEEP * 4 {
+            match world.turn().0 {
+                Ok(swept) => {
+                    assert_eq!(swept.unwrap().depth, Depth::Shallow);
+                    shallow += 1;
+                }
+                Err(_) => failed += 1,
+            }
+        }
+        assert!((4..=12).contains(&failed), "{failed} failed deep sweeps in two minutes");
+        assert!(shallow > 110, "{shallow} shallow sweeps in two minutes");
+        world.deep_fails.set(false);
+        world.flush();
+        while world.turn().0.unwrap().unwrap().depth == Depth::Shallow {}
+        assert_eq!(world.state(4000), Some(TcpState::Established));
+    }
+}
+
+mod a_full_table {
+    use super::*;
+
+    #[test]
+    fn inserts_rest_once_for_a_batch_and_longer_each_time() {
+        let mut world = World::with(4000..4010);
+        world.sweep(Depth::Deep);
+        world.flush();
+        world.fill_table();
+        let deeds = world.sweep(Depth::Deep);
+        assert_eq!((deeds.failed, deeds.said_full), (10, vec![SECOND]));
+        let deeds = world.sweep(Depth::Deep);
+        assert_eq!(deeds.failed, 0, "they rest");
+        world.now += SECOND;
+        assert_eq!(world.sweep(Depth::Deep).failed, 10, "after a second they are tried again");
+        world.now += SECOND;
+        assert_eq!(world.sweep(Depth::Deep).failed, 0, "and rest for two");
+        world.host.borrow_mut().maximum = None;
+        world.now += SECOND;
+        assert_eq!(world.sweep(Depth::Deep).done.len(), 10);
+    }
+
+    #[test]
+    fn a_repair_that_failed_is_no_offence_of_its_source() {
+        let mut world = World::with(4000..4010);
+        world.sweep(Depth::Deep);
+        world.flush();
+        world.fill_table();
+        world.sweep(Depth::Deep);
+        let source = of(4000).dst.addr();
+        assert!(!world.keeper.ledger().pressure().offends(source, 0));
+    }
+}
