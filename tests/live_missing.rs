@@ -115,6 +115,36 @@ fn established_connections_of_a_flushed_table_are_put_back_by_the_deep_sweep_alo
     assert_eq!((without, play(true)), (LIMIT, Some(0)));
 }
 
+/// Conntrack picks an ESTABLISHED connection up at the client's next byte, in the right direction; no
+/// limit has ever seen it.
+#[test]
+fn established_connections_that_are_picked_up_midway_are_counted() {
+    let play = |guarded: bool| {
+        let mut scene = Scene::new(Limiter::Connlimit)?;
+        scene.lab.server.run("sysctl -w net.netfilter.nf_conntrack_tcp_loose=1");
+        let mut conns = scene.established();
+        if guarded {
+            scene.guard(&["--deep-interval", "1s"]);
+        }
+        scene.freeze();
+        flush(&scene, &conns);
+        let newcomers = scene.open(TRIES);
+        assert_eq!(newcomers.len(), LIMIT, "admitted in the place of those forgotten");
+        scene.end(&newcomers);
+        for conn in &mut conns {
+            conn.send(b"x");
+        }
+        wait_for("the pick-up", SOON, || conns.iter().all(|conn| scene.lab.is_alive(conn)));
+        scene.thaw();
+        if guarded {
+            scene.await_repair("recount", &conns);
+        }
+        Some(scene.admitted())
+    };
+    let Some(without) = play(false) else { return };
+    assert_eq!((without, play(true)), (LIMIT, Some(0)));
+}
+
 /// Five connections of one client, of every kind that would be repaired if they were tracked.
 fn untracked(lab: &Lab) -> Vec<RawConn> {
     let mut conns = lab.peer(CLIENT).open_promptly(PORT, 5);

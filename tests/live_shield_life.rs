@@ -511,13 +511,12 @@ fn asked_for_in_vain_it_ends_the_start() {
     assert!(log.contains("CAP_BPF"), "{log}");
 }
 
-/// Nothing but extending is left to the sweep, and that is in time.
+/// The shield puts no sweep off: what it does not cover is found as soon as without it.
 #[test]
-fn sweeps_are_few_and_extend_in_time() {
+fn sweeps_are_as_frequent_as_without_and_extend_in_time() {
     let Some(lab) = lab() else { return };
     lab.connlimit(80, LIMIT);
     let _server = lab.serve("0.0.0.0:80");
-    // A quarter of it is two seconds.
     lab.server.sysctl("net/netfilter/nf_conntrack_tcp_timeout_close_wait", "8");
     let _daemon = shielded(&lab);
     let peer = lab.peer(SOURCE);
@@ -530,7 +529,7 @@ fn sweeps_are_few_and_extend_in_time() {
     let before = sweeps();
     thread::sleep(Duration::from_secs(12));
     let swept = sweeps() - before;
-    assert!((4.0..9.0).contains(&swept), "{swept} sweeps in 12 seconds");
+    assert!(swept >= 10.0, "{swept} sweeps in 12 seconds");
     assert!(held.iter().all(|conn| lab.is_alive(conn)), "all entries live");
     assert_eq!(peer.admitted(80, 3), 0);
 }

@@ -96,6 +96,8 @@ pub enum Reason {
     UnderAttack,
     /// A limit that is for the connection has lost its list.
     Uncounted(Loss),
+    /// Conntrack learned of the connection from a packet in its middle, so no limit has counted it.
+    PickedUp,
 }
 
 impl Reason {
@@ -115,6 +117,7 @@ impl fmt::Display for Reason {
             Self::SocketGone => f.write_str("socket gone"),
             Self::SocketMissing => f.write_str("no socket for too long"),
             Self::Uncounted(loss) => loss.fmt(f),
+            Self::PickedUp => f.write_str("picked up midway, no limit has counted it"),
             Self::UnderAttack => f.write_str("socket half-closed, source under suspicion"),
         }
     }
@@ -282,6 +285,13 @@ pub fn verdict(
             Some((Direction::FromPeer, _)),
         ) if let Some(loss) = view.socket.and_then(|socket| ledger.uncounted(&socket)) => {
             Verdict::Act(ActionKind::Recount, Reason::Uncounted(loss))
+        }
+        // `nf_conntrack_tcp_loose`; once, for then the entry is ours.
+        (Verdict::Leave(Rest::Agree), Some((Direction::FromPeer, TcpState::Established)))
+            if cell.socket == Some(State::Established)
+                && entry.is_some_and(|entry| entry.is_picked_up() && !entry.is_ours()) =>
+        {
+            Verdict::Act(ActionKind::Recount, Reason::PickedUp)
         }
         (
             Verdict::Leave(Rest::Agree) | Verdict::Act(ActionKind::Extend, _),

@@ -38,7 +38,7 @@ impl View {
         let state = entry.state()?;
         let direction = if entry.reply == self.flow {
             // Picked up by the kernel itself: no SYN of it has passed the limiter. An ESTABLISHED
-            // one is left as it is: after a restart of the firewall that is every connection.
+            // one runs the right way and needs no more than a recount.
             let half_closed = self.socket.is_some_and(|socket| socket.state == State::CloseWait);
             let uncounted = half_closed && entry.is_picked_up() && !entry.is_ours();
             if uncounted { Direction::Reversed } else { Direction::FromPeer }
