@@ -490,6 +490,61 @@ fn counted_again_behind_a_syn_proxy() {
     });
 }
 
+/// What widely copied rule sets throw away: SYNs with an MSS that no client has, or with none.
+#[test]
+fn counted_again_behind_rules_that_want_a_usual_mss() {
+    let odd = "PREROUTING -p tcp -m conntrack --ctstate NEW -m tcpmss ! --mss 536:65535 -j DROP";
+    let shape = [
+        "PREROUTING -m conntrack --ctstate INVALID -j DROP",
+        "PREROUTING -p tcp ! --syn -m conntrack --ctstate NEW -j DROP",
+        odd,
+    ];
+    let limit = format!("INPUT -p tcp --syn --dport 80 {CONNLIMIT} -j DROP");
+    iptables(PLAIN, &(restore("mangle", "PREROUTING", &shape) + &input(&[&limit])));
+}
+
+#[test]
+fn counted_again_behind_rules_that_want_a_usual_length_and_ttl() {
+    let shape = [
+        "PREROUTING -p tcp --syn -m length --length 0:40 -j DROP",
+        "PREROUTING -p tcp --syn -m length --length 65:65535 -j DROP",
+        "PREROUTING -p tcp --syn -m ttl --ttl-lt 40 -j DROP",
+        "PREROUTING -p tcp --syn -m ttl --ttl-gt 64 -j DROP",
+    ];
+    let limit = format!("INPUT -p tcp --syn --dport 80 {CONNLIMIT} -j DROP");
+    iptables(PLAIN, &(restore("mangle", "PREROUTING", &shape) + &input(&[&limit])));
+}
+
+#[test]
+fn counted_again_behind_rules_that_want_no_signature() {
+    let rules = "tcp dport 80 ct state new tcp option 19 exists drop\n\
+                 tcp dport 80 ct state new add @web { ip saddr ct count over 3 } drop";
+    nft(PLAIN, &chain(INPUT, rules));
+}
+
+/// Only what comes from the router's address is let in.
+#[test]
+fn counted_again_behind_rules_that_want_the_mac_of_the_router() {
+    let rules = "ct state established,related accept\n\
+                 iifname \"eth0\" ether saddr != 02:00:00:00:00:02 drop\n\
+                 tcp dport 80 ct state new tcp option maxseg size < 536 drop\n\
+                 tcp dport 80 ct state new add @web { ip saddr ct count over 3 } drop\n\
+                 tcp dport 80 accept";
+    nft(PLAIN, &chain(INPUT, rules).replace("policy accept", "policy drop"));
+}
+
+#[test]
+fn counted_again_over_ipv6_behind_rules_that_look_at_the_syn() {
+    let shape = [
+        "PREROUTING -p tcp --syn -m tcpmss ! --mss 536:65535 -j DROP",
+        "PREROUTING -p tcp --syn -m length --length 0:40 -j DROP",
+        "PREROUTING -p tcp --syn -m hl --hl-lt 40 -j DROP",
+        "PREROUTING -i eth0 -p tcp -m mac ! --mac-source 02:00:00:00:00:02 -j DROP",
+    ];
+    let limit = format!("INPUT -p tcp --syn --dport 80 {CONNLIMIT6} -j DROP");
+    iptables(OVER_IPV6, &(restore("mangle", "PREROUTING", &shape) + &input(&[&limit])));
+}
+
 /// The entry is lost, and the limiter with it; then an ACK of the client has conntrack pick the
 /// connection up: the right way round, and behind every limit that asks for a SYN.
 fn granted_after_a_pick_up(guarded: bool) -> Option<usize> {

@@ -43,7 +43,7 @@ fn inner_life(lab: &Lab) -> Vec<String> {
 }
 
 /// A daemon that finds three closed entries at once, and what the client sees of its work.
-fn silent_below_the_limit(route: &str, source: &str, dropped: &str) {
+fn silent_below_the_limit(route: &str, source: &str) {
     let Some(lab) = Lab::new() else { return };
     lab.connlimit(80, 3);
     let _server = lab.serve("[::]:80");
@@ -54,9 +54,17 @@ fn silent_below_the_limit(route: &str, source: &str, dropped: &str) {
     wait_for("ACKs of the FINs", SOON, || conns.iter_mut().all(RawConn::await_ack));
     daemon.stop();
     conns.iter().for_each(|conn| conn.stale_rst());
-    let names = ["TcpExtTCPChallengeACK", "TcpExtTCPSYNChallenge", "TcpOutRsts", "TcpOutSegs"];
+    let names = [
+        "TcpExtTCPChallengeACK",
+        "TcpExtTCPSYNChallenge",
+        "TcpOutRsts",
+        "TcpOutSegs",
+        // TCP does not even see what is made so that it would drop it.
+        "TcpExtTCPMD5Unexpected",
+        "TcpInCsumErrors",
+    ];
     let counters = || names.map(|name| counter(&lab, name));
-    let (before, dropped_before) = (counters(), counter(&lab, dropped));
+    let before = counters();
     let sockets_before = inner_life(&lab);
     let seen = lab.client_sees(|| {
         daemon.cont();
@@ -64,29 +72,28 @@ fn silent_below_the_limit(route: &str, source: &str, dropped: &str) {
     });
     assert!(seen.is_empty(), "the client sees {seen:?}");
     assert_eq!(counters(), before, "{names:?}");
-    assert_eq!(counter(&lab, dropped), dropped_before + 3, "{dropped}");
     assert_eq!(inner_life(&lab), sockets_before);
     assert_eq!(peer.admitted(80, TRIES), 0);
 }
 
 #[test]
-fn a_nudge_by_ingress_is_dropped_by_tcp_in_silence() {
-    silent_below_the_limit("ingress", "198.51.100.7", "TcpExtTCPMD5Unexpected");
+fn a_nudge_by_ingress_ends_behind_the_rules_in_silence() {
+    silent_below_the_limit("ingress", "198.51.100.7");
 }
 
 #[test]
-fn a_nudge_by_ingress_is_dropped_by_tcp_in_silence_over_ipv6() {
-    silent_below_the_limit("ingress", "2001:db8:1::7", "TcpExtTCPMD5Unexpected");
+fn a_nudge_by_ingress_ends_behind_the_rules_in_silence_over_ipv6() {
+    silent_below_the_limit("ingress", "2001:db8:1::7");
 }
 
 #[test]
-fn a_nudge_by_loopback_is_dropped_by_tcp_in_silence() {
-    silent_below_the_limit("loopback", "198.51.100.7", "TcpInCsumErrors");
+fn a_nudge_by_loopback_ends_behind_the_rules_in_silence() {
+    silent_below_the_limit("loopback", "198.51.100.7");
 }
 
 #[test]
-fn a_nudge_by_loopback_is_dropped_by_tcp_in_silence_over_ipv6() {
-    silent_below_the_limit("loopback", "2001:db8:1::7", "TcpInCsumErrors");
+fn a_nudge_by_loopback_ends_behind_the_rules_in_silence_over_ipv6() {
+    silent_below_the_limit("loopback", "2001:db8:1::7");
 }
 
 /// Three connections are repaired after three more took their places: each nudge is over the

@@ -14,7 +14,7 @@ use crate::error::{Cause, Op, Result};
 use crate::flow::{Endpoint, FourTuple};
 use crate::netlink::{Connection, KernelSocket, Request};
 use crate::nftables::{ChainSpec, Expr, Hook, SetSpec, Table, TableSpec, key};
-use crate::recount::{Mode, Recount, Recounter, Route};
+use crate::recount::{Mode, Recipe, Recount, Recounter, Route};
 
 const RTM_NEWLINK: u16 = 16;
 /// `lo` is the first device of every namespace.
@@ -69,10 +69,22 @@ fn try_out(mode: Mode, client: [u8; 4], server: [u8; 4], now: Instant) -> Result
     let mut recounter =
         Recounter::open(mode, "ctkeep", now)?.ok_or_else(|| unavailable("no route"))?;
     let like = Entry::plain(flow, Zone::default());
-    let (state, status) = (TcpState::Established, Status::FRESH);
-    let insert = Change::Insert(Insert { like, state, status, timeout: TIMEOUT });
-    Conntrack::open()?.change(&[insert])?.into_iter().collect::<Result<()>>()?;
-    recounter.nudge(&like, now)?;
+    let mut conntrack = Conntrack::open()?;
+    let mut insert = |status| -> Result<()> {
+        let insert = Insert { like, state: TcpState::Established, status, timeout: TIMEOUT };
+        conntrack.change(&[Change::Insert(insert)])?.into_iter().collect()
+    };
+    let way = recounter.way(&like, now)?;
+    match way.recipe {
+        Recipe::Replace => {
+            insert(Status::FRESH)?;
+            recounter.nudge(&like, way.route, now)?;
+        }
+        Recipe::Fresh => {
+            recounter.nudge(&like, way.route, now)?;
+            insert(Status::ASSURED)?;
+        }
+    }
     for _ in 0..TRIES {
         // An element that is not there cannot be removed.
         match limit.remove(COUNTED, &[key::of(flow)]) {

@@ -193,6 +193,26 @@ impl<T: Transport> Table<T> {
         self.change_elements(Op::new("remove from nftables set"), NFT_MSG_DELSETELEM, set, elements)
     }
 
+    /// Whether a set has this element.
+    ///
+    /// # Errors
+    /// The table is gone, or a broken conversation.
+    pub fn contains(&mut self, set: &str, element: Vec<u8>) -> Result<bool> {
+        let op = Op::new("look into nftables set");
+        let mut get = self.elements(op, NFT_MSG_GETSETELEM, set, &[element]);
+        get.joined = false;
+        match self.connection.query(&get, |_| Ok(())) {
+            Ok(()) => Ok(true),
+            Err(error) if error.is_absent() => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Whether others could take the table away: it has no owner (before 5.12).
+    pub fn is_exposed(&self) -> bool {
+        !self.owned
+    }
+
     /// Whether the table still exists. Others can flush one that has no owner (before 5.12).
     ///
     /// # Errors

@@ -10,10 +10,10 @@ use super::observe::Tables;
 use super::plan::{Action, ActionKind};
 use super::policy::Policy;
 use crate::conntrack::{Change, Insert, Status, TcpState};
-use crate::error::{Cause, Op, Result};
+use crate::error::{Cause, Error, Op, Result};
 use crate::flow::FourTuple;
 use crate::netlink::Transport;
-use crate::recount::{Notrack, Recount, Route};
+use crate::recount::{self, Notrack, Recipe, Recount, Route};
 use crate::sockdiag::{Socket, State};
 
 /// So many repairs are under way at once: between an insert and its last step an entry is not
@@ -143,59 +143,84 @@ fn apply_chunk<T: Transport, R: Recount>(
         .zip(notracks)
         .map(|(action, notrack)| way(action, *notrack, recounter.as_mut(), now))
         .collect();
-    let changes: Vec<_> = actions
-        .iter()
-        .zip(&ways)
-        .map(|(action, way)| first_step(action, *way, policy.lease))
+    // Before their nudge all of these are in the table, so they can go together.
+    let together: Vec<_> = (actions.iter().zip(&ways).enumerate())
+        .filter(|(_, (_, way))| !way.is_fresh())
+        .map(|(index, (action, way))| (index, first_step(action, way, policy.lease)))
         .collect();
-    let results = tables.conntrack.change(&changes)?;
+    let changes: Vec<_> = together.iter().map(|(_, change)| *change).collect();
+    let mut results = tables.conntrack.change(&changes)?.into_iter();
 
-    let mut chunk: Vec<Outcome> = actions
-        .iter()
-        .zip(results)
-        .map(|(action, result)| Outcome { action: *action, result, recount: None, seal: None })
-        .collect();
+    let mut chunk = Vec::with_capacity(actions.len());
     let mut last_steps = Vec::new();
-    let mut nudged = Vec::new();
-    for (outcome, way) in chunk.iter_mut().zip(ways) {
-        let entry = &outcome.action.template;
+    for (index, (action, way)) in actions.iter().zip(ways).enumerate() {
+        let mut outcome = Outcome { action: *action, result: Ok(()), recount: None, seal: None };
+        let entry = &action.template;
+        if !way.is_fresh() {
+            outcome.result = results.next().unwrap_or(Ok(()));
+        }
         match (way, recounter.as_mut()) {
-            (Way::Recount { seal }, Some(recounter)) if outcome.result.is_ok() => {
-                outcome.recount = Some(recounter.nudge(entry, now));
-                outcome.seal = seal.then(|| recounter.seal(entry, now));
-                let sealed = matches!(outcome.seal, Some(Ok(())));
-                // After the seal: its packet has given the entry the kernel's own timeout.
-                last_steps.push(last_step(&outcome.action, policy.lease, sealed));
-                nudged.push(outcome);
+            (Way::Recount { way, seal }, Some(recounter)) if outcome.result.is_ok() => {
+                let nudged = match way.recipe {
+                    Recipe::Replace => recounter.nudge(entry, way.route, now),
+                    Recipe::Fresh => {
+                        let [delete, insert] = fresh_steps(action, seal, policy.lease);
+                        // Where nothing is to be deleted the nudge meets no entry either.
+                        tables.conntrack.change(&[delete])?;
+                        let nudged = recounter.nudge(entry, way.route, now);
+                        let inserted = tables.conntrack.change(&[insert])?;
+                        outcome.result = inserted.into_iter().next().unwrap_or(Ok(()));
+                        nudged
+                    }
+                };
+                outcome.recount = Some(nudged.map(|()| way.route));
+                if outcome.result.is_ok() {
+                    outcome.seal = seal.then(|| recounter.seal(entry, now));
+                    let sealed = matches!(outcome.seal, Some(Ok(())));
+                    // After the seal: its packet has given the entry the kernel's own timeout.
+                    last_steps.push((index, last_step(action, policy.lease, sealed)));
+                }
             }
-            (Way::InPlace { out_of_nudges: true }, _) => {
-                let op = Op::on("recount", entry.orig);
-                let what = "nudged too often, repaired in place".to_owned();
-                outcome.recount = Some(Err(op.failed(Cause::Limited(what))));
+            (Way::InPlace { instead_of_recount: Some(why) }, _) => {
+                outcome.recount = Some(Err(why));
             }
             _ => {}
         }
+        chunk.push(outcome);
     }
-    for (outcome, result) in nudged.into_iter().zip(tables.conntrack.change(&last_steps)?) {
-        outcome.result = result;
+    let changes: Vec<_> = last_steps.iter().map(|(_, change)| *change).collect();
+    for ((index, _), result) in last_steps.into_iter().zip(tables.conntrack.change(&changes)?) {
+        if let Some(outcome) = chunk.get_mut(index) {
+            outcome.result = result;
+        }
     }
     outcomes.append(&mut chunk);
     Ok(())
 }
 
 /// How a repair is done.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 enum Way {
     /// By changing the entry where it is; the limiter counts it if it still has it.
     InPlace {
-        /// A recount was wanted.
-        out_of_nudges: bool,
+        /// A recount was wanted, and this is why there is none.
+        instead_of_recount: Option<Error>,
     },
-    /// By a new entry that a nudge takes past the limiter.
+    /// By a new entry and a nudge that takes it past the limiter.
     Recount {
-        /// And that is made immune to stale RSTs: a peer that has sent one will send more.
+        /// What is done.
+        way: recount::Way,
+        /// And that the entry is made immune to stale RSTs: a peer that has sent one will send
+        /// more.
         seal: bool,
     },
+}
+
+impl Way {
+    /// Whether the nudge must meet no entry: then no other one of the batch may wait for it.
+    fn is_fresh(&self) -> bool {
+        matches!(self, Self::Recount { way, .. } if way.recipe == Recipe::Fresh)
+    }
 }
 
 fn way(
@@ -204,29 +229,43 @@ fn way(
     recounter: Option<&mut impl Recount>,
     now: Instant,
 ) -> Way {
-    match recounter {
-        Some(recounter) if action.kind.needs_recount() => {
-            if recounter.admit(&action.template, now) {
-                let seal = action.kind == ActionKind::Revive
-                    || notrack == Some(Notrack::FinsAndRsts)
-                    || action.kind == ActionKind::Recount && is_held_as_established(action);
-                Way::Recount { seal: seal && recounter.can_seal() }
-            } else {
-                Way::InPlace { out_of_nudges: true }
-            }
+    let Some(recounter) = recounter.filter(|_| action.kind.needs_recount()) else {
+        return Way::InPlace { instead_of_recount: None };
+    };
+    let entry = &action.template;
+    let seal = action.kind == ActionKind::Revive
+        || notrack == Some(Notrack::FinsAndRsts)
+        || action.kind == ActionKind::Recount && is_held_as_established(action);
+    match recounter.way(entry, now) {
+        Err(error) => Way::InPlace { instead_of_recount: Some(error) },
+        Ok(_) if !recounter.admit(entry, now) => {
+            let what = "nudged too often, repaired in place".to_owned();
+            let error = Op::on("recount", entry.orig).failed(Cause::Limited(what));
+            Way::InPlace { instead_of_recount: Some(error) }
         }
-        _ => Way::InPlace { out_of_nudges: false },
+        Ok(way) => Way::Recount { way, seal: seal && recounter.can_seal() },
     }
 }
 
+/// What surrounds a nudge that meets no entry. The second step replaces whatever has begun in
+/// between: an entry that the nudge left behind, one that a packet of the connection was picked
+/// up as.
+fn fresh_steps(action: &Action, seal: bool, lease: Duration) -> [Change; 2] {
+    let old = action.view.entry.map_or(action.template.key(), |entry| entry.key());
+    let id = action.view.entry.and_then(|entry| entry.id);
+    let (state, timeout) = (held_as(action, seal), timeout(action, lease));
+    let new = Insert { like: action.template, state, status: Status::ASSURED, timeout };
+    [Change::Delete { key: old, id }, Change::Replace { old: action.template.key(), id: None, new }]
+}
+
 /// The change that a repair begins with, and in place is.
-fn first_step(action: &Action, way: Way, lease: Duration) -> Change {
+fn first_step(action: &Action, way: &Way, lease: Duration) -> Change {
     let (entry, lease) = (action.view.entry, timeout(action, lease));
     let key = entry.map_or(action.template.key(), |entry| entry.key());
     let id = entry.and_then(|entry| entry.id);
     let (status, sealed) = match way {
         // Unassured, so that the limiter adds it at the nudge.
-        Way::Recount { seal } => (Status::FRESH, seal),
+        Way::Recount { seal, .. } => (Status::FRESH, *seal),
         Way::InPlace { .. } => (Status::ASSURED, false),
     };
     let state = held_as(action, sealed);

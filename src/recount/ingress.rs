@@ -3,26 +3,62 @@
 //! A TAP device of our own takes the frame; its ingress filter hands it to the interface's
 //! ingress. Nothing is attached to anybody else's interface, and the device is gone with the
 //! process, however that ends.
+//!
+//! Which interface is said by the packet's IP identification (the flow label of IPv6): ordinary
+//! packets have any, so no rule can go by it, and the Ethernet source is free to be the client's.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 
 use tun_rs::{DeviceBuilder, Layer, SyncDevice};
 
 use crate::error::{Cause, Op, Result};
-use crate::rtnetlink::tc::TrafficControl;
+use crate::rtnetlink::changes::Listener;
+use crate::rtnetlink::neighbour::Mac;
+use crate::rtnetlink::tc::{Selector, TrafficControl};
 
-/// Our side of each frame; the last four bytes name the interface that it goes to, and the
-/// filters go by them. Locally administered.
-const SOURCE_MAC: [u8; 2] = [0x02, 0xc7];
-/// The device's own address: a frame to it is for this host.
-const DEVICE_MAC: [u8; 6] = [0x02, 0xc7, 0x6b, 0x65, 0x65, 0x70];
+/// The device's own address: a frame to it is for this host. Locally administered.
+const DEVICE_MAC: Mac = [0x02, 0xc7, 0x6b, 0x65, 0x65, 0x70];
+/// Where a frame comes from whose client has no Ethernet address.
+const SOURCE_MAC: Mac = [0x02, 0xc7, 0x6b, 0x65, 0x65, 0x71];
+
+const ETH_P_IP: u16 = 0x0800;
+const ETH_P_IPV6: u16 = 0x86dd;
+
+/// Interfaces that filters are there for. Filters of interfaces that have left are taken away with
+/// the whole device when there are more.
+const TARGETS: u16 = 1024;
+
+/// Where a packet is to come in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Entrance {
+    /// Number of the interface.
+    pub interface: u32,
+    /// Ethernet address that the client's packets have there.
+    pub mac: Option<Mac>,
+    /// Whether routers stand between the client and this host.
+    pub routed: bool,
+}
+
+/// What a look at the device shows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Condition {
+    /// Nothing has changed.
+    Sound,
+    /// Some other interface was set down or has left: what leads there is out of date.
+    OthersLeft,
+    /// The device does no longer what it was made for.
+    Broken,
+}
 
 /// The device with its filters.
 pub(super) struct Ingress {
     device: SyncDevice,
     index: u32,
     traffic: TrafficControl,
-    targets: HashSet<u32>,
+    listener: Listener,
+    /// The identification that each interface's packets carry.
+    targets: HashMap<u32, u16>,
+    next: u16,
 }
 
 impl std::fmt::Debug for Ingress {
@@ -54,31 +90,69 @@ impl Ingress {
             })?;
         let index = device.if_index().map_err(|error| op.io(error))?;
         device.set_nonblocking(true).map_err(|error| op.io(error))?;
+        let listener = Listener::open()?;
         let mut traffic = TrafficControl::open()?;
         traffic.add_ingress(index).map_err(|error| {
             unavailable(format!("{name}: {error}; is the module missing (modprobe sch_ingress)?"))
         })?;
-        Ok(Self { device, index, traffic, targets: HashSet::new() })
+        Ok(Self { device, index, traffic, listener, targets: HashMap::new(), next: 1 })
     }
 
-    /// Hands a whole IP packet to the ingress of interface `target`.
+    /// What others have done to the device and to interfaces since the last look. An interface
+    /// that has left is forgotten, as another may get its number.
     ///
     /// # Errors
-    /// The interface is gone, or the kernel lacks u32 or mirred, or the write failed.
-    pub(super) fn send(&mut self, op: Op, packet: &[u8], target: u32) -> Result<()> {
-        if !self.targets.contains(&target) {
-            self.traffic.redirect(self.index, target)?;
-            self.targets.insert(target);
+    /// The kernel's changes cannot be read.
+    pub(super) fn condition(&mut self) -> Result<Condition> {
+        let changes = self.listener.changes()?;
+        self.targets.retain(|target, _| !changes.down.contains(target));
+        let broken = [&changes.down, &changes.stripped].iter().any(|set| set.contains(&self.index));
+        Ok(if broken || changes.unknown || self.next > TARGETS {
+            Condition::Broken
+        } else if changes.down.is_empty() {
+            Condition::Sound
+        } else {
+            Condition::OthersLeft
+        })
+    }
+
+    /// The identification that brings a packet to the ingress of `interface`.
+    ///
+    /// # Errors
+    /// The interface is gone, or the kernel lacks u32 or mirred.
+    pub(super) fn id(&mut self, interface: u32) -> Result<u16> {
+        if let Some(id) = self.targets.get(&interface) {
+            return Ok(*id);
         }
-        let protocol: [u8; 2] = match packet.first().map(|byte| byte >> 4) {
-            Some(6) => [0x86, 0xdd],
-            _ => [0x08, 0x00],
+        let id = self.next;
+        let value = u32::from(id);
+        for selector in [
+            // Its upper half is the identification, its lower one has flags and fragment offset.
+            Selector { protocol: ETH_P_IP, offset: 4, value: value << 16, mask: 0xffff_0000 },
+            // Version, traffic class and flow label.
+            Selector { protocol: ETH_P_IPV6, offset: 0, value, mask: 0x0000_ffff },
+        ] {
+            self.traffic.redirect(self.index, selector, interface)?;
+        }
+        self.next = self.next.saturating_add(1);
+        self.targets.insert(interface, id);
+        Ok(id)
+    }
+
+    /// Hands a whole IP packet to the ingress that its identification names; to the device's own
+    /// where there is none of it.
+    ///
+    /// # Errors
+    /// The device is down or gone.
+    pub(super) fn send(&self, op: Op, packet: &[u8], from: Option<Mac>) -> Result<()> {
+        let protocol = match packet.first().map(|byte| byte >> 4) {
+            Some(6) => ETH_P_IPV6,
+            _ => ETH_P_IP,
         };
         let mut frame = Vec::with_capacity(14 + packet.len());
         frame.extend(DEVICE_MAC);
-        frame.extend(SOURCE_MAC);
-        frame.extend(target.to_be_bytes());
-        frame.extend(protocol);
+        frame.extend(from.unwrap_or(SOURCE_MAC));
+        frame.extend(protocol.to_be_bytes());
         frame.extend(packet);
         self.device.send(&frame).map(drop).map_err(|error| op.io(error))
     }

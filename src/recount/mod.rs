@@ -12,6 +12,7 @@ mod loopback;
 mod packet;
 mod recounter;
 mod reply_filter;
+mod trial;
 
 use std::fmt;
 use std::time::Instant;
@@ -61,6 +62,62 @@ impl fmt::Display for Route {
     }
 }
 
+/// How an entry is made one that the limiter takes at the nudge. Which of them does it depends on
+/// the kernel and is found by trial (docs/limiter.md).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Recipe {
+    /// Delete and insert in one send, not assured; nudge; assure. The connection is without an
+    /// entry for some microseconds.
+    Replace,
+    /// Delete; nudge, which finds no entry; insert. Every kernel counts that, but a packet of the
+    /// connection that comes in between is seen as one that nobody knows.
+    Fresh,
+}
+
+impl Recipe {
+    /// The gentler one first.
+    pub const ALL: [Self; 2] = [Self::Replace, Self::Fresh];
+
+    /// The recipe's name in logs and metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Replace => "replace",
+            Self::Fresh => "fresh",
+        }
+    }
+}
+
+/// What a trial showed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tried {
+    /// The route.
+    pub route: Route,
+    /// The recipe.
+    pub recipe: Recipe,
+    /// Whether a limit of our own counted it.
+    pub verdict: Verdict,
+}
+
+/// Whether a limit counted the connection of a trial.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It did.
+    Counted,
+    /// The nudge arrived and was not counted.
+    NotCounted,
+    /// The nudge did not arrive: the host's own rules may have dropped it.
+    Unseen,
+}
+
+/// A way to be counted again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Way {
+    /// How the nudge travels.
+    pub route: Route,
+    /// What is done to the entry.
+    pub recipe: Recipe,
+}
+
 /// Which packets of a peer conntrack no longer sees, so that they cannot fool it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Notrack {
@@ -76,11 +133,19 @@ pub trait Recount {
     /// Whether the connection of `entry` may be nudged now; counts as one nudge.
     fn admit(&mut self, entry: &Entry, now: Instant) -> bool;
 
-    /// Sends one nudge for the connection of `entry`, which a look-up has just shown to be alive.
+    /// How the connection of `entry` can be counted again; asked before its entry is touched.
     ///
     /// # Errors
-    /// No route reaches the rules for this connection; the last one's reason.
-    fn nudge(&mut self, entry: &Entry, now: Instant) -> Result<Route>;
+    /// No way reaches the rules for this connection, or the kernel counts by none; the last one's
+    /// reason.
+    fn way(&mut self, entry: &Entry, now: Instant) -> Result<Way>;
+
+    /// Sends one nudge by `route` for the connection of `entry`, which a look-up has just shown to
+    /// be alive.
+    ///
+    /// # Errors
+    /// The route is broken.
+    fn nudge(&mut self, entry: &Entry, route: Route, now: Instant) -> Result<()>;
 
     /// Whether entries can be sealed.
     fn can_seal(&self) -> bool;

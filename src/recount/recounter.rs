@@ -7,14 +7,15 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 
 use super::budget::Budget;
-use super::ingress::Ingress;
+use super::ingress::{Condition, Entrance, Ingress};
 use super::loopback::RawSockets;
-use super::packet::{self, Silencer};
+use super::packet::{self, Shape, Silencer};
 use super::reply_filter::{Marks, ReplyFilter};
-use super::{Mode, Notrack, Recount, Route};
+use super::{Mode, Notrack, Recipe, Recount, Route, Tried, Verdict, Way, trial};
 use crate::conntrack::Entry;
 use crate::error::{Cause, Error, Op, Result};
 use crate::flow::FourTuple;
+use crate::rtnetlink::neighbour::Neighbours;
 use crate::rtnetlink::route::{Destination, Routes};
 
 /// Addresses whose destination is remembered between two refreshes: all clients of a busy host,
@@ -35,19 +36,43 @@ enum Filter {
     Up { filter: ReplyFilter, used: Instant },
 }
 
+/// The helper device of the ingress route.
+#[derive(Debug)]
+enum Helper {
+    /// Not wanted, or not to be had at the start.
+    Absent,
+    /// There.
+    Open(Ingress),
+    /// Set down, stripped of its filters or deleted by others; made anew at the next use.
+    Broken,
+}
+
+/// Where the packets of a client come in.
+#[derive(Clone, Copy, Debug)]
+enum Hop {
+    /// From this host.
+    Local,
+    /// From outside.
+    Entrance(Entrance),
+    /// No route leads there.
+    Unreachable,
+}
+
 /// The [`Recount`] of a real kernel.
 #[derive(Debug)]
 pub struct Recounter {
     /// Of the helper device and of the nftables table.
     name: String,
     raw: RawSockets,
-    ingress: Option<Ingress>,
+    helper: Helper,
     loopback: bool,
     filter: Filter,
     marks: Marks,
     routes: Routes,
-    remembered: HashMap<(IpAddr, Option<IpAddr>), Destination>,
+    neighbours: Neighbours,
+    remembered: HashMap<(IpAddr, Option<IpAddr>), Hop>,
     budget: Budget,
+    tried: Vec<Tried>,
     shortfalls: Vec<String>,
 }
 
@@ -64,13 +89,15 @@ impl Recounter {
         let mut this = Self {
             name: name.to_owned(),
             raw: RawSockets::open()?,
-            ingress: None,
+            helper: Helper::Absent,
             loopback: mode != Mode::Ingress,
             filter: Filter::Down,
             marks: Marks::draw(),
             routes: Routes::open()?,
+            neighbours: Neighbours::open()?,
             remembered: HashMap::new(),
             budget: Budget::new(now),
+            tried: Vec::new(),
             shortfalls: Vec::new(),
         };
         if let Err(error) = this.raise_filter(now) {
@@ -83,18 +110,82 @@ impl Recounter {
         // Without the filter a rule that rejects would answer the client.
         if mode != Mode::Loopback && this.can_seal() {
             match Ingress::open(name) {
-                Ok(ingress) => this.ingress = Some(ingress),
+                Ok(ingress) => this.helper = Helper::Open(ingress),
                 Err(error) if mode == Mode::Ingress => return Err(missing(error)),
                 Err(error) => this.shortfalls.push(error.to_string()),
             }
         }
+        this.try_recipes();
         Ok(Some(this))
+    }
+
+    /// Finds out how this kernel's limits count again.
+    fn try_recipes(&mut self) {
+        let ingress = match &self.helper {
+            Helper::Open(ingress) => Some(ingress),
+            Helper::Absent | Helper::Broken => None,
+        };
+        let loopback = self.loopback.then_some(&self.raw);
+        match trial::run(&format!("{}-trial", self.name), ingress, loopback) {
+            Ok(tried) => {
+                self.tried = tried;
+                for route in self.opened() {
+                    if self.recipe(route).is_none() {
+                        let what = "no limit of this kernel counts a connection again by";
+                        self.shortfalls.push(format!("{what} {route}"));
+                    }
+                }
+            }
+            Err(error) => self.shortfalls.push(format!("recount was not tried: {error}")),
+        }
+    }
+
+    /// What the trials at the start have shown.
+    pub fn tried(&self) -> &[Tried] {
+        &self.tried
+    }
+
+    /// The ways that are counted as far as is known, the first one first.
+    pub fn ways(&self) -> Vec<Way> {
+        let ways = self
+            .opened()
+            .into_iter()
+            .filter_map(|route| self.recipe(route).map(|recipe| Way { route, recipe }));
+        ways.collect()
+    }
+
+    /// The recipe of a route; `None` where the trial has shown that none of them is counted.
+    fn recipe(&self, route: Route) -> Option<Recipe> {
+        let of_route = || self.tried.iter().filter(|one| one.route == route);
+        let counted = of_route().find(|one| one.verdict == Verdict::Counted);
+        match counted {
+            Some(one) => Some(one.recipe),
+            None if of_route().next().is_some()
+                && of_route().all(|one| one.verdict == Verdict::NotCounted) =>
+            {
+                None
+            }
+            // Not known. By ingress every kernel counts the fresh one; by loopback most count the
+            // other.
+            None => Some(match route {
+                Route::Ingress => Recipe::Fresh,
+                Route::Loopback => Recipe::Replace,
+            }),
+        }
+    }
+
+    /// The routes that are open, counted or not.
+    fn opened(&self) -> Vec<Route> {
+        let ingress = match self.helper {
+            Helper::Absent => None,
+            Helper::Open(_) | Helper::Broken => Some(Route::Ingress),
+        };
+        ingress.into_iter().chain(self.loopback.then_some(Route::Loopback)).collect()
     }
 
     /// The routes that a nudge is tried by, in this order.
     pub fn routes(&self) -> Vec<Route> {
-        let ingress = self.ingress.is_some().then_some(Route::Ingress);
-        ingress.into_iter().chain(self.loopback.then_some(Route::Loopback)).collect()
+        self.ways().into_iter().map(|way| way.route).collect()
     }
 
     /// What could not be had, in words.
@@ -124,48 +215,111 @@ impl Recounter {
         })
     }
 
-    fn nudge_by_ingress(&mut self, op: Op, entry: &Entry) -> Result<()> {
-        let (client, server) = (entry.orig.src.addr(), entry.orig.dst.addr());
-        let target = match self.destination(client, Some(server))? {
-            Destination::Interface(index) => index,
-            Destination::Local => {
-                return Err(op.failed(Cause::Unavailable("the client is on this host".to_owned())));
+    /// Makes the helper device anew if others have broken it, and forgets what led to interfaces
+    /// that have left.
+    fn mend_helper(&mut self) -> Result<()> {
+        if let Helper::Open(ingress) = &mut self.helper {
+            match ingress.condition()? {
+                Condition::Sound => return Ok(()),
+                Condition::OthersLeft => self.remembered.clear(),
+                // Its name is free only when it is gone.
+                Condition::Broken => self.helper = Helper::Broken,
             }
-            Destination::Unreachable => {
-                return Err(op.failed(Cause::Unavailable("no route to the client".to_owned())));
+        }
+        if let Helper::Broken = self.helper {
+            self.remembered.clear();
+            self.helper = Helper::Open(Ingress::open(&self.name)?);
+        }
+        Ok(())
+    }
+
+    fn helper(&mut self, op: Op) -> Result<&mut Ingress> {
+        match &mut self.helper {
+            Helper::Open(ingress) => Ok(ingress),
+            Helper::Absent | Helper::Broken => {
+                Err(op.failed(Cause::Unavailable("no helper device".to_owned())))
             }
-        };
-        let packet = packet::nudge(entry.orig, self.marks.nudge, Silencer::Md5Option)
-            .ok_or_else(|| op.malformed("addresses of two families"))?;
-        match &mut self.ingress {
-            Some(ingress) => ingress.send(op, &packet, target),
-            None => Err(op.failed(Cause::Unavailable("no helper device".to_owned()))),
         }
     }
 
-    fn nudge_by_loopback(&mut self, op: Op, entry: &Entry) -> Result<()> {
+    /// Where the client of this connection comes in.
+    fn entrance(&mut self, op: Op, orig: FourTuple) -> Result<Entrance> {
+        let unavailable = |what: &str| Err(op.failed(Cause::Unavailable(what.to_owned())));
+        match self.hop(orig.src.addr(), Some(orig.dst.addr()))? {
+            Hop::Entrance(entrance) => Ok(entrance),
+            Hop::Local => unavailable("the client is on this host"),
+            Hop::Unreachable => unavailable("no route to the client"),
+        }
+    }
+
+    /// Whether the ingress route leads to the rules for this connection.
+    fn check_ingress(&mut self, op: Op, entry: &Entry) -> Result<()> {
+        self.mend_helper()?;
+        let entrance = self.entrance(op, entry.orig)?;
+        self.helper(op)?.id(entrance.interface).map(drop)
+    }
+
+    /// Whether the loopback route leads to the rules for this connection.
+    fn check_loopback(&mut self, op: Op, entry: &Entry) -> Result<()> {
         let to = entry.orig.dst.addr();
-        // Anything else would leave this host.
-        if self.destination(to, None)? != Destination::Local {
-            return Err(op.failed(Cause::Unavailable(format!(
-                "{to} is no address of this host: the loopback route does not reach its rules"
-            ))));
+        let unavailable = |what: String| Err(op.failed(Cause::Unavailable(what)));
+        if self.recipe(Route::Loopback) == Some(Recipe::Fresh) && entry.is_translated() {
+            // It would not meet the rules that translated the first SYN.
+            return unavailable("translated: the loopback route does not reach its rules".into());
         }
-        let packet = packet::nudge(entry.orig, self.marks.nudge, Silencer::WrongChecksum)
-            .ok_or_else(|| op.malformed("addresses of two families"))?;
-        self.raw.send(&packet, to).map_err(|error| op.io(error))
+        match self.hop(to, None)? {
+            Hop::Local => Ok(()),
+            // Anything else would leave this host.
+            Hop::Entrance(_) | Hop::Unreachable => unavailable(format!(
+                "{to} is no address of this host: the loopback route does not reach its rules"
+            )),
+        }
     }
 
-    fn destination(&mut self, addr: IpAddr, from: Option<IpAddr>) -> Result<Destination> {
+    fn syn(&self, op: Op, flow: FourTuple, id: u16, routed: bool, route: Route) -> Result<Vec<u8>> {
+        let silencer = match (route, &self.filter) {
+            (Route::Loopback, _) => Silencer::WrongChecksum,
+            // Others can flush the chain that ends it, just now.
+            (Route::Ingress, Filter::Up { filter, .. }) if filter.is_exposed() => {
+                Silencer::Md5Option
+            }
+            (Route::Ingress, _) => Silencer::None,
+        };
+        let shape = Shape { seq: self.marks.nudge, id, routed, silencer };
+        packet::syn(flow, shape).ok_or_else(|| op.malformed("addresses of two families"))
+    }
+
+    fn nudge_by_ingress(&mut self, op: Op, flow: FourTuple) -> Result<()> {
+        self.mend_helper()?;
+        let Entrance { interface, mac, routed } = self.entrance(op, flow)?;
+        let id = self.helper(op)?.id(interface)?;
+        let packet = self.syn(op, flow, id, routed, Route::Ingress)?;
+        self.helper(op)?.send(op, &packet, mac)
+    }
+
+    fn nudge_by_loopback(&mut self, op: Op, flow: FourTuple) -> Result<()> {
+        let packet = self.syn(op, flow, 0, false, Route::Loopback)?;
+        self.raw.send(&packet, flow.dst.addr()).map_err(|error| op.io(error))
+    }
+
+    fn hop(&mut self, addr: IpAddr, from: Option<IpAddr>) -> Result<Hop> {
         if let Some(known) = self.remembered.get(&(addr, from)) {
             return Ok(*known);
         }
-        let destination = self.routes.destination(addr, from)?;
+        let hop = match self.routes.destination(addr, from)? {
+            Destination::Local => Hop::Local,
+            Destination::Unreachable => Hop::Unreachable,
+            Destination::Interface { index, gateway } => Hop::Entrance(Entrance {
+                interface: index,
+                mac: self.neighbours.mac(index, gateway.unwrap_or(addr))?,
+                routed: gateway.is_some(),
+            }),
+        };
         if self.remembered.len() >= REMEMBERED {
             self.remembered.clear();
         }
-        self.remembered.insert((addr, from), destination);
-        Ok(destination)
+        self.remembered.insert((addr, from), hop);
+        Ok(hop)
     }
 }
 
@@ -174,29 +328,39 @@ impl Recount for Recounter {
         self.budget.take(entry.orig, now)
     }
 
-    fn nudge(&mut self, entry: &Entry, now: Instant) -> Result<Route> {
+    fn way(&mut self, entry: &Entry, now: Instant) -> Result<Way> {
         let op = Op::on("recount", entry.orig);
         self.raise_filter(now)?;
         let mut failed = None;
-        let mut routes = self.routes();
+        let mut ways = self.ways();
         if entry.synproxy.is_some() {
             // The SYN that the limiter saw was the proxy's own, by loopback. One that comes in by
             // the client's interface is answered by the proxy and gets no further.
-            routes.reverse();
+            ways.reverse();
         }
-        for route in routes {
-            let sent = match route {
-                Route::Ingress => self.nudge_by_ingress(op, entry),
-                Route::Loopback => self.nudge_by_loopback(op, entry),
+        for way in ways {
+            let reaches = match way.route {
+                Route::Ingress => self.check_ingress(op, entry),
+                Route::Loopback => self.check_loopback(op, entry),
             };
-            match sent {
-                // Stop at the first route. A reset by REJECT closes the entry and the last step
-                // opens it again; a second nudge would begin a new handshake.
-                Ok(()) => return Ok(route),
+            match reaches {
+                Ok(()) => return Ok(way),
                 Err(error) => failed = Some(error),
             }
         }
-        Err(failed.unwrap_or_else(|| op.failed(Cause::Unavailable("no route".to_owned()))))
+        Err(failed.unwrap_or_else(|| {
+            let what = "no limit of this kernel counts a connection again (ctkeep doctor)";
+            op.failed(Cause::Unavailable(what.to_owned()))
+        }))
+    }
+
+    fn nudge(&mut self, entry: &Entry, route: Route, now: Instant) -> Result<()> {
+        let op = Op::on("recount", entry.orig);
+        self.raise_filter(now)?;
+        match route {
+            Route::Ingress => self.nudge_by_ingress(op, entry.orig),
+            Route::Loopback => self.nudge_by_loopback(op, entry.orig),
+        }
     }
 
     fn can_seal(&self) -> bool {

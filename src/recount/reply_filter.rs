@@ -4,6 +4,9 @@
 //! nudge (REJECT, SYNPROXY) acknowledges that number or quotes it; such an answer is dropped before
 //! conntrack sees it. A seal has another number, and is dropped right after conntrack saw it.
 //!
+//! A nudge that has passed all rules ends in the last chains of INPUT and FORWARD, before conntrack
+//! confirms an entry that it began, and before TCP.
+//!
 //! The same table holds the notrack sets: FINs, or FINs and RSTs, of certain tuples go past
 //! conntrack, on to TCP (docs/attack.md).
 
@@ -45,6 +48,8 @@ const TOGETHER: usize = 512;
 const BEFORE_CONNTRACK: i32 = -310;
 /// Right after conntrack.
 const AFTER_CONNTRACK: i32 = -199;
+/// Behind all rules, and before conntrack confirms an entry (`INT_MAX`).
+const LAST: i32 = i32::MAX - 1;
 
 /// The table, and what it keeps from conntrack.
 #[derive(Debug)]
@@ -78,6 +83,7 @@ impl ReplyFilter {
     pub(super) fn open(name: &str, marks: Marks) -> Result<Self> {
         let mut chains: Vec<_> = chains(marks).into();
         chains.push(notrack());
+        chains.extend(last(marks));
         let sets = [FINS, ALL].into_iter().flat_map(|names| {
             names.into_iter().zip([key::TUPLE_V4, key::TUPLE_V6]).map(|(name, key)| SetSpec {
                 name,
@@ -151,6 +157,11 @@ impl ReplyFilter {
         Ok(())
     }
 
+    /// Whether others can take the table away, so that a nudge may yet reach TCP.
+    pub(super) fn is_exposed(&self) -> bool {
+        self.table.is_exposed()
+    }
+
     /// Whether nobody has taken the table away. One with an owner cannot be (since 5.12).
     pub(super) fn is_there(&mut self) -> Result<bool> {
         self.table.is_there()
@@ -219,6 +230,23 @@ fn chains(marks: Marks) -> [ChainSpec; 2] {
             rules: vec![seal.concat()],
         },
     ]
+}
+
+/// Nudges have passed all rules here, and go no further.
+fn last(marks: Marks) -> [ChainSpec; 2] {
+    [("last-input", Hook::Input), ("last-forward", Hook::Forward)].map(|(name, hook)| ChainSpec {
+        name,
+        hook,
+        priority: LAST,
+        rules: vec![vec![
+            // What nearly every packet fails comes first.
+            Expr::transport(TCP_SEQ, 4),
+            Expr::Equals(marks.nudge.to_be_bytes().to_vec()),
+            Expr::L4Proto,
+            Expr::Equals(vec![IPPROTO_TCP]),
+            Expr::Drop,
+        ]],
+    })
 }
 
 /// Packets of these tuples go past conntrack, on to TCP. Never a SYN: a port that is used again

@@ -1,5 +1,7 @@
 //! Devices, routes and traffic control by rtnetlink.
 
+pub mod changes;
 pub mod link;
+pub mod neighbour;
 pub mod route;
 pub mod tc;

@@ -4,7 +4,9 @@ use std::net::IpAddr;
 
 use netlink_packet_core::{Emitable, Parseable};
 use netlink_packet_route::AddressFamily;
-use netlink_packet_route::route::{RouteAttribute, RouteHeader, RouteMessage, RouteType};
+use netlink_packet_route::route::{
+    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteType, RouteVia,
+};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use nix::errno::Errno;
 
@@ -35,8 +37,13 @@ impl Routes<KernelSocket> {
 pub enum Destination {
     /// They are delivered on this host.
     Local,
-    /// They leave by the interface with this index.
-    Interface(u32),
+    /// They leave this host.
+    Interface {
+        /// Number of the interface that they leave by.
+        index: u32,
+        /// The router that they go to; `None` where the address is on the link.
+        gateway: Option<IpAddr>,
+    },
     /// There is no way, or it is forbidden.
     Unreachable,
 }
@@ -49,9 +56,14 @@ impl<T: Transport> Routes<T> {
     /// A broken conversation.
     pub fn destination(&mut self, addr: IpAddr, from: Option<IpAddr>) -> Result<Destination> {
         match self.ask(addr, from) {
-            // A source that is no address of this host (the first destination of a translated
-            // connection) is refused.
-            Err(error) if from.is_some() && error.errno() == Some(Errno::EINVAL) => {
+            // A source that is no address of this host is refused: the first destination of a
+            // translated connection, the address of a transparent proxy's socket. With EINVAL;
+            // since 6.18 with ENETUNREACH (seen there, guarded by
+            // `a_source_that_is_not_ours_does_not_hide_the_way`).
+            Err(error)
+                if from.is_some()
+                    && matches!(error.errno(), Some(Errno::EINVAL | Errno::ENETUNREACH)) =>
+            {
                 self.destination(addr, None)
             }
             Err(error)
@@ -85,13 +97,20 @@ impl<T: Transport> Routes<T> {
         let mut destination = Destination::Unreachable;
         self.connection.query(&request, |frame| {
             let route = RouteMessage::parse(frame.payload).map_err(|e| request.op.malformed(e))?;
-            let out = route.attributes.iter().find_map(|attribute| match attribute {
-                RouteAttribute::Oif(index) => Some(*index),
-                _ => None,
-            });
+            let (mut out, mut gateway) = (None, None);
+            for attribute in &route.attributes {
+                match attribute {
+                    RouteAttribute::Oif(index) => out = Some(*index),
+                    RouteAttribute::Gateway(RouteAddress::Inet(addr))
+                    | RouteAttribute::Via(RouteVia::Inet(addr)) => gateway = Some((*addr).into()),
+                    RouteAttribute::Gateway(RouteAddress::Inet6(addr))
+                    | RouteAttribute::Via(RouteVia::Inet6(addr)) => gateway = Some((*addr).into()),
+                    _ => {}
+                }
+            }
             destination = match (route.header.kind, out) {
                 (RouteType::Local, _) => Destination::Local,
-                (RouteType::Unicast, Some(index)) => Destination::Interface(index),
+                (RouteType::Unicast, Some(index)) => Destination::Interface { index, gateway },
                 _ => Destination::Unreachable,
             };
             Ok(())

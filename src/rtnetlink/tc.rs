@@ -13,10 +13,18 @@ use crate::netlink::{Connection, KernelSocket, Request};
 
 const RTM_NEWQDISC: u16 = 36;
 const RTM_NEWTFILTER: u16 = 44;
-/// `ETH_P_ALL` in network order, with priority 1 above it.
-const PRIORITY_AND_PROTOCOL: u32 = 1 << 16 | (0x0003_u16.to_be() as u32);
-/// The last four bytes of the source address, from the start of the IP header.
-const SOURCE_MAC_TAIL: i32 = -6;
+/// Four bytes of a packet that choose it, counted from the start of the IP header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Selector {
+    /// `ETH_P_IP` or `ETH_P_IPV6`.
+    pub protocol: u16,
+    /// Where.
+    pub offset: i32,
+    /// What they are, masked.
+    pub value: u32,
+    /// Which of their bits count.
+    pub mask: u32,
+}
 
 /// Speaks rtnetlink about queueing disciplines and filters.
 #[derive(Debug)]
@@ -48,16 +56,17 @@ impl TrafficControl {
         self.send("add ingress qdisc", RTM_NEWQDISC, &message)
     }
 
-    /// `tc filter add dev DEVICE ingress protocol all pref 1 u32 match u32 TARGET 0xffffffff at -6
+    /// `tc filter add dev DEVICE ingress protocol PROTOCOL u32 match u32 VALUE MASK at OFFSET
     /// action mirred ingress redirect ifindex TARGET`
     ///
     /// # Errors
     /// The kernel's refusal.
-    pub fn redirect(&mut self, device: u32, target: u32) -> Result<()> {
+    pub fn redirect(&mut self, device: u32, selector: Selector, target: u32) -> Result<()> {
+        let Selector { protocol, offset, value, mask } = selector;
         let mut key = TcU32Key::default();
-        key.mask = u32::MAX;
-        key.val = target;
-        key.off = SOURCE_MAC_TAIL;
+        key.mask = mask;
+        key.val = value;
+        key.off = offset;
         let mut selector = TcU32Selector::default();
         selector.flags = TcU32SelectorFlags::Terminal;
         selector.nkeys = 1;
@@ -77,7 +86,8 @@ impl TrafficControl {
         ];
         let header = TcHeader {
             parent: TcHandle { major: u16::MAX, minor: TcHandle::MIN_INGRESS },
-            info: PRIORITY_AND_PROTOCOL,
+            // A priority has filters of one protocol only.
+            info: u32::from(protocol) << 16 | u32::from(protocol.to_be()),
             ..header(device)
         };
         let options = vec![

@@ -125,7 +125,7 @@ impl Namespace {
             .map_err(|error| format!("sysctl {name}={value}: {error}"))
     }
 
-    pub(super) fn try_run(&self, line: &str) -> Result<String, String> {
+    pub fn try_run(&self, line: &str) -> Result<String, String> {
         self.try_feed(line, "")
     }
 

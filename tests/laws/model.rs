@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use ctkeep::Result;
 use ctkeep::conntrack::{Entry, Status, Tcp, TcpState, Zone};
 use ctkeep::flow::{Endpoint, FourTuple};
-use ctkeep::recount::{Notrack, Recount, Route};
+use ctkeep::recount::{Notrack, Recipe, Recount, Route, Way};
 use ctkeep::sockdiag::{Socket, State};
 
 use crate::played::host::Shared;
@@ -79,19 +79,26 @@ impl Recount for Counting {
         true
     }
 
-    fn nudge(&mut self, entry: &Entry, _now: Instant) -> Result<Route> {
+    /// Both recipes are played: which one is the connection's.
+    fn way(&mut self, entry: &Entry, _now: Instant) -> Result<Way> {
+        let even = entry.orig.src.port().is_multiple_of(2);
+        let recipe = if even { Recipe::Replace } else { Recipe::Fresh };
+        Ok(Way { route: Route::Ingress, recipe })
+    }
+
+    fn nudge(&mut self, entry: &Entry, _route: Route, _now: Instant) -> Result<()> {
         let host = self.host.borrow();
         let now = host.entries.iter().find(|other| other.orig == entry.orig);
         let mut limiter = self.limiter.borrow_mut();
         limiter.sealed.remove(&entry.orig);
         // A packet of an entry that is assured is not added.
-        if now.is_some_and(|now| !is_assured(now)) {
+        if now.is_none_or(|now| !is_assured(now)) {
             let list = limiter.lists.entry(entry.orig.src.addr()).or_default();
             if !list.contains(&entry.orig) {
                 list.push(entry.orig);
             }
         }
-        Ok(Route::Ingress)
+        Ok(())
     }
 
     fn can_seal(&self) -> bool {
