@@ -41,7 +41,7 @@ fn wrong_usage_ends_with_2_and_names_the_fault() {
         (&["audit", "--port", "http"], &["--port", "'http'"]),
         (&["audit", "--port", "80,0"], &["--port", "'0'"]),
         (&["audit", "--states", "half-closed"], &["'half-closed'", "close-wait, "]),
-        (&["audit", "--states", "last-ack"], &["'last-ack'", "cannot be guarded"]),
+        (&["audit", "--states", "time-wait"], &["'time-wait'", "cannot be guarded"]),
         (&["audit", "--source", "198.51.100.0/33"], &["--source", "'198.51.100.0/33'"]),
         (&["audit", "--source", "example.org"], &["--source", "'example.org'"]),
         (&["audit", "--exempt", "198.51.100"], &["--exempt", "'198.51.100'"]),

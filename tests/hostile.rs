@@ -23,7 +23,7 @@ use ctkeep::reconcile::keeper::{Acted, Depth, Keeper, Recounting, Settings, Trig
 use ctkeep::reconcile::plan::Action;
 use ctkeep::reconcile::policy::Policy;
 use ctkeep::reconcile::pressure::Defence;
-use ctkeep::sockdiag::State;
+use ctkeep::sockdiag::{Socket, State};
 use ctkeep::{Op, Result};
 use played::host::{Host, Shared, tuple};
 use played::{
@@ -264,7 +264,8 @@ fn host() -> Host {
         of(peer(4003), State::CloseWait, 13),
         of(peer(4004), State::Established, 14),
         of(peer(4005), State::CloseWait, 15),
-        of(peer(4006), State::LastAck, 16),
+        // Closed by its application.
+        Socket { inode: 0, ..of(peer(4006), State::LastAck, 16) },
         of(peer(4007), State::CloseWait, 17),
         of(elsewhere, State::CloseWait, 18),
     ];

@@ -28,7 +28,8 @@ use played::host::Host;
 use played::{entry, flow, outgoing_entry, reversed_entry, socket};
 
 /// What is done for each cell. Words: `-` is "whatever"; `open` is any of the eleven states,
-/// `half-open` any of them but established; `alive` are the entry states that are neither
+/// `half-open` any of them but established, `half-closed` neither that nor syn-recv, `both-fins`
+/// last-ack and closing, `one-fin` all others; `alive` are the entry states that are neither
 /// `closing` nor `opening`.
 const TABLE: &str = "
 # socket       entry                    guarded expiring held tracked  what is done
@@ -55,14 +56,18 @@ const TABLE: &str = "
 # The socket is guarded and conntrack has lost it.
   open         none                     yes     -        -    yes      reinsert, entry missing
   open         none                     yes     -        -    no       leave untracked
-  open         from-peer closing        yes     -        -    -        revive, entry closed
+  one-fin      from-peer closing        yes     -        -    -        revive, entry closed
+  both-fins    from-peer over           yes     -        -    -        revive, entry closed
   open         reversed any             yes     -        -    -        reverse, entry reversed
 
 # The socket is guarded and its entry lives.
   half-open    from-peer alive          yes     yes      -    -        extend, entry expiring
-  half-open    from-peer opening        yes     yes      -    -        extend, entry expiring
   half-open    from-peer alive          yes     no       -    -        leave agree
-  half-open    from-peer opening        yes     no       -    -        leave agree
+  half-closed  from-peer opening        yes     yes      -    -        extend, entry expiring
+  half-closed  from-peer opening        yes     no       -    -        leave agree
+# Of a socket that has sent its FIN behind the peer's conntrack believes no less.
+  both-fins    from-peer last-ack       yes     yes      -    -        extend, entry expiring
+  both-fins    from-peer last-ack       yes     no       -    -        leave agree
   established  from-peer half-closed    yes     yes      -    -        extend, entry expiring
   established  from-peer half-closed    yes     no       -    -        leave agree
   established  from-peer established    yes     yes      yes  -        extend, entry expiring
@@ -70,6 +75,7 @@ const TABLE: &str = "
 # An idle connection is the kernel's to forget, and a handshake its to finish.
   established  from-peer established    yes     -        no   -        leave agree
   established  from-peer opening        yes     -        -    -        leave handshake
+  syn-recv     from-peer opening        yes     -        -    -        leave handshake
 ";
 
 /// One row of [`TABLE`], split into words.
@@ -107,7 +113,11 @@ impl Row {
             ("any", _) | ("gone", None) | ("open", Some(_)) => true,
             ("half-open", Some(state)) => state != State::Established,
             ("established", Some(state)) => state == State::Established,
-            ("gone" | "open" | "half-open" | "established", _) => false,
+            ("syn-recv", Some(state)) => state == State::SynRecv,
+            ("half-closed", Some(state)) => ![State::Established, State::SynRecv].contains(&state),
+            ("both-fins", Some(state)) => [State::LastAck, State::Closing].contains(&state),
+            ("one-fin", Some(state)) => ![State::LastAck, State::Closing].contains(&state),
+            ("gone", _) | (_, None) => false,
             _ => panic!("{}", self.text),
         };
         socket
@@ -131,7 +141,8 @@ impl Row {
             }
             TcpState::Established => ["alive", "established"],
             TcpState::FinWait | TcpState::CloseWait => ["alive", "half-closed"],
-            TcpState::LastAck | TcpState::TimeWait | TcpState::Close => ["closing", ""],
+            TcpState::LastAck => ["closing", "last-ack"],
+            TcpState::TimeWait | TcpState::Close => ["closing", "over"],
         };
         self.direction == name && (self.state == "any" || group.contains(&self.state))
     }
@@ -809,7 +820,8 @@ mod confirmation {
     fn nothing_is_done_for_a_socket_that_has_left_the_guarded_states() {
         for state in [State::LastAck, State::FinWait1, State::TimeWait] {
             let said = vec![view(Some(close_wait(1)), Some(closed()))];
-            let now = host(vec![Socket { state, ..close_wait(1) }], vec![closed()]);
+            // Its application has closed it.
+            let now = host(vec![Socket { state, inode: 0, ..close_wait(1) }], vec![closed()]);
             let confirmed = confirmed(said, now, &Ledger::default());
             assert_eq!(confirmed.actions(), [], "{state}");
         }
@@ -1032,12 +1044,17 @@ mod laws {
                 closing,
             ),
         ];
-        (any_flow(), select(rules)).prop_flat_map(|(flow, (sockets, states))| {
+        let closing_states = [State::LastAck, State::TimeWait, State::FinWait2];
+        (any_flow(), select(rules)).prop_flat_map(move |(flow, (sockets, states))| {
             (select(sockets), select(states), 30..400_u64).prop_map(
                 move |(state, entry_state, seconds)| View {
                     flow,
                     socket: state.map(|state| {
-                        socket(&flow.src.to_string(), &flow.dst.to_string(), state, 1)
+                        let (local, remote) = (flow.src.to_string(), flow.dst.to_string());
+                        let socket = socket(&local, &remote, state, 1);
+                        // What is closing has been closed by its application.
+                        let inode = if closing_states.contains(&state) { 0 } else { socket.inode };
+                        Socket { inode, ..socket }
                     }),
                     entry: Some(entry(flow, entry_state, seconds)),
                 },

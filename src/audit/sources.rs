@@ -179,7 +179,7 @@ fn port_seen(rule: &LimitRule, view: &View) -> u16 {
 }
 
 fn is_open(view: &View) -> bool {
-    view.socket.is_some_and(|socket| matches!(socket.state, State::Established | State::CloseWait))
+    view.socket.is_some_and(|socket| socket.takes_a_slot())
 }
 
 fn network(addr: IpAddr, bits: u8) -> IpNet {

@@ -18,7 +18,7 @@ use crate::sockdiag::{Lookup, Socket, State, States};
 const EXACT: usize = 1024;
 
 /// States whose sockets a deep sweep has seen already.
-const SWEPT: [State; 2] = [State::Established, State::CloseWait];
+const SWEPT: [State; 7] = State::OPEN;
 
 /// Conntrack states that have a timeout.
 pub const TIMED: [TcpState; 8] = [
@@ -147,7 +147,7 @@ impl Survey {
     fn count_sources(&mut self, sweep: SweepResult<'_>) {
         for view in sweep.snapshot.views.iter() {
             let state = view.socket.map(|socket| socket.state);
-            let is_open = state.is_some_and(|state| SWEPT.contains(&state));
+            let is_open = view.socket.is_some_and(|socket| socket.takes_a_slot());
             // The snapshot is older than the repair. What was repaired without a socket was given
             // back.
             let is_repaired = sweep.repaired.contains(&view.flow);

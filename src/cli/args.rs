@@ -61,8 +61,9 @@ pub(super) struct Scope {
           value_parser = clap::value_parser!(u16).range(1..))]
     pub ports: Vec<u16>,
 
-    /// Socket states to guard
-    #[arg(long, value_name = "STATE", value_delimiter = ',', default_value = "close-wait,established",
+    /// Socket states to guard, of sockets that an application has
+    #[arg(long, value_name = "STATE", value_delimiter = ',',
+          default_value = "established,syn-recv,fin-wait-1,fin-wait-2,close-wait,last-ack,closing",
           value_parser = guarded_state())]
     pub states: Vec<State>,
 
@@ -383,13 +384,13 @@ impl Scope {
     }
 }
 
-/// States whose meaning conntrack can be fooled about: this host has not closed yet.
+/// States in which an application can still have the socket.
 fn guarded_state() -> impl TypedValueParser<Value = State> {
     let parse = |text: String| match text.parse::<State>() {
-        Ok(state @ (State::CloseWait | State::Established)) => Ok(state),
+        Ok(state) if State::OPEN.contains(&state) => Ok(state),
         Ok(state) => Err(format!(
-            "a socket in {state} cannot be guarded: only close-wait and established are open on \
-             the server's side"
+            "a socket in {state} cannot be guarded: no application has one; there are {}",
+            State::OPEN.map(State::name).join(", ")
         )),
         Err(error) => Err(error.to_string()),
     };

@@ -21,7 +21,7 @@ use crate::reconcile::observe::Tables;
 use crate::reconcile::plan::{Cell, Verdict, cell, decide};
 use crate::reconcile::pressure::Defence;
 use crate::reconcile::snapshot::{Direction, Snapshot, View};
-use crate::sockdiag::{Lookup, State, States};
+use crate::sockdiag::{Lookup, States};
 
 pub(super) fn run(args: &Explain) -> Result<Exit> {
     let policy = args.scope.policy();
@@ -35,7 +35,7 @@ pub(super) fn run(args: &Explain) -> Result<Exit> {
         // Siblings of the same port tell whether it is tracked, and in which zones.
         let mut siblings = scope.clone();
         siblings.ports = std::iter::once(flow.src.port()).collect();
-        let open = States::from_iter([State::Established, State::CloseWait]);
+        let open = States::open();
         let around = tables.whole(&siblings, &policy, open)?;
         let mut ledger = Ledger::new(Defence::Auto, policy.zone);
         ledger.note(&around);

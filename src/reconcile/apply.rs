@@ -115,7 +115,8 @@ fn notracks(actions: &[Action], ledger: &Ledger) -> Vec<Option<Notrack>> {
             let more = repairs.get(&source).copied().unwrap_or(0);
             let again =
                 ledger.notrack(&socket).is_some() || ledger.pressure().offends(source, more);
-            let had_its_fin = socket.state == State::CloseWait;
+            let had_its_fin =
+                matches!(socket.state, State::CloseWait | State::LastAck | State::Closing);
             match action.kind {
                 _ if action.reason.is_fooled() && again => Some(Notrack::FinsAndRsts),
                 // The peer of an ESTABLISHED socket still needs its FIN to get through, also where
@@ -314,16 +315,28 @@ fn timeout(action: &Action, lease: Duration) -> Duration {
 
 /// Whether a half-closed connection is held as one that is not, so that stale RSTs leave it alone.
 fn is_held_as_established(action: &Action) -> bool {
-    let half_closed = action.view.socket.is_some_and(|socket| socket.state == State::CloseWait);
+    let half_closed = action.view.socket.is_some_and(|socket| socket.state != State::Established);
     let state = action.view.entry.and_then(|entry| entry.state());
     half_closed && state == Some(TcpState::Established)
 }
 
 /// The state that conntrack should see the connection in. Only ESTABLISHED can be sealed.
 fn held_as(action: &Action, sealed: bool) -> TcpState {
-    match action.view.socket.map(|socket| socket.state) {
-        Some(State::Established) => TcpState::Established,
-        _ if sealed => TcpState::Established,
+    match action.view.socket {
+        Some(_) if sealed => TcpState::Established,
+        Some(socket) => believed(socket.state),
+        None => TcpState::CloseWait,
+    }
+}
+
+/// What conntrack believes of a connection whose socket is in this state, when it has seen all of
+/// its packets.
+pub(super) fn believed(state: State) -> TcpState {
+    match state {
+        // Accepted before the end of its handshake (TCP Fast Open): the rest of that changes nothing.
+        State::Established | State::SynRecv => TcpState::Established,
+        State::FinWait1 => TcpState::FinWait,
+        State::LastAck | State::Closing => TcpState::LastAck,
         _ => TcpState::CloseWait,
     }
 }

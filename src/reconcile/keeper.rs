@@ -9,7 +9,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::apply::{Outcome, apply};
+use super::apply::{Outcome, apply, believed};
 use super::backoff::BackOff;
 use super::confirm::{Confirmed, confirm};
 use super::ledger::{Held, Ledger};
@@ -348,9 +348,8 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         }
         self.hasten_deep_sweep(&snapshot);
         let mut confirmed = self.confirmed(&snapshot);
-        let open = |action: &Action| {
-            action.view.socket.filter(|socket| socket.state == State::Established)
-        };
+        let open =
+            |action: &Action| action.view.socket.filter(|socket| socket.state != State::CloseWait);
         let lookups = confirmed.actions().iter().filter_map(open).map(|it| Lookup::from(&it));
         let lookups: Vec<_> = lookups.collect();
         self.defer(Timer::OpenLook, OPEN_LOOK, lookups, since, now);
@@ -390,11 +389,10 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
     fn try_recount(&mut self, now: Instant, witness: &mut impl Witness) -> Result<()> {
         let settings = self.settings.clone();
         if !self.uncounted.is_waiting() && self.uncounted.is_new() {
-            let open = States::from_iter([State::Established, State::CloseWait]);
-            let mut sockets = self.tables.sockets.sockets(open)?;
+            let mut sockets = self.tables.sockets.sockets(settings.policy.states)?;
             let policy = &settings.policy;
             sockets.retain(|socket| {
-                policy.states.contains(socket.state) && self.scope.contains(policy, socket.flow())
+                policy.guards(socket) && self.scope.contains(policy, socket.flow())
             });
             let ledger = &mut self.ledger;
             self.uncounted.find(&sockets, |socket, loss| ledger.set_uncounted(socket, loss));
@@ -521,8 +519,8 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
                 // Not the entry's own state: a sealed one is held as ESTABLISHED, and would live
                 // for days.
                 let state = match view.socket.map(|socket| socket.state) {
-                    Some(State::CloseWait) => TcpState::CloseWait,
-                    Some(_) => entry.state()?,
+                    Some(State::Established) => entry.state()?,
+                    Some(state) => believed(state),
                     None => TcpState::Close,
                 };
                 let timeout = timeout(state)?;
@@ -565,8 +563,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             recounter.refresh(now);
         }
         let policy = &self.settings.policy;
-        let open = States::from_iter([State::Established, State::CloseWait]);
-        let snapshot = self.tables.whole(&self.scope, policy, open)?;
+        let snapshot = self.tables.whole(&self.scope, policy, States::open())?;
         if let Some(grace) = policy.reap {
             let orphans = snapshot.views.iter().filter(|view| view.socket.is_none());
             let keys = orphans.filter_map(|view| view.entry).map(|entry| entry.key());
@@ -772,10 +769,11 @@ fn half_closed(snapshot: &Snapshot) -> HashSet<FourTuple> {
     sockets.filter(|it| it.state == State::CloseWait).map(|it| it.flow()).collect()
 }
 
-/// Half-closed sockets without an entry.
+/// Sockets that one side has closed and that have no entry.
 fn unaccounted(snapshot: &Snapshot) -> impl Iterator<Item = Socket> {
     let lacking = snapshot.views.iter().filter(|view| view.entry.is_none());
-    lacking.filter_map(|view| view.socket).filter(|socket| socket.state == State::CloseWait)
+    let sockets = lacking.filter_map(|view| view.socket);
+    sockets.filter(|socket| socket.state != State::Established && socket.takes_a_slot())
 }
 
 /// A twentieth to a fifth sooner: nobody can time packets by the sweeps, and what the event source

@@ -241,7 +241,8 @@ impl Ledger {
         self.zones.extend(snapshot.evidence.zones.iter().copied());
         for view in snapshot.views.iter() {
             if let (Some(socket), Some(entry)) = (view.socket, view.entry)
-                && (socket.state != State::Established || !entry.is_plain())
+                && (socket.state != State::Established && socket.takes_a_slot()
+                    || !entry.is_plain())
             {
                 self.remember(&socket, entry);
             }

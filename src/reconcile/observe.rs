@@ -130,7 +130,7 @@ impl<T: Transport> Tables<T> {
 
     /// The half-closed connections of the scope, and those whose entries are held.
     ///
-    /// One dump of CLOSE_WAIT sockets, then one question for each: its cost grows with them,
+    /// One dump of the sockets that one side has closed, then one question for each: its cost grows with them,
     /// not with the tables.
     ///
     /// # Errors
@@ -141,10 +141,10 @@ impl<T: Transport> Tables<T> {
         policy: &Policy,
         ledger: &Ledger,
     ) -> Result<Snapshot> {
-        let mut sockets = self.sockets.sockets(States::from_iter([State::CloseWait]))?;
+        let states = policy.states.iter().filter(|state| *state != State::Established).collect();
+        let mut sockets = self.sockets.sockets(states)?;
         sockets.retain(|socket| {
-            ledger.holds(socket)
-                || policy.states.contains(socket.state) && scope.contains(policy, socket.flow())
+            ledger.holds(socket) || policy.guards(socket) && scope.contains(policy, socket.flow())
         });
         // A dump does not prove absence: held ones that it lacks are asked for one by one.
         let found: HashSet<_> = sockets.iter().map(|s| s.cookie).collect();
@@ -180,11 +180,11 @@ impl<T: Transport> Tables<T> {
     pub fn exactly(&mut self, lookups: &[Lookup], ledger: &Ledger) -> Result<Exact> {
         let entries = self.entries_of(lookups, ledger)?;
         let sockets = self.sockets.lookup(lookups)?;
-        let views = lookups
-            .iter()
-            .zip(sockets)
-            .zip(entries)
-            .map(|((lookup, socket), entry)| View { flow: lookup.flow, socket, entry });
+        // What is in TIME_WAIT is over: the kernel only remembers its tuple.
+        let is_there = |socket: &Socket| socket.state != State::TimeWait;
+        let views = lookups.iter().zip(sockets).zip(entries).map(|((lookup, socket), entry)| {
+            View { flow: lookup.flow, socket: socket.filter(is_there), entry }
+        });
         Ok(Exact(Snapshot::new(views)))
     }
 

@@ -132,7 +132,8 @@ pub enum Rest {
     Handshake,
     /// This host opened the connection.
     Outgoing,
-    /// The socket is open in a state that is not guarded; conntrack sees its packets itself.
+    /// The socket is in a state that is not guarded, or no application has it; conntrack sees its
+    /// packets itself.
     NotGuarded,
     /// No entry, and no sign that this connection was ever tracked.
     Untracked,
@@ -186,7 +187,7 @@ pub fn decide(cell: Cell) -> Verdict {
         (Some(_), None) if cell.tracked => Act(Reinsert, Reason::EntryMissing),
         (Some(_), None) => Leave(Rest::Untracked),
         (Some(_), Some((Direction::Reversed, _))) => Act(Reverse, Reason::EntryReversed),
-        (Some(_), Some((Direction::FromPeer, state))) if state.is_closing() => {
+        (Some(socket), Some((Direction::FromPeer, state))) if contradicts(socket, state) => {
             Act(Revive, Reason::EntryClosed(state))
         }
         // An idle ESTABLISHED connection is the kernel's to forget, as its timeout says.
@@ -195,11 +196,20 @@ pub fn decide(cell: Cell) -> Verdict {
         }
         // The server's last ACK of the handshake may still be on its way through conntrack.
         (
-            Some(State::Established),
+            Some(State::Established | State::SynRecv),
             Some((_, TcpState::None | TcpState::SynSent | TcpState::SynRecv | TcpState::SynSent2)),
         ) => Leave(Rest::Handshake),
         (Some(_), Some(_)) if cell.expiring => Act(Extend, Reason::EntryExpiring),
         (Some(_), Some(_)) => Leave(Rest::Agree),
+    }
+}
+
+/// Whether conntrack believes that a connection is over, or about to be, whose socket is open.
+fn contradicts(socket: State, entry: TcpState) -> bool {
+    match socket {
+        // Both FINs are on their way: so LAST_ACK is right.
+        State::LastAck | State::Closing => !entry.is_counted(),
+        _ => entry.is_closing(),
     }
 }
 
@@ -320,7 +330,7 @@ pub fn cell(
         Some(socket) => ledger.holds(&socket),
         None => ours || ledger.holds_flow(view.flow),
     };
-    let half_closed = socket.is_some_and(|socket| socket.state == State::CloseWait);
+    let half_closed = socket.is_some_and(|socket| socket.state != State::Established);
     let seen = socket.and_then(|socket| ledger.last_entry(&socket));
     // What this host opened stays so when its entry is forgotten.
     let entry = view.entry_side().or_else(|| {
@@ -337,7 +347,7 @@ pub fn cell(
     };
     Cell {
         socket: socket.map(|socket| socket.state),
-        guarded: in_scope && socket.is_some_and(|socket| policy.states.contains(socket.state)),
+        guarded: in_scope && socket.is_some_and(|socket| policy.guards(&socket)),
         entry,
         expiring: view.entry.and_then(|entry| entry.timeout).is_some_and(|timeout| {
             timeout < policy.renew_below()

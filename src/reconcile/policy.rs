@@ -7,14 +7,14 @@ use std::time::Duration;
 use ipnet::IpNet;
 
 use crate::flow::FourTuple;
-use crate::sockdiag::{Socket, State, States};
+use crate::sockdiag::{Socket, States};
 
 /// The administrator's wishes.
 #[derive(Clone, Debug)]
 pub struct Policy {
     /// Local ports in scope; empty: every port that has a listener.
     pub ports: HashSet<u16>,
-    /// Socket states that are guarded.
+    /// Socket states that are guarded, as far as an application has the socket.
     pub states: States,
     /// Peers in scope; empty: every peer but loopback.
     pub sources: Vec<IpNet>,
@@ -36,7 +36,7 @@ impl Default for Policy {
     fn default() -> Self {
         Self {
             ports: HashSet::new(),
-            states: [State::CloseWait, State::Established].into_iter().collect(),
+            states: States::open(),
             sources: Vec::new(),
             exempt: Vec::new(),
             lease: Duration::from_secs(60),
@@ -68,6 +68,11 @@ impl Policy {
         wanted && !within(&self.exempt)
     }
 
+    /// Whether a socket is in a guarded state and takes a slot.
+    pub fn guards(&self, socket: &Socket) -> bool {
+        self.states.contains(socket.state) && socket.takes_a_slot()
+    }
+
     /// A lease of which less than this is left is renewed.
     pub fn renew_below(&self) -> Duration {
         self.lease / 2
@@ -94,7 +99,7 @@ mod tests {
 
     use super::*;
     use crate::flow::Endpoint;
-    use crate::sockdiag::Cookie;
+    use crate::sockdiag::{Cookie, State};
 
     #[test]
     fn loopback_is_exempt_unless_asked_for() {

@@ -39,8 +39,10 @@ impl View {
         let direction = if entry.reply == self.flow {
             // Picked up by the kernel itself: no SYN of it has passed the limiter. An ESTABLISHED
             // one runs the right way and needs no more than a recount.
-            let half_closed = self.socket.is_some_and(|socket| socket.state == State::CloseWait);
-            let uncounted = half_closed && entry.is_picked_up() && !entry.is_ours();
+            let half_closed =
+                |socket: Socket| socket.takes_a_slot() && socket.state != State::Established;
+            let uncounted =
+                self.socket.is_some_and(half_closed) && entry.is_picked_up() && !entry.is_ours();
             if uncounted { Direction::Reversed } else { Direction::FromPeer }
         } else if entry.is_picked_up() {
             Direction::Reversed

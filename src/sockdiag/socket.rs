@@ -33,6 +33,18 @@ impl Socket {
     pub fn flow(&self) -> FourTuple {
         FourTuple::new(self.local, self.remote)
     }
+
+    /// Whether an application has the socket, or will have it at its next `accept`: it costs a slot.
+    ///
+    /// The inode is that of the descriptor. What was closed, and what waits for the end of its
+    /// handshake, has none; a socket that was not accepted yet has none either, and is ESTABLISHED
+    /// or in CLOSE_WAIT. With TCP Fast Open one in SYN_RECV is accepted already.
+    pub fn takes_a_slot(&self) -> bool {
+        match self.state {
+            State::Established | State::CloseWait => true,
+            state => State::OPEN.contains(&state) && self.inode != 0,
+        }
+    }
 }
 
 /// The kernel's identity of a socket: never reused while the system runs, unlike its tuple.
@@ -80,6 +92,18 @@ impl State {
         Self::CloseWait,
         Self::LastAck,
         Self::Listen,
+        Self::Closing,
+    ];
+
+    /// Those in which an application can still have the socket: it has not closed it, and the
+    /// connection is not over.
+    pub const OPEN: [Self; 7] = [
+        Self::Established,
+        Self::SynRecv,
+        Self::FinWait1,
+        Self::FinWait2,
+        Self::CloseWait,
+        Self::LastAck,
         Self::Closing,
     ];
 
@@ -148,6 +172,11 @@ impl States {
     /// The mask as `sock_diag` takes it: bit n stands for state n.
     pub fn mask(self) -> u32 {
         self.0
+    }
+
+    /// [`State::OPEN`].
+    pub fn open() -> Self {
+        Self::from_iter(State::OPEN)
     }
 
     /// Every state but LISTEN: everything that has a peer.

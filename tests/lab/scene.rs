@@ -102,6 +102,11 @@ impl Scene {
         self.daemon = Some(self.lab.daemon(CTKEEP, args));
     }
 
+    /// Whether `ctkeep run` has been started.
+    pub fn is_guarded(&self) -> bool {
+        self.daemon.is_some()
+    }
+
     pub fn daemon(&self) -> &Daemon {
         self.daemon.as_ref().expect("a guarded scene")
     }

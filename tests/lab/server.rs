@@ -5,7 +5,7 @@
 //! stdin carries one order a line to it and one answer a line back; it ends with that pair.
 
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
@@ -64,6 +64,11 @@ impl Server {
     /// Closes every connection in an orderly way, with a FIN.
     pub fn close_all(&mut self) {
         self.order("close", &[]);
+    }
+
+    /// Ends its own side of every connection, and goes on to read.
+    pub fn shutdown_all(&mut self) {
+        self.order("shutdown", &[]);
     }
 
     /// Closes every connection with SO_LINGER 0, hence with an RST.
@@ -192,6 +197,11 @@ impl Held {
         match order.split_once(' ') {
             None if order == "held" => return self.streams.len().to_string(),
             None if order == "close" => self.streams.drain(..).for_each(close),
+            None if order == "shutdown" => {
+                for stream in &self.streams {
+                    let _ = stream.shutdown(Shutdown::Write);
+                }
+            }
             None if order == "deafen" => self.listeners.clear(),
             None if order == "reset" => self.streams.drain(..).for_each(reset),
             Some(("send", length)) => {

@@ -131,7 +131,7 @@ impl Saved {
 }
 
 fn is_open(socket: &Socket) -> bool {
-    matches!(socket.state, State::Established | State::CloseWait)
+    socket.takes_a_slot()
 }
 
 fn listenerless(
