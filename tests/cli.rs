@@ -341,7 +341,10 @@ fn a_user_who_takes_the_address_keeps_no_daemon_out() {
     // Perl is there on every Debian; its own pack_sockaddr_un() would pad the name.
     let squatter = "socket(S, AF_UNIX, SOCK_STREAM, 0); \
                     bind(S, pack('Sa*', AF_UNIX, qq(\\0ctkeep))) or die; \
-                    listen(S, 0); syswrite(STDOUT, 'bound'); sleep(600)";
+                    listen(S, 0); \
+                    socket(C, AF_UNIX, SOCK_STREAM, 0); \
+                    connect(C, pack('Sa*', AF_UNIX, qq(\\0ctkeep))) or die; \
+                    syswrite(STDOUT, 'bound'); sleep(600)";
     let mut command = Command::new("setpriv");
     command.args(["--reuid=65533", "--clear-groups", "--", "perl", "-MSocket", "-e", squatter]);
     let child = scene.lab.server.spawn_with(&command, |command| {
@@ -350,6 +353,14 @@ fn a_user_who_takes_the_address_keeps_no_daemon_out() {
     let mut child = child.expect("a squatter");
     let mut said = [0; 5];
     child.stdout.take().expect("a pipe").read_exact(&mut said).expect("a bound socket");
+    // What root asks ends, too, and believes nothing that such a user says.
+    let commands =
+        [&["audit"][..], &["doctor"], &["explain", "192.0.2.1:80", "198.51.100.7:40000"]];
+    for args in commands {
+        let (code, out, err) = scene.lab.ctkeep("timeout", &[&["30", CTKEEP], args].concat());
+        assert_ne!(code, 124, "{args:?} hangs: {out}{err}");
+        assert!(args != ["doctor"] || out.contains("is not known"), "{out}");
+    }
     scene.guard(&[]);
     assert!(scene.daemon().logged("no administrator"), "{}", scene.daemon().log());
     let conns = scene.half_closed();

@@ -10,11 +10,14 @@ use std::os::linux::fs::MetadataExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::Duration;
 
 use lab::process::{NET_ADMIN_AND_RAW, capabilities, status};
 use lab::{Lab, wait_for};
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::stat::Mode;
+use nix::unistd::{Pid, mkfifo};
 use scene::{CTKEEP, LIMIT, Limiter, SOON, Scene};
 
 const SYS_ADMIN: u64 = 1 << 21;
@@ -60,13 +63,51 @@ fn namespaces_and_real_time_priority_keep_what_they_need() {
     assert!(kept.count_ones() < 8, "{kept:x}");
 }
 
+/// systemd hands the unit's capabilities over in every set, and root means nothing to it.
+#[test]
+fn started_as_the_unit_is_it_leaves_nothing_to_inherit() {
+    let Some(lab) = Lab::new() else { return };
+    let may = "-all,+net_admin,+net_raw";
+    let mut command = Command::new("setpriv");
+    command.args(["--securebits", "+noroot,+noroot_locked"]);
+    for set in ["--inh-caps", "--ambient-caps", "--bounding-set"] {
+        command.args([set, may]);
+    }
+    command.args(["--", CTKEEP, "run"]);
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    let daemon = Bare::execute(&lab, command, &[], file.reopen().expect("the file"));
+    let log = || fs::read_to_string(file.path()).expect("its text");
+    wait_for("ready", SOON, || log().contains("ready"));
+    let pid = daemon.0.id();
+    for task in fs::read_dir(format!("/proc/{pid}/task")).expect("its threads") {
+        let task = task.expect("a thread").file_name().into_string().expect("a number");
+        let task = task.parse().expect("a number");
+        for set in ["CapEff", "CapPrm", "CapBnd"] {
+            assert_eq!(capabilities(task, set), NET_ADMIN_AND_RAW, "{set}: {}", log());
+        }
+        for set in ["CapInh", "CapAmb"] {
+            assert_eq!(capabilities(task, set), 0, "{set}: {}", log());
+        }
+    }
+}
+
 /// `ctkeep run` in the lab, with an environment and a stderr of the test's own.
 struct Bare(Child);
 
 impl Bare {
     fn start(lab: &Lab, environment: &[(&str, &str)], args: &[&str], stderr: File) -> Self {
         let mut command = Command::new(CTKEEP);
-        command.arg("run").args(args).envs(environment.iter().copied());
+        command.arg("run").args(args);
+        Self::execute(lab, command, environment, stderr)
+    }
+
+    fn execute(
+        lab: &Lab,
+        mut command: Command,
+        environment: &[(&str, &str)],
+        stderr: File,
+    ) -> Self {
+        command.envs(environment.iter().copied());
         let child = lab.server.spawn_with(&command, |command| {
             command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr);
         });
@@ -123,6 +164,51 @@ fn systemd_is_told_of_every_stage() {
     daemon.signal(Signal::SIGTERM);
     assert!(next(only).contains("STOPPING=1\n"));
     assert!(daemon.0.wait().expect("its end").success());
+}
+
+/// As on a network file system whose server is gone: whoever opens a FIFO waits for the other end.
+#[test]
+fn files_that_hang_hold_up_neither_the_watchdog_nor_the_end() {
+    let Some(lab) = Lab::new() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| folder.path().join(name);
+    let text = |name: &str| path(name).to_str().expect("a path of text").to_owned();
+    let fifo = |name: &str| mkfifo(&path(name), Mode::S_IRWXU);
+    let socket = UnixDatagram::bind(path("notify")).expect("a socket");
+    socket.set_read_timeout(Some(SOON)).expect("a timeout");
+    let await_word = |word: &str| loop {
+        let mut buffer = [0; 4096];
+        let length = socket.recv(&mut buffer).unwrap_or_else(|error| panic!("no {word}: {error}"));
+        if String::from_utf8_lossy(&buffer[..length]).contains(word) {
+            return;
+        }
+    };
+
+    fifo("ctkeep.toml").expect("a FIFO");
+    let notify = text("notify");
+    let environment = [("NOTIFY_SOCKET", notify.as_str()), ("WATCHDOG_USEC", "200000")];
+    let args = ["--config", &text("ctkeep.toml"), "--metrics-textfile", &text("x.prom")];
+    let log = tempfile::tempfile().expect("a file");
+    let mut daemon = Bare::start(&lab, &environment, &args, log);
+    fs::write(path("ctkeep.toml"), "metrics-listen = \"off\"\n")
+        .expect("its configuration is read");
+    await_word("READY=1");
+    wait_for("metrics", SOON, || path("x.prom").exists());
+    // In place of what the next write, five seconds later at most, would begin with.
+    wait_for("no write under way", SOON, || fifo("x.prom.tmp").is_ok());
+    thread::sleep(Duration::from_secs(6));
+    daemon.signal(Signal::SIGHUP);
+    await_word("RELOADING=1");
+    socket.set_nonblocking(true).expect("a socket");
+    while socket.recv(&mut [0; 4096]).is_ok() {}
+    socket.set_nonblocking(false).expect("a socket");
+    for _ in 0..3 {
+        await_word("WATCHDOG=1");
+    }
+    daemon.signal(Signal::SIGTERM);
+    await_word("STOPPING=1");
+    let has_ended = || daemon.0.try_wait().expect("its status").is_some();
+    wait_for("its end", SOON, has_ended);
 }
 
 /// What it writes to a stderr that is a file, until it is ready.

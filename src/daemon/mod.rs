@@ -2,6 +2,7 @@
 //!
 //! The workers speak blocking netlink and never wait for the runtime; it serves signals and metrics.
 
+mod aside;
 mod control;
 mod desk;
 mod log;
@@ -10,6 +11,7 @@ mod service;
 mod survey;
 mod worker;
 
+use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -17,13 +19,13 @@ use std::thread;
 use std::time::Duration;
 
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::mpsc;
-use tokio::task::spawn_blocking;
+use tokio::sync::mpsc::{self, UnboundedSender};
 use tokio::time::interval;
 
+use self::aside::Aside;
 use self::control::Control;
 use self::service::Service;
-use crate::error::{Op, Result};
+use crate::error::{Cause, Op, Result};
 use crate::host::netns::Namespace;
 use crate::host::privileges::{self, Capability};
 use crate::metrics::history::STEP;
@@ -215,7 +217,10 @@ impl Guard {
 ///
 /// # Errors
 /// The first worker's error.
-pub fn run(settings: Settings, reload: impl Fn() -> Result<Settings>) -> Result<()> {
+pub fn run(
+    settings: Settings,
+    reload: impl Fn() -> Result<Settings> + Send + Sync + 'static,
+) -> Result<()> {
     let programs = Guard::all(&settings.namespaces)
         .iter()
         .map(|guard| load_shield(&settings, guard))
@@ -229,7 +234,9 @@ pub fn run(settings: Settings, reload: impl Fn() -> Result<Settings>) -> Result<
         .enable_all()
         .build()
         .map_err(|error| op.io(error))?;
-    let result = runtime.block_on(serve(settings, programs, reload));
+    let result = runtime.block_on(serve(settings, programs, Arc::new(reload)));
+    // A file system that hangs does not keep the process.
+    runtime.shutdown_background();
     tracing::info!("stopped");
     result
 }
@@ -263,11 +270,24 @@ enum News {
     Ended(Result<()>),
 }
 
-async fn serve(
-    settings: Settings,
-    programs: Vec<Option<Program>>,
-    reload: impl Fn() -> Result<Settings>,
-) -> Result<()> {
+/// Reports the end of a worker when it is dropped: a thread that panics ends without a result.
+struct Ending {
+    news: UnboundedSender<News>,
+    result: Option<Result<()>>,
+}
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        let panicked = || Op::new("guard").failed(Cause::Io(io::Error::other("worker panicked")));
+        let result = self.result.take().unwrap_or_else(|| Err(panicked()));
+        drop(self.news.send(News::Ended(result)));
+    }
+}
+
+async fn serve<R>(settings: Settings, programs: Vec<Option<Program>>, reload: Arc<R>) -> Result<()>
+where
+    R: Fn() -> Result<Settings> + Send + Sync + 'static,
+{
     let op = Op::new("start runtime");
     let listen = |kind| signal(kind).map_err(|error| op.io(error));
     let mut terminate = listen(SignalKind::terminate())?;
@@ -288,9 +308,9 @@ async fn serve(
     for (number, (guard, program)) in guards.into_iter().zip(programs).enumerate() {
         let (control, news) = (control.clone(), news.clone());
         let worker = move || {
+            let mut ending = Ending { news: news.clone(), result: None };
             let ready = || drop(news.send(News::Ready));
-            let result = worker::run(&guard, number, program, &control, &ready);
-            drop(news.send(News::Ended(result)));
+            ending.result = Some(worker::run(&guard, number, program, &control, &ready));
         };
         thread::Builder::new().name("worker".to_owned()).spawn(worker).map_err(|e| op.io(e))?;
     }
@@ -298,6 +318,7 @@ async fn serve(
     let mut service = Service::new();
     let (mut step, mut write) = (interval(STEP), interval(WRITE));
     let mut writing = Writing::default();
+    let (mut reading, mut read_again) = (Aside::default(), false);
     let mut first = Ok(());
     while running > 0 {
         tokio::select! {
@@ -305,15 +326,28 @@ async fn serve(
             _ = interrupt.recv() => end(&control),
             _ = hangup.recv() => {
                 service::reloading();
-                take_up(&control, reload());
-                service::ready();
+                let reload = reload.clone();
+                read_again = !reading.start(move || reload());
+            }
+            new = reading.ended() => {
+                take_up(&control, new.and_then(|new| new));
+                if read_again {
+                    let reload = reload.clone();
+                    read_again = !reading.start(move || reload());
+                } else {
+                    service::ready();
+                }
             }
             _ = step.tick() => control.metrics.sample(),
             _ = write.tick() => {
                 if let Some(path) = &control.settings().publishing.textfile {
-                    writing.write(&control.metrics, path).await;
+                    writing.write(&control.metrics, path);
                 }
             }
+            result = writing.under_way.ended() => writing.note(result.map_or_else(
+                |error| Some(error.to_string()),
+                |result| result.err().map(|error| error.to_string()),
+            )),
             () = service.is_due() => service.tell_alive(&control.beats()),
             message = inbox.recv() => match message {
                 Some(News::Ready) => {
@@ -339,22 +373,28 @@ async fn serve(
     first
 }
 
-/// How the last write of the textfile went: a failure is told once.
+/// The write of the textfile that is under way, and how the last one went: a failure is logged once.
 #[derive(Debug, Default)]
 struct Writing {
+    under_way: Aside<io::Result<()>>,
+    path: PathBuf,
     failing: bool,
 }
 
 impl Writing {
-    async fn write(&mut self, metrics: &Arc<Metrics>, path: &Path) {
+    fn write(&mut self, metrics: &Arc<Metrics>, path: &Path) {
         let (metrics, target) = (metrics.clone(), path.to_owned());
-        let result = spawn_blocking(move || textfile::write(&metrics, &target)).await;
-        let error = result.map_or_else(
-            |error| Some(error.to_string()),
-            |result| result.err().map(|error| error.to_string()),
-        );
+        if self.under_way.start(move || textfile::write(&metrics, &target)) {
+            path.clone_into(&mut self.path);
+        } else {
+            self.note(Some(format!("the last write has not ended after {WRITE:?}")));
+        }
+    }
+
+    /// A write has ended so, or does not end.
+    fn note(&mut self, error: Option<String>) {
         if let Some(error) = error.as_ref().filter(|_| !self.failing) {
-            tracing::warn!(path = %path.display(), error, "metrics file not written");
+            tracing::warn!(path = %self.path.display(), error, "metrics file not written");
         }
         self.failing = error.is_some();
     }
@@ -380,5 +420,22 @@ fn take_up(control: &Control, new: Result<Settings>) {
             control.replace(new);
             tracing::info!("configuration reloaded");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_worker_that_panics_is_reported_as_one_that_failed() {
+        let (news, mut inbox) = mpsc::unbounded_channel();
+        let worker = thread::spawn(move || {
+            let _ending = Ending { news, result: None };
+            panic!("as a test");
+        });
+        assert!(worker.join().is_err());
+        let Ok(News::Ended(Err(error))) = inbox.try_recv() else { panic!("no report") };
+        assert_eq!(error.to_string(), "guard: worker panicked");
     }
 }

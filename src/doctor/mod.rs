@@ -19,7 +19,7 @@ use crate::conntrack::Conntrack;
 use crate::error::{Error, Op, Result};
 use crate::firewall::limits::{Before, LimitRule, Limiter};
 use crate::firewall::{Hook, Ruleset};
-use crate::host::instance;
+use crate::host::instance::{self, Holder};
 use crate::netlink::KernelSocket;
 use crate::reconcile::policy::Policy;
 use crate::recount::Route;
@@ -268,13 +268,19 @@ fn receive_buffer() -> Finding {
 }
 
 fn daemon() -> Finding {
-    match instance::claim("ctkeep") {
-        Ok(_) => Finding::warn(
+    match instance::holder("ctkeep") {
+        None => Finding::warn(
             "daemon",
             "no ctkeep run guards this namespace",
             "systemctl enable --now ctkeep",
         ),
-        Err(_) => Finding::ok("daemon", "ctkeep run guards this namespace"),
+        Some(Holder::Ctkeep) => Finding::ok("daemon", "ctkeep run guards this namespace"),
+        Some(Holder::Stranger) => Finding::warn(
+            "daemon",
+            "a user who is no administrator has the name by which a ctkeep run is found, so whether \
+             one guards this namespace is not known",
+            "ss -xlp | grep @ctkeep",
+        ),
     }
 }
 

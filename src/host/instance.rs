@@ -7,12 +7,12 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
-use std::io::{ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use caps::{CapSet, Capability};
 use nix::sys::socket::{getsockopt, sockopt};
@@ -34,7 +34,7 @@ pub fn claim(name: &str) -> Result<Option<UnixListener>> {
     let listener = match UnixListener::bind_addr(&address) {
         Ok(listener) => listener,
         Err(error) if error.kind() == ErrorKind::AddrInUse => {
-            return if is_held_by_another(name) {
+            return if holder(name) == Some(Holder::Ctkeep) {
                 let what = "another ctkeep guards this namespace already".to_owned();
                 Err(op.failed(Cause::Unavailable(what)))
             } else {
@@ -47,18 +47,38 @@ pub fn claim(name: &str) -> Result<Option<UnixListener>> {
     Ok(Some(listener))
 }
 
-/// Whether somebody listens at `name` who is trusted. A queue that is kept full blocks nobody.
-fn is_held_by_another(name: &str) -> bool {
-    let connect = || {
-        let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None).ok()?;
-        socket.connect(&SockAddr::unix(format!("\0{name}")).ok()?).ok()?;
-        Some(UnixStream::from(OwnedFd::from(socket)))
-    };
-    connect().is_some_and(|stream| is_trusted(&stream))
+/// Who has claimed a name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Holder {
+    /// A process that may run ctkeep.
+    Ctkeep,
+    /// Any other user's process, or one that lets no connection in.
+    Stranger,
 }
 
-/// Longest that either side waits for the other.
+/// Who listens at `name` in the network namespace of the calling thread. Claims nothing, and does not
+/// wait.
+pub fn holder(name: &str) -> Option<Holder> {
+    match connect(name) {
+        Ok(stream) if is_trusted(&stream) => Some(Holder::Ctkeep),
+        Ok(_) => Some(Holder::Stranger),
+        Err(error) if error.kind() == ErrorKind::WouldBlock => Some(Holder::Stranger),
+        Err(_) => None,
+    }
+}
+
+/// A stream to the listener at `name`. It does not wait: any user can listen there, and let the queue
+/// be full for ever ([`ErrorKind::WouldBlock`]).
+fn connect(name: &str) -> io::Result<UnixStream> {
+    let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None)?;
+    socket.connect(&SockAddr::unix(format!("\0{name}"))?)?;
+    Ok(UnixStream::from(OwnedFd::from(socket)))
+}
+
+/// Longest that either side waits for the other, from the connection to the last byte.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// From try to try while the queue of the listener is full.
+const QUEUE_FULL: Duration = Duration::from_millis(50);
 
 /// What the shield of a daemon covers.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -110,16 +130,34 @@ pub fn answer(
 /// Asks the daemon that has claimed `name` in the network namespace of the calling thread; empty
 /// where there is none.
 pub fn ask(name: &str) -> Told {
-    let ask = || {
-        let address = SocketAddr::from_abstract_name(name).ok()?;
-        let mut stream = UnixStream::connect_addr(&address).ok()?;
-        stream.set_read_timeout(Some(PATIENCE)).ok()?;
-        let mut text = String::new();
-        // Cut short by the time, it still tells what it tells.
-        let _ = is_trusted(&stream).then(|| stream.read_to_string(&mut text));
-        Some(text)
+    let began = Instant::now();
+    let left = || PATIENCE.checked_sub(began.elapsed()).filter(|left| !left.is_zero());
+    let stream = loop {
+        match connect(name) {
+            Err(error) if error.kind() == ErrorKind::WouldBlock && left().is_some() => {
+                thread::sleep(QUEUE_FULL);
+            }
+            other => break other,
+        }
     };
-    told(&ask().unwrap_or_default())
+    let mut text = Vec::new();
+    if let Ok(mut stream) = stream
+        && is_trusted(&stream)
+        && stream.set_nonblocking(false).is_ok()
+    {
+        // Cut short by the time, what has come still counts.
+        while let Some(left) = left() {
+            let mut part = [0; 4096];
+            if stream.set_read_timeout(Some(left)).is_err() {
+                break;
+            }
+            match stream.read(&mut part) {
+                Ok(0) | Err(_) => break,
+                Ok(length) => text.extend(part.iter().take(length)),
+            }
+        }
+    }
+    told(&String::from_utf8_lossy(&text))
 }
 
 fn told(text: &str) -> Told {

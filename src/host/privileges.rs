@@ -22,9 +22,6 @@ pub fn keep_only(wanted: &[Capability]) -> Result<()> {
     let wanted: CapsHashSet = wanted.iter().copied().collect();
     let held = caps::read(None, CapSet::Permitted).map_err(failed)?;
     let kept: CapsHashSet = held.intersection(&wanted).copied().collect();
-    if kept == held {
-        return Ok(());
-    }
     // The bounding set first: to take from it is a privilege that goes, too.
     if held.contains(&Capability::CAP_SETPCAP) {
         let bounding = caps::read(None, CapSet::Bounding).map_err(failed)?;
@@ -32,7 +29,8 @@ pub fn keep_only(wanted: &[Capability]) -> Result<()> {
             caps::drop(None, CapSet::Bounding, *capability).map_err(failed)?;
         }
     }
-    // The ambient set follows those that it is made of.
+    // Also where nothing is to be given up: a unit starts its program with what it may do in these two
+    // sets as well. The ambient one holds nothing that is not inheritable, and is emptied with it.
     caps::clear(None, CapSet::Inheritable).map_err(failed)?;
     caps::set(None, CapSet::Effective, &kept).map_err(failed)?;
     caps::set(None, CapSet::Permitted, &kept).map_err(failed)
