@@ -493,7 +493,7 @@ fn the_json_of_audit_keeps_its_contract() {
         },
         "classes": {
             "agree": 2, "entry-missing": 1, "entry-closed": 1, "entry-expiring": 0,
-            "entry-reversed": 0, "socket-missing": 1,
+            "entry-reversed": 0, "socket-missing": 1, "untracked": 0, "offloaded": 0,
         },
     });
     assert_eq!(report["summary"], summary);

@@ -223,6 +223,25 @@ mod peace {
     }
 }
 
+mod flow_tables {
+    use super::*;
+
+    /// ctnetlink tells neither state nor timeout of what a flow table has.
+    #[test]
+    fn an_entry_without_a_state_is_alive() {
+        let mut world = World::with(4000..4003);
+        for entry in &mut world.host.borrow_mut().entries {
+            (entry.tcp, entry.timeout) = (None, None);
+        }
+        for depth in [Depth::Deep, Depth::Shallow] {
+            let deeds = world.sweep(depth);
+            assert_eq!((deeds.done, deeds.failed), (vec![], 0));
+        }
+        world.socket(4000, State::CloseWait);
+        assert_eq!(world.sweep(Depth::Shallow).done, []);
+    }
+}
+
 mod packets {
     use super::*;
 

@@ -66,8 +66,8 @@ fn contract() -> Vec<String> {
     const FAMILIES: &str = "ipv4 ipv6";
     const STATES: &str = "established syn-sent syn-recv fin-wait-1 fin-wait-2 time-wait closed \
                           close-wait last-ack listening closing";
-    const CLASSES: &str =
-        "agree entry-missing entry-closed entry-expiring entry-reversed socket-missing";
+    const CLASSES: &str = "agree entry-missing entry-closed entry-expiring entry-reversed socket-missing untracked \
+         offloaded";
     const ACTIONS: &str = "extend revive reinsert reverse recount seal release reap";
     const REASONS: &str = "absent exists table_full denied overrun kernel malformed late \
                            interrupted unavailable limited other";

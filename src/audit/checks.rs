@@ -1,5 +1,9 @@
 //! Judges figures and rules. Pure: the thresholds stand here and in docs/doctor.md.
 
+use std::collections::BTreeMap;
+
+use ipnet::IpNet;
+
 use super::figures::{Table, Tcp};
 use super::finding::Finding;
 use crate::firewall::limits::{Before, LimitRule, Limiter};
@@ -260,6 +264,35 @@ pub fn application(held: usize, close_wait: usize, unread: u64) -> Finding {
         );
     }
     Finding::ok("half-closed-held", what)
+}
+
+/// A source that holds more than its limit; `counted` are the entries that a limiter can count.
+pub fn over(source: IpNet, held: usize, limit: u32, counted: usize) -> Finding {
+    Finding::bad(
+        "source-over-limit",
+        format!("{source}: {held} sockets, limit {limit}, the rule sees {counted}"),
+        "ctkeep reconcile makes the limiter count them again; ctkeep run keeps it so",
+    )
+}
+
+/// Open connections that conntrack does not look at; `ports` has the local port of each.
+pub fn untracked(ports: impl Iterator<Item = u16>) -> Option<Finding> {
+    let mut counts: BTreeMap<u16, usize> = BTreeMap::new();
+    for port in ports {
+        *counts.entry(port).or_default() += 1;
+    }
+    let all: usize = counts.values().sum();
+    let ports: Vec<_> = counts.keys().map(u16::to_string).collect();
+    (all > 0).then(|| {
+        Finding::ok(
+            "untracked",
+            format!(
+                "{all} open connections to port {} are not tracked, so no limit could count them; a \
+                 rule with connlimit or ct count for the port would make conntrack see new ones",
+                ports.join(", ")
+            ),
+        )
+    })
 }
 
 /// Sockets that no process has any more.

@@ -5,7 +5,7 @@ use std::fmt;
 use serde::Serialize;
 
 /// Every identifier there is; docs/doctor.md has a section for each.
-pub const IDENTIFIERS: [&str; 37] = [
+pub const IDENTIFIERS: [&str; 38] = [
     "kernel",
     "privilege-net-admin",
     "privilege-net-raw",
@@ -26,6 +26,7 @@ pub const IDENTIFIERS: [&str; 37] = [
     "limit-forwarded",
     "limit-interface",
     "port-untracked",
+    "untracked",
     "source-over-limit",
     "syncookies-off",
     "syn-backlog",

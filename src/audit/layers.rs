@@ -44,14 +44,23 @@ pub struct Layer<F> {
 }
 
 impl<F> Layer<F> {
+    /// Takes more findings.
+    pub(super) fn extend(&mut self, findings: impl IntoIterator<Item = Finding>) {
+        self.findings.extend(findings);
+        (self.verdict, self.advice) = judged(&self.findings);
+    }
+
     fn new(findings: Vec<Finding>, figures: F) -> Self {
-        let verdict = worst(&findings);
-        let advice = findings
-            .iter()
-            .find(|finding| finding.verdict == verdict && !finding.advice.is_empty())
-            .map(|finding| finding.advice.clone());
+        let (verdict, advice) = judged(&findings);
         Self { verdict, advice, findings, figures }
     }
+}
+
+/// The worst verdict, and what to do about it.
+fn judged(findings: &[Finding]) -> (Verdict, Option<String>) {
+    let verdict = worst(findings);
+    let advised = |finding: &&Finding| finding.verdict == verdict && !finding.advice.is_empty();
+    (verdict, findings.iter().find(advised).map(|finding| finding.advice.clone()))
 }
 
 /// Figures of the limiter layer.
@@ -208,14 +217,7 @@ fn limits(inputs: Inputs<'_>) -> Layer<Limits> {
             })
             .collect();
         if let Some(worst) = over.first() {
-            findings.push(Finding::bad(
-                "source-over-limit",
-                format!(
-                    "{}: {} sockets, limit {}, the rule sees {}",
-                    worst.net, worst.held, rule.limit.count, worst.counted
-                ),
-                "ctkeep reconcile makes the limiter count them again; ctkeep run keeps it so",
-            ));
+            findings.push(checks::over(worst.net, worst.held, rule.limit.count, worst.counted));
         }
         rules.push(LimitFigures {
             rule: rule.place(),

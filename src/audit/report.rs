@@ -6,9 +6,11 @@ use std::time::{Duration, SystemTime};
 
 use serde_json::{Value, json};
 
+use super::checks;
 use super::classes::Class;
 use super::cover::Cover;
 use super::figures::Figures;
+use super::finding::Verdict;
 use super::layers::{Inputs, Layers};
 use super::processes::{Holder, Owners};
 use super::sources::{Measure, Source, loads, sources};
@@ -151,7 +153,7 @@ impl Report {
             limiter,
         };
         let loads = loads(snapshot.views.iter(), limiter);
-        let layers = Layers::of(Inputs {
+        let mut layers = Layers::of(Inputs {
             figures: seen.figures.as_ref(),
             limiter,
             loads: &loads,
@@ -161,16 +163,41 @@ impl Report {
             owners: &seen.owners,
         });
         let holder = |view: &View| seen.owners.holder(&view.socket?).cloned();
-        let connections = snapshot
+        // A limit makes the kernel track what it is for. Of saved tables the rules are not known.
+        let is_limited = |view: &View| {
+            let (peer, port) = (view.flow.dst.addr(), view.flow.src.port());
+            let is_counted = || limiter.rules.iter().any(|rule| rule.covers(peer, port));
+            limiter.notrack(port).is_none()
+                && (seen.figures.is_none() || request.limit.is_some() || is_counted())
+        };
+        let class = |view: &View| {
+            let cell = cell(view, &snapshot.evidence, scope, policy, ledger);
+            match Class::of(view, cell, &snapshot.evidence) {
+                Class::Untracked if is_limited(view) => Class::EntryMissing,
+                class => class,
+            }
+        };
+        let connections: Vec<_> = snapshot
             .views
             .iter()
             .map(|view| Connection {
-                class: Class::of(cell(&view, &snapshot.evidence, scope, policy, ledger)),
+                class: class(&view),
                 holder: holder(&view),
                 cover: seen.told.as_ref().map(|told| Cover::of(told.shield.as_ref(), &view)),
                 view,
             })
             .collect();
+        let sources = sources(snapshot.views.iter(), measure, &loads, &told.ages);
+        if let Some(limit) = request.limit {
+            let over = sources.iter().find(|source| source.over_limit);
+            layers.limiter.extend(
+                over.map(|source| checks::over(source.net, source.held, limit, source.counted)),
+            );
+        }
+        let untracked = connections
+            .iter()
+            .filter(|connection: &&Connection| connection.class == Class::Untracked);
+        layers.limiter.extend(checks::untracked(untracked.map(|it| it.view.flow.src.port())));
         Self {
             limit: request.limit,
             mask: measure.mask,
@@ -179,16 +206,19 @@ impl Report {
             sockets,
             entries,
             connections,
-            sources: sources(snapshot.views.iter(), measure, &loads, &told.ages),
+            sources,
             layers,
             netns: seen.netns,
             kernel: seen.kernel,
         }
     }
 
-    /// Whether the tables disagree anywhere.
+    /// Whether the tables disagree anywhere, or a limit does not hold.
     pub fn has_disagreements(&self) -> bool {
-        self.connections.iter().any(|connection| connection.class != Class::Agree)
+        let Layers { conntrack, limiter, .. } = &self.layers;
+        self.connections.iter().any(|connection| connection.class.is_disagreement())
+            || limiter.verdict == Verdict::Bad
+            || conntrack.as_ref().is_some_and(|layer| layer.verdict == Verdict::Bad)
     }
 
     /// How many connections are in each class.
@@ -300,7 +330,9 @@ fn make_sure(
             .views
             .iter()
             .filter(|view| {
-                Class::of(cell(view, &snapshot.evidence, scope, policy, ledger)) != Class::Agree
+                let cell = cell(view, &snapshot.evidence, scope, policy, ledger);
+                let class = Class::of(view, cell, &snapshot.evidence);
+                !matches!(class, Class::Agree | Class::Offloaded)
             })
             .map(|view| Lookup {
                 flow: view.flow,

@@ -202,7 +202,8 @@ impl Survey {
 }
 
 fn class(view: &View, snapshot: &Snapshot, sweep: SweepResult<'_>) -> Class {
-    Class::of(cell(view, &snapshot.evidence, sweep.scope, sweep.policy, sweep.ledger))
+    let evidence = &snapshot.evidence;
+    Class::of(view, cell(view, evidence, sweep.scope, sweep.policy, sweep.ledger), evidence)
 }
 
 #[cfg(test)]

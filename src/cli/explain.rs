@@ -1,16 +1,17 @@
 //! `ctkeep explain`: what both tables say of one connection, and what ctkeep would do.
 
-use std::collections::HashSet;
+use std::time::Instant;
 
 use serde_json::json;
 
 use super::Exit;
 use super::args::{Explain, Format};
 use super::output;
+use crate::audit::classes::Class;
 use crate::audit::cover::Cover;
-use crate::audit::processes::{Holder, holders};
+use crate::audit::processes::{Owner, Owners};
 use crate::audit::sources::loads;
-use crate::conntrack::Entry;
+use crate::conntrack::{Entry, Zone};
 use crate::error::{Error, Result};
 use crate::firewall::Ruleset;
 use crate::firewall::limits::Limiter;
@@ -18,7 +19,7 @@ use crate::flow::FourTuple;
 use crate::host::instance;
 use crate::reconcile::ledger::Ledger;
 use crate::reconcile::observe::Tables;
-use crate::reconcile::plan::{Cell, Verdict, cell, decide};
+use crate::reconcile::plan::{Cell, Verdict, cell, verdict};
 use crate::reconcile::pressure::Defence;
 use crate::reconcile::snapshot::{Direction, Snapshot, View};
 use crate::sockdiag::{Lookup, States};
@@ -47,22 +48,40 @@ pub(super) fn run(args: &Explain) -> Result<Exit> {
             .map_or(0, |socket| socket.interface);
         let snapshot = tables.exactly(&[Lookup { flow, interface }], &ledger)?;
         let view = snapshot.views.iter().next().unwrap_or(View { flow, socket: None, entry: None });
+        let daemon = instance::ask("ctkeep");
+        let held_for = view.socket.and_then(|socket| daemon.ages.get(&socket.cookie.0)).copied();
+        if let (Some(_), Some(socket)) = (held_for, view.socket) {
+            let plain = Entry::plain(flow.inverse(), Zone::both(policy.zone));
+            ledger.hold(socket, view.entry.unwrap_or(plain), Instant::now());
+        }
         let cell = cell(&view, &around.evidence, &scope, &policy, &ledger);
+        let verdict = verdict(&view, &around.evidence, &scope, &policy, &ledger);
+        let class = Class::of(&view, cell, &around.evidence);
         let swapped = Lookup { flow: flow.inverse(), interface: 0 };
         let is_swapped = view.socket.is_none()
             && tables.exactly(&[swapped], &ledger)?.views.iter().any(|view| view.socket.is_some());
-        let inodes: HashSet<u32> = view.socket.map(|socket| socket.inode).into_iter().collect();
-        let holder = holders(&inodes).into_values().next();
+        let owners = Owners::look(view.socket.into_iter(), &tables.sockets.listeners()?);
         let limits = limits(&Limiter::of(&Ruleset::read()), &view, &around);
         let in_scope = scope.contains(&policy, flow);
-        let cover = Cover::of(instance::ask("ctkeep").shield.as_ref(), &view);
-        Ok(Found { view, cell, in_scope, cover, is_swapped, holder, limits })
+        let cover = Cover::of(daemon.shield.as_ref(), &view);
+        Ok(Found {
+            view,
+            cell,
+            class,
+            verdict,
+            held_for,
+            in_scope,
+            cover,
+            is_swapped,
+            owners,
+            limits,
+        })
     })?;
     match args.output.format {
         Format::Json => output::line(&to_json(&found))?,
         Format::Table => output::text(&to_text(&found))?,
     }
-    Ok(match decide(found.cell) {
+    Ok(match found.verdict {
         Verdict::Act(..) => Exit::Disagreement,
         Verdict::Leave(_) => Exit::Done,
     })
@@ -72,10 +91,15 @@ pub(super) fn run(args: &Explain) -> Result<Exit> {
 struct Found {
     view: View,
     cell: Cell,
+    class: Class,
+    /// What the daemon would do, as far as it can be known outside of it.
+    verdict: Verdict,
+    /// For how many seconds a running daemon has held the entry.
+    held_for: Option<u64>,
     in_scope: bool,
     /// The addresses were given the other way round.
     is_swapped: bool,
-    holder: Option<Holder>,
+    owners: Owners,
     cover: Cover,
     limits: Vec<String>,
 }
@@ -116,20 +140,26 @@ fn to_text(found: &Found) -> String {
         Some(entry) => describe(&entry),
         None => "none".to_owned(),
     };
-    let (verdict, reason) = match decide(*cell) {
+    let (verdict, reason) = match found.verdict {
         Verdict::Act(kind, reason) => (kind.to_string(), reason.to_string()),
         Verdict::Leave(rest) => ("nothing".to_owned(), rest.to_string()),
     };
-    let holder = match &found.holder {
-        Some(holder) if holder.processes > 1 => {
+    let holder = match view.socket.map(|socket| found.owners.of(&socket)) {
+        Some(Owner::Process(holder)) if holder.processes > 1 => {
             format!("{} ({} and {} more)", holder.command, holder.pid, holder.processes - 1)
         }
-        Some(holder) => format!("{} ({})", holder.command, holder.pid),
-        None => "none".to_owned(),
+        Some(Owner::Process(holder)) => format!("{} ({})", holder.command, holder.pid),
+        Some(Owner::Queue) => "waiting to be accepted".to_owned(),
+        Some(Owner::Unseen) => "process unknown".to_owned(),
+        Some(Owner::Descriptorless | Owner::Kernel) | None => "none".to_owned(),
     };
     let limits = match found.limits.as_slice() {
         [] => "none".to_owned(),
         some => some.join("\n            "),
+    };
+    let kept = match found.held_for {
+        Some(seconds) => format!("by ctkeep run for {seconds} s"),
+        None => "no".to_owned(),
     };
     let hint = if found.is_swapped {
         "hint        the other way round there is one: the server's end comes first\n"
@@ -145,6 +175,8 @@ fn to_text(found: &Found) -> String {
          counted     {}\n\
          in scope    {}\n\
          tracked     {}\n\
+         class       {}\n\
+         kept        {kept}\n\
          limits      {limits}\n\
          shield      {}\n\
          cell        {}\n\
@@ -157,6 +189,7 @@ fn to_text(found: &Found) -> String {
         yes(view.is_counted()),
         yes(*in_scope),
         yes(cell.tracked),
+        found.class,
         found.cover,
         named(cell),
     )
@@ -208,8 +241,9 @@ fn direction(cell: &Cell) -> &'static str {
 }
 
 fn to_json(found: &Found) -> serde_json::Value {
-    let Found { view, cell, in_scope, holder, .. } = found;
-    let (action, reason) = match decide(*cell) {
+    let Found { view, cell, in_scope, .. } = found;
+    let holder = view.socket.and_then(|socket| found.owners.holder(&socket).cloned());
+    let (action, reason) = match found.verdict {
         Verdict::Act(kind, reason) => (Some(kind.name()), reason.to_string()),
         Verdict::Leave(rest) => (None, rest.to_string()),
     };
@@ -225,6 +259,8 @@ fn to_json(found: &Found) -> serde_json::Value {
         "counted": view.is_counted(),
         "in_scope": in_scope,
         "tracked": cell.tracked,
+        "class": found.class.name(),
+        "held_seconds": found.held_for,
         "pid": holder.as_ref().map(|holder| holder.pid),
         "command": holder.as_ref().map(|holder| &holder.command),
         "limits": found.limits,

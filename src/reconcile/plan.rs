@@ -282,6 +282,10 @@ pub fn verdict(
 ) -> Verdict {
     let cell = cell(view, evidence, scope, policy, ledger);
     let entry = view.entry;
+    // A flow table has the connection: the entry lives, and ctnetlink tells neither state nor timeout.
+    if entry.is_some_and(|entry| entry.state().is_none()) {
+        return Verdict::Leave(Rest::Agree);
+    }
     match (decide(cell), cell.entry) {
         // Beyond the table: what the operator or an attack has switched on.
         (Verdict::Leave(Rest::OverCount), _)
