@@ -79,7 +79,13 @@ pub fn limits_count_nudges_by_loopback() -> bool {
 }
 
 /// How many of three connections that were thrown out, and that nothing has taken back, a limit lacks
-/// at least: the lists of nf_tables lack one on 6.1.170, 6.12.73 and 6.18.5, and all elsewhere.
+/// at least: the lists of nf_tables lack one on 6.1.170, 6.12.73, 6.12.95 and 6.18.5; and all on
+/// 5.10.262, 6.12.118, 6.18.44 and 7.3.4.
 pub fn lacking_at_least() -> usize {
-    if *VERSION == (6, 1) || !limits_count_nudges_by_loopback() { 1 } else { 3 }
+    match *VERSION {
+        (6, 1) => 1,
+        (6, 12) if *PATCH < 97 => 1,
+        _ if !limits_count_nudges_by_loopback() => 1,
+        _ => 3,
+    }
 }
