@@ -152,11 +152,17 @@ fn apply_chunk<T: Transport, R: Recount>(
     let changes: Vec<_> = together.iter().map(|(_, change)| *change).collect();
     let mut results = tables.conntrack.change(&changes)?.into_iter();
 
+    let mut following: HashMap<IpAddr, usize> = HashMap::new();
+    for action in actions {
+        *following.entry(action.view.flow.dst.addr()).or_default() += 1;
+    }
     let mut chunk = Vec::with_capacity(actions.len());
     let mut last_steps = Vec::new();
     for (index, (action, way)) in actions.iter().zip(ways).enumerate() {
         let mut outcome = Outcome { action: *action, result: Ok(()), recount: None, seal: None };
         let entry = &action.template;
+        let more = following.entry(action.view.flow.dst.addr()).or_default();
+        *more = more.saturating_sub(1);
         if !way.is_fresh() {
             outcome.result = results.next().unwrap_or(Ok(()));
         }
@@ -179,7 +185,16 @@ fn apply_chunk<T: Transport, R: Recount>(
                     outcome.seal = seal.then(|| recounter.seal(entry, now));
                     let sealed = matches!(outcome.seal, Some(Ok(())));
                     // After the seal: its packet has given the entry the kernel's own timeout.
-                    last_steps.push((index, last_step(action, policy.lease, sealed)));
+                    let last = last_step(action, policy.lease, sealed);
+                    if *more == 0 {
+                        last_steps.push((index, last));
+                    } else {
+                        // A limit that rejects with a reset closes the entry of a nudge over it
+                        // (`nf_ct_set_closing()`), and the next nudge of the source would have the
+                        // list throw it out: once a jiffy it is swept.
+                        let results = tables.conntrack.change(&[last])?;
+                        outcome.result = results.into_iter().next().unwrap_or(Ok(()));
+                    }
                 }
             }
             (Way::InPlace { instead_of_recount: Some(why) }, _) => {
