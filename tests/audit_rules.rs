@@ -7,7 +7,7 @@ mod lab;
 
 use std::net::IpAddr;
 
-use ctkeep::firewall::limits::{Before, LimitRule, Limiter};
+use ctkeep::firewall::limits::{EarlierAccept, LimitRule, Limiter};
 use ctkeep::firewall::{Hook, Key, Outcome, Ruleset};
 use lab::Namespace;
 
@@ -53,7 +53,7 @@ fn connlimit_with_syn_and_a_mask() {
             "{tool}"
         );
         assert!(rule.limit.over && !rule.limit.dynamic && rule.matches.is_opening(), "{tool}");
-        assert!(!rule.matches.narrowed && rule.before.is_empty(), "{tool}: {rule:#?}");
+        assert!(!rule.matches.is_narrowed() && rule.before.is_empty(), "{tool}: {rule:#?}");
         assert_eq!(rule.outcome, Outcome::Reject, "{tool}");
     }
 }
@@ -83,8 +83,8 @@ fn connlimit_upto_accepts_under_a_drop_policy() {
         let rule = one(&limiter);
         assert_eq!(rule.matches.ports.to_string(), "80,443,8000-8010", "{tool}");
         assert_eq!((rule.limit.over, rule.limit.count), (false, 5), "{tool}");
-        assert_eq!(rule.before, [Before::Established], "{tool}");
-        assert!(rule.matches.is_opening() && !rule.matches.narrowed, "{tool}: {rule:#?}");
+        assert_eq!(rule.before, [EarlierAccept::Established], "{tool}");
+        assert!(rule.matches.is_opening() && !rule.matches.is_narrowed(), "{tool}: {rule:#?}");
         assert_eq!(rule.position, 3, "{tool}");
     }
 }
@@ -109,8 +109,8 @@ fn ufw_form_lets_loopback_and_established_pass_first() {
         let Some(limiter) = found(tool, rules) else { return };
         let rule = one(&limiter);
         assert_eq!(rule.place(), "ip filter ufw-before-input rule 5", "{tool}");
-        assert_eq!(rule.before, [Before::Loopback, Before::Established], "{tool}");
-        assert_eq!((rule.limit.count, rule.limit.key), (50, Key::Source(32)), "{tool}");
+        assert_eq!(rule.before, [EarlierAccept::Loopback, EarlierAccept::Established], "{tool}");
+        assert_eq!((rule.limit.count, rule.limit.key.clone()), (50, Key::Source(32)), "{tool}");
     }
 }
 
@@ -148,7 +148,7 @@ fn firewalld_form_with_zones_and_an_own_table_for_the_limit() {
         rule.to_string(),
         "at most 20 from each /32 to port 80,443 (inet limits input rule 2)"
     );
-    assert_eq!(rule.before, [Before::Loopback]);
+    assert_eq!(rule.before, [EarlierAccept::Loopback]);
     assert_eq!(rule.priority, -5);
     assert!(rule.limit.dynamic && rule.limit.over && rule.matches.is_opening());
 }
@@ -206,9 +206,9 @@ fn kube_proxy_form_in_nft_with_verdict_maps() {
         }"#;
     let Some(limiter) = found(NFT, rules) else { return };
     let rule = one(&limiter);
-    assert_eq!((rule.hook, rule.limit.key, rule.limit.count), (Hook::Input, Key::All, 500));
-    // Which destination the map leads to it for is not followed.
-    assert!(rule.matches.narrowed, "{rule:#?}");
+    assert_eq!((rule.hook, rule.limit.key.clone(), rule.limit.count), (Hook::Input, Key::All, 500));
+    let words = "at most 500 in all to port 80 of 192.0.2.1/32 (ip kube-proxy limited rule 1)";
+    assert_eq!(rule.to_string(), words);
 }
 
 #[test]
@@ -220,7 +220,7 @@ fn nft_meter_by_network() {
     }";
     let Some(limiter) = found(NFT, rules) else { return };
     let limits: Vec<_> =
-        limiter.rules.iter().map(|rule| (rule.limit.count, rule.limit.key)).collect();
+        limiter.rules.iter().map(|rule| (rule.limit.count, rule.limit.key.clone())).collect();
     assert_eq!(limits, [(7, Key::Source(24)), (9, Key::Source(64))]);
     let v6: IpAddr = "2001:db8:1::7".parse().unwrap();
     assert_eq!(limiter.rules.iter().map(|r| r.covers(v6, 80)).collect::<Vec<_>>(), [false, true]);
@@ -256,7 +256,7 @@ fn nft_plain_count_is_for_all_sources_together() {
     let Some(limiter) = found(NFT, rules) else { return };
     let rule = one(&limiter);
     assert_eq!(rule.to_string(), "at most 4 in all to port 22 (ip t sub rule 1)");
-    assert_eq!(rule.before, [Before::Established]);
+    assert_eq!(rule.before, [EarlierAccept::Established]);
     assert_eq!(rule.source_prefix(), None);
 }
 
@@ -269,8 +269,7 @@ fn nft_verdict_map_by_port() {
         }
     }";
     let Some(limiter) = found(NFT, rules) else { return };
-    let ports: Vec<_> = limiter.rules.iter().map(|r| r.matches.ports.to_string()).collect();
-    assert_eq!(ports, ["80", "8000-8010"]);
+    assert_eq!(one(&limiter).matches.ports.to_string(), "80,8000-8010");
 }
 
 #[test]
@@ -323,7 +322,9 @@ fn a_limit_behind_an_accept_of_its_port_never_counts() {
     for tool in [IPTABLES, LEGACY] {
         let Some(limiter) = found(tool, rules) else { return };
         let rule = one(&limiter);
-        assert!(matches!(rule.before.as_slice(), [Before::Ports(ports)] if ports.contains(80)));
+        assert!(
+            matches!(rule.before.as_slice(), [EarlierAccept::Ports(ports)] if ports.contains(80))
+        );
         assert!(!rule.covers("198.51.100.7".parse().unwrap(), 80), "{tool}");
     }
 }

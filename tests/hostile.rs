@@ -540,7 +540,7 @@ fn a_mask_in_a_rule_dump_is_never_longer_than_its_address() {
         Ok(vec![played::message(10 << 8 | kind, 2, request.seq, &payload)])
     });
     let chains = nft_chains(&mut Connection::new(kernel)).unwrap();
-    assert_eq!(chains[0].rules[0].limit.unwrap().key, Key::Source(32));
     let limiter = Limiter::of(&Ruleset { chains, unread: Vec::new() });
+    assert_eq!(limiter.rules[0].limit.key, Key::Source(32));
     assert_eq!((limiter.prefix(true), limiter.prefix(false)), (Some(32), None));
 }

@@ -24,15 +24,21 @@ const LAYERS: [&[&str]; 11] = [
 ];
 
 /// Values and decisions: no clock, no I/O, no log.
-const PURE: [&str; 15] = [
+const PURE: [&str; 21] = [
     "flow.rs",
     "audit/survey.rs",
     "conntrack/decode.rs",
     "conntrack/entry.rs",
+    "firewall/ask.rs",
     "firewall/iptables_save.rs",
     "firewall/limits.rs",
+    "firewall/packet.rs",
+    "firewall/play.rs",
     "firewall/ports.rs",
     "firewall/rule.rs",
+    "firewall/scope.rs",
+    "firewall/set.rs",
+    "firewall/value.rs",
     "firewall/xt.rs",
     "sockdiag/decode.rs",
     "sockdiag/socket.rs",

@@ -7,11 +7,11 @@ use ctkeep::firewall::limits::Limiter;
 use ctkeep::firewall::{Ruleset, nft_chains};
 use ctkeep::netlink::script::Reply;
 use ctkeep::netlink::{Connection, frames};
-use ctkeep_fuzz::played;
+use ctkeep_fuzz::{played, played_through};
 use libfuzzer_sys::fuzz_target;
 
 /// Each question that is asked to list something, and the kind of its answers.
-const ANSWERS: [(u16, u16); 4] = [(4, 3), (7, 6), (10, 9), (13, 12)];
+const ANSWERS: [(u16, u16); 6] = [(1, 0), (4, 3), (7, 6), (10, 9), (13, 12), (19, 18)];
 
 // The messages of all dumps in one datagram: each question gets those of its kind.
 fuzz_target!(|bytes: &[u8]| {
@@ -32,7 +32,9 @@ fuzz_target!(|bytes: &[u8]| {
     for chain in &chains {
         assert!(chain.rules.is_sorted_by_key(|rule| rule.position));
     }
-    let limiter = Limiter::of(&Ruleset { chains, unread: Vec::new() });
+    let ruleset = Ruleset { chains, unread: Vec::new() };
+    played_through(&ruleset);
+    let limiter = Limiter::of(&ruleset);
     for rule in &limiter.rules {
         assert!(!rule.to_string().is_empty());
         assert!(rule.source_prefix().is_none_or(|bits| bits <= 128), "{rule}");

@@ -12,6 +12,7 @@ use ctkeep::firewall::limits::Limiter;
 use ctkeep::firewall::{Chain, Family, Ruleset, parse_saved};
 use ctkeep::reconcile::policy::Policy;
 use ctkeep::sockdiag::State;
+use ctkeep_fuzz::played_through;
 use jsonschema::Validator;
 use libfuzzer_sys::fuzz_target;
 
@@ -28,9 +29,11 @@ fuzz_target!(init: { LazyLock::force(&SCHEMA); }, |bytes: &[u8]| {
         let chains = parse_saved(&text, family);
         let rules = chains.iter().flat_map(|chain| &chain.rules);
         assert!(rules.clone().count() <= lines);
-        assert!(rules.clone().all(|rule| rule.matches.ipv4 == Some(ipv4)));
+        assert!(chains.iter().all(|chain| chain.family.covers(ipv4)));
         chains
     });
+
+    played_through(&Ruleset { chains: chains.concat(), unread: Vec::new() });
 
     // One text as both tables: each reader counts what is not its own, and none loses a line.
     let both = Saved::read(bytes, bytes, None);

@@ -3,6 +3,12 @@
 #[path = "../../tests/played/mod.rs"]
 pub mod played;
 
+use std::net::IpAddr;
+
+use ctkeep::firewall::Ruleset;
+use ctkeep::firewall::packet::Syn;
+use ctkeep::firewall::play::Player;
+use ctkeep::flow::Endpoint;
 use ctkeep::netlink::Transport;
 use ctkeep::netlink::script::Reply;
 use netlink_packet_core::NetlinkBuffer;
@@ -19,6 +25,19 @@ pub fn answering(bytes: &[u8]) -> Played {
         }
         vec![Reply::Datagram(answer)]
     })
+}
+
+/// Plays SYNs of both families through a rule set: whatever is in it, that has an end, and what a
+/// connection meets on its whole way it meets for the limits alone.
+pub fn played_through(ruleset: &Ruleset) {
+    let player = Player::new(ruleset);
+    for (source, server) in [("198.51.100.7", "192.0.2.1"), ("2001:db8::7", "2001:db8::1")] {
+        let [source, server] = [source, server].map(|addr| addr.parse::<IpAddr>().expect("one"));
+        let syn = Syn::new(source, Endpoint::new(server, 80));
+        let limits = player.limits(&syn);
+        let whole = player.play(&syn, &mut |hit| Some(hit.limit.count == 0));
+        assert!(whole.admitted == Some(false) || whole.hits.len() >= limits.hits.len());
+    }
 }
 
 /// Has `bytes` to receive without being asked.

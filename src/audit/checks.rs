@@ -6,7 +6,7 @@ use ipnet::IpNet;
 
 use super::figures::{Table, Tcp};
 use super::finding::Finding;
-use crate::firewall::limits::{Before, LimitRule, Limiter};
+use crate::firewall::limits::{EarlierAccept, LimitRule, Limiter};
 use crate::firewall::{Hook, Ports};
 
 /// A table this full, in percent, is worth a look.
@@ -117,6 +117,26 @@ pub fn limiter(limiter: &Limiter, ports: &[u16]) -> Vec<Finding> {
     }
     for rule in &limiter.rules {
         all.push(one_limit(rule));
+        all.extend(rule.set.as_ref().filter(|set| set.is_full()).map(|set| {
+            Finding::bad(
+                "set-full",
+                format!(
+                    "set {} is full: {} of {} sources; others are not limited ({})",
+                    set.name,
+                    set.elements,
+                    set.size.unwrap_or(0),
+                    rule.place()
+                ),
+                format!("give set {} a larger size", set.name),
+            )
+        }));
+    }
+    for rule in &limiter.dormant {
+        all.push(Finding::bad(
+            "limit-dormant",
+            format!("{rule} is switched off: its table is dormant"),
+            format!("nft add table {} {}", rule.family, rule.table),
+        ));
     }
     for port in ports {
         if let Some(place) = limiter.notrack(*port)
@@ -134,7 +154,7 @@ pub fn limiter(limiter: &Limiter, ports: &[u16]) -> Vec<Finding> {
 
 fn one_limit(rule: &LimitRule) -> Finding {
     let hidden = rule.before.iter().filter_map(|before| match before {
-        Before::Ports(ports) => Some(ports.clone()),
+        EarlierAccept::Ports(ports) => Some(ports.clone()),
         _ => None,
     });
     let left = hidden.fold(rule.matches.ports.clone(), |left, ports: Ports| left.and(&ports.not()));
@@ -145,20 +165,29 @@ fn one_limit(rule: &LimitRule) -> Finding {
             format!("move {} before the rule that accepts", rule.place()),
         );
     }
-    if !rule.matches.is_opening() && !rule.before.contains(&Before::Established) {
+    if !rule.matches.is_opening() && !rule.before.contains(&EarlierAccept::Established) {
         return Finding::warn(
             "limit-without-syn",
             format!("{rule} judges every packet: a stale RST itself frees the slot"),
             "add --syn (nft: ct state new) to the rule",
         );
     }
+    if rule.limit.is_keyless {
+        return Finding::warn(
+            "limit-for-all",
+            format!("{rule} counts all clients together: one client can lock everybody out"),
+            format!("for each client: add @SET {{ ip saddr ct count over {} }}", rule.limit.count),
+        );
+    }
     if rule.hook == Hook::Forward {
         return Finding::ok("limit-forwarded", format!("{rule}, of what is forwarded"));
     }
     let nudged = match () {
-        () if rule.before.contains(&Before::Loopback) => "loopback is accepted before it",
+        () if rule.before.contains(&EarlierAccept::Loopback) => "loopback is accepted before it",
         () if !rule.matches.interfaces.is_empty() => "it is bound to an interface",
-        () if !rule.matches.sources.is_empty() || rule.matches.narrowed => "not for every client",
+        () if !rule.matches.sources.is_empty() || rule.matches.is_narrowed() => {
+            "not for every client"
+        }
         () => return Finding::ok("limit", rule.to_string()),
     };
     Finding::ok("limit", format!("{rule}; {nudged}"))
@@ -268,9 +297,11 @@ pub fn application(held: usize, close_wait: usize, unread: u64) -> Finding {
 
 /// A source that holds more than its limit; `counted` are the entries that a limiter can count.
 pub fn over(source: IpNet, held: usize, limit: u32, counted: usize) -> Finding {
+    // Of a rule that does not go by the source.
+    let whose = if source.prefix_len() == 0 { "in all".to_owned() } else { source.to_string() };
     Finding::bad(
         "source-over-limit",
-        format!("{source}: {held} sockets, limit {limit}, the rule sees {counted}"),
+        format!("{whose}: {held} sockets, limit {limit}, the rule sees {counted}"),
         "ctkeep reconcile makes the limiter count them again; ctkeep run keeps it so",
     )
 }

@@ -5,7 +5,7 @@ use std::fmt;
 use serde::Serialize;
 
 /// Every identifier there is; docs/doctor.md has a section for each.
-pub const IDENTIFIERS: [&str; 38] = [
+pub const IDENTIFIERS: [&str; 41] = [
     "kernel",
     "privilege-net-admin",
     "privilege-net-raw",
@@ -24,6 +24,9 @@ pub const IDENTIFIERS: [&str; 38] = [
     "limit-shadowed",
     "limit-without-syn",
     "limit-forwarded",
+    "limit-for-all",
+    "limit-dormant",
+    "set-full",
     "limit-interface",
     "port-untracked",
     "untracked",

@@ -211,20 +211,17 @@ fn limits(inputs: Inputs<'_>) -> Layer<Limits> {
     for (index, rule) in limiter.rules.iter().enumerate() {
         let over: Vec<&Load> = loads
             .iter()
-            .filter(|load| {
-                load.rule == index
-                    && load.held > usize::try_from(rule.limit.count).unwrap_or(usize::MAX)
-            })
+            .filter(|load| load.rule == index && load.is_over() == Some(true))
             .collect();
         if let Some(worst) = over.first() {
-            findings.push(checks::over(worst.net, worst.held, rule.limit.count, worst.counted));
+            findings.push(checks::over(worst.net, worst.held, worst.limit, worst.counted));
         }
         rules.push(LimitFigures {
             rule: rule.place(),
             ports: rule.matches.ports.to_string(),
             limit: rule.limit.count,
             mask: rule.source_prefix(),
-            before: rule.before.iter().map(crate::firewall::limits::Before::name).collect(),
+            before: rule.before.iter().map(crate::firewall::limits::EarlierAccept::name).collect(),
             sources_over: over.len(),
         });
     }

@@ -13,7 +13,7 @@ use super::figures::Figures;
 use super::finding::Verdict;
 use super::layers::{Inputs, Layers};
 use super::processes::{Holder, Owners};
-use super::sources::{Measure, Source, loads, sources};
+use super::sources::{Measure, Plays, Source, loads, sources};
 use crate::conntrack::TcpState;
 use crate::error::Result;
 use crate::firewall::Ruleset;
@@ -68,6 +68,8 @@ pub struct Seen {
     /// Listening sockets.
     pub listeners: Vec<Socket>,
     /// The rules.
+    pub rules: Ruleset,
+    /// The limits in them.
     pub limiter: Limiter,
     /// Settings and counters, where the host is at hand.
     pub figures: Option<Figures>,
@@ -92,6 +94,7 @@ impl Seen {
         make_sure(&mut tables, &mut snapshot, &scope, policy, &ledger)?;
         let sockets = snapshot.views.iter().filter_map(|view| view.socket);
         let owners = Owners::look(sockets, &listeners);
+        let rules = Ruleset::read();
         let seen = Self {
             netns: if netns.is_empty() { own_namespace() } else { netns.to_owned() },
             kernel: nix::sys::utsname::uname()
@@ -100,7 +103,8 @@ impl Seen {
             snapshot,
             ledger,
             listeners,
-            limiter: Limiter::of(&Ruleset::read()),
+            limiter: Limiter::of(&rules),
+            rules,
             figures: Some(Figures::read(&mut tables.conntrack)?),
             owners,
             told: Some(instance::ask("ctkeep")),
@@ -152,7 +156,8 @@ impl Report {
             limit: request.limit,
             limiter,
         };
-        let loads = loads(snapshot.views.iter(), limiter);
+        let mut plays = Plays::new(limiter, &seen.rules);
+        let loads = loads(snapshot.views.iter(), &mut plays);
         let mut layers = Layers::of(Inputs {
             figures: seen.figures.as_ref(),
             limiter,
@@ -164,13 +169,12 @@ impl Report {
         });
         let holder = |view: &View| seen.owners.holder(&view.socket?).cloned();
         // A limit makes the kernel track what it is for. Of saved tables the rules are not known.
-        let is_limited = |view: &View| {
-            let (peer, port) = (view.flow.dst.addr(), view.flow.src.port());
-            let is_counted = || limiter.rules.iter().any(|rule| rule.covers(peer, port));
-            limiter.notrack(port).is_none()
-                && (seen.figures.is_none() || request.limit.is_some() || is_counted())
+        let mut is_limited = |view: &View| {
+            let played = plays.of(view);
+            played.tracked != Some(false)
+                && (seen.figures.is_none() || request.limit.is_some() || !played.hits.is_empty())
         };
-        let class = |view: &View| {
+        let mut class = |view: &View| {
             let cell = cell(view, &snapshot.evidence, scope, policy, ledger);
             match Class::of(view, cell, &snapshot.evidence) {
                 Class::Untracked if is_limited(view) => Class::EntryMissing,
@@ -189,7 +193,7 @@ impl Report {
             .collect();
         let sources = sources(snapshot.views.iter(), measure, &loads, &told.ages);
         if let Some(limit) = request.limit {
-            let over = sources.iter().find(|source| source.over_limit);
+            let over = sources.iter().find(|source| source.over_limit == Some(true));
             layers.limiter.extend(
                 over.map(|source| checks::over(source.net, source.held, limit, source.counted)),
             );

@@ -3,11 +3,15 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
+use std::rc::Rc;
 
 use ipnet::IpNet;
 
-use crate::firewall::Hook;
+use crate::firewall::Ruleset;
 use crate::firewall::limits::{LimitRule, Limiter};
+use crate::firewall::packet::Syn;
+use crate::firewall::play::{Certainty, Counts, Hit, LimitAt, Played, Player};
+use crate::flow::Endpoint;
 use crate::reconcile::snapshot::View;
 use crate::sockdiag::State;
 
@@ -30,8 +34,8 @@ pub struct Source {
     pub oldest_half_close: Option<u64>,
     /// The limit that it is nearest to, or furthest beyond.
     pub limit: Option<u32>,
-    /// More sockets are held than that limit allows.
-    pub over_limit: bool,
+    /// Whether more sockets are held than that limit allows; `None` where that cannot be told.
+    pub over_limit: Option<bool>,
 }
 
 /// How sources are put together and what they are measured by.
@@ -52,12 +56,29 @@ pub struct Measure<'l> {
 pub struct Load {
     /// Index of the rule.
     pub rule: usize,
-    /// Whose connections.
+    /// Whose connections: a source, or all of a family where the rule does not go by the source.
     pub net: IpNet,
-    /// Open sockets.
+    /// How many it allows, the element's own where it has one.
+    pub limit: u32,
+    /// Open sockets that it counts, or may count.
     pub held: usize,
+    /// Those of them that it counts for sure.
+    pub held_for_sure: usize,
     /// Entries that the rule can count.
     pub counted: usize,
+}
+
+impl Load {
+    /// Whether more is held than the limit allows; `None` where that cannot be told.
+    pub fn is_over(&self) -> Option<bool> {
+        if self.held_for_sure > size(self.limit) {
+            Some(true)
+        } else if self.held > size(self.limit) {
+            None
+        } else {
+            Some(false)
+        }
+    }
 }
 
 impl Measure<'_> {
@@ -87,7 +108,7 @@ pub fn sources(
             stale: 0,
             oldest_half_close: None,
             limit: measure.limit,
-            over_limit: false,
+            over_limit: Some(false),
         });
         let counted = view.is_counted();
         source.counted += usize::from(counted);
@@ -107,26 +128,35 @@ pub fn sources(
     let mut all: Vec<_> = by_net.into_values().collect();
     for source in &mut all {
         if let Some(limit) = measure.limit {
-            source.over_limit = source.held > size(limit);
+            source.over_limit = Some(source.held > size(limit));
         }
     }
     if measure.limit.is_none() {
         apply(&mut all, measure, loads);
     }
     all.sort_by_key(|source| {
-        (Reverse(source.over_limit), Reverse(source.uncounted), Reverse(source.held), source.net)
+        (
+            Reverse(source.over_limit == Some(true)),
+            Reverse(source.uncounted),
+            Reverse(source.held),
+            source.net,
+        )
     });
     all
 }
 
 /// Gives each source the limit that its connections come nearest to.
 fn apply(all: &mut [Source], measure: Measure<'_>, loads: &[Load]) {
-    let mut nearest: HashMap<IpNet, (i64, u32)> = HashMap::new();
+    let mut nearest: HashMap<IpNet, (i64, u32, Option<bool>)> = HashMap::new();
     for load in loads {
         let Some(rule) = measure.limiter.rules.get(load.rule) else { continue };
-        let left = i64::from(rule.limit.count) - i64::try_from(load.held).unwrap_or(i64::MAX);
-        let best = nearest.entry(load.net).or_insert((left, rule.limit.count));
-        *best = (*best).min((left, rule.limit.count));
+        if rule.source_prefix().is_none() {
+            continue;
+        }
+        let left = i64::from(load.limit) - i64::try_from(load.held).unwrap_or(i64::MAX);
+        let this = (left, load.limit, load.is_over());
+        let best = nearest.entry(load.net).or_insert(this);
+        *best = (*best).min(this);
     }
     for source in all {
         // The rule's networks and the report's may be of different size.
@@ -134,48 +164,118 @@ fn apply(all: &mut [Source], measure: Measure<'_>, loads: &[Load]) {
             let touches = |net: &IpNet| net.contains(&source.net) || source.net.contains(net);
             nearest.iter().filter(|(net, _)| touches(net)).map(|(_, found)| *found).min()
         });
-        if let Some((left, limit)) = found {
+        if let Some((_, limit, over)) = found {
             source.limit = Some(limit);
-            source.over_limit = left < 0;
+            source.over_limit = over;
         }
     }
 }
 
-/// What each limit by source has to bear, group by group.
-pub fn loads(views: impl IntoIterator<Item = View> + Clone, limiter: &Limiter) -> Vec<Load> {
-    let mut all = Vec::new();
-    for (index, rule) in limiter.rules.iter().enumerate() {
-        // What is forwarded has its sockets elsewhere.
-        let Some(prefix) = rule.source_prefix().filter(|_| rule.hook != Hook::Forward) else {
-            continue;
+/// The SYNs of connections, played through the rules: those of one source to one endpoint once.
+#[derive(Debug)]
+pub struct Plays<'r> {
+    limiter: &'r Limiter,
+    player: Player<'r>,
+    played: HashMap<(IpAddr, Endpoint, Endpoint), Rc<Played>>,
+}
+
+impl<'r> Plays<'r> {
+    /// Plays through these rules, in which `limiter` was found.
+    pub fn new(limiter: &'r Limiter, rules: &'r Ruleset) -> Self {
+        Self { limiter, player: Player::new(rules), played: HashMap::new() }
+    }
+
+    /// What the SYN of this connection met, or would meet today.
+    pub fn of(&mut self, view: &View) -> Rc<Played> {
+        let (source, destination) = (view.flow.dst.addr(), view.flow.src);
+        // Rules before destination NAT see what the client asked for.
+        let entry = view.entry.filter(|entry| entry.reply == view.flow);
+        let asked = entry.map_or(destination, |entry| entry.orig.dst);
+        let player = &self.player;
+        let played = self.played.entry((source, asked, destination)).or_insert_with(|| {
+            let syn = Syn { asked, ..Syn::new(source, destination) };
+            Rc::new(player.limits(&syn))
+        });
+        played.clone()
+    }
+
+    /// The limits that this connection meets.
+    pub fn met(&mut self, view: &View) -> Vec<Met> {
+        let played = self.of(view);
+        let met = |hit: &Hit| {
+            let rule = self.rule(hit, view)?;
+            let net = self.net(rule, view);
+            Some(Met { rule, net, is_sure: hit.certainty > Certainty::Perhaps })
         };
-        let mut groups: HashMap<IpNet, Load> = HashMap::new();
-        for view in views.clone().into_iter().filter(|view| !view.is_outgoing()) {
-            let peer = view.flow.dst.addr();
-            if rule.covers(peer, port_seen(rule, &view)) {
-                let net = network(peer, prefix);
-                let load =
-                    groups.entry(net).or_insert(Load { rule: index, net, held: 0, counted: 0 });
-                load.held += usize::from(is_open(&view));
-                load.counted += usize::from(view.is_counted());
-            }
-        }
-        let mut groups: Vec<_> = groups.into_values().collect();
-        groups.sort_by_key(|load| (Reverse(load.held), load.net));
-        all.extend(groups);
+        played.hits.iter().filter_map(met).collect()
     }
-    all
+
+    /// Whose connections a limit counts together with this one.
+    fn net(&self, rule: usize, view: &View) -> IpNet {
+        let prefix = self.limiter.rules.get(rule).and_then(LimitRule::source_prefix);
+        network(view.flow.dst.addr(), prefix.unwrap_or(0))
+    }
+
+    /// The limit, among those that were found, in which a connection is counted.
+    fn rule(&self, hit: &Hit, view: &View) -> Option<usize> {
+        let (peer, port) = (view.flow.dst.addr(), view.flow.src.port());
+        let rules = || self.limiter.rules.iter().enumerate().filter(|(_, it)| it.at == hit.at);
+        let found = rules().find(|(_, rule)| rule.covers(peer, port)).or_else(|| rules().next());
+        found.map(|(index, _)| index)
+    }
 }
 
-/// The destination port as the rule sees it: before destination NAT it is the one that the client
-/// asked for.
-fn port_seen(rule: &LimitRule, view: &View) -> u16 {
-    let local = view.flow.src.port();
-    if rule.is_before_nat() {
-        view.entry.map_or(local, |entry| entry.orig.dst.port())
-    } else {
-        local
+/// A limit that a connection meets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Met {
+    /// Index of the rule.
+    pub rule: usize,
+    /// Whose connections it counts together.
+    pub net: IpNet,
+    /// Whether it counts the connection for sure.
+    pub is_sure: bool,
+}
+
+/// What one list counts together: the list, its key where that is known, else the source.
+type Group = (LimitAt, Option<Vec<u8>>, Option<IpAddr>);
+
+/// What each limit has to bear, group by group: connections that it counts together.
+pub fn loads(views: impl IntoIterator<Item = View>, plays: &mut Plays<'_>) -> Vec<Load> {
+    let mut groups: HashMap<Group, Load> = HashMap::new();
+    if plays.limiter.rules.is_empty() {
+        return Vec::new();
     }
+    for view in views.into_iter().filter(|view| !view.is_outgoing()) {
+        let (is_open, is_counted) = (is_open(&view), view.is_counted());
+        if !is_open && !is_counted {
+            continue;
+        }
+        for hit in &plays.of(&view).hits {
+            let Some(index) = plays.rule(hit, &view) else { continue };
+            // A list without room, and one that loses what is not tracked, measure nobody.
+            if hit.counts != Counts::Yes {
+                continue;
+            }
+            let peer = view.flow.dst.addr();
+            // Where it cannot be told what is counted together, it is at least one source.
+            let apart = hit.group.is_none().then_some(peer);
+            let load = groups.entry((hit.list, hit.group.clone(), apart)).or_insert_with(|| Load {
+                rule: index,
+                net: plays.net(index, &view),
+                limit: hit.limit.count,
+                held: 0,
+                held_for_sure: 0,
+                counted: 0,
+            });
+            let is_sure = hit.certainty > Certainty::Perhaps && apart.is_none();
+            load.held += usize::from(is_open);
+            load.held_for_sure += usize::from(is_open && is_sure);
+            load.counted += usize::from(is_counted);
+        }
+    }
+    let mut all: Vec<_> = groups.into_values().collect();
+    all.sort_by_key(|load| (load.rule, Reverse(load.held_for_sure), Reverse(load.held), load.net));
+    all
 }
 
 fn is_open(view: &View) -> bool {

@@ -10,7 +10,7 @@ use super::output;
 use crate::audit::classes::Class;
 use crate::audit::cover::Cover;
 use crate::audit::processes::{Owner, Owners};
-use crate::audit::sources::loads;
+use crate::audit::sources::{Met, Plays, loads};
 use crate::conntrack::{Entry, Zone};
 use crate::error::{Error, Result};
 use crate::firewall::Ruleset;
@@ -61,7 +61,7 @@ pub(super) fn run(args: &Explain) -> Result<Exit> {
         let is_swapped = view.socket.is_none()
             && tables.exactly(&[swapped], &ledger)?.views.iter().any(|view| view.socket.is_some());
         let owners = Owners::look(view.socket.into_iter(), &tables.sockets.listeners()?);
-        let limits = limits(&Limiter::of(&Ruleset::read()), &view, &around);
+        let limits = limits(&Ruleset::read(), &view, &around);
         let in_scope = scope.contains(&policy, flow);
         let cover = Cover::of(daemon.shield.as_ref(), &view);
         Ok(Found {
@@ -104,20 +104,23 @@ struct Found {
     limits: Vec<String>,
 }
 
-/// The limits that count this connection, with what its source has.
-fn limits(limiter: &Limiter, view: &View, around: &Snapshot) -> Vec<String> {
-    let mine = loads(std::iter::once(*view), limiter);
-    let all = loads(around.views.iter(), limiter);
-    let of_mine = all
-        .iter()
-        .filter(|load| mine.iter().any(|own| (own.rule, own.net) == (load.rule, load.net)));
-    of_mine
-        .filter_map(|load| {
-            let rule = limiter.rules.get(load.rule)?;
-            Some(format!(
-                "{rule}: {} holds {} sockets, the rule sees {}",
-                load.net, load.held, load.counted
-            ))
+/// The limits that count this connection, with what is counted together with it.
+fn limits(rules: &Ruleset, view: &View, around: &Snapshot) -> Vec<String> {
+    let limiter = Limiter::of(rules);
+    let mut plays = Plays::new(&limiter, rules);
+    // Also of a connection that is over, or has no entry: as its SYN would meet them.
+    let mine = plays.met(view);
+    let others = around.views.iter().filter(|other| other.flow != view.flow);
+    let all = loads(others.chain(std::iter::once(*view)), &mut plays);
+    let load = |met: &Met| all.iter().find(|load| (load.rule, load.net) == (met.rule, met.net));
+    mine.iter()
+        .filter_map(|met| {
+            let (rule, load) = (limiter.rules.get(met.rule)?, load(met));
+            let (held, counted) = load.map_or((0, 0), |load| (load.held, load.counted));
+            let perhaps = if met.is_sure { "" } else { "perhaps: " };
+            let whose =
+                if met.net.prefix_len() == 0 { "all".to_owned() } else { met.net.to_string() };
+            Some(format!("{perhaps}{rule}: {whose} holds {held} sockets, the rule sees {counted}"))
         })
         .collect()
 }

@@ -100,8 +100,9 @@ pub fn report(report: &Report, all: bool, top: Option<usize>, no_header: bool) -
         let of = |state| source.sockets.get(&state).copied().unwrap_or(0);
         let limit = match (source.limit, source.over_limit) {
             (None, _) => "-".to_owned(),
-            (Some(limit), false) => limit.to_string(),
-            (Some(limit), true) => format!("over {limit}"),
+            (Some(limit), Some(false)) => limit.to_string(),
+            (Some(limit), Some(true)) => format!("over {limit}"),
+            (Some(limit), None) => format!("perhaps over {limit}"),
         };
         vec![
             source.net.to_string(),

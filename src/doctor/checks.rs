@@ -86,8 +86,9 @@ pub fn unit(unit: &Unit) -> Vec<Finding> {
 mod tests {
     use super::*;
     use crate::audit::finding::Verdict;
-    use crate::firewall::limits::LimitRule;
-    use crate::firewall::{Family, Hook, Key, Limit, Match, Outcome};
+    use crate::firewall::limits::{Limit, LimitRule};
+    use crate::firewall::play::LimitAt;
+    use crate::firewall::{Family, Hook, Key, Match, Outcome};
 
     #[test]
     fn a_limit_bound_to_a_port_of_a_bridge_never_counts() {
@@ -106,9 +107,18 @@ mod tests {
                 table: "filter".to_owned(),
                 chain: "INPUT".to_owned(),
                 position: 1,
+                handle: None,
+                at: LimitAt { chain: 0, rule: 0, step: 0 },
+                set: None,
                 hook: Hook::Input,
                 priority: 0,
-                limit: Limit { count: 3, over: true, key: Key::Source(32), dynamic: false },
+                limit: Limit {
+                    count: 3,
+                    over: true,
+                    key: Key::Source(32),
+                    is_keyless: false,
+                    dynamic: false,
+                },
                 matches: Match { interfaces: vec![interface.to_owned()], ..Match::default() },
                 outcome: Outcome::Drop,
                 before: Vec::new(),

@@ -17,7 +17,7 @@ use crate::audit::figures::Figures;
 use crate::audit::finding::{Finding, Verdict};
 use crate::conntrack::Conntrack;
 use crate::error::{Error, Op, Result};
-use crate::firewall::limits::{Before, LimitRule, Limiter};
+use crate::firewall::limits::{EarlierAccept, LimitRule, Limiter};
 use crate::firewall::{Hook, Ruleset};
 use crate::host::instance::{self, Holder};
 use crate::netlink::KernelSocket;
@@ -244,7 +244,7 @@ fn recount(trial: &Result<Trial>, limiter: &Limiter) -> Vec<Finding> {
 
 fn is_reached_by_loopback(rule: &LimitRule) -> bool {
     rule.hook != Hook::Forward
-        && !rule.before.contains(&Before::Loopback)
+        && !rule.before.contains(&EarlierAccept::Loopback)
         && rule.matches.interfaces.is_empty()
 }
 

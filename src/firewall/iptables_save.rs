@@ -1,6 +1,11 @@
-//! Reads what `iptables-legacy-save` prints.
+//! Reads what `iptables-legacy-save` prints. Pure.
 
-use super::{Base, Chain, Family, Hook, Key, Limit, Match, Outcome, Ports, Rule};
+use std::net::IpAddr;
+
+use super::ask::{self, Side, asks};
+use super::rule::{Counting, Threshold};
+use super::value::{Field, Operand};
+use super::{Base, Chain, Family, Hook, Outcome, Rule, Step, Test, xt};
 
 /// The chains in saved rules of `family`; lines that it does not know are passed over.
 pub fn parse(text: &str, family: Family) -> Vec<Chain> {
@@ -10,23 +15,25 @@ pub fn parse(text: &str, family: Family) -> Vec<Chain> {
         if let Some(name) = line.strip_prefix('*') {
             table = name.to_owned();
         } else if let Some(declared) = line.strip_prefix(':') {
-            let name = declared.split_whitespace().next().unwrap_or_default().to_owned();
-            let base = base(&table, &name);
-            chains.push(Chain { family, table: table.clone(), name, base, rules: Vec::new() });
+            let mut words = declared.split_whitespace();
+            let name = words.next().unwrap_or_default();
+            let base = base(&table, name, words.next() == Some("DROP"));
+            chains.push(Chain::new(family, &table, name, base));
         } else if let Some(words) = line.strip_prefix("-A ").map(words)
             && let Some((chain, rest)) = words.split_first()
             && let Some(chain) =
                 chains.iter_mut().find(|known| known.table == table && known.name == *chain)
         {
             let position = chain.rules.len() + 1;
-            chain.rules.push(Rule { position, ..rule(rest, family == Family::Ip) });
+            let steps = Line::new(rest, family == Family::Ip).steps();
+            chain.rules.push(Rule { position, handle: None, steps });
         }
     }
     chains
 }
 
 /// Priorities of the legacy tables (`enum nf_ip_hook_priorities`).
-fn base(table: &str, chain: &str) -> Option<Base> {
+fn base(table: &str, chain: &str, drops: bool) -> Option<Base> {
     let hook = match chain {
         "PREROUTING" => Hook::Prerouting,
         "INPUT" => Hook::Input,
@@ -42,116 +49,301 @@ fn base(table: &str, chain: &str) -> Option<Base> {
         "security" => 50,
         _ => 0,
     };
-    Some(Base { hook, priority })
+    Some(Base { hook, priority, drops, is_nat: table == "nat", devices: Vec::new() })
 }
 
-fn rule(words: &[String], ipv4: bool) -> Rule {
-    let mut rule = Rule::default();
-    rule.matches.ipv4 = Some(ipv4);
-    let mut count = Limit { count: 0, over: true, key: Key::Other, dynamic: false };
-    let longest = if ipv4 { 32 } else { 128 };
-    let (mut prefix, mut by_source, mut counts) = (longest, true, false);
-    let mut rest = words.iter().map(String::as_str);
-    let mut not = false;
-    while let Some(word) = rest.next() {
-        let inverse = std::mem::take(&mut not);
-        let mut value = || rest.next().unwrap_or_default();
+/// One rule while it is read.
+struct Line<'w> {
+    words: &'w [String],
+    ipv4: bool,
+    /// The match that options belong to.
+    module: &'w str,
+    /// Matches that ask what cannot be told, or a rate, are asked for once.
+    asked: Vec<&'w str>,
+    steps: Vec<Step>,
+    limit: Option<Threshold>,
+    /// What is asked before the limit counts.
+    counts_at: usize,
+    prefix: u8,
+    side: Side,
+    end: Option<Step>,
+}
+
+impl<'w> Line<'w> {
+    fn new(words: &'w [String], ipv4: bool) -> Self {
+        Self {
+            words,
+            ipv4,
+            module: "",
+            asked: Vec::new(),
+            steps: Vec::new(),
+            limit: None,
+            counts_at: 0,
+            prefix: if ipv4 { 32 } else { 128 },
+            side: Side::Source,
+            end: None,
+        }
+    }
+
+    fn next(&mut self) -> &'w str {
+        match self.words.split_first() {
+            Some((first, rest)) => {
+                self.words = rest;
+                first
+            }
+            None => "",
+        }
+    }
+
+    fn steps(mut self) -> Vec<Step> {
+        let mut not = false;
+        while !self.words.is_empty() {
+            let word = self.next();
+            let is = !std::mem::take(&mut not);
+            match word {
+                "!" => not = true,
+                _ if self.end.is_some() => {
+                    // Options of targets do not narrow.
+                    if word == "--notrack" {
+                        self.end = Some(Step::Notrack);
+                    }
+                }
+                word => self.option(word, is),
+            }
+        }
+        if let Some(limit) = self.limit {
+            let by = ask::counted_by(self.side, self.prefix, self.ipv4);
+            let at = self.counts_at.min(self.steps.len());
+            self.steps.insert(at, Step::Count(Counting { limit, by }));
+        }
+        self.steps.extend(self.end);
+        self.steps
+    }
+
+    fn ask(&mut self, test: Option<Test>) {
+        let module = self.module;
+        let test = test.unwrap_or_else(|| Test::Unclear(module.to_owned()));
+        self.steps.push(asks(test));
+    }
+
+    fn option(&mut self, word: &'w str, is: bool) {
+        let longest = if self.ipv4 { 32 } else { 128 };
         match word {
-            "!" => not = true,
             "-m" => {
-                value();
+                self.module = self.next();
+                self.matched();
             }
             "--comment" => {
-                value();
+                self.next();
             }
-            "-p" => rule.matches.protocol = protocol(value()).filter(|_| !inverse),
-            "-i" if !inverse => rule.matches.interfaces.push(value().replace('+', "*")),
-            "-s" => match value().parse() {
-                Ok(net) => rule.matches.sources.push((net, !inverse)),
-                Err(_) => rule.matches.narrowed = true,
+            "-p" => match self.next() {
+                "all" => {}
+                name => self.ask(Some(ask::protocol(protocol(name), is))),
             },
-            "--dport" | "--dports" => {
-                let ports = ports(value());
-                let ports = if inverse { ports.not() } else { ports };
-                rule.matches.ports = rule.matches.ports.and(&ports);
+            "-i" => {
+                let name = self.next();
+                self.ask(Some(ask::interface(name, is)));
             }
-            "--ctstate" | "--state" => {
-                let bits = states(value());
-                let found =
-                    Match { states: Some(if inverse { !bits } else { bits }), ..Match::default() };
-                rule.matches = rule.matches.and(&found);
+            "-s" | "-d" => {
+                let side = if word == "-s" { Side::Source } else { Side::Destination };
+                let test = self.next().parse().ok().map(|net| ask::network(side, net, is));
+                self.ask(test);
             }
-            "--syn" => rule.matches.syn = !inverse,
+            "-o" => {
+                self.next();
+                self.ask(Some(Test::Unclear("output interface".to_owned())));
+            }
+            // Conntrack puts fragments together before any of these rules.
+            "-f" if is => self.ask(Some(Test::Never)),
+            "-f" => {}
+            "--sport" | "--sports" | "--dport" | "--dports" => {
+                let side = if word.starts_with("--s") { Side::Source } else { Side::Destination };
+                let ranges = ports(self.next());
+                self.ask(Some(ask::ports(side.port(), &ranges, is)));
+            }
+            "--syn" => self.ask(Some(ask::flags(SYN_MASK, SYN, is))),
             "--tcp-flags" => {
-                value();
-                let set = value();
-                rule.matches.syn = !inverse && set.split(',').any(|flag| flag == "SYN");
-                rule.matches.narrowed |= !rule.matches.syn;
+                let (mask, set) = (flags(self.next()), flags(self.next()));
+                self.ask(Some(ask::flags(mask, set, is)));
             }
-            "--connlimit-above" => {
-                (counts, count.over, count.count) = (true, true, number(value()));
-            }
-            "--connlimit-upto" => {
-                (counts, count.over, count.count) = (true, false, number(value()));
+            "--connlimit-above" | "--connlimit-upto" => {
+                let over = word == "--connlimit-above";
+                let count = self.next().parse().unwrap_or(0);
+                self.limit = Some(Threshold { count, over: over == is });
             }
             "--connlimit-mask" => {
-                prefix = value().parse().map_or(longest, |bits: u8| bits.min(longest));
+                self.prefix = self.next().parse().map_or(longest, |bits: u8| bits.min(longest));
             }
-            "--connlimit-saddr" => by_source = true,
-            "--connlimit-daddr" => by_source = false,
-            "-j" => rule.outcome = outcome(value()),
-            "-g" => rule.outcome = Outcome::Goto(value().to_owned()),
-            "--notrack" => rule.outcome = Outcome::Notrack,
-            // Options of targets come behind their -j and do not narrow.
-            option if option.starts_with('-') && rule.outcome == Outcome::Continue => {
-                rule.matches.narrowed = true;
+            "--connlimit-saddr" => self.side = Side::Source,
+            "--connlimit-daddr" => self.side = Side::Destination,
+            "-j" => {
+                let name = self.next();
+                self.end = Some(target(name));
+            }
+            "-g" => self.end = Some(Step::Verdict(Outcome::Goto(self.next().to_owned()))),
+            _ if self.more(word, is) => {}
+            option if option.starts_with('-') && !self.asked.contains(&self.module) => {
+                self.ask(None);
+                self.asked.push(self.module);
             }
             _ => {}
         }
     }
-    if counts {
-        count.key = if by_source { Key::Source(prefix) } else { Key::Destination(prefix) };
-        rule.limit = Some(count);
-    }
-    rule
-}
 
-fn outcome(target: &str) -> Outcome {
-    match target {
-        "ACCEPT" | "DNAT" | "SNAT" | "REDIRECT" | "MASQUERADE" | "TPROXY" | "NFQUEUE" => {
-            Outcome::Accept
+    /// A match that is named: those that ask one thing, whatever their options.
+    fn matched(&mut self) {
+        let module = self.module;
+        let test = match module {
+            "limit" | "hashlimit" | "quota" | "statistic" => Test::Rate(module.to_owned()),
+            "connlimit" => {
+                self.counts_at = self.steps.len();
+                return;
+            }
+            // These have an option for each question.
+            "tcp" | "multiport" | "comment" | "conntrack" | "state" | "addrtype" | "mark"
+            | "connmark" | "iprange" | "pkttype" | "recent" => return,
+            "udp" => ask::protocol(protocol("udp"), true),
+            _ => Test::Unclear(module.to_owned()),
+        };
+        self.steps.push(asks(test));
+        self.asked.push(module);
+    }
+
+    /// Options of the lesser matches; whether it was one.
+    fn more(&mut self, word: &str, is: bool) -> bool {
+        match (self.module, word) {
+            (_, "--ctstate" | "--state") => {
+                let bits = states(self.next());
+                self.ask(Some(ask::states(bits, is)));
+            }
+            ("conntrack", "--ctdir") => {
+                if (self.next() == "ORIGINAL") != is {
+                    self.ask(Some(Test::Never));
+                }
+            }
+            ("conntrack", "--ctproto") => {
+                let number = protocol(self.next());
+                self.ask(Some(ask::protocol(number, is)));
+            }
+            ("conntrack", "--ctorigdstport" | "--ctorigsrcport") => {
+                let field = match word {
+                    "--ctorigdstport" => Field::CtDestinationPort(true),
+                    _ => Field::CtSourcePort(true),
+                };
+                let ranges = ports(self.next());
+                self.ask(Some(ask::ports(Operand::plain(field, 2), &ranges, is)));
+            }
+            ("addrtype", "--src-type" | "--dst-type") => {
+                let side = if word == "--src-type" { Side::Source } else { Side::Destination };
+                let kinds = address_types(self.next());
+                self.ask(kinds.map(|kinds| ask::address_types(side, kinds, is)));
+            }
+            ("mark" | "connmark", "--mark") => {
+                let field = if self.module == "mark" { Field::Mark } else { Field::CtMark };
+                let (mark, mask) = masked(self.next());
+                self.ask(Some(ask::mark(field, mark, mask, is)));
+            }
+            ("iprange", "--src-range" | "--dst-range") => {
+                let side = if word == "--src-range" { Side::Source } else { Side::Destination };
+                let range = self.next();
+                let (from, to) = range.split_once('-').unwrap_or((range, range));
+                let test = bytes(from)
+                    .zip(bytes(to))
+                    .filter(|(from, to)| from.len() == to.len())
+                    .map(|(from, to)| ask::addresses(side, &from, &to, is));
+                self.ask(test);
+            }
+            ("pkttype", "--pkt-type") => {
+                let is_host = matches!(self.next(), "unicast" | "host");
+                if is_host != is {
+                    self.ask(Some(Test::Never));
+                }
+            }
+            ("recent", "--set") => self.asked.push("recent"),
+            _ => return false,
         }
-        "DROP" | "TARPIT" => Outcome::Drop,
-        "REJECT" => Outcome::Reject,
-        "RETURN" => Outcome::Return,
-        "NOTRACK" => Outcome::Notrack,
-        "SYNPROXY" => Outcome::Synproxy,
-        // Targets in capitals that let the packet go on.
-        "CT" | "LOG" | "NFLOG" | "MARK" | "CONNMARK" | "TCPMSS" | "TOS" | "DSCP" | "TRACE"
-        | "SET" | "CLASSIFY" | "AUDIT" | "CHECKSUM" | "TEE" | "TTL" | "HL" => Outcome::Continue,
-        chain => Outcome::Jump(chain.to_owned()),
+        true
     }
 }
 
-fn protocol(name: &str) -> Option<u8> {
+const SYN: u8 = 0x02;
+/// FIN, SYN, RST and ACK.
+const SYN_MASK: u8 = 0x17;
+
+fn target(name: &str) -> Step {
+    let known = xt::named_target(name);
+    // Targets in capitals that let the packet go on.
+    let goes_on = matches!(
+        name,
+        "CT" | "LOG"
+            | "NFLOG"
+            | "TCPMSS"
+            | "TCPOPTSTRIP"
+            | "TOS"
+            | "DSCP"
+            | "TRACE"
+            | "SET"
+            | "CLASSIFY"
+            | "AUDIT"
+            | "CHECKSUM"
+            | "TEE"
+            | "TTL"
+            | "HL"
+            | "RATEEST"
+            | "SECMARK"
+            | "CONNSECMARK"
+            | "LED"
+            | "IDLETIMER"
+            | "ECN"
+            | "HMARK"
+            | "ULOG"
+    );
+    match known {
+        Some(step) => step,
+        None if goes_on => Step::Verdict(Outcome::Continue),
+        None => Step::Verdict(Outcome::Jump(name.to_owned())),
+    }
+}
+
+fn protocol(name: &str) -> u8 {
     match name {
-        "tcp" => Some(6),
-        "udp" => Some(17),
-        "icmp" => Some(1),
-        "ipv6-icmp" | "icmpv6" => Some(58),
-        "all" => None,
-        other => Some(other.parse().unwrap_or(u8::MAX)),
+        "tcp" => 6,
+        "udp" => 17,
+        "icmp" => 1,
+        "ipv6-icmp" | "icmpv6" => 58,
+        "esp" => 50,
+        "ah" => 51,
+        "sctp" => 132,
+        "udplite" => 136,
+        other => other.parse().unwrap_or(u8::MAX),
     }
 }
 
-fn ports(list: &str) -> Ports {
-    Ports::of(list.split(',').filter_map(|item| {
+fn ports(list: &str) -> Vec<(u16, u16)> {
+    let range = |item: &str| {
         let (from, to) = item.split_once(':').unwrap_or((item, item));
         let from = if from.is_empty() { 0 } else { from.parse().ok()? };
         Some((from, if to.is_empty() { u16::MAX } else { to.parse().ok()? }))
-    }))
+    };
+    list.split(',').filter_map(range).collect()
 }
 
+fn flags(list: &str) -> u8 {
+    list.split(',').fold(0, |bits, name| {
+        bits | match name {
+            "FIN" => 0x01,
+            "SYN" => SYN,
+            "RST" => 0x04,
+            "PSH" => 0x08,
+            "ACK" => 0x10,
+            "URG" => 0x20,
+            "ALL" => 0x3f,
+            _ => 0,
+        }
+    })
+}
+
+/// `XT_CONNTRACK_STATE_*`
 fn states(list: &str) -> u32 {
     list.split(',').fold(0, |bits, name| {
         bits | match name {
@@ -159,14 +351,52 @@ fn states(list: &str) -> u32 {
             "ESTABLISHED" => super::STATE_ESTABLISHED,
             "RELATED" => 4,
             "NEW" => super::STATE_NEW,
-            "UNTRACKED" => 64,
+            "SNAT" => 1 << 6,
+            "DNAT" => 1 << 7,
+            "UNTRACKED" => 1 << 8,
             _ => 0,
         }
     })
 }
 
-fn number(text: &str) -> u32 {
-    text.parse().unwrap_or(0)
+/// Bits by `RTN_*`.
+fn address_types(list: &str) -> Option<u32> {
+    list.split(',').try_fold(0, |bits, name| {
+        let names = [
+            "UNSPEC",
+            "UNICAST",
+            "LOCAL",
+            "BROADCAST",
+            "ANYCAST",
+            "MULTICAST",
+            "BLACKHOLE",
+            "UNREACHABLE",
+            "PROHIBIT",
+            "THROW",
+            "NAT",
+            "XRESOLVE",
+        ];
+        names.iter().position(|known| *known == name).map(|at| bits | 1_u32 << at)
+    })
+}
+
+/// `0x1/0xff`
+fn masked(text: &str) -> (u32, u32) {
+    let number = |text: &str| match text.strip_prefix("0x") {
+        Some(digits) => u32::from_str_radix(digits, 16).unwrap_or(0),
+        None => text.parse().unwrap_or(0),
+    };
+    match text.split_once('/') {
+        Some((mark, mask)) => (number(mark), number(mask)),
+        None => (number(text), u32::MAX),
+    }
+}
+
+fn bytes(addr: &str) -> Option<Vec<u8>> {
+    Some(match addr.parse().ok()? {
+        IpAddr::V4(addr) => addr.octets().to_vec(),
+        IpAddr::V6(addr) => addr.octets().to_vec(),
+    })
 }
 
 /// Words of a line; a quoted one (a comment) may hold blanks and `\"`.
@@ -186,40 +416,4 @@ fn words(line: &str) -> Vec<String> {
     all.push(word);
     all.retain(|word| !word.is_empty());
     all
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_mask_is_never_longer_than_an_address() {
-        let text = "*filter\n:INPUT ACCEPT [0:0]\n-A INPUT -m connlimit --connlimit-above 16 \
-            --connlimit-mask 64 -j DROP\n";
-        for (family, bits) in [(Family::Ip, 32), (Family::Ip6, 64)] {
-            let chains = parse(text, family);
-            let limit = chains[0].rules[0].limit.unwrap();
-            assert_eq!(limit.key, Key::Source(bits));
-        }
-    }
-
-    #[test]
-    fn a_saved_connlimit_rule_is_read_with_its_context() {
-        let text = "*filter\n:INPUT DROP [0:0]\n\
-            -A INPUT -i lo -j ACCEPT\n\
-            -A INPUT -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT\n\
-            -A INPUT -p tcp -m tcp --dport 80 --tcp-flags FIN,SYN,RST,ACK SYN -m comment --comment \
-            \"at most -j 40\" -m connlimit --connlimit-above 40 --connlimit-mask 24 \
-            --connlimit-saddr -j REJECT --reject-with tcp-reset\nCOMMIT\n";
-        let chains = parse(text, Family::Ip);
-        let [chain] = chains.as_slice() else { panic!("{chains:?}") };
-        let [lo, established, limit] = chain.rules.as_slice() else { panic!("{chain:?}") };
-        assert!(lo.matches.is_loopback() && lo.outcome == Outcome::Accept);
-        assert!(established.matches.is_established());
-        assert_eq!(limit.outcome, Outcome::Reject);
-        assert_eq!(limit.matches.ports.to_string(), "80");
-        assert!(limit.matches.syn && !limit.matches.narrowed);
-        let wanted = Limit { count: 40, over: true, key: Key::Source(24), dynamic: false };
-        assert_eq!(limit.limit, Some(wanted));
-    }
 }

@@ -1,22 +1,74 @@
-//! Which connection limits the rules set, and what passes before them. Pure.
+//! Which connection limits the rules set, what for, and what passes before them. Pure.
 
 use std::fmt;
+use std::net::IpAddr;
 
-use crate::firewall::{
-    Base, Chain, Family, Hook, Key, Limit, Match, Outcome, Ports, Rule, Ruleset,
-};
+use super::play::{CONNTRACK, LimitAt, NAT_DST, Player};
+use super::rule::Threshold;
+use super::scope::{self, Match};
+use super::set::{Element, Set};
+use super::value::{Field, Operand};
+use super::{Base, Chain, Family, Hook, Outcome, Ports, Rule, Ruleset, Step};
 
 /// Jumps nest at most so deep (`NFT_JUMP_STACK_SIZE`).
 const DEPTH: usize = 16;
 /// So many rules are walked for each base chain: rule sets of thousands of services fan out.
 const STEPS: usize = 200_000;
-/// So many limits are told of: each path to a limit that asks for other packets is one of its own.
+/// So many limits are listed: each path to a limit that asks for other packets is one of its own.
 const LIMITS: usize = 1000;
-/// Conntrack's own hook (`NF_IP_PRI_CONNTRACK`): NOTRACK works before it.
-const CONNTRACK: i32 = -200;
-/// Destination NAT (`NF_IP_PRI_NAT_DST`): rules before it see the port that the client asked for.
-const NAT_DST: i32 = -100;
-const TCP: u8 = 6;
+/// So many elements of one map, or with a limit of their own, are followed.
+const ELEMENTS: usize = 256;
+
+/// How many connections, and of what.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Limit {
+    /// Connections.
+    pub count: u32,
+    /// `connlimit-above`, `ct count over`: the rule is for what exceeds the count; else for what
+    /// stays within.
+    pub over: bool,
+    /// What is counted together.
+    pub key: Key,
+    /// It names no key at all (`ct count over 5`), where others say that all is meant (mask 0).
+    pub is_keyless: bool,
+    /// Counted in a dynamic set: the kernel sweeps it every second, with no packet at all.
+    pub dynamic: bool,
+}
+
+/// What a limit counts together.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Key {
+    /// Connections of a source network of this prefix length (for either family its own).
+    Source(u8),
+    /// The same, for each destination port on its own.
+    SourceAndPort(u8),
+    /// Connections to a destination network.
+    Destination(u8),
+    /// All that reach the rule.
+    All,
+    /// Something else, in words.
+    Other(String),
+}
+
+/// The set that a limit keeps its lists in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SetUse {
+    /// Its name.
+    pub name: String,
+    /// The kernel's number of it.
+    pub handle: u64,
+    /// Most elements.
+    pub size: Option<u32>,
+    /// Elements now.
+    pub elements: usize,
+}
+
+impl SetUse {
+    /// Whether a source that is not in it finds no place.
+    pub fn is_full(&self) -> bool {
+        self.size.is_some_and(|size| self.elements >= usize::try_from(size).unwrap_or(usize::MAX))
+    }
+}
 
 /// A limit, where it stands, and which connections it is for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,6 +81,12 @@ pub struct LimitRule {
     pub chain: String,
     /// Its place in the chain, from 1.
     pub position: usize,
+    /// nf_tables' number of its rule.
+    pub handle: Option<u64>,
+    /// Where it stands in the rule set that it was found in.
+    pub at: LimitAt,
+    /// The set that its lists are in.
+    pub set: Option<SetUse>,
     /// The base chain's hook.
     pub hook: Hook,
     /// The base chain's priority.
@@ -40,27 +98,47 @@ pub struct LimitRule {
     /// What becomes of the packets that it is for.
     pub outcome: Outcome,
     /// What leaves the chain before it, of the packets that it would be for.
-    pub before: Vec<Before>,
+    pub before: Vec<EarlierAccept>,
 }
 
 /// What a rule before a limit takes away from it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Before {
+pub enum EarlierAccept {
     /// What comes in by the loopback device.
     Loopback,
     /// Packets of established connections.
     Established,
     /// All packets to these ports: the limit never sees them.
     Ports(Ports),
+    /// Certain packets, in words: for sure, or as far as can be told from outside.
+    Some {
+        /// Which.
+        what: String,
+        /// All of them pass.
+        is_sure: bool,
+    },
 }
 
-impl Before {
+impl EarlierAccept {
     /// Its name in JSON.
     pub fn name(&self) -> &'static str {
         match self {
             Self::Loopback => "loopback",
             Self::Established => "established",
             Self::Ports(_) => "ports",
+            Self::Some { is_sure: true, .. } => "some",
+            Self::Some { is_sure: false, .. } => "perhaps",
+        }
+    }
+}
+
+impl fmt::Display for EarlierAccept {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Loopback => f.write_str("what comes in by lo"),
+            Self::Established => f.write_str("packets of established connections"),
+            Self::Ports(ports) => write!(f, "everything to port {ports}"),
+            Self::Some { what, .. } => f.write_str(what),
         }
     }
 }
@@ -70,6 +148,8 @@ impl Before {
 pub struct Limiter {
     /// Limits, in the order that a packet meets them.
     pub rules: Vec<LimitRule>,
+    /// Limits in tables that are switched off.
+    pub dormant: Vec<LimitRule>,
     /// Ports whose packets are not tracked, each with the place of the rule.
     pub untracked: Vec<(Ports, String)>,
     /// Ports answered by SYNPROXY.
@@ -82,28 +162,32 @@ impl Limiter {
     /// Finds the limits in a rule set.
     pub fn of(ruleset: &Ruleset) -> Self {
         let mut found = Self { unread: ruleset.unread.clone(), ..Self::default() };
-        let mut bases: Vec<(&Chain, Base)> = ruleset
-            .chains
-            .iter()
-            .filter_map(|chain| Some((chain, chain.base?)))
-            .filter(|(chain, base)| {
-                matches!(base.hook, Hook::Prerouting | Hook::Input | Hook::Forward)
-                    && !matches!(chain.family, Family::Other(_))
-            })
-            .collect();
-        bases.sort_by_key(|(_, base)| (base.hook, base.priority));
-        for (chain, base) in bases {
-            let mut walk = Walk {
-                ruleset,
-                base,
-                found: &mut found,
-                before: Vec::new(),
-                path: Vec::new(),
-                steps: STEPS,
-            };
-            walk.chain(chain, &Match::default());
+        let player = Player::new(ruleset);
+        for at in player.bases() {
+            found.walk(&player, *at);
+        }
+        if ruleset.chains.iter().any(|chain| chain.is_dormant) {
+            found.dormant = switched_off(ruleset);
+        }
+        for set in sets(ruleset).filter_map(|set| set.unread.as_ref()) {
+            if !found.unread.contains(set) {
+                found.unread.push(set.clone());
+            }
         }
         found
+    }
+
+    fn walk(&mut self, player: &Player<'_>, at: usize) {
+        let Some(chain) = player.ruleset().chains.get(at) else { return };
+        let Some(base) = &chain.base else { return };
+        let mut walk =
+            Walk { player, base, found: self, before: Vec::new(), path: Vec::new(), steps: STEPS };
+        let ipv4 = match chain.family {
+            Family::Ip => Some(true),
+            Family::Ip6 => Some(false),
+            _ => None,
+        };
+        walk.chain(at, chain, &Match { ipv4, ..Match::default() });
     }
 
     /// Prefix length that all limits by source of one family count by, where they agree.
@@ -125,6 +209,31 @@ impl Limiter {
         let rule = self.untracked.iter().find(|(ports, _)| ports.contains(port))?;
         Some(&rule.1)
     }
+
+    /// The limits that opening packets to a port of this host may meet.
+    pub fn of_port(&self, port: u16) -> impl Iterator<Item = &LimitRule> {
+        self.rules.iter().filter(move |rule| {
+            rule.hook != Hook::Forward
+                && (rule.is_before_nat() || rule.matches.ports.contains(port))
+        })
+    }
+}
+
+/// The limits of tables that are switched off, as they would be.
+fn switched_off(ruleset: &Ruleset) -> Vec<LimitRule> {
+    let awake = |chain: &Chain| Chain { is_dormant: false, ..chain.clone() };
+    let chains = ruleset.chains.iter().filter(|chain| chain.is_dormant).map(awake).collect();
+    let only = Ruleset { chains, unread: Vec::new() };
+    Limiter::of(&only).rules
+}
+
+fn sets(ruleset: &Ruleset) -> impl Iterator<Item = &Set> {
+    let steps = ruleset.chains.iter().flat_map(|chain| &chain.rules).flat_map(|rule| &rule.steps);
+    steps.filter_map(|step| match step {
+        Step::Test(super::Test::In { set, .. }) | Step::Map(_, set) => Some(set.as_ref()),
+        Step::Add(adding) => Some(adding.set.as_ref()),
+        _ => None,
+    })
 }
 
 impl LimitRule {
@@ -135,7 +244,7 @@ impl LimitRule {
 
     /// Whether it sees ports as the client asked for them, before destination NAT.
     pub fn is_before_nat(&self) -> bool {
-        self.hook == Hook::Prerouting && self.priority < NAT_DST
+        self.hook == Hook::Ingress || self.hook == Hook::Prerouting && self.priority < NAT_DST
     }
 
     /// Prefix length of the sources that are counted together; `None` where it is not by source.
@@ -146,8 +255,8 @@ impl LimitRule {
         }
     }
 
-    /// Whether a connection of this peer to this port is one that it counts.
-    pub fn covers(&self, peer: std::net::IpAddr, port: u16) -> bool {
+    /// Whether a connection of this peer to this port is one that it may count.
+    pub fn covers(&self, peer: IpAddr, port: u16) -> bool {
         let ipv4 = peer.is_ipv4();
         self.family.covers(ipv4)
             && self.matches.ipv4.is_none_or(|wanted| wanted == ipv4)
@@ -156,7 +265,7 @@ impl LimitRule {
             && !self
                 .before
                 .iter()
-                .any(|before| matches!(before, Before::Ports(p) if p.contains(port)))
+                .any(|before| matches!(before, EarlierAccept::Ports(p) if p.contains(port)))
     }
 }
 
@@ -164,145 +273,334 @@ impl fmt::Display for LimitRule {
     /// `at most 40 from each /32 to port 80 (ip filter INPUT rule 3)`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "at most {}", self.limit.count)?;
-        match self.limit.key {
+        match &self.limit.key {
             Key::Source(prefix) => write!(f, " from each /{prefix}")?,
             Key::SourceAndPort(prefix) => write!(f, " from each /{prefix} for each port")?,
             Key::Destination(prefix) => write!(f, " to each /{prefix}")?,
             Key::All => f.write_str(" in all")?,
-            Key::Other => f.write_str(" by another key")?,
+            Key::Other(what) => write!(f, " for each {what}")?,
         }
-        let port = if self.matches.ports.is_all() { "any port" } else { "port " };
-        write!(f, " to {port}")?;
-        if !self.matches.ports.is_all() {
-            write!(f, "{}", self.matches.ports)?;
-        }
-        write!(f, " ({})", self.place())
+        write!(f, "{} ({})", self.matches, self.place())
     }
 }
 
-/// Whether no client and no interface is left out.
-fn is_for_everybody(matches: &Match) -> bool {
-    !matches.narrowed && matches.interfaces.is_empty() && matches.sources.is_empty()
-}
-
 /// One packet path, from a base chain down.
-struct Walk<'r> {
-    ruleset: &'r Ruleset,
-    base: Base,
-    found: &'r mut Limiter,
+struct Walk<'p, 'r, 'f> {
+    player: &'p Player<'r>,
+    base: &'r Base,
+    found: &'f mut Limiter,
     /// Rules met so far that take packets off the path.
-    before: Vec<Match>,
+    before: Vec<Earlier>,
     /// Chains between the base chain and the rule, with both ends.
     path: Vec<&'r Chain>,
     steps: usize,
 }
 
-impl<'r> Walk<'r> {
-    fn chain(&mut self, chain: &'r Chain, path: &Match) {
+/// A rule that takes packets off the path.
+struct Earlier {
+    matches: Match,
+    /// Only those that stay within a limit.
+    within: Option<u32>,
+}
+
+impl<'r> Walk<'_, 'r, '_> {
+    fn chain(&mut self, at: usize, chain: &'r Chain, path: &Match) {
         // The kernel takes no rules that go round in circles; a text may have some.
         if self.path.len() > DEPTH || self.path.iter().any(|on_it| std::ptr::eq(*on_it, chain)) {
             return;
         }
         self.path.push(chain);
-        self.rules(chain, path);
+        let mut back = Vec::new();
+        for (index, rule) in chain.rules.iter().enumerate() {
+            let Some(steps) = self.steps.checked_sub(1) else { break };
+            self.steps = steps;
+            let place = LimitAt { chain: at, rule: index, step: 0 };
+            if self.rule(chain, rule, place, path, &mut back) {
+                break;
+            }
+        }
+        // What goes back to the calling chain is on the path again.
+        back.into_iter().rev().for_each(|at| {
+            if at < self.before.len() {
+                self.before.remove(at);
+            }
+        });
         self.path.pop();
     }
 
-    fn rules(&mut self, chain: &'r Chain, path: &Match) {
-        for rule in &chain.rules {
-            let Some(steps) = self.steps.checked_sub(1) else { return };
-            self.steps = steps;
-            let matches = path.and(&rule.matches);
-            if matches.protocol.is_some_and(|protocol| protocol != TCP)
-                || matches.ports.is_empty()
-                || self.is_contradiction(path, rule)
-            {
-                continue;
+    /// Whether no packet comes to the next rule.
+    fn rule(
+        &mut self,
+        chain: &'r Chain,
+        rule: &'r Rule,
+        mut place: LimitAt,
+        path: &Match,
+        back: &mut Vec<usize>,
+    ) -> bool {
+        let mut matches = path.clone();
+        let mut limited: Option<Threshold> = None;
+        for (number, step) in rule.steps.iter().enumerate() {
+            place.step = number;
+            if matches.never {
+                return false;
             }
-            if let Some(limit) = rule.limit {
-                self.limit(chain, rule, limit, matches.clone());
-            }
-            match &rule.outcome {
-                Outcome::Jump(name) | Outcome::Goto(name) => {
-                    if let Some(next) = self.named(chain, name) {
-                        self.chain(next, &matches);
+            match step {
+                Step::Test(super::Test::In { values, set, is: true })
+                    if set.elements().iter().any(|element| element.limit.is_some()) =>
+                {
+                    limited = self.elements(chain, rule, place, (values, set), &matches);
+                    matches = matches.and(&Match::of(&super::Test::In {
+                        values: values.clone(),
+                        set: set.clone(),
+                        is: true,
+                    }));
+                }
+                Step::Test(test) => matches = matches.and(&Match::of(test)),
+                Step::Count(counting) => {
+                    let limit = limit(counting.limit, &counting.by, false);
+                    self.limit(chain, rule, place, limit, None, matches.clone());
+                    limited = Some(counting.limit);
+                }
+                Step::Add(adding) => {
+                    matches.is_rated |= adding.is_sometimes;
+                    if let Some(threshold) = adding.limit {
+                        let limit = limit(threshold, &adding.by, true);
+                        let set = SetUse {
+                            name: adding.set.name.clone(),
+                            handle: adding.set.handle,
+                            size: adding.set.size,
+                            elements: adding.set.elements().len(),
+                        };
+                        self.limit(chain, rule, place, limit, Some(set), matches.clone());
+                        limited = Some(threshold);
                     }
                 }
-                Outcome::Accept if rule.limit.is_none() => self.before.push(matches),
-                Outcome::Notrack
-                    if self.base.priority < CONNTRACK && is_for_everybody(&matches) =>
-                {
-                    let place = format!(
-                        "{} {} {} rule {}",
-                        chain.family, chain.table, chain.name, rule.position
-                    );
-                    self.found.untracked.push((matches.ports, place));
+                Step::Map(values, set) => {
+                    self.map(chain, (values, set), &matches, limited, back);
+                    return false;
                 }
-                Outcome::Synproxy => self.found.synproxied.push(matches.ports),
-                _ => {}
+                Step::Notrack => self.notrack(chain, rule, &matches),
+                Step::Verdict(outcome) => {
+                    self.outcome(chain, outcome, &matches, limited, back);
+                    return matches == *path && limited.is_none() && *outcome == Outcome::Return
+                        || matches == *path && matches!(outcome, Outcome::Goto(_));
+                }
+                Step::Remove(_) | Step::SetMark(_) | Step::SetCtMark(_) => {}
             }
-            // What is behind a jump for everything that never comes back is out of reach only for
-            // a goto; a base chain's rules go on otherwise.
-            if matches!(rule.outcome, Outcome::Goto(_)) && rule.matches == Match::default() {
-                return;
+        }
+        false
+    }
+
+    fn map(
+        &mut self,
+        chain: &'r Chain,
+        (values, set): (&[Operand], &'r Set),
+        matches: &Match,
+        limited: Option<Threshold>,
+        back: &mut Vec<usize>,
+    ) {
+        let mut seen: Vec<(Match, &Outcome)> = Vec::new();
+        let otherwise = set.otherwise().map(|element| (Match::default(), element));
+        let keyed = set.keyed().iter().map(|e| (Match::of_element(values, e), e));
+        for (asked, element) in keyed.chain(otherwise).take(ELEMENTS) {
+            let Some(outcome) = &element.verdict else { continue };
+            let all = matches.and(&asked);
+            if !all.never && !seen.contains(&(all.clone(), outcome)) {
+                self.outcome(chain, outcome, &all, limited, back);
+                seen.push((all, outcome));
             }
         }
     }
 
-    fn is_contradiction(&self, path: &Match, rule: &Rule) -> bool {
-        matches!((path.ipv4, rule.matches.ipv4), (Some(a), Some(b)) if a != b)
-    }
-
-    fn named(&self, from: &Chain, name: &str) -> Option<&'r Chain> {
-        self.ruleset.chains.iter().find(|chain| {
-            chain.family == from.family && chain.table == from.table && chain.name == name
-        })
-    }
-
-    fn limit(&mut self, chain: &Chain, rule: &Rule, limit: Limit, matches: Match) {
-        let mut before: Vec<Before> = Vec::new();
-        let reaches = |earlier: &&Match| !earlier.ports.and(&matches.ports).is_empty();
-        for earlier in self.before.iter().filter(|earlier| !earlier.narrowed).filter(reaches) {
-            let kind = if earlier.is_loopback() {
-                Before::Loopback
-            } else if earlier.is_established() {
-                Before::Established
-            } else if earlier.interfaces.is_empty()
-                && earlier.sources.is_empty()
-                && earlier.ipv4.is_none_or(|ipv4| matches.ipv4 == Some(ipv4))
-                && (earlier.states.is_none() || earlier.is_opening())
-                && (!earlier.syn || matches.is_opening())
-            {
-                Before::Ports(earlier.ports.and(&matches.ports))
-            } else {
-                continue;
-            };
-            if !before.contains(&kind) {
-                before.push(kind);
-            }
+    fn outcome(
+        &mut self,
+        chain: &'r Chain,
+        outcome: &Outcome,
+        matches: &Match,
+        limited: Option<Threshold>,
+        back: &mut Vec<usize>,
+    ) {
+        if matches.never {
+            return;
         }
+        match outcome {
+            Outcome::Jump(name) | Outcome::Goto(name) => {
+                if let Some(at) = self.player.target(chain, name)
+                    && let Some(next) = self.player.ruleset().chains.get(at)
+                {
+                    self.chain(at, next, matches);
+                }
+            }
+            Outcome::Accept | Outcome::Return | Outcome::Queue => {
+                // What exceeds a limit has been counted there.
+                if limited.is_some_and(|limit| limit.over) {
+                    return;
+                }
+                if *outcome == Outcome::Return && self.path.len() > 1 {
+                    back.push(self.before.len());
+                }
+                let within = limited.map(|limit| limit.count);
+                self.before.push(Earlier { matches: matches.clone(), within });
+            }
+            Outcome::Synproxy => self.found.synproxied.push(matches.ports.clone()),
+            Outcome::Continue | Outcome::Drop | Outcome::Reject => {}
+        }
+    }
+
+    fn notrack(&mut self, chain: &Chain, rule: &Rule, matches: &Match) {
+        let is_early = self.base.hook == Hook::Prerouting && self.base.priority < CONNTRACK;
+        if is_early && matches.is_for_everybody() && !matches.is_rated {
+            let place =
+                format!("{} {} {} rule {}", chain.family, chain.table, chain.name, rule.position);
+            self.found.untracked.push((matches.ports.clone(), place));
+        }
+    }
+
+    /// Limits of the elements of a set that is looked up.
+    fn elements(
+        &mut self,
+        chain: &Chain,
+        rule: &Rule,
+        place: LimitAt,
+        (values, set): (&[Operand], &Set),
+        matches: &Match,
+    ) -> Option<Threshold> {
+        let mut last = None;
+        let own = |element: &Element| Some((element.limit?, Match::of_element(values, element)));
+        for (threshold, asked) in set.elements().iter().filter_map(own).take(ELEMENTS) {
+            let all = matches.and(&asked);
+            if !all.never {
+                let limit = limit(threshold, values, false);
+                self.limit(chain, rule, place, limit, None, all);
+            }
+            last = Some(threshold);
+        }
+        last
+    }
+
+    fn limit(
+        &mut self,
+        chain: &Chain,
+        rule: &Rule,
+        at: LimitAt,
+        limit: Limit,
+        set: Option<SetUse>,
+        matches: Match,
+    ) {
         let found = LimitRule {
             family: chain.family,
             table: chain.table.clone(),
             chain: chain.name.clone(),
             position: rule.position,
+            handle: rule.handle,
+            at,
+            set,
             hook: self.base.hook,
             priority: self.base.priority,
             limit,
+            before: earlier(&self.before, &matches),
             matches,
-            outcome: rule.outcome.clone(),
-            before,
+            outcome: rule.outcome().clone(),
         };
         if self.found.rules.len() < LIMITS {
-            if !self.found.rules.contains(&found) {
-                self.found.rules.push(found);
-            }
+            self.found.add(found);
             return;
         }
         let rest = format!("limits beyond the first {LIMITS}");
         if !self.found.unread.contains(&rest) {
             self.found.unread.push(rest);
         }
+    }
+}
+
+impl Limiter {
+    /// The same limit by another way is another row, but where only its ports differ.
+    fn add(&mut self, found: LimitRule) {
+        let same = |known: &&mut LimitRule| {
+            known.at == found.at
+                && known.limit == found.limit
+                && known.before == found.before
+                && (known.hook, known.priority) == (found.hook, found.priority)
+                && known.matches
+                    == Match { ports: known.matches.ports.clone(), ..found.matches.clone() }
+        };
+        match self.rules.iter_mut().find(same) {
+            Some(known) => known.matches.ports = known.matches.ports.or(&found.matches.ports),
+            None => self.rules.push(found),
+        }
+    }
+}
+
+/// What leaves before a limit, of the packets that it would be for.
+fn earlier(all: &[Earlier], matches: &Match) -> Vec<EarlierAccept> {
+    let mut before: Vec<EarlierAccept> = Vec::new();
+    for Earlier { matches: earlier, within } in all {
+        if earlier.and(matches).never && !earlier.is_established() {
+            continue;
+        }
+        let is_sure = !earlier.is_narrowed() && !earlier.is_rated;
+        let kind = if within.is_some() || !is_sure {
+            if earlier.is_established() {
+                continue;
+            }
+            let rest = match within {
+                Some(count) => format!(" within {count} connections"),
+                None => String::new(),
+            };
+            let what = format!("what goes{earlier}{rest}");
+            EarlierAccept::Some { what, is_sure: is_sure && within.is_some() }
+        } else if earlier.is_loopback() {
+            EarlierAccept::Loopback
+        } else if earlier.is_established() {
+            EarlierAccept::Established
+        } else if earlier.states.is_some_and(|bits| bits & scope::STATE_NEW == 0) {
+            continue;
+        } else if earlier.is_for_everybody()
+            && earlier.asked.is_all()
+            && earlier.ipv4.is_none_or(|ipv4| matches.ipv4 == Some(ipv4))
+        {
+            EarlierAccept::Ports(earlier.ports.and(&matches.ports))
+        } else {
+            EarlierAccept::Some { what: format!("what goes{earlier}"), is_sure: true }
+        };
+        if !before.contains(&kind) {
+            before.push(kind);
+        }
+    }
+    before
+}
+
+fn limit(threshold: Threshold, by: &[Operand], dynamic: bool) -> Limit {
+    let Threshold { count, over } = threshold;
+    Limit { count, over, key: key(by), is_keyless: by.is_empty(), dynamic }
+}
+
+/// What is counted together.
+fn key(by: &[Operand]) -> Key {
+    let address = |value: &Operand| {
+        let of_source = match (value.field, value.length) {
+            (Field::Ip(12), 4) | (Field::Ip(8), 16) | (Field::CtSource(true), _) => true,
+            (Field::Ip(16), 4) | (Field::Ip(24), 16) => false,
+            _ => return None,
+        };
+        Some((of_source, value.prefix()?))
+    };
+    let is_port =
+        |value: &Operand| value.field == Field::Tcp(2) && value.length == 2 && value.is_plain();
+    let named = || Key::Other(by.iter().map(scope::words).collect::<Vec<_>>().join(" and "));
+    match by {
+        [] => Key::All,
+        [one] => match address(one) {
+            Some((_, 0)) => Key::All,
+            Some((true, prefix)) => Key::Source(prefix),
+            Some((false, prefix)) => Key::Destination(prefix),
+            None => named(),
+        },
+        [one, port] if is_port(port) => match address(one) {
+            Some((true, prefix)) => Key::SourceAndPort(prefix),
+            _ => named(),
+        },
+        _ => named(),
     }
 }
 
@@ -313,7 +611,7 @@ mod tests {
 
     #[test]
     fn rules_that_go_round_in_circles_have_an_end() {
-        let goto = "-A limits -p tcp -g limits\n".repeat(3);
+        let goto = "-A limits -p tcp -m mark --mark 1 -g limits\n".repeat(3);
         let text = format!(
             "*filter\n:INPUT DROP [0:0]\n:limits - [0:0]\n-A INPUT -g limits\n{goto}\
              -A limits -p tcp -m connlimit --connlimit-above 40 -j DROP\n"
@@ -324,13 +622,17 @@ mod tests {
     }
 
     #[test]
-    fn one_limit_on_many_paths_is_told_of_a_thousand_times_at_most() {
+    fn one_limit_on_many_paths_is_listed_a_thousand_times_at_most() {
         let mut text = "*filter\n:INPUT DROP [0:0]\n".to_owned();
         for level in 0..11 {
             let (from, to) = (["INPUT".to_owned(), format!("c{level}")], level + 1);
             let from = &from[usize::from(level > 0)];
-            let jump = |net| format!("-A {from} -s 10.{level}.{net}.0/24 -j c{to}\n");
-            text.push_str(&format!(":c{to} - [0:0]\n{}{}", jump(0), jump(1)));
+            let jump = |side, net| format!("-A {from} -{side} 10.{level}.{net}.0/24 -j c{to}\n");
+            text.push_str(&format!(
+                ":c{to} - [0:0]\n{}{}",
+                jump("m x ! -s", 0),
+                jump("m y ! -s", 1)
+            ));
         }
         text.push_str("-A c11 -p tcp -m connlimit --connlimit-above 40 -j DROP\n");
         let ruleset = Ruleset { chains: parse_saved(&text, Family::Ip), unread: Vec::new() };

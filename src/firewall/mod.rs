@@ -3,24 +3,31 @@
 //! nf_tables is asked by netlink, iptables-nft rules with it (their matches stand there as xt
 //! blobs, which `nft list ruleset` cannot show). Rules of the older iptables-legacy come from its
 //! own save program where the kernel has such tables. What cannot be read is said.
+//!
+//! Two questions are asked of them. [`limits`] lists the limits and what can be said of each.
+//! [`play`] takes one connection and plays its SYN through all rules: which limits count it.
 
+mod ask;
 mod iptables_save;
 pub mod limits;
 pub mod lists;
 mod nft;
+pub mod packet;
+pub mod play;
 mod ports;
-mod rule;
+pub mod rule;
+mod save_program;
+mod scope;
+pub mod set;
+pub mod value;
 mod xt;
 
-use std::fs;
-use std::process::{Command, Stdio};
-
 pub use iptables_save::parse as parse_saved;
+pub use limits::Key;
 pub use nft::chains as nft_chains;
 pub use ports::Ports;
-pub use rule::{
-    Base, Chain, Family, Key, Limit, Match, Outcome, Rule, STATE_ESTABLISHED, STATE_NEW,
-};
+pub use rule::{Base, Chain, Family, Outcome, Rule, Step, Test};
+pub use scope::{Match, STATE_ESTABLISHED, STATE_NEW};
 
 pub use crate::nftables::Hook;
 
@@ -41,27 +48,19 @@ impl Ruleset {
             Ok(chains) => all.chains = chains,
             Err(error) => all.unread.push(format!("nftables rules: {error}")),
         }
-        all.read_legacy("/proc/thread-self/net/ip_tables_names", "iptables", Family::Ip);
-        all.read_legacy("/proc/thread-self/net/ip6_tables_names", "ip6tables", Family::Ip6);
+        for family in [Family::Ip, Family::Ip6] {
+            match save_program::read(family, &[]) {
+                Ok(text) => all.chains.extend(text.iter().flat_map(|t| parse_saved(t, family))),
+                Err(what) => all.unread.push(what),
+            }
+        }
         all
     }
 
-    /// The save program reads only tables that exist, so it makes none.
-    fn read_legacy(&mut self, names: &str, tool: &str, family: Family) {
-        let tables = fs::read_to_string(names).unwrap_or_default();
-        if tables.trim().is_empty() {
-            return;
-        }
-        let program = format!("{tool}-legacy-save");
-        match Command::new(&program).stdin(Stdio::null()).stderr(Stdio::null()).output() {
-            Ok(output) if output.status.success() => {
-                self.chains.extend(parse_saved(&String::from_utf8_lossy(&output.stdout), family));
-            }
-            Ok(output) => self.unread.push(format!("legacy rules: {program}: {}", output.status)),
-            Err(error) => self.unread.push(format!(
-                "legacy rules in table {}: {program}: {error}; install iptables",
-                tables.split_whitespace().collect::<Vec<_>>().join(", ")
-            )),
-        }
+    /// A rule by the numbers of its chain and of itself: `ip filter INPUT rule 3`.
+    pub fn place(&self, chain: usize, rule: usize) -> Option<String> {
+        let chain = self.chains.get(chain)?;
+        let rule = chain.rules.get(rule)?;
+        Some(format!("{} {} {} rule {}", chain.family, chain.table, chain.name, rule.position))
     }
 }

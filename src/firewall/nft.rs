@@ -1,23 +1,24 @@
-//! Runs over the expressions of one nft rule as the kernel would, and keeps what they ask for.
+//! Reads what the expressions of nft rules mean.
 //!
-//! A small symbolic machine: `payload`, `meta` and `ct` load a field into a register, `bitwise`
-//! masks it, `cmp`, `range` and `lookup` test it. What it does not know only narrows the rule.
+//! `payload`, `meta` and `ct` load a value into registers, `bitwise` and `byteorder` change it,
+//! `cmp`, `range` and `lookup` test it. An expression that is not known leaves its answer open.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 
-use ipnet::IpNet;
 use netlink_sys::protocols::NETLINK_NETFILTER;
 
-use super::{Base, Chain, Family, Hook, Key, Limit, Match, Outcome, Ports, Rule, xt};
+use super::rule::{Adding, Counting, Threshold};
+use super::set::{Element, Set};
+use super::value::{Bits, Change, Field, Operand};
+use super::{Base, Chain, Family, Hook, Outcome, Rule, Step, Test, xt};
 use crate::error::{Op, Result};
 use crate::netlink::{Attributes, Connection, KernelSocket, Transport};
-use crate::nftables::dump::{self, RawSet, listed};
+use crate::nftables::dump::{self, RawChain, RawObject, RawSet, listed};
 use crate::nftables::uapi::*;
 
-/// So many different verdicts of one verdict map are followed.
-const VERDICTS: usize = 256;
-/// `LOOPBACK_IFINDEX`: the same in every namespace.
-const LOOPBACK_IFINDEX: u32 = 1;
+/// Elements of a set that are kept: 1 000 000 take some 200 MB.
+const ELEMENTS: usize = 262_144;
 
 /// The chains of the network namespace that the calling thread is in.
 pub(super) fn read() -> Result<Vec<Chain>> {
@@ -30,516 +31,570 @@ pub(super) fn read() -> Result<Vec<Chain>> {
 /// # Errors
 /// The kernel refused, or a message was lost or malformed.
 pub fn chains<T: Transport>(connection: &mut Connection<T>) -> Result<Vec<Chain>> {
-    let Some(raw) = dump::chains(connection)? else { return Ok(Vec::new()) };
-    let mut chains: Vec<Chain> = raw
-        .into_iter()
-        .map(|chain| Chain {
-            family: Family::from_kernel(chain.family),
-            table: chain.table,
-            name: chain.name,
-            base: chain.hook.and_then(|(hook, priority)| {
-                Some(Base { hook: Hook::from_kernel(hook)?, priority })
-            }),
-            rules: Vec::new(),
-        })
-        .collect();
+    let Some(tables) = dump::tables(connection)? else { return Ok(Vec::new()) };
+    let mut chains: Vec<Chain> = dump::chains(connection)?.into_iter().map(chain).collect();
+    for table in tables.iter().filter(|table| table.flags & NFT_TABLE_F_DORMANT != 0) {
+        let family = Family::from_kernel(table.family);
+        let of_table = |chain: &&mut Chain| chain.family == family && chain.table == table.name;
+        chains.iter_mut().filter(of_table).for_each(|chain| chain.is_dormant = true);
+    }
+    let mut places = HashMap::new();
+    for (at, chain) in chains.iter().enumerate() {
+        places.insert((chain.family, chain.table.clone(), chain.name.clone()), at);
+    }
     let declared = dump::sets(connection)?;
-    for rule in dump::rules(connection)? {
-        let owner = chains.iter_mut().find(|chain| {
-            chain.family == Family::from_kernel(rule.family)
-                && chain.table == rule.table
-                && chain.name == rule.chain
-        });
-        let Some(owner) = owner else { continue };
-        let mut sets = Sets {
-            connection: &mut *connection,
-            family: rule.family,
-            table: &rule.table,
-            declared: &declared,
+    let objects = dump::objects(connection)?;
+    let rules = dump::rules(connection)?;
+    let mut read: HashMap<(u8, String, String), Arc<Set>> = HashMap::new();
+    for rule in rules {
+        let family = Family::from_kernel(rule.family);
+        let place = places.get(&(family, rule.table.clone(), rule.chain));
+        let Some(owner) = place.and_then(|at| chains.get_mut(*at)) else { continue };
+        let mut machine = Machine {
+            registers: BTreeMap::new(),
+            steps: Vec::new(),
+            known: Known {
+                connection: &mut *connection,
+                family: rule.family,
+                table: &rule.table,
+                declared: &declared,
+                objects: &objects,
+                read: &mut read,
+            },
         };
-        let position = owner.rules.last().map_or(1, |rule| rule.position + 1);
-        let rules = rules(owner.family, Attributes(&rule.expressions), &mut sets)?;
-        owner.rules.extend(rules.into_iter().map(|rule| Rule { position, ..rule }));
+        for (kind, expression) in Attributes(&rule.expressions).iter() {
+            if kind == NFTA_LIST_ELEM {
+                machine.step(Attributes(expression))?;
+            }
+        }
+        let steps = machine.steps;
+        owner.rules.push(Rule { position: owner.rules.len() + 1, handle: rule.handle, steps });
     }
     Ok(chains)
 }
 
-/// A table's sets, of which a rule names one.
-struct Sets<'c, T> {
+fn chain(raw: RawChain) -> Chain {
+    let family = Family::from_kernel(raw.family);
+    let base = raw.hook.and_then(|(hook, priority)| {
+        // `enum nf_dev_hooks`: the first of them is ingress.
+        let hook = match family {
+            Family::Netdev if hook == 0 => Hook::Ingress,
+            Family::Netdev => return None,
+            _ => Hook::from_kernel(hook)?,
+        };
+        let (drops, is_nat) = (raw.policy == NF_DROP, raw.kind == "nat");
+        Some(Base { hook, priority, drops, is_nat, devices: raw.devices })
+    });
+    Chain::new(family, &raw.table, &raw.name, base)
+}
+
+/// What is known beside the rule: sets and objects of its table.
+struct Known<'c, T> {
     connection: &'c mut Connection<T>,
     family: u8,
     table: &'c str,
     declared: &'c [RawSet],
+    objects: &'c [RawObject],
+    read: &'c mut HashMap<(u8, String, String), Arc<Set>>,
 }
 
-impl<T: Transport> Sets<'_, T> {
-    fn elements(&mut self, set: &str) -> Result<Vec<Element>> {
-        let raw = dump::elements(self.connection, self.family, self.table, set)?;
-        Ok(raw.iter().map(|element| Element::decode(element)).collect())
-    }
-
+impl<T: Transport> Known<'_, T> {
     fn declared(&self, set: &str) -> Option<&RawSet> {
         self.declared.iter().find(|known| {
             known.family == self.family && known.table == self.table && known.name == set
         })
     }
+
+    fn object(&self, kind: Option<u32>, name: &str) -> Option<&RawObject> {
+        self.objects.iter().find(|known| {
+            known.family == self.family
+                && known.table == self.table
+                && known.name == name
+                && kind.is_none_or(|kind| kind == known.kind)
+        })
+    }
+
+    fn set(&mut self, name: &str) -> Result<Arc<Set>> {
+        let key = (self.family, self.table.to_owned(), name.to_owned());
+        if let Some(set) = self.read.get(&key) {
+            return Ok(Arc::clone(set));
+        }
+        let raw = dump::elements(self.connection, self.family, self.table, name)?;
+        let set = self.build(name, &raw);
+        let set = Arc::new(set);
+        self.read.insert(key, Arc::clone(&set));
+        Ok(set)
+    }
+
+    fn build(&self, name: &str, raw: &[Vec<u8>]) -> Set {
+        let declared = self.declared(name);
+        // `__set0` and `__map0` are sets that rules carry themselves.
+        let shown = if name.starts_with("__") { "" } else { name };
+        let mut all: Vec<Piece> = raw.iter().take(ELEMENTS).map(|e| piece(e)).collect();
+        let otherwise = all.iter().position(|piece| piece.is_catchall);
+        let otherwise = otherwise.map(|at| all.swap_remove(at).element);
+        let flags = declared.map_or(0, |set| set.flags);
+        let is_interval = flags & NFT_SET_INTERVAL != 0 && flags & NFT_SET_CONCAT == 0;
+        let elements =
+            if is_interval { intervals(all) } else { all.into_iter().map(|p| p.element).collect() };
+        let unread = (raw.len() > ELEMENTS)
+            .then(|| format!("set {name} has {} elements: not read", raw.len()));
+        Set::new(shown, elements, otherwise)
+            .numbered(declared.map_or(0, |set| set.handle))
+            .with_room(declared.and_then(|set| set.size).filter(|_| flags & NFT_SET_EVAL != 0))
+            .or_unread(unread)
+    }
 }
 
-/// What a register holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Field {
-    Protocol,
-    NetworkProtocol,
-    EtherType,
-    InterfaceName,
-    InterfaceIndex,
-    Port,
-    TcpFlags,
-    State,
-    /// Source address, so many bytes from its start; IPv4 or not.
-    Source(bool, u32),
-    Destination(bool, u32),
-    Unknown,
+/// An element as it is listed: of an interval, its start or its end.
+struct Piece {
+    element: Element,
+    is_end: bool,
+    is_catchall: bool,
 }
 
-#[derive(Clone, Debug)]
-struct Register {
-    field: Field,
-    mask: Option<Vec<u8>>,
+fn piece(nested: &[u8]) -> Piece {
+    let attributes = Attributes(nested);
+    let value =
+        |kind| attributes.nest(kind).and_then(|key: Attributes<'_>| key.value(NFTA_DATA_VALUE));
+    let flags = attributes.number(NFTA_SET_ELEM_FLAGS).unwrap_or(0);
+    let verdict = attributes
+        .nest(NFTA_SET_ELEM_DATA)
+        .and_then(|data| data.nest(NFTA_DATA_VERDICT))
+        .and_then(verdict);
+    let one = || attributes.value(NFTA_SET_ELEM_EXPR).map(listed);
+    let several = attributes.value(NFTA_SET_ELEM_EXPRESSIONS).map(<[u8]>::to_vec);
+    let expressions = Expressions::of(&several.or_else(one).unwrap_or_default());
+    let element = Element {
+        key: value(NFTA_SET_ELEM_KEY).unwrap_or_default().to_vec(),
+        end: value(NFTA_SET_ELEM_KEY_END).map(<[u8]>::to_vec),
+        verdict,
+        limit: expressions.limit,
+        is_sometimes: expressions.is_sometimes,
+        object: attributes.text(NFTA_SET_ELEM_OBJREF),
+    };
+    Piece {
+        element,
+        is_end: flags & NFT_SET_ELEM_INTERVAL_END != 0,
+        is_catchall: flags & NFT_SET_ELEM_CATCHALL != 0,
+    }
 }
 
-/// How a value is compared.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Test {
-    Equal,
-    Not,
-    AtMost,
-    AtLeast,
-}
-
-/// An element of a set or map.
-#[derive(Clone, Debug)]
-struct Element {
-    key: Vec<u8>,
-    ends: bool,
-    verdict: Option<Outcome>,
-}
-
-impl Element {
-    fn decode(nested: &[u8]) -> Self {
-        let element = Attributes(nested);
-        let key = element.nest(NFTA_SET_ELEM_KEY).and_then(|key| key.value(NFTA_DATA_VALUE));
-        let flags = element.number(NFTA_SET_ELEM_FLAGS).unwrap_or(0);
-        let verdict = element
-            .nest(NFTA_SET_ELEM_DATA)
-            .and_then(|data| data.nest(NFTA_DATA_VERDICT))
-            .and_then(verdict);
-        Self {
-            key: key.unwrap_or_default().to_vec(),
-            ends: flags & NFT_SET_ELEM_INTERVAL_END != 0,
-            verdict,
+/// Starts and (excluded) ends, in any order, as ranges.
+fn intervals(mut all: Vec<Piece>) -> Vec<Element> {
+    // Where one ends and the next begins the end comes first.
+    all.sort_by(|a, b| (&a.element.key, !a.is_end).cmp(&(&b.element.key, !b.is_end)));
+    let mut ranges: Vec<Element> = Vec::new();
+    let mut open = false;
+    for piece in all {
+        if piece.is_end {
+            if let Some(range) = ranges.last_mut().filter(|_| open) {
+                range.end = before(&piece.element.key);
+            }
+            open = false;
+        } else {
+            // Without an end it goes on to the greatest value.
+            let end = vec![0xff; piece.element.key.len()];
+            ranges.push(Element { end: Some(end), ..piece.element });
+            open = true;
         }
     }
+    ranges
 }
 
-/// The expressions of one rule; a verdict map makes several rules of it.
-fn rules<T: Transport>(
-    family: Family,
-    list: Attributes<'_>,
-    sets: &mut Sets<'_, T>,
-) -> Result<Vec<Rule>> {
-    let mut machine = Machine::new(family, sets);
-    for (kind, expression) in list.iter() {
-        if kind == NFTA_LIST_ELEM {
-            machine.step(Attributes(expression))?;
+/// The number before this one.
+fn before(key: &[u8]) -> Option<Vec<u8>> {
+    let bits = Bits::of(key);
+    Bits::number(bits.value()?.checked_sub(1)?, bits.length()).bytes()
+}
+
+/// What the expressions of an element, or of a set's declaration, do.
+#[derive(Default)]
+struct Expressions {
+    limit: Option<Threshold>,
+    is_sometimes: bool,
+}
+
+impl Expressions {
+    fn of(list: &[u8]) -> Self {
+        let mut all = Self::default();
+        for (_, value) in Attributes(list).iter() {
+            let expression = Attributes(value);
+            let data = expression.nest(NFTA_EXPR_DATA).unwrap_or(Attributes(&[]));
+            match expression.text(NFTA_EXPR_NAME).as_deref() {
+                Some("connlimit") => all.limit = Some(connlimit(data)),
+                Some("counter" | "last") | None => {}
+                Some(_) => all.is_sometimes = true,
+            }
         }
+        all
     }
-    let mut rules = machine.mapped;
-    // A map that had no key for the packet lets it go on.
-    if rules.is_empty() || machine.rule.outcome != Outcome::Continue || machine.rule.limit.is_some()
-    {
-        rules.push(machine.rule);
-    }
-    Ok(rules)
 }
 
-struct Machine<'s, 'c, T> {
-    registers: HashMap<u32, Register>,
-    rule: Rule,
-    mapped: Vec<Rule>,
-    sets: &'s mut Sets<'c, T>,
+struct Machine<'c, T> {
+    /// By their first 4-byte slot.
+    registers: BTreeMap<u32, Operand>,
+    steps: Vec<Step>,
+    known: Known<'c, T>,
 }
 
-impl<'s, 'c, T: Transport> Machine<'s, 'c, T> {
-    fn new(family: Family, sets: &'s mut Sets<'c, T>) -> Self {
-        let mut rule = Rule::default();
-        rule.matches.ipv4 = match family {
-            Family::Ip => Some(true),
-            Family::Ip6 => Some(false),
-            _ => None,
-        };
-        Self { registers: HashMap::new(), rule, mapped: Vec::new(), sets }
-    }
-
+impl<T: Transport> Machine<'_, T> {
     fn step(&mut self, expression: Attributes<'_>) -> Result<()> {
         let name = expression.text(NFTA_EXPR_NAME).unwrap_or_default();
         let data = expression.nest(NFTA_EXPR_DATA).unwrap_or(Attributes(&[]));
         match name.as_str() {
-            "payload" => self.load(data, NFTA_PAYLOAD_DREG, payload(data)),
-            "meta" => self.load(data, NFTA_META_DREG, meta(data)),
-            "ct" => self.load(data, NFTA_CT_DREG, ct(data)),
+            "payload" => self.load(data.number(NFTA_PAYLOAD_DREG), payload(data)),
+            "meta" => self.meta(data),
+            "ct" => self.ct(data),
+            "fib" => self.load(data.number(NFTA_FIB_DREG), fib(data)),
             "bitwise" => self.bitwise(data),
+            "byteorder" => self.byteorder(data),
             "cmp" => self.cmp(data),
             "range" => self.range(data),
-            "lookup" => return self.lookup(data),
+            "lookup" => self.lookup(data)?,
             "immediate" => self.immediate(data),
-            "connlimit" => self.rule.limit = Some(connlimit(data, Key::All, false)),
-            "dynset" => self.dynset(data),
-            "match" => self.xt_match(data),
-            "target" => self.xt_target(data),
-            "reject" => self.rule.outcome = Outcome::Reject,
-            "notrack" => self.rule.outcome = Outcome::Notrack,
-            "synproxy" => self.rule.outcome = Outcome::Synproxy,
-            "nat" | "masq" | "redir" | "tproxy" | "queue" => self.rule.outcome = Outcome::Accept,
-            "counter" | "log" | "dup" | "fwd" | "objref" | "last" | "quota" => {}
-            // A rate, a socket look-up, a route: true for some packets.
+            "connlimit" => {
+                self.steps.push(Step::Count(Counting { limit: connlimit(data), by: Vec::new() }));
+            }
+            "dynset" => self.dynset(data)?,
+            "objref" => self.object(data)?,
+            "match" => self.steps.extend(xt::matches(
+                &data.text(NFTA_MATCH_NAME).unwrap_or_default(),
+                data.value(NFTA_MATCH_INFO).unwrap_or_default(),
+                self.known.family == NFPROTO_IPV4,
+            )),
+            "target" => self.steps.extend(xt::target(
+                &data.text(NFTA_TARGET_NAME).unwrap_or_default(),
+                data.value(NFTA_TARGET_INFO).unwrap_or_default(),
+            )),
+            "reject" => self.ends(Outcome::Reject),
+            "notrack" => self.steps.push(Step::Notrack),
+            "synproxy" => self.ends(Outcome::Synproxy),
+            "queue" => self.ends(Outcome::Queue),
+            "nat" | "masq" | "redir" => self.ends(Outcome::Accept),
+            "limit" | "quota" => self.ask(Test::Rate(name)),
+            "counter" | "log" | "dup" | "last" | "tproxy" | "flow_offload" => {}
+            // A socket look-up, a route, an option: they load a value, all in attribute 1.
             _ => {
-                self.load(data, NFTA_META_DREG, Field::Unknown);
-                self.rule.matches.narrowed |= matches!(name.as_str(), "limit" | "inner" | "exthdr");
+                self.load(data.number(NFTA_META_DREG), unknown(4));
+                if !LOADS.contains(&name.as_str()) {
+                    self.ask(Test::Unclear(name));
+                }
             }
         }
         Ok(())
     }
 
-    /// `destination` is the attribute number of the register; without one something is *set*.
-    fn load(&mut self, data: Attributes<'_>, destination: u16, field: Field) {
-        if let Some(register) = data.number(destination) {
-            self.registers.insert(slot(register), Register { field, mask: None });
+    fn ask(&mut self, test: Test) {
+        self.steps.push(Step::Test(test));
+    }
+
+    fn ends(&mut self, outcome: Outcome) {
+        self.steps.push(Step::Verdict(outcome));
+    }
+
+    fn load(&mut self, destination: Option<u32>, value: Operand) {
+        let Some(first) = destination.map(slot) else { return };
+        let end = first + value.length.div_ceil(4).max(1);
+        // What was there is overwritten, what overlaps is lost.
+        self.registers
+            .retain(|at, old| *at >= end || at.saturating_add(old.length.div_ceil(4)) <= first);
+        self.registers.insert(first, value);
+    }
+
+    /// The value in the registers from `register` on, `length` bytes.
+    fn value(&self, register: Option<u32>, length: u32) -> Operand {
+        match self.values(register, length).as_slice() {
+            [one] => one.clone(),
+            _ => unknown(length),
         }
     }
 
-    fn register(&self, data: Attributes<'_>, source: u16) -> Register {
-        let number = data.number(source).map(slot).unwrap_or_default();
-        let unknown = Register { field: Field::Unknown, mask: None };
-        self.registers.get(&number).cloned().unwrap_or(unknown)
+    /// The same, field by field.
+    fn values(&self, register: Option<u32>, length: u32) -> Vec<Operand> {
+        let mut at = register.map(slot).unwrap_or(u32::MAX / 2);
+        let end = at.saturating_add(length.div_ceil(4));
+        let mut all = Vec::new();
+        while at < end {
+            let value = self.registers.get(&at).cloned().unwrap_or_else(|| unknown(4));
+            at = at.saturating_add(value.length.div_ceil(4).max(1));
+            all.push(value);
+        }
+        all
+    }
+
+    fn meta(&mut self, data: Attributes<'_>) {
+        let key = data.number(NFTA_META_KEY);
+        if data.number(NFTA_META_SREG).is_some() {
+            if key == Some(NFT_META_MARK) {
+                let value = self.value(data.number(NFTA_META_SREG), 4);
+                self.steps.push(Step::SetMark(Some(value)));
+            }
+            return;
+        }
+        let value = match key {
+            Some(NFT_META_PROTOCOL) => Operand::plain(Field::EtherType, 2),
+            Some(NFT_META_MARK) => Operand::plain(Field::Mark, 4),
+            Some(NFT_META_IIF) => Operand::plain(Field::InterfaceIndex, 4),
+            Some(NFT_META_IIFNAME) => Operand::plain(Field::InterfaceName, 16),
+            Some(NFT_META_OIFNAME) => unknown(16),
+            Some(NFT_META_NFPROTO) => Operand::plain(Field::NfProto, 1),
+            Some(NFT_META_L4PROTO) => Operand::plain(Field::L4Proto, 1),
+            // PACKET_HOST: what is for this host, or routed by it.
+            Some(NFT_META_PKTTYPE) => Operand::plain(Field::Constant(0), 1),
+            _ => unknown(4),
+        };
+        self.load(data.number(NFTA_META_DREG), value);
+    }
+
+    fn ct(&mut self, data: Attributes<'_>) {
+        let key = data.number(NFTA_CT_KEY);
+        if let Some(source) = data.number(NFTA_CT_SREG) {
+            if key == Some(NFT_CT_MARK) {
+                let value = self.value(Some(source), 4);
+                self.steps.push(Step::SetCtMark(Some(value)));
+            }
+            return;
+        }
+        let original = data.value(NFTA_CT_DIRECTION).and_then(|d| d.first()) == Some(&0);
+        let value = match key {
+            Some(NFT_CT_STATE) => Operand::plain(Field::CtState, 4),
+            Some(NFT_CT_MARK) => Operand::plain(Field::CtMark, 4),
+            Some(NFT_CT_DIRECTION) => Operand::plain(Field::CtDirection, 1),
+            Some(NFT_CT_L3PROTOCOL) => Operand::plain(Field::NfProto, 1),
+            Some(NFT_CT_PROTOCOL) => Operand::plain(Field::L4Proto, 1),
+            Some(NFT_CT_PROTO_SRC) => Operand::plain(Field::CtSourcePort(original), 2),
+            Some(NFT_CT_PROTO_DST) => Operand::plain(Field::CtDestinationPort(original), 2),
+            Some(NFT_CT_SRC_IP) => Operand::plain(Field::CtSource(original), 4),
+            Some(NFT_CT_DST_IP) => Operand::plain(Field::CtDestination(original), 4),
+            Some(NFT_CT_SRC_IP6) => Operand::plain(Field::CtSource(original), 16),
+            Some(NFT_CT_DST_IP6) => Operand::plain(Field::CtDestination(original), 16),
+            _ => unknown(4),
+        };
+        self.load(data.number(NFTA_CT_DREG), value);
     }
 
     fn bitwise(&mut self, data: Attributes<'_>) {
-        let mut register = self.register(data, NFTA_BITWISE_SREG);
-        let mask = data.nest(NFTA_BITWISE_MASK).and_then(|mask| mask.value(NFTA_DATA_VALUE));
-        match (mask, data.number(NFTA_BITWISE_OP).unwrap_or(NFT_BITWISE_BOOL)) {
-            (Some(mask), NFT_BITWISE_BOOL) if register.mask.is_none() => {
-                register.mask = Some(mask.to_vec());
-            }
-            _ => register.field = Field::Unknown,
-        }
-        if let Some(destination) = data.number(NFTA_BITWISE_DREG) {
-            self.registers.insert(slot(destination), register);
-        }
+        let length = data.number(NFTA_BITWISE_LEN).unwrap_or(4);
+        let mut value = self.value(data.number(NFTA_BITWISE_SREG), length);
+        let bits = |kind| {
+            let bytes =
+                data.nest(kind).and_then(|nest: Attributes<'_>| nest.value(NFTA_DATA_VALUE))?;
+            Bits::of(bytes).value()
+        };
+        let change = match data.number(NFTA_BITWISE_OP).unwrap_or(NFT_BITWISE_BOOL) {
+            NFT_BITWISE_BOOL if length <= 16 => bits(NFTA_BITWISE_MASK)
+                .map(|mask| Change::Mask(mask, bits(NFTA_BITWISE_XOR).unwrap_or(0))),
+            _ => None,
+        };
+        value.changes.push(change.unwrap_or(Change::Lost));
+        self.load(data.number(NFTA_BITWISE_DREG), value);
+    }
+
+    fn byteorder(&mut self, data: Attributes<'_>) {
+        let length = data.number(NFTA_BYTEORDER_LEN).unwrap_or(4);
+        let mut value = self.value(data.number(NFTA_BYTEORDER_SREG), length);
+        let is_whole = data.number(NFTA_BYTEORDER_SIZE) == Some(length);
+        let change = match cfg!(target_endian = "little") {
+            true if is_whole => Change::Swap,
+            true => Change::Lost,
+            false => Change::Mask(u128::MAX, 0),
+        };
+        value.changes.push(change);
+        self.load(data.number(NFTA_BYTEORDER_DREG), value);
     }
 
     fn cmp(&mut self, data: Attributes<'_>) {
-        let register = self.register(data, NFTA_CMP_SREG);
-        let value = data.nest(NFTA_CMP_DATA).and_then(|value| value.value(NFTA_DATA_VALUE));
-        let test = match data.number(NFTA_CMP_OP) {
-            Some(NFT_CMP_EQ) => Test::Equal,
-            Some(NFT_CMP_NEQ) => Test::Not,
-            Some(NFT_CMP_LTE) => Test::AtMost,
-            Some(NFT_CMP_GTE) => Test::AtLeast,
-            _ => return self.rule.matches.narrowed = true,
+        let bytes = data.nest(NFTA_CMP_DATA).and_then(|value| value.value(NFTA_DATA_VALUE));
+        let bytes = bytes.unwrap_or_default();
+        let with = Bits::of(bytes);
+        let value = self.value(data.number(NFTA_CMP_SREG), with.length());
+        let Some(number) = with.value().filter(|_| bytes.len() <= 16) else {
+            return self.ask(Test::Unclear("cmp".to_owned()));
         };
-        let found = condition(&register, test, value.unwrap_or_default());
-        self.rule.matches = self.rule.matches.and(&found);
+        let to = |number| Bits::number(number, with.length());
+        let most = Bits::number(u128::MAX, with.length());
+        let range = match data.number(NFTA_CMP_OP) {
+            Some(NFT_CMP_EQ) => Some((with, with, true)),
+            Some(NFT_CMP_NEQ) => Some((with, with, false)),
+            Some(NFT_CMP_LTE) => Some((to(0), with, true)),
+            Some(NFT_CMP_GTE) => Some((with, most, true)),
+            Some(NFT_CMP_LT) => number.checked_sub(1).map(|last| (to(0), to(last), true)),
+            Some(NFT_CMP_GT) => Some((to(0), with, false)),
+            _ => return self.ask(Test::Unclear("cmp".to_owned())),
+        };
+        self.ask(match range {
+            Some((from, to, is)) => Test::Within { value, from, to, is },
+            None => Test::Never,
+        });
     }
 
     fn range(&mut self, data: Attributes<'_>) {
-        let end = |kind| data.nest(kind).and_then(|v| v.value(NFTA_DATA_VALUE)).and_then(port);
-        let (Field::Port, Some(from), Some(to)) = (
-            self.register(data, NFTA_RANGE_SREG).field,
-            end(NFTA_RANGE_FROM_DATA),
-            end(NFTA_RANGE_TO_DATA),
-        ) else {
-            self.rule.matches.narrowed = true;
-            return;
+        let end = |kind| {
+            data.nest(kind).and_then(|v: Attributes<'_>| v.value(NFTA_DATA_VALUE)).map(Bits::of)
         };
-        let ports = Ports::of([(from, to)]);
-        let ports =
-            if data.number(NFTA_RANGE_OP) == Some(NFT_RANGE_NEQ) { ports.not() } else { ports };
-        self.rule.matches.ports = self.rule.matches.ports.and(&ports);
+        let (Some(from), Some(to)) = (end(NFTA_RANGE_FROM_DATA), end(NFTA_RANGE_TO_DATA)) else {
+            return self.ask(Test::Unclear("range".to_owned()));
+        };
+        let value = self.value(data.number(NFTA_RANGE_SREG), from.length());
+        let is = data.number(NFTA_RANGE_OP) != Some(NFT_RANGE_NEQ);
+        self.ask(Test::Within { value, from, to, is });
     }
 
     fn lookup(&mut self, data: Attributes<'_>) -> Result<()> {
-        let register = self.register(data, NFTA_LOOKUP_SREG);
-        let to_verdict = data.number(NFTA_LOOKUP_DREG) == Some(NFT_REG_VERDICT);
-        let known = matches!(
-            register.field,
-            Field::Port
-                | Field::State
-                | Field::InterfaceName
-                | Field::InterfaceIndex
-                | Field::Protocol
-        ) && register.mask.is_none();
-        if let Some(destination) =
-            data.number(NFTA_LOOKUP_DREG).filter(|number| *number != NFT_REG_VERDICT)
-        {
-            let unknown = Register { field: Field::Unknown, mask: None };
-            self.registers.insert(slot(destination), unknown);
+        let name = data.text(NFTA_LOOKUP_SET).unwrap_or_default();
+        let set = self.known.set(&name)?;
+        let length = self.known.declared(&name).map_or(4, |set| set.key_length);
+        let values = self.values(data.number(NFTA_LOOKUP_SREG), length);
+        match data.number(NFTA_LOOKUP_DREG) {
+            Some(NFT_REG_VERDICT) => self.steps.push(Step::Map(values, set)),
+            destination => {
+                let is = data.number(NFTA_LOOKUP_FLAGS).unwrap_or(0) & NFT_LOOKUP_F_INV == 0;
+                self.ask(Test::In { values, set, is });
+                self.load(destination, unknown(16));
+            }
         }
-        if !known && !to_verdict {
-            self.rule.matches.narrowed = true;
-            return Ok(());
-        }
-        let elements = match data.text(NFTA_LOOKUP_SET) {
-            Some(set) => self.sets.elements(&set)?,
-            None => Vec::new(),
-        };
-        if to_verdict {
-            self.map(&register, &elements);
-            return Ok(());
-        }
-        let inverse = data.number(NFTA_LOOKUP_FLAGS).unwrap_or(0) & NFT_LOOKUP_F_INV != 0;
-        let found = members(&register, &elements, inverse);
-        self.rule.matches = self.rule.matches.and(&found);
         Ok(())
     }
 
-    fn map(&mut self, register: &Register, elements: &[Element]) {
-        let mut keyed = elements.to_vec();
-        keyed.sort_by(|a, b| a.key.cmp(&b.key));
-        for (index, element) in keyed.iter().enumerate() {
-            let Some(outcome) = element.verdict.clone().filter(|_| !element.ends) else { continue };
-            let end = keyed.get(index + 1).filter(|next| next.ends).cloned();
-            let pair: Vec<Element> = std::iter::once(element.clone()).chain(end).collect();
-            let matches = self.rule.matches.and(&members(register, &pair, false));
-            let rule = Rule { position: 0, matches, outcome, limit: self.rule.limit };
-            if self.mapped.len() < VERDICTS && !self.mapped.contains(&rule) {
-                self.mapped.push(rule);
-            }
-        }
-    }
-
     fn immediate(&mut self, data: Attributes<'_>) {
+        let nest = data.nest(NFTA_IMMEDIATE_DATA).unwrap_or(Attributes(&[]));
         if data.number(NFTA_IMMEDIATE_DREG) == Some(NFT_REG_VERDICT) {
-            let verdict = data
-                .nest(NFTA_IMMEDIATE_DATA)
-                .and_then(|value| value.nest(NFTA_DATA_VERDICT))
-                .and_then(verdict);
-            self.rule.outcome = verdict.unwrap_or_default();
-        } else {
-            self.load(data, NFTA_IMMEDIATE_DREG, Field::Unknown);
+            let verdict = nest.nest(NFTA_DATA_VERDICT).and_then(verdict);
+            self.ends(verdict.unwrap_or_default());
+            return;
         }
+        let bits = Bits::of(nest.value(NFTA_DATA_VALUE).unwrap_or_default());
+        let value = match bits.value() {
+            Some(number) => Operand::plain(Field::Constant(number), bits.length()),
+            None => unknown(bits.length()),
+        };
+        self.load(data.number(NFTA_IMMEDIATE_DREG), value);
     }
 
-    fn dynset(&mut self, data: Attributes<'_>) {
-        let set = data.text(NFTA_DYNSET_SET_NAME).unwrap_or_default();
-        let declared = self.sets.declared(&set);
+    fn dynset(&mut self, data: Attributes<'_>) -> Result<()> {
+        let name = data.text(NFTA_DYNSET_SET_NAME).unwrap_or_default();
+        let set = self.known.set(&name)?;
+        let declared = self.known.declared(&name);
         let several = data.value(NFTA_DYNSET_EXPRESSIONS).map(<[u8]>::to_vec);
         let list = several
             .or_else(|| data.value(NFTA_DYNSET_EXPR).map(listed))
             .or_else(|| declared.map(|set| set.expressions.clone()))
             .unwrap_or_default();
-        let length = declared.map_or(0, |set| set.key_length);
-        let counting = Attributes(&list)
-            .iter()
-            .map(|(_, value)| Attributes(value))
-            .find(|expression| expression.text(NFTA_EXPR_NAME).as_deref() == Some("connlimit"));
-        if let Some(data_of) = counting.and_then(|expression| expression.nest(NFTA_EXPR_DATA)) {
-            let key =
-                self.key(data.number(NFTA_DYNSET_SREG_KEY).map(slot).unwrap_or_default(), length);
-            self.rule.limit = Some(connlimit(data_of, key, true));
+        let length = declared.map_or(4, |set| set.key_length);
+        if data.number(NFTA_DYNSET_OP) == Some(NFT_DYNSET_OP_DELETE) {
+            self.steps.push(Step::Remove(set));
+            return Ok(());
         }
+        let Expressions { limit, is_sometimes } = Expressions::of(&list);
+        let by = self.values(data.number(NFTA_DYNSET_SREG_KEY), length);
+        self.steps.push(Step::Add(Adding { by, set, limit, is_sometimes }));
+        if data.number(NFTA_DYNSET_FLAGS).unwrap_or(0) & NFT_DYNSET_F_INV != 0 {
+            self.ask(Test::Unclear(format!("! add @{name}")));
+        }
+        Ok(())
     }
 
-    /// What a set key of `length` bytes from register slot `first` on says.
-    fn key(&self, first: u32, length: u32) -> Key {
-        let Some(Register { field: Field::Source(_, bytes), mask }) = self.registers.get(&first)
-        else {
-            return match self.registers.get(&first) {
-                Some(Register { field: Field::Destination(_, bytes), mask }) => {
-                    Key::Destination(prefix(mask.as_deref(), *bytes))
+    /// A named object, or the one that a map names.
+    fn object(&mut self, data: Attributes<'_>) -> Result<()> {
+        if let Some(name) = data.text(NFTA_OBJREF_IMM_NAME) {
+            let found = self.known.object(data.number(NFTA_OBJREF_IMM_TYPE), &name).cloned();
+            self.steps.extend(found.and_then(|object| used(&object)));
+            return Ok(());
+        }
+        let name = data.text(NFTA_OBJREF_SET_NAME).unwrap_or_default();
+        let set = self.known.set(&name)?;
+        let length = self.known.declared(&name).map_or(4, |set| set.key_length);
+        let values = self.values(data.number(NFTA_OBJREF_SET_SREG), length);
+        let named = set.elements().iter().filter_map(|element| element.object.as_deref());
+        let found = named.filter_map(|name| self.known.object(None, name));
+        let kinds: Vec<Step> = found.filter_map(used).collect();
+        if kinds.contains(&Step::Verdict(Outcome::Synproxy)) {
+            // All objects of one map are of one kind.
+            let verdict = Some(Outcome::Synproxy);
+            let elements = set.elements().iter();
+            let all = elements.map(|e| Element { verdict: verdict.clone(), ..e.clone() }).collect();
+            let map = Set::new(&set.name, all, None).numbered(set.handle);
+            self.steps.push(Step::Map(values, Arc::new(map)));
+        } else if kinds.is_empty() {
+            self.ask(Test::In { values, set, is: true });
+        } else {
+            let counts = set.elements().iter().cloned().map(|element| {
+                let object = element.object.as_deref();
+                let step = object.and_then(|name| self.known.object(None, name)).and_then(used);
+                match step {
+                    Some(Step::Count(counting)) => {
+                        Element { limit: Some(counting.limit), ..element }
+                    }
+                    Some(_) => Element { is_sometimes: true, ..element },
+                    None => element,
                 }
-                _ => Key::Other,
-            };
-        };
-        let source = prefix(mask.as_deref(), *bytes);
-        let next = self.registers.get(&(first + bytes.div_ceil(4))).map(|register| register.field);
-        match length {
-            length if length <= bytes.next_multiple_of(4) => Key::Source(source),
-            _ if next == Some(Field::Port) => Key::SourceAndPort(source),
-            _ => Key::Other,
+            });
+            let all: Vec<_> = counts.collect();
+            let set = Set::new(&set.name, all, None).numbered(set.handle);
+            self.ask(Test::In { values, set: Arc::new(set), is: true });
         }
-    }
-
-    fn xt_match(&mut self, data: Attributes<'_>) {
-        let name = data.text(NFTA_MATCH_NAME).unwrap_or_default();
-        let ipv4 = self.rule.matches.ipv4 != Some(false);
-        match xt::matches(&name, data.value(NFTA_MATCH_INFO).unwrap_or_default(), ipv4) {
-            xt::Found::Match(found) => self.rule.matches = self.rule.matches.and(&found),
-            xt::Found::Limit(limit) => self.rule.limit = Some(limit),
-        }
-    }
-
-    fn xt_target(&mut self, data: Attributes<'_>) {
-        let name = data.text(NFTA_TARGET_NAME).unwrap_or_default();
-        self.rule.outcome = xt::target(&name, data.value(NFTA_TARGET_INFO).unwrap_or_default());
+        Ok(())
     }
 }
 
-fn connlimit(data: Attributes<'_>, key: Key, dynamic: bool) -> Limit {
+/// What a rule does that uses an object: counters and helpers do nothing to the packet's way.
+fn used(object: &RawObject) -> Option<Step> {
+    let data = Attributes(&object.data);
+    match object.kind {
+        NFT_OBJECT_LIMIT => Some(Step::Test(Test::Rate(format!("limit name {}", object.name)))),
+        NFT_OBJECT_QUOTA => Some(Step::Test(Test::Rate(format!("quota name {}", object.name)))),
+        NFT_OBJECT_CONNLIMIT => {
+            Some(Step::Count(Counting { limit: connlimit(data), by: Vec::new() }))
+        }
+        NFT_OBJECT_SYNPROXY => Some(Step::Verdict(Outcome::Synproxy)),
+        _ => None,
+    }
+}
+
+/// Expressions that load a value and ask nothing.
+const LOADS: [&str; 9] =
+    ["exthdr", "hash", "numgen", "osf", "rt", "socket", "tunnel", "xfrm", "inner"];
+
+fn unknown(length: u32) -> Operand {
+    Operand::plain(Field::Unknown, length)
+}
+
+fn connlimit(data: Attributes<'_>) -> Threshold {
     let over = data.number(NFTA_CONNLIMIT_FLAGS).unwrap_or(0) & NFT_CONNLIMIT_F_INV != 0;
-    Limit { count: data.number(NFTA_CONNLIMIT_COUNT).unwrap_or(0), over, key, dynamic }
+    Threshold { count: data.number(NFTA_CONNLIMIT_COUNT).unwrap_or(0), over }
 }
 
-fn payload(data: Attributes<'_>) -> Field {
-    let (Some(base), Some(offset), Some(length)) = (
-        data.number(NFTA_PAYLOAD_BASE),
-        data.number(NFTA_PAYLOAD_OFFSET),
-        data.number(NFTA_PAYLOAD_LEN),
-    ) else {
-        return Field::Unknown;
-    };
-    match (base, offset, length) {
-        (NFT_PAYLOAD_TRANSPORT_HEADER, 2, 2) => Field::Port,
-        (NFT_PAYLOAD_TRANSPORT_HEADER, 13, 1) => Field::TcpFlags,
-        (NFT_PAYLOAD_NETWORK_HEADER, 9, 1) | (NFT_PAYLOAD_NETWORK_HEADER, 6, 1) => Field::Protocol,
-        (NFT_PAYLOAD_NETWORK_HEADER, 12, 1..=4) => Field::Source(true, length),
-        (NFT_PAYLOAD_NETWORK_HEADER, 16, 1..=4) => Field::Destination(true, length),
-        (NFT_PAYLOAD_NETWORK_HEADER, 8, 1..=16) => Field::Source(false, length),
-        (NFT_PAYLOAD_NETWORK_HEADER, 24, 1..=16) => Field::Destination(false, length),
-        _ => Field::Unknown,
+fn payload(data: Attributes<'_>) -> Operand {
+    let length = data.number(NFTA_PAYLOAD_LEN).unwrap_or(4).min(16);
+    let offset = data.number(NFTA_PAYLOAD_OFFSET).unwrap_or(u32::MAX);
+    match data.number(NFTA_PAYLOAD_BASE) {
+        Some(NFT_PAYLOAD_NETWORK_HEADER) => Operand::plain(Field::Ip(offset), length),
+        Some(NFT_PAYLOAD_TRANSPORT_HEADER) => Operand::plain(Field::Tcp(offset), length),
+        _ => unknown(length),
     }
 }
 
-fn meta(data: Attributes<'_>) -> Field {
-    match data.number(NFTA_META_KEY) {
-        Some(NFT_META_PROTOCOL) => Field::EtherType,
-        Some(NFT_META_IIF) => Field::InterfaceIndex,
-        Some(NFT_META_IIFNAME) => Field::InterfaceName,
-        Some(NFT_META_NFPROTO) => Field::NetworkProtocol,
-        Some(NFT_META_L4PROTO) => Field::Protocol,
-        _ => Field::Unknown,
+fn fib(data: Attributes<'_>) -> Operand {
+    match (data.number(NFTA_FIB_RESULT), data.number(NFTA_FIB_FLAGS)) {
+        (Some(NFT_FIB_RESULT_ADDRTYPE), Some(NFTA_FIB_F_DADDR)) => {
+            Operand::plain(Field::DestinationType, 4)
+        }
+        (Some(NFT_FIB_RESULT_ADDRTYPE), Some(NFTA_FIB_F_SADDR)) => {
+            Operand::plain(Field::SourceType, 4)
+        }
+        (Some(NFT_FIB_RESULT_OIFNAME), _) => unknown(16),
+        _ => unknown(4),
     }
-}
-
-fn ct(data: Attributes<'_>) -> Field {
-    if data.number(NFTA_CT_KEY) == Some(NFT_CT_STATE) { Field::State } else { Field::Unknown }
-}
-
-/// What a test of a register asks of a packet.
-fn condition(register: &Register, test: Test, value: &[u8]) -> Match {
-    let narrowed = Match { narrowed: true, ..Match::default() };
-    let masked = register.mask.as_deref();
-    match (register.field, masked, test) {
-        (Field::Protocol, None, Test::Equal) => {
-            Match { protocol: value.first().copied(), ..Match::default() }
-        }
-        (Field::NetworkProtocol, None, Test::Equal) => {
-            Match { ipv4: value.first().map(|number| *number == 2), ..Match::default() }
-        }
-        (Field::EtherType, None, Test::Equal) => {
-            Match { ipv4: Some(value == [0x08, 0x00]), ..Match::default() }
-        }
-        (Field::Port, None, _) => {
-            let Some(port) = port(value) else { return narrowed };
-            let ports = match test {
-                Test::Equal => Ports::of([(port, port)]),
-                Test::Not => Ports::of([(port, port)]).not(),
-                Test::AtMost => Ports::of([(0, port)]),
-                Test::AtLeast => Ports::of([(port, u16::MAX)]),
-            };
-            Match { ports, ..Match::default() }
-        }
-        (Field::State, None, Test::Equal) => states(number(value)),
-        (Field::State, None, Test::Not) => states(!number(value)),
-        (Field::State, Some(mask), Test::Not) if number(value) == 0 => states(number(mask)),
-        (Field::State, Some(mask), Test::Equal) if number(value) == 0 => states(!number(mask)),
-        (Field::TcpFlags, mask, _) => {
-            const SYN: u8 = 2;
-            let bits = value.first().copied().unwrap_or(0);
-            let mask = mask.and_then(|mask| mask.first()).copied().unwrap_or(0xff);
-            let opens = match test {
-                Test::Equal => bits & mask & SYN != 0,
-                Test::Not => bits == 0 && mask & SYN != 0,
-                _ => false,
-            };
-            Match { syn: opens, narrowed: !opens, ..Match::default() }
-        }
-        (Field::InterfaceName, None, Test::Equal) => interface(&name(value)),
-        (Field::InterfaceIndex, None, Test::Equal) => interface(&indexed(value)),
-        (Field::Source(ipv4, length), _, Test::Equal | Test::Not) => {
-            let bits = prefix(masked, length);
-            match network(ipv4, value, bits) {
-                Some(net) => {
-                    Match { sources: vec![(net, test == Test::Equal)], ..Match::default() }
-                }
-                None => narrowed,
-            }
-        }
-        _ => narrowed,
-    }
-}
-
-/// What being in a set asks of a packet.
-fn members(register: &Register, elements: &[Element], inverse: bool) -> Match {
-    let turned = |all: Match| match (register.field, inverse) {
-        (_, false) => all,
-        (Field::Port, true) => Match { ports: all.ports.not(), ..all },
-        (Field::State, true) => Match { states: all.states.map(|bits| !bits), ..all },
-        _ => Match { narrowed: true, ..Match::default() },
-    };
-    turned(match register.field {
-        Field::Port => Match { ports: ranges(elements), ..Match::default() },
-        Field::State => {
-            states(elements.iter().map(|element| number(&element.key)).fold(0, |a, b| a | b))
-        }
-        Field::InterfaceName => Match {
-            interfaces: elements.iter().map(|element| name(&element.key)).collect(),
-            ..Match::default()
-        },
-        Field::InterfaceIndex => Match {
-            interfaces: elements.iter().map(|element| indexed(&element.key)).collect(),
-            ..Match::default()
-        },
-        Field::Protocol => {
-            const TCP: u8 = 6;
-            let has_tcp = elements.iter().any(|element| element.key.first() == Some(&TCP));
-            let protocol = elements.first().and_then(|element| element.key.first()).copied();
-            Match { protocol: if has_tcp { Some(TCP) } else { protocol }, ..Match::default() }
-        }
-        _ => Match { narrowed: true, ..Match::default() },
-    })
-}
-
-/// Points, or starts and (excluded) ends in any order.
-fn ranges(elements: &[Element]) -> Ports {
-    let mut keys: Vec<(u16, bool)> =
-        elements.iter().filter_map(|element| Some((port(&element.key)?, element.ends))).collect();
-    keys.sort_unstable();
-    if !keys.iter().any(|(_, ends)| *ends) {
-        return Ports::of(keys.into_iter().map(|(port, _)| (port, port)));
-    }
-    let mut open = None;
-    let mut all = Vec::new();
-    for (key, ends) in keys {
-        match (open, ends) {
-            (Some(start), true) => {
-                all.extend(key.checked_sub(1).map(|end| (start, end)));
-                open = None;
-            }
-            (_, false) => open = Some(key),
-            (None, true) => {}
-        }
-    }
-    all.extend(open.map(|start| (start, u16::MAX)));
-    Ports::of(all)
 }
 
 fn verdict(data: Attributes<'_>) -> Option<Outcome> {
     let chain = || data.text(NFTA_VERDICT_CHAIN).unwrap_or_default();
     Some(match data.number(NFTA_VERDICT_CODE)?.cast_signed() {
         code if code == NF_DROP.cast_signed() => Outcome::Drop,
-        // NF_QUEUE hands over to a program; nothing is known of what follows.
-        code if [NF_ACCEPT, NF_QUEUE].contains(&code.cast_unsigned()) => Outcome::Accept,
+        code if code == NF_ACCEPT.cast_signed() => Outcome::Accept,
+        // The upper half is the queue's number.
+        code if code & 0xff == NF_QUEUE.cast_signed() && code > 0 => Outcome::Queue,
         NFT_JUMP => Outcome::Jump(chain()),
         NFT_GOTO => Outcome::Goto(chain()),
         NFT_RETURN => Outcome::Return,
@@ -549,51 +604,9 @@ fn verdict(data: Attributes<'_>) -> Option<Outcome> {
 
 /// Registers 1 to 4 are 16 bytes, registers from 8 on are their 4-byte parts.
 fn slot(register: u32) -> u32 {
-    if register < 8 { register.saturating_sub(1) * 4 } else { register - 8 }
-}
-
-fn states(bits: u32) -> Match {
-    Match { states: Some(bits), ..Match::default() }
-}
-
-fn interface(name: &str) -> Match {
-    Match { interfaces: vec![name.to_owned()], ..Match::default() }
-}
-
-/// An interface name; one without its NUL is the beginning of names.
-fn name(value: &[u8]) -> String {
-    match value.iter().position(|byte| *byte == 0) {
-        Some(end) => String::from_utf8_lossy(value.get(..end).unwrap_or_default()).into_owned(),
-        None => format!("{}*", String::from_utf8_lossy(value)),
+    if register < NFT_REG32_00 {
+        register.saturating_sub(1).saturating_mul(4)
+    } else {
+        register - NFT_REG32_00
     }
-}
-
-fn indexed(value: &[u8]) -> String {
-    match number(value) {
-        LOOPBACK_IFINDEX => "lo".to_owned(),
-        index => format!("interface {index}"),
-    }
-}
-
-fn port(value: &[u8]) -> Option<u16> {
-    value.get(..2)?.try_into().ok().map(u16::from_be_bytes)
-}
-
-/// A number in the host's byte order, as `ct state` and interface indices are.
-fn number(value: &[u8]) -> u32 {
-    value.get(..4).and_then(|bytes| bytes.try_into().ok()).map_or(0, u32::from_ne_bytes)
-}
-
-/// Prefix length of a masked address of which `length` bytes are loaded.
-fn prefix(mask: Option<&[u8]>, length: u32) -> u8 {
-    let ones = |mask: &[u8]| mask.iter().zip(0..length).map(|(byte, _)| byte.count_ones()).sum();
-    u8::try_from(mask.map_or(length * 8, ones)).unwrap_or(u8::MAX)
-}
-
-fn network(ipv4: bool, value: &[u8], prefix: u8) -> Option<IpNet> {
-    let mut bytes = [0; 16];
-    bytes.get_mut(..value.len())?.copy_from_slice(value);
-    let addr: std::net::IpAddr =
-        if ipv4 { <[u8; 4]>::try_from(bytes.get(..4)?).ok()?.into() } else { bytes.into() };
-    IpNet::new(addr, prefix).ok().map(|net| net.trunc())
 }

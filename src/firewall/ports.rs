@@ -50,6 +50,12 @@ impl Ports {
         Self::of(pairs.map(|(a, b)| (a.0.max(b.0), a.1.min(b.1))))
     }
 
+    /// Ports in either.
+    #[must_use]
+    pub fn or(&self, other: &Self) -> Self {
+        Self::of(self.0.iter().chain(&other.0).copied())
+    }
+
     /// All others.
     #[must_use]
     pub fn not(&self) -> Self {

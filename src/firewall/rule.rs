@@ -1,17 +1,12 @@
-//! Chains and rules, reduced to what decides about a TCP connection to this host. Pure.
+//! Chains and rules: what a packet is asked, step by step, and what becomes of it. Pure.
 
 use std::fmt;
+use std::sync::Arc;
 
-use ipnet::IpNet;
-
-use super::Ports;
+use super::set::Set;
+use super::value::{Bits, Operand};
 use crate::nftables::Hook;
-use crate::nftables::uapi::{NFPROTO_INET, NFPROTO_IPV4, NFPROTO_IPV6};
-
-/// `ct state` bits, the same in nft and in xt's conntrack and state matches.
-pub const STATE_ESTABLISHED: u32 = 1 << 1;
-/// See [`STATE_ESTABLISHED`].
-pub const STATE_NEW: u32 = 1 << 3;
+use crate::nftables::uapi::{NFPROTO_INET, NFPROTO_IPV4, NFPROTO_IPV6, NFPROTO_NETDEV};
 
 /// One chain of one table.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,17 +19,33 @@ pub struct Chain {
     pub name: String,
     /// Where the packet path enters it; `None` for a chain that is only jumped to.
     pub base: Option<Base>,
+    /// Its table is switched off (`flags dormant`).
+    pub is_dormant: bool,
     /// Its rules, in order.
     pub rules: Vec<Rule>,
 }
 
+impl Chain {
+    /// One without rules.
+    pub fn new(family: Family, table: &str, name: &str, base: Option<Base>) -> Self {
+        let (table, name) = (table.to_owned(), name.to_owned());
+        Self { family, table, name, base, is_dormant: false, rules: Vec::new() }
+    }
+}
+
 /// The hook of a base chain.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Base {
     /// Where.
     pub hook: Hook,
     /// Lower comes first.
     pub priority: i32,
+    /// Drops what no rule has taken.
+    pub drops: bool,
+    /// It translates addresses: untracked packets do not pass it.
+    pub is_nat: bool,
+    /// The only devices whose packets it sees, in an ingress hook.
+    pub devices: Vec<String>,
 }
 
 /// Address family of a table (`NFPROTO_*`).
@@ -44,7 +55,8 @@ pub enum Family {
     Ip,
     Ip6,
     Inet,
-    /// arp, bridge, netdev: no connection tracking of this host's sockets.
+    Netdev,
+    /// arp, bridge: no packets of this host's sockets.
     Other(u8),
 }
 
@@ -54,6 +66,7 @@ impl Family {
             NFPROTO_INET => Self::Inet,
             NFPROTO_IPV4 => Self::Ip,
             NFPROTO_IPV6 => Self::Ip6,
+            NFPROTO_NETDEV => Self::Netdev,
             other => Self::Other(other),
         }
     }
@@ -63,7 +76,7 @@ impl Family {
         match self {
             Self::Ip => ipv4,
             Self::Ip6 => !ipv4,
-            Self::Inet => true,
+            Self::Inet | Self::Netdev => true,
             Self::Other(_) => false,
         }
     }
@@ -75,80 +88,138 @@ impl fmt::Display for Family {
             Self::Ip => f.write_str("ip"),
             Self::Ip6 => f.write_str("ip6"),
             Self::Inet => f.write_str("inet"),
+            Self::Netdev => f.write_str("netdev"),
             Self::Other(number) => write!(f, "family {number}"),
         }
     }
 }
 
-/// One rule, reduced to what decides about a TCP connection to this host.
+/// One rule.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Rule {
-    /// Its place in the chain, from 1; the parts of one verdict map share it.
+    /// Its place in the chain, from 1.
     pub position: usize,
-    /// Which packets it is for.
-    pub matches: Match,
-    /// The connection limit in it.
-    pub limit: Option<Limit>,
-    /// What becomes of a packet that it is for.
-    pub outcome: Outcome,
+    /// nf_tables' number of it.
+    pub handle: Option<u64>,
+    /// What it does, in order; it ends at the first step that a packet does not pass.
+    pub steps: Vec<Step>,
 }
 
-/// Which packets a rule, or a path of rules, is for. Empty: for all.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Match {
-    /// IPv4 only (`true`) or IPv6 only (`false`).
-    pub ipv4: Option<bool>,
-    /// IP protocol.
-    pub protocol: Option<u8>,
-    /// Destination ports.
-    pub ports: Ports,
-    /// Names of incoming interfaces; empty: any.
-    pub interfaces: Vec<String>,
-    /// `ct state`: one of these bits.
-    pub states: Option<u32>,
-    /// Opening packets only (`--syn`, `tcp flags syn`).
-    pub syn: bool,
-    /// Source networks: inside, or (`false`) outside of it; all must hold.
-    pub sources: Vec<(IpNet, bool)>,
-    /// Something else narrows it further.
-    pub narrowed: bool,
+impl Rule {
+    /// What becomes of a packet that passes all of its steps.
+    pub fn outcome(&self) -> &Outcome {
+        self.steps.iter().find_map(Step::outcome).unwrap_or(&Outcome::Continue)
+    }
 }
 
-impl Match {
-    /// Packets that pass both.
-    #[must_use]
-    pub fn and(&self, other: &Self) -> Self {
-        let both = |a: Option<u32>, b: Option<u32>| match (a, b) {
-            (Some(a), Some(b)) => Some(a & b),
-            (one, another) => one.or(another),
-        };
-        Self {
-            ipv4: self.ipv4.or(other.ipv4),
-            protocol: self.protocol.or(other.protocol),
-            ports: self.ports.and(&other.ports),
-            interfaces: [self.interfaces.as_slice(), &other.interfaces].concat(),
-            states: both(self.states, other.states),
-            syn: self.syn || other.syn,
-            sources: [self.sources.as_slice(), &other.sources].concat(),
-            narrowed: self.narrowed || other.narrowed,
+/// One step of a rule.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Go on only with certain packets.
+    Test(Test),
+    /// Count the connection; go on with those that exceed the limit, or that stay within.
+    Count(Counting),
+    /// Add the packet's key to a set; where it is full, do not go on.
+    Add(Adding),
+    /// Take it out again.
+    Remove(Arc<Set>),
+    /// What the map says; a packet without an element goes on to the next rule.
+    Map(Vec<Operand>, Arc<Set>),
+    /// The mark becomes this, or nothing that can be told.
+    SetMark(Option<Operand>),
+    /// The same for the entry's mark.
+    SetCtMark(Option<Operand>),
+    /// Not tracked.
+    Notrack,
+    /// The end of the rule.
+    Verdict(Outcome),
+}
+
+impl Step {
+    fn outcome(&self) -> Option<&Outcome> {
+        match self {
+            Self::Verdict(outcome) => Some(outcome),
+            _ => None,
         }
     }
+}
 
-    /// Whether it is for nothing but what comes in by the loopback device.
-    pub fn is_loopback(&self) -> bool {
-        !self.interfaces.is_empty() && self.interfaces.iter().all(|name| name == "lo")
+/// What a rule asks of a packet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Test {
+    /// A value, or its first bytes, lies between these two, or (`false`) does not.
+    Within {
+        /// The value.
+        value: Operand,
+        /// The least.
+        from: Bits,
+        /// The greatest.
+        to: Bits,
+        /// Inside, or outside.
+        is: bool,
+    },
+    /// Values are in a set, or (`false`) are not.
+    In {
+        /// The values.
+        values: Vec<Operand>,
+        /// The set.
+        set: Arc<Set>,
+        /// In it, or not.
+        is: bool,
+    },
+    /// A rate or a quota: some packets of each source pass.
+    Rate(String),
+    /// What cannot be told from outside.
+    Unclear(String),
+    /// No packet passes.
+    Never,
+}
+
+impl Test {
+    /// `value == with`
+    pub fn equals(value: Operand, with: Bits) -> Self {
+        Self::Within { value, from: with, to: with, is: true }
     }
 
-    /// Whether packets of established connections pass it, and opening ones do not.
-    pub fn is_established(&self) -> bool {
-        self.states.is_some_and(|bits| bits & STATE_ESTABLISHED != 0 && bits & STATE_NEW == 0)
+    /// Some of these bits are set.
+    pub fn any_of(value: Operand, bits: u128) -> Self {
+        let zero = Bits::number(0, value.length);
+        Self::Within { value: value.masked(bits), from: zero, to: zero, is: false }
     }
 
-    /// Whether only opening packets pass it.
-    pub fn is_opening(&self) -> bool {
-        let states = |bits| bits & STATE_NEW != 0 && bits & STATE_ESTABLISHED == 0;
-        self.syn || self.states.is_some_and(states)
+    /// Turned round, if so.
+    #[must_use]
+    pub fn not_if(self, turned: bool) -> Self {
+        match self {
+            Self::Within { value, from, to, is } => {
+                Self::Within { value, from, to, is: is != turned }
+            }
+            Self::In { values, set, is } => Self::In { values, set, is: is != turned },
+            same => same,
+        }
     }
+}
+
+/// A limit in a rule.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Counting {
+    /// How many.
+    pub limit: Threshold,
+    /// What is counted together: connections of equal values. Empty: all.
+    pub by: Vec<Operand>,
+}
+
+/// A packet's key is added to a set.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Adding {
+    /// The key.
+    pub by: Vec<Operand>,
+    /// The set.
+    pub set: Arc<Set>,
+    /// Connections are counted for each element.
+    pub limit: Option<Threshold>,
+    /// Elements have a rate.
+    pub is_sometimes: bool,
 }
 
 /// What becomes of a packet that a rule is for.
@@ -169,37 +240,18 @@ pub enum Outcome {
     Jump(String),
     /// On to another chain.
     Goto(String),
-    /// Not tracked.
-    Notrack,
     /// Answered by SYNPROXY.
     Synproxy,
+    /// A program decides.
+    Queue,
 }
 
-/// A connection limit: xt's `connlimit`, or nft's `ct count`.
+/// The number in xt's `connlimit` or nft's `ct count`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Limit {
+pub struct Threshold {
     /// Connections.
     pub count: u32,
     /// `connlimit-above`, `ct count over`: the rule is for what exceeds the count; else for what
     /// stays within.
     pub over: bool,
-    /// What is counted together.
-    pub key: Key,
-    /// Counted in a dynamic set: the kernel sweeps it every second, with no packet at all.
-    pub dynamic: bool,
-}
-
-/// What a limit counts together.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Key {
-    /// Connections of a source network of this prefix length (for either family its own).
-    Source(u8),
-    /// The same, for each destination port on its own.
-    SourceAndPort(u8),
-    /// Connections to a destination network.
-    Destination(u8),
-    /// All that reach the rule.
-    All,
-    /// Something else.
-    Other,
 }

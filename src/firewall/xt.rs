@@ -1,89 +1,119 @@
-//! The xt matches and targets that bear on limits, as their info blobs stand in an nft rule.
+//! The xt matches and targets as their info blobs stand in an nft rule. Pure.
 //!
 //! Layouts from `include/uapi/linux/netfilter/xt_*.h`; iptables asks for the newest revision.
 
-use super::{Key, Limit, Match, Outcome, Ports};
+use super::ask::{self, Side, asks};
+use super::rule::{Counting, Threshold};
+use super::value::Field;
+use super::{Outcome, Step, Test};
 
-/// What a match asks for.
-pub(super) enum Found {
-    /// Certain packets.
-    Match(Match),
-    /// A number of connections.
-    Limit(Limit),
-}
+const UDP: u8 = 17;
 
 /// A match by its name and info blob, in a table of IPv4 or IPv6.
-pub(super) fn matches(name: &str, info: &[u8], ipv4: bool) -> Found {
+pub(super) fn matches(name: &str, info: &[u8], ipv4: bool) -> Vec<Step> {
     let found = match name {
-        "connlimit" => return connlimit(info, ipv4).map_or_else(narrowed, Found::Limit),
-        "comment" => Some(Match::default()),
+        "comment" => Some(Vec::new()),
+        "connlimit" => connlimit(info, ipv4).map(|counting| vec![Step::Count(counting)]),
         "tcp" => tcp(info),
+        "udp" => Some(vec![asks(ask::protocol(UDP, true))]),
         "multiport" => multiport(info),
         // struct xt_state_info { statemask }
-        "state" => word(info, 0).map(states),
-        "conntrack" => conntrack(info),
+        "state" => word(info, 0).map(|bits| vec![asks(ask::states(bits, true))]),
+        "conntrack" => conntrack(info, ipv4),
+        "addrtype" => addrtype(info),
+        "mark" => mark(info, Field::Mark),
+        "connmark" => mark(info, Field::CtMark),
+        "iprange" => iprange(info, ipv4),
+        "recent" => recent(info),
+        // struct xt_pkttype_info { pkttype, invert }: this host's packets are PACKET_HOST.
+        "pkttype" => word(info, 0).zip(word(info, 4)).map(|(kind, invert)| {
+            if (kind == 0) == (invert == 0) { Vec::new() } else { vec![asks(Test::Never)] }
+        }),
+        "limit" | "hashlimit" | "quota" | "statistic" => {
+            Some(vec![asks(Test::Rate(name.to_owned()))])
+        }
         _ => None,
     };
-    found.map_or_else(narrowed, Found::Match)
+    found.unwrap_or_else(|| vec![asks(Test::Unclear(name.to_owned()))])
 }
 
 /// A target by its name and info blob.
-pub(super) fn target(name: &str, info: &[u8]) -> Outcome {
+pub(super) fn target(name: &str, info: &[u8]) -> Vec<Step> {
     const XT_CT_NOTRACK: u16 = 1;
-    match name {
+    // struct xt_ct_target_info { flags, ... }
+    let is_notrack = name == "CT" && half(info, 0).unwrap_or(0) & XT_CT_NOTRACK != 0;
+    named_target(if is_notrack { "NOTRACK" } else { name }).into_iter().collect()
+}
+
+/// A target by its name alone; `None` for one that lets the packet go on as it is.
+pub(super) fn named_target(name: &str) -> Option<Step> {
+    let outcome = match name {
+        "ACCEPT" | "DNAT" | "SNAT" | "REDIRECT" | "MASQUERADE" | "NETMAP" | "TPROXY" => {
+            Outcome::Accept
+        }
+        "DROP" | "TARPIT" | "STEAL" => Outcome::Drop,
         "REJECT" => Outcome::Reject,
-        "NOTRACK" => Outcome::Notrack,
-        // struct xt_ct_target_info { flags, ... }
-        "CT" if half(info, 0).unwrap_or(0) & XT_CT_NOTRACK != 0 => Outcome::Notrack,
+        "RETURN" => Outcome::Return,
         "SYNPROXY" => Outcome::Synproxy,
-        "TARPIT" => Outcome::Drop,
-        "DNAT" | "REDIRECT" | "MASQUERADE" | "SNAT" | "TPROXY" | "NFQUEUE" => Outcome::Accept,
-        _ => Outcome::Continue,
-    }
+        "QUEUE" | "NFQUEUE" => Outcome::Queue,
+        "NOTRACK" => return Some(Step::Notrack),
+        "MARK" => return Some(Step::SetMark(None)),
+        "CONNMARK" => return Some(Step::SetCtMark(None)),
+        _ => return None,
+    };
+    Some(Step::Verdict(outcome))
 }
 
 /// `struct xt_connlimit_info { mask[16], limit, flags }`
-fn connlimit(info: &[u8], ipv4: bool) -> Option<Limit> {
+fn connlimit(info: &[u8], ipv4: bool) -> Option<Counting> {
     const XT_CONNLIMIT_INVERT: u32 = 1;
     const XT_CONNLIMIT_DADDR: u32 = 2;
     let mask = info.get(..if ipv4 { 4 } else { 16 })?;
     let prefix = u8::try_from(mask.iter().map(|byte| byte.count_ones()).sum::<u32>()).ok()?;
     let flags = word(info, 20)?;
-    let key = if flags & XT_CONNLIMIT_DADDR == 0 { Key::Source } else { Key::Destination };
-    Some(Limit {
-        count: word(info, 16)?,
-        over: flags & XT_CONNLIMIT_INVERT == 0,
-        key: key(prefix),
-        dynamic: false,
-    })
+    let side = if flags & XT_CONNLIMIT_DADDR == 0 { Side::Source } else { Side::Destination };
+    let limit = Threshold { count: word(info, 16)?, over: flags & XT_CONNLIMIT_INVERT == 0 };
+    Some(Counting { limit, by: ask::counted_by(side, prefix, ipv4) })
 }
 
 /// `struct xt_tcp { spts[2], dpts[2], option, flg_mask, flg_cmp, invflags }`
-fn tcp(info: &[u8]) -> Option<Match> {
+fn tcp(info: &[u8]) -> Option<Vec<Step>> {
+    const XT_TCP_INV_SRCPT: u8 = 0x01;
     const XT_TCP_INV_DSTPT: u8 = 0x02;
     const XT_TCP_INV_FLAGS: u8 = 0x04;
-    const SYN: u8 = 2;
-    let &[option, flag_mask, flag_cmp, inverse] = info.get(8..12)? else { return None };
-    let ports = Ports::of([(half(info, 4)?, half(info, 6)?)]);
-    let any_source = (half(info, 0)?, half(info, 2)?) == (0, u16::MAX);
-    let syn = flag_mask & flag_cmp & SYN != 0 && inverse & XT_TCP_INV_FLAGS == 0;
-    Some(Match {
-        protocol: Some(6),
-        ports: if inverse & XT_TCP_INV_DSTPT == 0 { ports } else { ports.not() },
-        syn,
-        narrowed: !any_source || option != 0 || flag_mask != 0 && !syn,
-        ..Match::default()
-    })
+    const TCP: u8 = 6;
+    let &[option, mask, compared, inverse] = info.get(8..12)? else { return None };
+    let (source, destination) =
+        ((half(info, 0)?, half(info, 2)?), (half(info, 4)?, half(info, 6)?));
+    let mut all = vec![asks(ask::protocol(TCP, true))];
+    for (side, range, inverted) in [
+        (Side::Source, source, XT_TCP_INV_SRCPT),
+        (Side::Destination, destination, XT_TCP_INV_DSTPT),
+    ] {
+        if range != (0, u16::MAX) || inverse & inverted != 0 {
+            all.push(asks(ask::ports(side.port(), &[range], inverse & inverted == 0)));
+        }
+    }
+    if mask != 0 {
+        all.push(asks(ask::flags(mask, compared, inverse & XT_TCP_INV_FLAGS == 0)));
+    }
+    if option != 0 {
+        all.push(asks(Test::Unclear("tcp option".to_owned())));
+    }
+    Some(all)
 }
 
 /// `struct xt_multiport_v1 { flags, count, ports[15], pflags[15], invert }`
-fn multiport(info: &[u8]) -> Option<Match> {
+fn multiport(info: &[u8]) -> Option<Vec<Step>> {
+    const XT_MULTIPORT_SOURCE: u8 = 0;
     const XT_MULTIPORT_DESTINATION: u8 = 1;
     let &[side, count] = info.get(..2)? else { return None };
     let invert = *info.get(47)? != 0;
-    if side != XT_MULTIPORT_DESTINATION {
-        return None;
-    }
+    let value = match side {
+        XT_MULTIPORT_SOURCE => Side::Source.port(),
+        XT_MULTIPORT_DESTINATION => Side::Destination.port(),
+        _ => return None,
+    };
     let mut ranges = Vec::new();
     let mut index = 0;
     while index < usize::from(count) {
@@ -93,31 +123,108 @@ fn multiport(info: &[u8]) -> Option<Match> {
         ranges.push((from, half(info, 2 + 2 * index)?));
         index += 1;
     }
-    let ports = Ports::of(ranges);
-    Some(Match { ports: if invert { ports.not() } else { ports }, ..Match::default() })
+    Some(vec![asks(ask::ports(value, &ranges, !invert))])
 }
 
-/// `struct xt_conntrack_mtinfo3`: match_flags at 146, invert_flags at 148, state_mask at 150.
-fn conntrack(info: &[u8]) -> Option<Match> {
-    const XT_CONNTRACK_STATE: u16 = 1;
+/// `struct xt_conntrack_mtinfo3`: eight addresses and masks of 16 bytes, l4proto at 136, four ports,
+/// match_flags at 146, invert_flags at 148, state_mask at 150, status_mask at 152, four last ports.
+fn conntrack(info: &[u8], ipv4: bool) -> Option<Vec<Step>> {
+    const STATE: u16 = 1;
+    const PROTO: u16 = 1 << 1;
+    const ORIGSRC: u16 = 1 << 2;
+    const ORIGDST: u16 = 1 << 3;
+    const ORIGSRC_PORT: u16 = 1 << 8;
+    const ORIGDST_PORT: u16 = 1 << 9;
+    const DIRECTION: u16 = 1 << 12;
     // Set by `-m state`, which iptables turns into this match.
-    const XT_CONNTRACK_STATE_ALIAS: u16 = 1 << 13;
-    let (asked, inverse, mask) = (half(info, 146)?, half(info, 148)?, half(info, 150)?);
-    if asked & XT_CONNTRACK_STATE == 0 {
+    const STATE_ALIAS: u16 = 1 << 13;
+    let (mut asked, inverse) = (half(info, 146)? & !STATE_ALIAS, half(info, 148)?);
+    let mut all = Vec::new();
+    let mut ask = |flag: u16, test: Option<Test>| {
+        if asked & flag != 0
+            && let Some(test) = test
+        {
+            all.push(asks(test.not_if(inverse & flag != 0)));
+            asked &= !flag;
+        }
+    };
+    ask(STATE, half(info, 150).map(|bits| ask::states(bits.into(), true)));
+    let protocol = half(info, 136).and_then(|number| u8::try_from(number).ok());
+    ask(PROTO, protocol.map(|number| ask::protocol(number, true)));
+    for (flag, at, field) in
+        [(ORIGSRC, 0, Field::CtSource(true)), (ORIGDST, 32, Field::CtDestination(true))]
+    {
+        ask(flag, address(info, at, field, ipv4));
+    }
+    for (flag, from, to, field) in [
+        (ORIGSRC_PORT, 138, 154, Field::CtSourcePort(true)),
+        (ORIGDST_PORT, 140, 156, Field::CtDestinationPort(true)),
+    ] {
+        let value = super::value::Operand::plain(field, 2);
+        let range = half(info, from).zip(half(info, to));
+        ask(flag, range.map(|(from, to)| ask::ports(value, &[(from, to.max(from))], true)));
+    }
+    // A SYN opens its connection.
+    let original = super::value::Operand::plain(Field::CtDirection, 1);
+    ask(DIRECTION, Some(Test::equals(original, super::value::Bits::number(0, 1))));
+    if asked != 0 {
+        all.push(asks(Test::Unclear("conntrack".to_owned())));
+    }
+    Some(all)
+}
+
+/// An address at `at`, its mask behind it.
+fn address(info: &[u8], at: usize, field: Field, ipv4: bool) -> Option<Test> {
+    use super::value::{Bits, Operand};
+    let length = if ipv4 { 4 } else { 16 };
+    let (with, mask) = (info.get(at..at + length)?, info.get(at + 16..at + 16 + length)?);
+    let mask = Bits::of(mask).value()?;
+    let value = Operand::plain(field, u32::try_from(length).ok()?).masked(mask);
+    Some(Test::equals(value, Bits::of(with).masked(mask, 0)))
+}
+
+/// `struct xt_addrtype_info_v1 { source, dest, flags }`
+fn addrtype(info: &[u8]) -> Option<Vec<Step>> {
+    const INVERT_SOURCE: u32 = 1;
+    const INVERT_DEST: u32 = 2;
+    const LIMIT_IFACE: u32 = 4 | 8;
+    let (source, destination, flags) = (half(info, 0)?, half(info, 2)?, word(info, 4)?);
+    if flags & LIMIT_IFACE != 0 {
         return None;
     }
-    let mask = u32::from(mask);
-    let mut found = states(if inverse & XT_CONNTRACK_STATE == 0 { mask } else { !mask });
-    found.narrowed = asked & !XT_CONNTRACK_STATE_ALIAS != XT_CONNTRACK_STATE;
-    Some(found)
+    let sides = [
+        (Side::Source, source, flags & INVERT_SOURCE == 0),
+        (Side::Destination, destination, flags & INVERT_DEST == 0),
+    ];
+    let asked = sides.into_iter().filter(|(_, kinds, _)| *kinds != 0);
+    Some(asked.map(|(side, kinds, is)| asks(ask::address_types(side, kinds.into(), is))).collect())
 }
 
-fn states(bits: u32) -> Match {
-    Match { states: Some(bits), ..Match::default() }
+/// `struct xt_mark_mtinfo1 { mark, mask, invert }`
+fn mark(info: &[u8], field: Field) -> Option<Vec<Step>> {
+    let is = *info.get(8)? == 0;
+    Some(vec![asks(ask::mark(field, word(info, 0)?, word(info, 4)?, is))])
 }
 
-fn narrowed() -> Found {
-    Found::Match(Match { narrowed: true, ..Match::default() })
+/// `struct xt_iprange_mtinfo { src_min, src_max, dst_min, dst_max, flags }`
+fn iprange(info: &[u8], ipv4: bool) -> Option<Vec<Step>> {
+    let flags = *info.get(64)?;
+    let length = if ipv4 { 4 } else { 16 };
+    let mut all = Vec::new();
+    for (side, at, asked, inverted) in [(Side::Source, 0, 1, 16), (Side::Destination, 32, 2, 32)] {
+        if flags & asked != 0 {
+            let (from, to) = (info.get(at..at + length)?, info.get(at + 16..at + 16 + length)?);
+            all.push(asks(ask::addresses(side, from, to, flags & inverted == 0)));
+        }
+    }
+    Some(all)
+}
+
+/// `struct xt_recent_mtinfo { seconds, hit_count, check_set, invert, ... }`: setting always matches.
+fn recent(info: &[u8]) -> Option<Vec<Step>> {
+    const XT_RECENT_SET: u8 = 2;
+    let &[check, invert] = info.get(8..10)? else { return None };
+    (check & XT_RECENT_SET != 0 && invert == 0).then(Vec::new)
 }
 
 fn half(info: &[u8], at: usize) -> Option<u16> {

@@ -9,6 +9,15 @@ use crate::error::{Op, Result};
 use crate::netlink::attribute::{emitted, text};
 use crate::netlink::{Attributes, Connection, Request, Transport};
 
+/// A table.
+#[derive(Clone, Debug)]
+pub(crate) struct RawTable {
+    pub family: u8,
+    pub name: String,
+    /// `NFT_TABLE_F_*`
+    pub flags: u32,
+}
+
 /// A chain, and the hook of a base chain.
 #[derive(Clone, Debug)]
 pub(crate) struct RawChain {
@@ -17,6 +26,12 @@ pub(crate) struct RawChain {
     pub name: String,
     /// Number of the hook and priority.
     pub hook: Option<(u32, i32)>,
+    /// `filter`, `nat` or `route`.
+    pub kind: String,
+    /// `NF_DROP` or `NF_ACCEPT`.
+    pub policy: u32,
+    /// Of an ingress hook.
+    pub devices: Vec<String>,
 }
 
 /// A rule.
@@ -25,6 +40,7 @@ pub(crate) struct RawRule {
     pub family: u8,
     pub table: String,
     pub chain: String,
+    pub handle: Option<u64>,
     /// The list of its expressions.
     pub expressions: Vec<u8>,
 }
@@ -35,29 +51,77 @@ pub(crate) struct RawSet {
     pub family: u8,
     pub table: String,
     pub name: String,
+    pub handle: u64,
+    /// `NFT_SET_*`
+    pub flags: u32,
     pub key_length: u32,
+    pub size: Option<u32>,
     /// The list of expressions that every element has (`ct count over 9` in its declaration).
     pub expressions: Vec<u8>,
 }
 
-/// All chains; `None` where the kernel has no nf_tables.
-pub(crate) fn chains<T: Transport>(
+/// A named object.
+#[derive(Clone, Debug)]
+pub(crate) struct RawObject {
+    pub family: u8,
+    pub table: String,
+    pub name: String,
+    /// `NFT_OBJECT_*`
+    pub kind: u32,
+    /// The nest of its attributes.
+    pub data: Vec<u8>,
+}
+
+/// All tables; `None` where the kernel has no nf_tables.
+pub(crate) fn tables<T: Transport>(
     connection: &mut Connection<T>,
-) -> Result<Option<Vec<RawChain>>> {
-    match list(connection, "dump of nft chains", NFT_MSG_GETCHAIN, chain) {
+) -> Result<Option<Vec<RawTable>>> {
+    let table = |family, attributes: Attributes<'_>| {
+        let name = attributes.text(NFTA_TABLE_NAME)?;
+        Some(RawTable { family, name, flags: attributes.number(NFTA_TABLE_FLAGS).unwrap_or(0) })
+    };
+    match list(connection, "dump of nft tables", NFT_MSG_GETTABLE, table) {
         Err(error) if matches!(error.errno(), Some(Errno::EINVAL | Errno::EOPNOTSUPP)) => Ok(None),
         found => found.map(Some),
     }
 }
 
+/// All chains.
+pub(crate) fn chains<T: Transport>(connection: &mut Connection<T>) -> Result<Vec<RawChain>> {
+    list(connection, "dump of nft chains", NFT_MSG_GETCHAIN, chain)
+}
+
 /// All rules, in the order of their chains.
 pub(crate) fn rules<T: Transport>(connection: &mut Connection<T>) -> Result<Vec<RawRule>> {
+    let rule = |family, attributes: Attributes<'_>| {
+        Some(RawRule {
+            family,
+            table: attributes.text(NFTA_RULE_TABLE)?,
+            chain: attributes.text(NFTA_RULE_CHAIN)?,
+            handle: attributes.long(NFTA_RULE_HANDLE),
+            expressions: attributes.value(NFTA_RULE_EXPRESSIONS)?.to_vec(),
+        })
+    };
     list(connection, "dump of nft rules", NFT_MSG_GETRULE, rule)
 }
 
 /// All sets and maps.
 pub(crate) fn sets<T: Transport>(connection: &mut Connection<T>) -> Result<Vec<RawSet>> {
     list(connection, "dump of nft sets", NFT_MSG_GETSET, set)
+}
+
+/// All named objects.
+pub(crate) fn objects<T: Transport>(connection: &mut Connection<T>) -> Result<Vec<RawObject>> {
+    let object = |family, attributes: Attributes<'_>| {
+        Some(RawObject {
+            family,
+            table: attributes.text(NFTA_OBJ_TABLE)?,
+            name: attributes.text(NFTA_OBJ_NAME)?,
+            kind: attributes.number(NFTA_OBJ_TYPE)?,
+            data: attributes.value(NFTA_OBJ_DATA).unwrap_or_default().to_vec(),
+        })
+    };
+    list(connection, "dump of nft objects", NFT_MSG_GETOBJ, object)
 }
 
 /// The elements of a set, each a nest.
@@ -81,7 +145,7 @@ fn list<T: Transport, V>(
     connection: &mut Connection<T>,
     verb: &'static str,
     message: u16,
-    decode: fn(u8, Attributes<'_>) -> Option<V>,
+    decode: impl Fn(u8, Attributes<'_>) -> Option<V>,
 ) -> Result<Vec<V>> {
     connection.dump(&get(verb, message, 0, &[]), |all: &mut Vec<V>, frame| {
         let attributes = Attributes(frame.payload.get(NFGENMSG_LEN..).unwrap_or_default());
@@ -91,23 +155,23 @@ fn list<T: Transport, V>(
 }
 
 fn chain(family: u8, attributes: Attributes<'_>) -> Option<RawChain> {
-    let hook = attributes.nest(NFTA_CHAIN_HOOK).and_then(|hook| {
+    let hook = attributes.nest(NFTA_CHAIN_HOOK);
+    let place = hook.and_then(|hook| {
         Some((hook.number(NFTA_HOOK_HOOKNUM)?, hook.number(NFTA_HOOK_PRIORITY)?.cast_signed()))
+    });
+    let one = hook.and_then(|hook| hook.text(NFTA_HOOK_DEV));
+    let several = hook.and_then(|hook| hook.nest(NFTA_HOOK_DEVS)).map(|devices| {
+        let names = devices.iter().filter(|(kind, _)| *kind == NFTA_DEVICE_NAME);
+        names.map(|(_, name)| c_text(name)).collect::<Vec<_>>()
     });
     Some(RawChain {
         family,
         table: attributes.text(NFTA_CHAIN_TABLE)?,
         name: attributes.text(NFTA_CHAIN_NAME)?,
-        hook,
-    })
-}
-
-fn rule(family: u8, attributes: Attributes<'_>) -> Option<RawRule> {
-    Some(RawRule {
-        family,
-        table: attributes.text(NFTA_RULE_TABLE)?,
-        chain: attributes.text(NFTA_RULE_CHAIN)?,
-        expressions: attributes.value(NFTA_RULE_EXPRESSIONS)?.to_vec(),
+        hook: place,
+        kind: attributes.text(NFTA_CHAIN_TYPE).unwrap_or_default(),
+        policy: attributes.number(NFTA_CHAIN_POLICY).unwrap_or(NF_ACCEPT),
+        devices: several.unwrap_or_else(|| one.into_iter().collect()),
     })
 }
 
@@ -118,9 +182,17 @@ fn set(family: u8, attributes: Attributes<'_>) -> Option<RawSet> {
         family,
         table: attributes.text(NFTA_SET_TABLE)?,
         name: attributes.text(NFTA_SET_NAME)?,
+        handle: attributes.long(NFTA_SET_HANDLE).unwrap_or(0),
+        flags: attributes.number(NFTA_SET_FLAGS).unwrap_or(0),
         key_length: attributes.number(NFTA_SET_KEY_LEN).unwrap_or(0),
+        size: attributes.nest(NFTA_SET_DESC).and_then(|desc| desc.number(NFTA_SET_DESC_SIZE)),
         expressions: several.or_else(one).unwrap_or_default(),
     })
+}
+
+fn c_text(bytes: &[u8]) -> String {
+    let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
+    String::from_utf8_lossy(bytes.get(..end).unwrap_or_default()).into_owned()
 }
 
 /// One expression as a list of one.

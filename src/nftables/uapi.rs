@@ -9,6 +9,7 @@ pub(crate) const NFGENMSG_LEN: usize = 4;
 
 pub(crate) const NFPROTO_INET: u8 = 1;
 pub(crate) const NFPROTO_IPV4: u8 = 2;
+pub(crate) const NFPROTO_NETDEV: u8 = 5;
 pub(crate) const NFPROTO_IPV6: u8 = 10;
 
 pub(crate) const NF_DROP: u32 = 0;
@@ -27,20 +28,27 @@ pub(crate) const NFT_MSG_GETSET: u16 = 10;
 pub(crate) const NFT_MSG_NEWSETELEM: u16 = 12;
 pub(crate) const NFT_MSG_GETSETELEM: u16 = 13;
 pub(crate) const NFT_MSG_DELSETELEM: u16 = 14;
+pub(crate) const NFT_MSG_GETOBJ: u16 = 19;
 
 pub(crate) const NFTA_TABLE_NAME: u16 = 1;
 pub(crate) const NFTA_TABLE_FLAGS: u16 = 2;
+pub(crate) const NFT_TABLE_F_DORMANT: u32 = 0x1;
 pub(crate) const NFT_TABLE_F_OWNER: u32 = 0x2;
 
 pub(crate) const NFTA_CHAIN_TABLE: u16 = 1;
 pub(crate) const NFTA_CHAIN_NAME: u16 = 3;
 pub(crate) const NFTA_CHAIN_HOOK: u16 = 4;
+pub(crate) const NFTA_CHAIN_POLICY: u16 = 5;
 pub(crate) const NFTA_CHAIN_TYPE: u16 = 7;
 pub(crate) const NFTA_HOOK_HOOKNUM: u16 = 1;
 pub(crate) const NFTA_HOOK_PRIORITY: u16 = 2;
+pub(crate) const NFTA_HOOK_DEV: u16 = 3;
+pub(crate) const NFTA_HOOK_DEVS: u16 = 4;
+pub(crate) const NFTA_DEVICE_NAME: u16 = 1;
 
 pub(crate) const NFTA_RULE_TABLE: u16 = 1;
 pub(crate) const NFTA_RULE_CHAIN: u16 = 2;
+pub(crate) const NFTA_RULE_HANDLE: u16 = 3;
 pub(crate) const NFTA_RULE_EXPRESSIONS: u16 = 4;
 pub(crate) const NFTA_LIST_ELEM: u16 = 1;
 pub(crate) const NFTA_EXPR_NAME: u16 = 1;
@@ -54,11 +62,14 @@ pub(crate) const NFTA_SET_KEY_LEN: u16 = 5;
 pub(crate) const NFTA_SET_DESC: u16 = 9;
 pub(crate) const NFTA_SET_ID: u16 = 10;
 pub(crate) const NFTA_SET_TIMEOUT: u16 = 11;
+pub(crate) const NFTA_SET_HANDLE: u16 = 16;
 pub(crate) const NFTA_SET_EXPR: u16 = 17;
 pub(crate) const NFTA_SET_EXPRESSIONS: u16 = 18;
 pub(crate) const NFTA_SET_DESC_SIZE: u16 = 1;
+pub(crate) const NFT_SET_INTERVAL: u32 = 0x4;
 pub(crate) const NFT_SET_TIMEOUT: u32 = 0x10;
 pub(crate) const NFT_SET_EVAL: u32 = 0x20;
+pub(crate) const NFT_SET_CONCAT: u32 = 0x80;
 
 pub(crate) const NFTA_SET_ELEM_LIST_TABLE: u16 = 1;
 pub(crate) const NFTA_SET_ELEM_LIST_SET: u16 = 2;
@@ -66,7 +77,12 @@ pub(crate) const NFTA_SET_ELEM_LIST_ELEMENTS: u16 = 3;
 pub(crate) const NFTA_SET_ELEM_KEY: u16 = 1;
 pub(crate) const NFTA_SET_ELEM_DATA: u16 = 2;
 pub(crate) const NFTA_SET_ELEM_FLAGS: u16 = 3;
+pub(crate) const NFTA_SET_ELEM_EXPR: u16 = 7;
+pub(crate) const NFTA_SET_ELEM_OBJREF: u16 = 9;
+pub(crate) const NFTA_SET_ELEM_KEY_END: u16 = 10;
+pub(crate) const NFTA_SET_ELEM_EXPRESSIONS: u16 = 11;
 pub(crate) const NFT_SET_ELEM_INTERVAL_END: u32 = 0x1;
+pub(crate) const NFT_SET_ELEM_CATCHALL: u32 = 0x2;
 
 pub(crate) const NFTA_DATA_VALUE: u16 = 1;
 pub(crate) const NFTA_DATA_VERDICT: u16 = 2;
@@ -85,18 +101,27 @@ pub(crate) const NFT_META_PROTOCOL: u32 = 1;
 pub(crate) const NFT_META_MARK: u32 = 3;
 pub(crate) const NFT_META_IIF: u32 = 4;
 pub(crate) const NFT_META_IIFNAME: u32 = 6;
+pub(crate) const NFT_META_OIFNAME: u32 = 7;
 pub(crate) const NFT_META_NFPROTO: u32 = 15;
 pub(crate) const NFT_META_L4PROTO: u32 = 16;
+pub(crate) const NFT_META_PKTTYPE: u32 = 19;
 
 pub(crate) const NFTA_CT_DREG: u16 = 1;
 pub(crate) const NFTA_CT_KEY: u16 = 2;
 pub(crate) const NFTA_CT_DIRECTION: u16 = 3;
+pub(crate) const NFTA_CT_SREG: u16 = 4;
 pub(crate) const NFT_CT_STATE: u32 = 0;
 pub(crate) const NFT_CT_DIRECTION: u32 = 1;
 pub(crate) const NFT_CT_STATUS: u32 = 2;
+pub(crate) const NFT_CT_MARK: u32 = 3;
+pub(crate) const NFT_CT_L3PROTOCOL: u32 = 7;
+pub(crate) const NFT_CT_PROTOCOL: u32 = 10;
 pub(crate) const NFT_CT_PROTO_SRC: u32 = 11;
-/// `enum ip_conntrack_dir`
-pub(crate) const IP_CT_DIR_REPLY: u8 = 1;
+pub(crate) const NFT_CT_PROTO_DST: u32 = 12;
+pub(crate) const NFT_CT_SRC_IP: u32 = 19;
+pub(crate) const NFT_CT_DST_IP: u32 = 20;
+pub(crate) const NFT_CT_SRC_IP6: u32 = 21;
+pub(crate) const NFT_CT_DST_IP6: u32 = 22;
 
 pub(crate) const NFTA_PAYLOAD_DREG: u16 = 1;
 pub(crate) const NFTA_PAYLOAD_BASE: u16 = 2;
@@ -118,7 +143,9 @@ pub(crate) const NFTA_CMP_OP: u16 = 2;
 pub(crate) const NFTA_CMP_DATA: u16 = 3;
 pub(crate) const NFT_CMP_EQ: u32 = 0;
 pub(crate) const NFT_CMP_NEQ: u32 = 1;
+pub(crate) const NFT_CMP_LT: u32 = 2;
 pub(crate) const NFT_CMP_LTE: u32 = 3;
+pub(crate) const NFT_CMP_GT: u32 = 4;
 pub(crate) const NFT_CMP_GTE: u32 = 5;
 
 pub(crate) const NFTA_RANGE_SREG: u16 = 1;
@@ -137,8 +164,37 @@ pub(crate) const NFTA_DYNSET_SET_NAME: u16 = 1;
 pub(crate) const NFTA_DYNSET_OP: u16 = 3;
 pub(crate) const NFTA_DYNSET_SREG_KEY: u16 = 4;
 pub(crate) const NFTA_DYNSET_EXPR: u16 = 7;
+pub(crate) const NFTA_DYNSET_FLAGS: u16 = 9;
 pub(crate) const NFTA_DYNSET_EXPRESSIONS: u16 = 10;
 pub(crate) const NFT_DYNSET_OP_ADD: u32 = 0;
+pub(crate) const NFT_DYNSET_OP_DELETE: u32 = 2;
+pub(crate) const NFT_DYNSET_F_INV: u32 = 0x1;
+
+pub(crate) const NFTA_OBJ_TABLE: u16 = 1;
+pub(crate) const NFTA_OBJ_NAME: u16 = 2;
+pub(crate) const NFTA_OBJ_TYPE: u16 = 3;
+pub(crate) const NFTA_OBJ_DATA: u16 = 4;
+pub(crate) const NFTA_OBJREF_IMM_TYPE: u16 = 0x1;
+pub(crate) const NFTA_OBJREF_IMM_NAME: u16 = 0x2;
+pub(crate) const NFTA_OBJREF_SET_SREG: u16 = 0x3;
+pub(crate) const NFTA_OBJREF_SET_NAME: u16 = 0x4;
+pub(crate) const NFT_OBJECT_QUOTA: u32 = 2;
+pub(crate) const NFT_OBJECT_LIMIT: u32 = 4;
+pub(crate) const NFT_OBJECT_CONNLIMIT: u32 = 5;
+pub(crate) const NFT_OBJECT_SYNPROXY: u32 = 10;
+
+pub(crate) const NFTA_FIB_DREG: u16 = 1;
+pub(crate) const NFTA_FIB_RESULT: u16 = 2;
+pub(crate) const NFTA_FIB_FLAGS: u16 = 3;
+pub(crate) const NFT_FIB_RESULT_OIFNAME: u32 = 2;
+pub(crate) const NFT_FIB_RESULT_ADDRTYPE: u32 = 3;
+pub(crate) const NFTA_FIB_F_SADDR: u32 = 0x1;
+pub(crate) const NFTA_FIB_F_DADDR: u32 = 0x2;
+
+pub(crate) const NFTA_BYTEORDER_SREG: u16 = 1;
+pub(crate) const NFTA_BYTEORDER_DREG: u16 = 2;
+pub(crate) const NFTA_BYTEORDER_LEN: u16 = 4;
+pub(crate) const NFTA_BYTEORDER_SIZE: u16 = 5;
 
 pub(crate) const NFTA_LIMIT_RATE: u16 = 1;
 pub(crate) const NFTA_LIMIT_UNIT: u16 = 2;
@@ -163,3 +219,6 @@ pub(crate) const NFTA_MATCH_NAME: u16 = 1;
 pub(crate) const NFTA_MATCH_INFO: u16 = 3;
 pub(crate) const NFTA_TARGET_NAME: u16 = 1;
 pub(crate) const NFTA_TARGET_INFO: u16 = 3;
+
+/// `enum ip_conntrack_dir`
+pub(crate) const IP_CT_DIR_REPLY: u8 = 1;

@@ -1,11 +1,8 @@
 //! The tables of iptables-legacy, and whether one of them is another one than before.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::io;
-use std::process::{Command, Stdio};
 
-use crate::firewall::Family;
+use crate::firewall::{Family, save_program};
 
 /// What `iptables-legacy-save -c` printed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -29,27 +26,8 @@ impl Saved {
     /// # Errors
     /// There are some, and the program that prints them is missing or failed.
     pub(super) fn read(family: Family) -> Result<Option<Self>, String> {
-        let (names, tool) = match family {
-            Family::Ip6 => ("/proc/thread-self/net/ip6_tables_names", "ip6tables-legacy-save"),
-            _ => ("/proc/thread-self/net/ip_tables_names", "iptables-legacy-save"),
-        };
-        match fs::read_to_string(names) {
-            Ok(tables) if !tables.trim().is_empty() => {}
-            // The kernel has them, and only root and its group may know which.
-            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-                return Err(format!("{names}: {error}"));
-            }
-            _ => return Ok(None),
-        }
-        let mut save = Command::new(tool);
-        save.arg("-c").stdin(Stdio::null()).stderr(Stdio::null());
-        match save.output() {
-            Ok(output) if output.status.success() => {
-                Ok(Some(Self::parse(&String::from_utf8_lossy(&output.stdout))))
-            }
-            Ok(output) => Err(format!("legacy rules: {tool}: {}", output.status)),
-            Err(error) => Err(format!("legacy rules: {tool}: {error}; install iptables")),
-        }
+        let text = save_program::read(family, &["-c"])?;
+        Ok(text.map(|text| Self::parse(&text)))
     }
 
     pub(super) fn parse(text: &str) -> Self {

@@ -1,0 +1,667 @@
+//! Plays the SYN of one connection through the rules, in the order of the kernel. Pure.
+//!
+//! Each question that a rule asks is answered by yes, no, or cannot tell, so the result names the
+//! limits that count the connection for sure and those that may. It assumes that the connection is
+//! let in: what *may* drop a packet takes no certainty away from the limits behind it.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::packet::{Interface, Packet, Syn};
+use super::rule::{Adding, Chain, Counting, Outcome, Rule, Step, Test, Threshold};
+use super::set::{self, Found, Set};
+use super::value::{Answer, Bits, Operand};
+use super::{Family, Ruleset};
+use crate::nftables::Hook;
+
+/// Jumps nest at most so deep (`NFT_JUMP_STACK_SIZE`).
+const DEPTH: usize = 16;
+/// So many rules are played for one packet.
+const STEPS: usize = 100_000;
+/// Conntrack's own hook (`NF_IP_PRI_CONNTRACK`): NOTRACK works before it.
+pub(super) const CONNTRACK: i32 = -200;
+/// Destination NAT (`NF_IP_PRI_NAT_DST`): rules before it see the port that the client asked for.
+pub(super) const NAT_DST: i32 = -100;
+
+/// Where a limit stands: chain, rule and step by their numbers in the rule set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct LimitAt {
+    /// Chain.
+    pub chain: usize,
+    /// Rule.
+    pub rule: usize,
+    /// Step.
+    pub step: usize,
+}
+
+/// How surely something is so.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Certainty {
+    /// It may be.
+    Perhaps,
+    /// It is, but for what a rate lets pass before.
+    Mostly,
+    /// It is.
+    Sure,
+}
+
+impl Certainty {
+    fn of(answer: Answer) -> Option<Self> {
+        match answer {
+            Answer::Yes => Some(Self::Sure),
+            Answer::Sometimes => Some(Self::Mostly),
+            Answer::Unknown => Some(Self::Perhaps),
+            Answer::No => None,
+        }
+    }
+}
+
+/// A limit that a connection meets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hit {
+    /// Which.
+    pub at: LimitAt,
+    /// Where its lists are first used: rules that name one set share them.
+    pub list: LimitAt,
+    /// How many, of the element's own where it has one.
+    pub limit: Threshold,
+    /// What is counted together with it; `None` where that cannot be told.
+    pub group: Option<Vec<u8>>,
+    /// How surely it is counted there.
+    pub certainty: Certainty,
+    /// Whether it takes the connection up.
+    pub counts: Counts,
+}
+
+/// Whether a limit that sees a connection counts it from then on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Counts {
+    /// It does.
+    Yes,
+    /// The set of its lists is full.
+    NoRoom,
+    /// Conntrack keeps no entry: its list loses the connection with the next look at it.
+    Untracked,
+}
+
+/// What came of a SYN.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Played {
+    /// The limits that it meets, in their order. One that it meets twice, by two rules that share a
+    /// list or by two jumps, counts it twice (`__nf_conncount_add()` looks for what it has once a
+    /// jiffy).
+    pub hits: Vec<Hit>,
+    /// Whether it gets in.
+    pub admitted: Option<bool>,
+    /// Whether conntrack keeps an entry of it.
+    pub tracked: Option<bool>,
+    /// The rule that takes it out of conntrack, or may.
+    pub notrack: Option<(usize, usize)>,
+    /// SYNPROXY answers it.
+    pub is_synproxied: bool,
+}
+
+/// A rule set made ready to be played.
+#[derive(Clone, Debug)]
+pub struct Player<'r> {
+    ruleset: &'r Ruleset,
+    named: HashMap<(Family, &'r str, &'r str), usize>,
+    /// Base chains in the order of hooks and priorities.
+    bases: Vec<usize>,
+    /// Where a set that limits keep their lists in is used first, by its place in memory.
+    lists: HashMap<*const Set, LimitAt>,
+    /// The same as `bases`, but for those that have nothing to say about limits and tracking.
+    telling: Vec<usize>,
+}
+
+impl<'r> Player<'r> {
+    /// Makes a rule set ready.
+    pub fn new(ruleset: &'r Ruleset) -> Self {
+        let chains = ruleset.chains.iter().enumerate();
+        let named = chains
+            .clone()
+            .map(|(at, chain)| ((chain.family, chain.table.as_str(), chain.name.as_str()), at))
+            .collect();
+        let is_incoming =
+            |hook| matches!(hook, Hook::Ingress | Hook::Prerouting | Hook::Input | Hook::Forward);
+        let order = |chain: &Chain| {
+            let base = chain.base.as_ref()?;
+            let family = !matches!(chain.family, Family::Other(_));
+            // NAT chains are called at one priority for all (`nf_nat_inet_fn()`).
+            let priority = if base.is_nat { (NAT_DST, base.priority) } else { (base.priority, 0) };
+            let early = base.hook != Hook::Ingress;
+            (family && !chain.is_dormant && is_incoming(base.hook))
+                .then_some((early, base.hook, priority))
+        };
+        let mut bases: Vec<_> =
+            chains.rev().filter_map(|(at, chain)| Some((order(chain)?, at))).collect();
+        // Of one priority the newest is called first (`nf_hook_entries_grow()`).
+        bases.sort_by_key(|(order, _)| *order);
+        let bases = bases.into_iter().map(|(_, at)| at).collect();
+        let mut this = Self { ruleset, named, bases, lists: lists(ruleset), telling: Vec::new() };
+        this.telling = this.bases.iter().copied().filter(|at| this.tells(*at)).collect();
+        this
+    }
+
+    /// Whether a chain, or one that it leads to, bears on limits, marks or tracking.
+    fn tells(&self, base: usize) -> bool {
+        let mut seen = vec![base];
+        let mut next = 0;
+        while let Some(at) = seen.get(next).copied() {
+            next += 1;
+            let Some(chain) = self.ruleset.chains.get(at) else { continue };
+            for step in chain.rules.iter().flat_map(|rule| &rule.steps) {
+                let (is_telling, targets) = match step {
+                    Step::Count(_) | Step::Add(_) | Step::Remove(_) => (true, Vec::new()),
+                    Step::SetMark(_) | Step::SetCtMark(_) | Step::Notrack => (true, Vec::new()),
+                    Step::Verdict(outcome) => (*outcome == Outcome::Synproxy, vec![outcome]),
+                    Step::Test(Test::In { set, .. }) => (has_limits(set), Vec::new()),
+                    Step::Map(_, set) => {
+                        let verdicts = set.elements().iter().filter_map(|e| e.verdict.as_ref());
+                        (has_limits(set), verdicts.collect())
+                    }
+                    Step::Test(_) => (false, Vec::new()),
+                };
+                if is_telling {
+                    return true;
+                }
+                for outcome in targets {
+                    if let Outcome::Jump(name) | Outcome::Goto(name) = outcome
+                        && let Some(target) = self.target(chain, name)
+                        && !seen.contains(&target)
+                    {
+                        seen.push(target);
+                    }
+                }
+            }
+        }
+        false
+    }
+
+    /// The rule set.
+    pub fn ruleset(&self) -> &'r Ruleset {
+        self.ruleset
+    }
+
+    /// The chain that a rule of `from` names.
+    pub(super) fn target(&self, from: &Chain, name: &str) -> Option<usize> {
+        self.named.get(&(from.family, from.table.as_str(), name)).copied()
+    }
+
+    /// Base chains in the order that packets meet them.
+    pub(super) fn bases(&self) -> &[usize] {
+        &self.bases
+    }
+
+    /// Whether a limit, or what decides about one, looks at the device that packets come in by.
+    pub fn asks_for_interfaces(&self) -> bool {
+        use super::value::Field;
+        let of_interface =
+            |value: &Operand| matches!(value.field, Field::InterfaceName | Field::InterfaceIndex);
+        let steps = self.ruleset.chains.iter().flat_map(|chain| &chain.rules);
+        !self.telling.is_empty()
+            && steps.flat_map(|rule| &rule.steps).any(|step| match step {
+                Step::Test(Test::Within { value, .. }) => of_interface(value),
+                Step::Test(Test::In { values, .. }) | Step::Map(values, _) => {
+                    values.iter().any(of_interface)
+                }
+                Step::Count(counting) => counting.by.iter().any(of_interface),
+                Step::Add(adding) => adding.by.iter().any(of_interface),
+                _ => false,
+            })
+    }
+
+    /// The limits that may count this connection, and how surely each does, while none of them is
+    /// exceeded. Chains that have nothing to say about that are left out.
+    pub fn limits(&self, syn: &Syn) -> Played {
+        self.run(syn, &self.telling, &mut |hit| Some(hit.limit.count == 0))
+    }
+
+    /// The whole way of a SYN; `exceeded` knows whether a limit has no place for it.
+    pub fn play(&self, syn: &Syn, exceeded: &mut dyn FnMut(&Hit) -> Option<bool>) -> Played {
+        self.run(syn, &self.bases, exceeded)
+    }
+
+    fn run(
+        &self,
+        syn: &Syn,
+        bases: &[usize],
+        exceeded: &mut dyn FnMut(&Hit) -> Option<bool>,
+    ) -> Played {
+        let mut run = Run {
+            player: self,
+            packet: Packet::new(syn),
+            played: Played { tracked: Some(true), ..Played::default() },
+            dead: Answer::No,
+            added: Vec::new(),
+            is_proxys: false,
+            is_stolen: false,
+            steps: STEPS,
+            exceeded,
+        };
+        run.way(bases);
+        if run.is_stolen {
+            run.packet = Packet::new(syn);
+            (run.is_stolen, run.is_proxys) = (false, true);
+            run.way(bases);
+        }
+        run.played.admitted = match run.dead {
+            Answer::No => Some(true),
+            Answer::Yes => Some(false),
+            _ => None,
+        };
+        run.played.tracked = run.packet.is_tracked;
+        run.played
+    }
+}
+
+fn lists(ruleset: &Ruleset) -> HashMap<*const Set, LimitAt> {
+    let mut all = HashMap::new();
+    for (chain, rules) in ruleset.chains.iter().map(|chain| &chain.rules).enumerate() {
+        for (rule, steps) in rules.iter().map(|rule| &rule.steps).enumerate() {
+            for (step, set) in steps.iter().map(set_of).enumerate() {
+                if let Some(set) = set {
+                    all.entry(Arc::as_ptr(set)).or_insert(LimitAt { chain, rule, step });
+                }
+            }
+        }
+    }
+    all
+}
+
+/// The set that a limit may keep its lists in.
+fn set_of(step: &Step) -> Option<&Arc<Set>> {
+    match step {
+        Step::Add(adding) => Some(&adding.set),
+        Step::Test(Test::In { set, .. }) | Step::Map(_, set) if has_limits(set) => Some(set),
+        _ => None,
+    }
+}
+
+fn has_limits(set: &Set) -> bool {
+    set.elements().iter().any(|element| element.limit.is_some())
+}
+
+/// How a chain was left, of the packets that entered it.
+#[derive(Clone, Copy, Debug)]
+struct Left {
+    /// Out of the base chain.
+    base: Answer,
+    /// Back to the calling chain, before the end.
+    back: Answer,
+    /// Every packet that came to some rule was dropped there.
+    is_dead_end: bool,
+}
+
+impl Left {
+    const NOWHERE: Self = Self { base: Answer::No, back: Answer::No, is_dead_end: false };
+
+    /// How surely a packet is still there.
+    fn here(self) -> Answer {
+        match self.base.max(self.back) {
+            _ if self.is_dead_end => Answer::No,
+            Answer::No => Answer::Yes,
+            Answer::Yes => Answer::No,
+            other => other,
+        }
+    }
+}
+
+/// One packet on its way.
+struct Run<'p, 'r, 's, 'e> {
+    player: &'p Player<'r>,
+    packet: Packet<'s>,
+    played: Played,
+    /// Whether it is dropped.
+    dead: Answer,
+    /// Sets that it has been put into.
+    added: Vec<Arc<Set>>,
+    /// SYNPROXY has opened the connection in the client's name.
+    is_proxys: bool,
+    /// SYNPROXY has just taken it.
+    is_stolen: bool,
+    steps: usize,
+    exceeded: &'e mut dyn FnMut(&Hit) -> Option<bool>,
+}
+
+impl<'r> Run<'_, 'r, '_, '_> {
+    fn way(&mut self, bases: &[usize]) {
+        for at in bases {
+            if self.dead == Answer::Yes || self.is_stolen {
+                return;
+            }
+            let Some(chain) = self.player.ruleset.chains.get(*at) else { continue };
+            let Some(base) = &chain.base else { continue };
+            let wrong = if self.packet.syn().is_forwarded { Hook::Input } else { Hook::Forward };
+            if base.hook == wrong || !chain.family.covers(self.packet.syn().source.is_ipv4()) {
+                continue;
+            }
+            let early = matches!(base.hook, Hook::Prerouting | Hook::Ingress);
+            let priority = if base.is_nat { NAT_DST } else { base.priority };
+            let is_before = |other| early && (base.hook == Hook::Ingress || priority < other);
+            self.packet.is_seen = !is_before(CONNTRACK);
+            self.packet.is_translated = !is_before(NAT_DST + 1);
+            if base.is_nat && self.packet.is_tracked == Some(false) {
+                continue;
+            }
+            let entered = self.of_device(chain.family, base.hook, &base.devices);
+            if entered == Answer::No {
+                continue;
+            }
+            let left = self.chain(*at, chain, entered, 0);
+            if self.is_stolen {
+                return;
+            }
+            let drops = if base.drops { entered.and(ended(left)) } else { Answer::No };
+            self.die(drops);
+        }
+    }
+
+    /// Whether the packet comes in by one of the devices of an ingress chain.
+    fn of_device(&self, family: Family, hook: Hook, devices: &[String]) -> Answer {
+        if family != Family::Netdev && hook != Hook::Ingress {
+            return Answer::Yes;
+        }
+        match &self.packet.syn().interface {
+            Interface::Known(name, _) => devices.iter().any(|device| device == name).into(),
+            _ if devices.is_empty() => Answer::No,
+            _ => Answer::Unknown,
+        }
+    }
+
+    fn die(&mut self, surely: Answer) {
+        self.dead = self.dead.max(surely);
+    }
+
+    /// `reach` is how surely the packet enters the chain.
+    fn chain(&mut self, at: usize, chain: &'r Chain, reach: Answer, depth: usize) -> Left {
+        let mut left = Left::NOWHERE;
+        if depth > DEPTH {
+            return left;
+        }
+        for (index, rule) in chain.rules.iter().enumerate() {
+            let here = left.here();
+            let Some(steps) = self.steps.checked_sub(1) else { return left };
+            self.steps = steps;
+            if here == Answer::No || self.dead == Answer::Yes || self.is_stolen {
+                return left;
+            }
+            let reach = reach.and(here);
+            for (surely, outcome) in self.rule(at, index, rule, reach) {
+                self.outcome(chain, reach, surely, &outcome, depth, &mut left);
+            }
+        }
+        left
+    }
+
+    fn outcome(
+        &mut self,
+        chain: &'r Chain,
+        reach: Answer,
+        surely: Answer,
+        outcome: &Outcome,
+        depth: usize,
+        left: &mut Left,
+    ) {
+        match outcome {
+            Outcome::Continue => {}
+            Outcome::Accept => left.base = left.base.max(surely),
+            Outcome::Return => left.back = left.back.max(surely),
+            Outcome::Drop | Outcome::Reject => {
+                self.die(reach.and(surely));
+                left.is_dead_end |= surely == Answer::Yes;
+            }
+            Outcome::Queue => {
+                self.die(Answer::Unknown);
+                left.base = left.base.max(surely);
+            }
+            Outcome::Synproxy => {
+                left.base = left.base.max(surely);
+                self.synproxy(surely);
+            }
+            Outcome::Jump(name) | Outcome::Goto(name) => {
+                let Some(at) = self.player.target(chain, name) else { return };
+                let Some(next) = self.player.ruleset.chains.get(at) else { return };
+                let inside = self.chain(at, next, reach.and(surely), depth + 1);
+                left.base = left.base.max(inside.base.and(surely));
+                left.is_dead_end |= inside.is_dead_end && surely == Answer::Yes;
+                if matches!(outcome, Outcome::Goto(_)) {
+                    left.back = left.back.max(surely);
+                }
+            }
+        }
+    }
+
+    /// The proxy answers; when the client has answered it in turn, it opens the connection itself,
+    /// by a SYN that is tracked.
+    fn synproxy(&mut self, surely: Answer) {
+        self.played.is_synproxied = true;
+        self.is_stolen = surely == Answer::Yes && !self.is_proxys;
+    }
+
+    /// What a rule makes of the packet: each outcome, and how surely, given that it comes there.
+    fn rule(
+        &mut self,
+        chain: usize,
+        index: usize,
+        rule: &Rule,
+        reach: Answer,
+    ) -> Vec<(Answer, Outcome)> {
+        let mut passed = Answer::Yes;
+        for (number, step) in rule.steps.iter().enumerate() {
+            let at = LimitAt { chain, rule: index, step: number };
+            let answer = match step {
+                Step::Test(test) if self.has_entry(test) != Answer::Yes => {
+                    // Without an entry there is nothing to compare.
+                    if self.has_entry(test) == Answer::No { Answer::No } else { Answer::Unknown }
+                }
+                Step::Test(Test::In { values, set, is }) => {
+                    let found = set.find(values, &self.packet);
+                    let mut answer = self.is_unchanged(set, found.answer);
+                    // An element that must not be there is not asked any further.
+                    if *is && let Some(limit) = found.element.and_then(|element| element.limit) {
+                        let counting = Counting { limit, by: values.clone() };
+                        answer = answer.and(self.count(at, &counting, reach.and(passed)));
+                    }
+                    answer.not_if(!is)
+                }
+                Step::Test(test) => self.test(test),
+                Step::Count(counting) => self.count(at, counting, reach.and(passed)),
+                Step::Add(adding) => self.add(at, adding, reach.and(passed)),
+                Step::Remove(set) => {
+                    self.added.push(Arc::clone(set));
+                    Answer::Yes
+                }
+                Step::Map(values, set) => return self.map(at, values, set, reach, passed),
+                Step::SetMark(value) => {
+                    let bits = self.set_to(value.as_ref(), reach.and(passed));
+                    self.packet.mark = bits;
+                    Answer::Yes
+                }
+                Step::SetCtMark(value) => {
+                    let bits = self.set_to(value.as_ref(), reach.and(passed));
+                    self.packet.ct_mark = bits;
+                    Answer::Yes
+                }
+                Step::Notrack => {
+                    self.notrack(chain, index, reach.and(passed));
+                    Answer::Yes
+                }
+                Step::Verdict(outcome) => return vec![(passed, outcome.clone())],
+            };
+            passed = passed.and(answer);
+            if passed == Answer::No {
+                return Vec::new();
+            }
+        }
+        Vec::new()
+    }
+
+    /// Whether the packet has the entry that a test looks at, if it looks at one.
+    fn has_entry(&self, test: &Test) -> Answer {
+        let is_asked = match test {
+            Test::Within { value, .. } => value.field.is_of_entry(),
+            Test::In { values, .. } => values.iter().any(|value| value.field.is_of_entry()),
+            _ => false,
+        };
+        match self.packet.is_tracked {
+            _ if !is_asked => Answer::Yes,
+            Some(is) => Answer::from(is && self.packet.is_seen),
+            None => Answer::Unknown,
+        }
+    }
+
+    /// What was found in a set that the packet itself has been put into, or taken out of, is not
+    /// what will be found.
+    fn is_unchanged(&self, set: &Arc<Set>, answer: Answer) -> Answer {
+        let is_changed = self.added.iter().any(|added| {
+            Arc::ptr_eq(added, set)
+                || !set.name.is_empty() && added.handle == set.handle && added.name == set.name
+        });
+        if is_changed { Answer::Unknown } else { answer }
+    }
+
+    fn test(&self, test: &Test) -> Answer {
+        match test {
+            Test::Within { value, from, to, is } => {
+                let (Some(low), Some(high)) = (from.value(), to.value()) else {
+                    return Answer::Unknown;
+                };
+                let bits = value.of(&self.packet).first(from.length());
+                let answer = bits.is_within(low, high);
+                let of_lo = || {
+                    let pieces = std::slice::from_ref(value);
+                    let key = from.bytes().unwrap_or_default();
+                    from == to
+                        && set::is_not_loopback(pieces, &self.packet)
+                        && set::is_lo(pieces, &key)
+                };
+                if answer == Answer::Unknown && of_lo() {
+                    return Answer::No.not_if(!is);
+                }
+                answer.not_if(!is)
+            }
+            Test::In { values, set, is } => set.find(values, &self.packet).answer.not_if(!is),
+            Test::Rate(_) => Answer::Sometimes,
+            Test::Unclear(_) => Answer::Unknown,
+            Test::Never => Answer::No,
+        }
+    }
+
+    fn list(&self, at: LimitAt) -> LimitAt {
+        let rule = self.player.ruleset.chains.get(at.chain).and_then(|c| c.rules.get(at.rule));
+        let set = rule.and_then(|rule| rule.steps.get(at.step)).and_then(set_of);
+        set.and_then(|set| self.player.lists.get(&Arc::as_ptr(set))).copied().unwrap_or(at)
+    }
+
+    /// The limit's answer: whether the rule goes on.
+    fn count(&mut self, at: LimitAt, counting: &Counting, reach: Answer) -> Answer {
+        let Counting { limit, by } = counting;
+        let values: Vec<Bits> = by.iter().map(|value| value.of(&self.packet)).collect();
+        let group = if by.is_empty() { Some(Vec::new()) } else { set::key(&values) };
+        let tracked = match self.packet.is_tracked {
+            Some(true) => Answer::Yes,
+            None => Answer::Unknown,
+            Some(false) => Answer::No,
+        };
+        let counts = if tracked == Answer::No { Counts::Untracked } else { Counts::Yes };
+        let sure = if tracked == Answer::No { reach } else { reach.and(tracked) };
+        let Some(certainty) = Certainty::of(sure) else { return Answer::No };
+        let list = self.list(at);
+        let hit = Hit { at, list, limit: *limit, group, certainty, counts };
+        let exceeded = (self.exceeded)(&hit);
+        self.played.hits.push(hit);
+        let exceeded = exceeded.map_or(Answer::Unknown, Answer::from);
+        exceeded.not_if(!limit.over)
+    }
+
+    fn add(&mut self, at: LimitAt, adding: &Adding, reach: Answer) -> Answer {
+        let Adding { by, set, limit, is_sometimes } = adding;
+        let found: Found<'_> = set.find(by, &self.packet);
+        let room = match found.answer {
+            _ if !set.is_full() => Answer::Yes,
+            Answer::No => Answer::No,
+            Answer::Yes => Answer::Yes,
+            _ => Answer::Unknown,
+        };
+        let own = found.element.and_then(|element| element.limit);
+        self.added.push(Arc::clone(set));
+        let rate = if *is_sometimes { Answer::Sometimes } else { Answer::Yes };
+        let Some(limit) = own.or(*limit) else { return room.and(rate) };
+        let counting = Counting { limit, by: by.clone() };
+        if room == Answer::No {
+            let values: Vec<Bits> = by.iter().map(|value| value.of(&self.packet)).collect();
+            if let Some(certainty) = Certainty::of(reach) {
+                let group = set::key(&values);
+                let list = self.list(at);
+                let hit = Hit { at, list, limit, group, certainty, counts: Counts::NoRoom };
+                self.played.hits.push(hit);
+            }
+            return Answer::No;
+        }
+        room.and(rate).and(self.count(at, &counting, reach.and(room)))
+    }
+
+    fn map(
+        &mut self,
+        at: LimitAt,
+        values: &[Operand],
+        set: &Arc<Set>,
+        reach: Answer,
+        passed: Answer,
+    ) -> Vec<(Answer, Outcome)> {
+        let found = set.find(values, &self.packet);
+        match (found.element, found.answer) {
+            (_, Answer::No) => Vec::new(),
+            (Some(element), answer) => {
+                let mut surely = passed.and(self.is_unchanged(set, answer));
+                if let Some(limit) = element.limit {
+                    let counting = Counting { limit, by: values.to_vec() };
+                    surely = surely.and(self.count(at, &counting, reach.and(surely)));
+                }
+                match (surely, &element.verdict) {
+                    (Answer::No, _) | (_, None) => Vec::new(),
+                    (_, Some(outcome)) => vec![(surely, outcome.clone())],
+                }
+            }
+            // Any of them may be the one.
+            (None, _) => {
+                let mut all: Vec<Outcome> = Vec::new();
+                for outcome in set.elements().iter().filter_map(|e| e.verdict.as_ref()) {
+                    if !all.contains(outcome) {
+                        all.push(outcome.clone());
+                    }
+                }
+                if set.unread.is_some() {
+                    all.extend([Outcome::Accept, Outcome::Drop]);
+                }
+                all.into_iter().map(|outcome| (Answer::Unknown, outcome)).collect()
+            }
+        }
+    }
+
+    fn set_to(&self, value: Option<&Operand>, reach: Answer) -> Bits {
+        match value {
+            Some(value) if reach == Answer::Yes => value.of(&self.packet).first(4),
+            _ => Bits::unknown(4),
+        }
+    }
+
+    fn notrack(&mut self, chain: usize, rule: usize, surely: Answer) {
+        if self.packet.is_seen || self.is_proxys || self.packet.is_tracked == Some(false) {
+            return;
+        }
+        self.packet.is_tracked = if surely == Answer::Yes { Some(false) } else { None };
+        self.played.notrack.get_or_insert((chain, rule));
+    }
+}
+
+/// How surely a packet comes to the end of a base chain, to its policy.
+fn ended(left: Left) -> Answer {
+    match left.base {
+        _ if left.is_dead_end => Answer::No,
+        Answer::No => Answer::Yes,
+        Answer::Yes => Answer::No,
+        other => other,
+    }
+}
