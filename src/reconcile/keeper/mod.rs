@@ -5,28 +5,31 @@
 //! [`Witness`]. The daemon waits, hands over, logs and publishes; `ctkeep reconcile` makes one pass;
 //! tests play the kernel and the time.
 
+mod limits;
+mod sweep;
+
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::apply::{Outcome, apply, believed};
 use super::backoff::BackOff;
-use super::confirm::{Confirmed, confirm};
+use super::confirm::Confirmed;
 use super::ledger::{Held, Ledger};
 use super::observe::{Exact, Tables};
-use super::plan::{Action, ActionKind, plan_for};
+use super::plan::{Action, ActionKind};
 use super::policy::{Policy, Scope};
-use super::pressure::{Defence, Transition};
-use super::snapshot::Snapshot;
+use super::pressure::Defence;
 use super::timers::{Timer, Timers};
 use super::uncounted::Uncounted;
-use crate::conntrack::{Change, Entry, TableSize, TcpState};
+use crate::conntrack::{Change, Entry, TcpState};
 use crate::error::{Error, Result};
-use crate::firewall::lists::Anew;
 use crate::flow::FourTuple;
 use crate::netlink::{KernelSocket, Transport};
 use crate::recount::{Notrack, Recount, Recounter};
-use crate::sockdiag::{Cookie, Lookup, Socket, State, States};
+use crate::sockdiag::{Cookie, Lookup, State};
+
+pub use sweep::{Depth, Sweep};
 
 /// The event of a packet can come before TCP has processed it, so a repaired connection is looked
 /// at again this much later.
@@ -50,15 +53,6 @@ pub struct Settings {
     pub deep_interval: Duration,
     /// Plan, and change nothing.
     pub dry_run: bool,
-}
-
-/// How far a sweep looks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Depth {
-    /// Half-closed sockets, and those whose entries are held.
-    Shallow,
-    /// Every socket of the scope.
-    Deep,
 }
 
 /// Why a repair is made.
@@ -135,25 +129,6 @@ pub trait Witness {
     fn acted(&mut self, acted: Acted);
     /// In a dry run: what would have been carried out.
     fn planned(&mut self, actions: &[Action], trigger: Trigger);
-}
-
-/// A sweep that ended well.
-#[derive(Debug)]
-pub struct Sweep {
-    /// How far it looked.
-    pub depth: Depth,
-    /// When it began.
-    pub began: Instant,
-    /// What it saw before its repairs.
-    pub snapshot: Snapshot,
-    /// Size of the conntrack table after it.
-    pub table: TableSize,
-    /// Its greatest size, where anybody tells it.
-    pub maximum: Option<u64>,
-    /// The defence level has changed.
-    pub transition: Option<Transition>,
-    /// Notrack sets could not be brought up to date; they are tried again at the next sweep.
-    pub notrack: Option<Error>,
 }
 
 /// Connections to look at, in a moment.
@@ -357,72 +332,6 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         self.carry_out(confirmed, Trigger::Event, since, now, witness)
     }
 
-    /// These limits have lost their lists: what is open of theirs is shown to them in the next
-    /// turns, part by part, from `at` on. `since` is when that became known.
-    pub fn limits_lost(&mut self, anew: Vec<Anew>, since: Instant, at: Instant) {
-        if anew.is_empty() {
-            return;
-        }
-        self.uncounted.add(anew);
-        self.rules_changed.get_or_insert(since);
-        self.timers.hasten(Timer::Recount, at);
-    }
-
-    /// Whether limits wait for what is open of theirs.
-    pub fn recount_is_due(&self, now: Instant) -> bool {
-        self.timers.is_due(Timer::Recount, now)
-    }
-
-    /// Shows limits that have lost their lists one part of what is open of theirs; more is due at
-    /// once, so that events come in between.
-    ///
-    /// # Errors
-    /// A conversation broke: the sweeps show what was left.
-    pub fn recount(&mut self, now: Instant, witness: &mut impl Witness) -> Result<()> {
-        let recounted = self.try_recount(now, witness);
-        if recounted.is_err() {
-            self.timers.set(Timer::Recount, now + self.settings.sweep_interval);
-        }
-        recounted
-    }
-
-    fn try_recount(&mut self, now: Instant, witness: &mut impl Witness) -> Result<()> {
-        let settings = self.settings.clone();
-        if !self.uncounted.is_waiting() && self.uncounted.is_new() {
-            let mut sockets = self.tables.sockets.sockets(settings.policy.states)?;
-            let policy = &settings.policy;
-            sockets.retain(|socket| {
-                policy.guards(socket) && self.scope.contains(policy, socket.flow())
-            });
-            let ledger = &mut self.ledger;
-            self.uncounted.find(&sockets, |socket, loss| ledger.set_uncounted(socket, loss));
-        }
-        let lookups = self.uncounted.next(PART);
-        let snapshot = self.tables.exactly(&lookups, &self.ledger)?;
-        for view in snapshot.views.iter().filter(|view| !self.uncounted.concerns(view)) {
-            if let Some(socket) = view.socket {
-                self.ledger.set_counted(&socket);
-            }
-        }
-        let since = self.rules_changed.unwrap_or(now);
-        let confirmed = self.confirmed(&snapshot);
-        self.carry_out(confirmed, Trigger::Rules, since, now, witness)?;
-        self.timers.take(Timer::Recount, now);
-        if self.uncounted.is_waiting() || self.uncounted.is_new() {
-            self.timers.set(Timer::Recount, now);
-        } else {
-            self.rules_changed = None;
-        }
-        Ok(())
-    }
-
-    /// Limits that lost their lists while what is open was shown to them begin anew at `at`.
-    pub fn put_off_recount(&mut self, at: Instant) {
-        if !self.uncounted.is_waiting() && self.uncounted.is_new() {
-            self.timers.set(Timer::Recount, at);
-        }
-    }
-
     /// Events were lost: everything must be looked at, at once.
     pub fn events_lost(&mut self, now: Instant) {
         self.timers.set(Timer::Deep, now);
@@ -431,77 +340,6 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
     /// There is reason to look at everything soon.
     pub fn hasten_deep(&mut self) {
         self.timers.hasten(Timer::Deep, self.soonest_deep);
-    }
-
-    /// One sweep with its repairs.
-    ///
-    /// # Errors
-    /// A conversation broke; the sweep is due again by the rule of its timer.
-    pub fn sweep(
-        &mut self,
-        depth: Depth,
-        now: Instant,
-        witness: &mut impl Witness,
-    ) -> Result<Sweep> {
-        let timer = match depth {
-            Depth::Shallow => Timer::Shallow,
-            Depth::Deep => Timer::Deep,
-        };
-        let swept = self.try_sweep(depth, now, witness);
-        match &swept {
-            Ok(_) => self.timers.succeeded(timer),
-            // The other kind may work: it is due as it was.
-            Err(_) => {
-                let (first, most) = (self.settings.sweep_interval, self.settings.deep_interval);
-                self.timers.failed(timer, now, first, most);
-            }
-        }
-        swept
-    }
-
-    fn try_sweep(
-        &mut self,
-        depth: Depth,
-        now: Instant,
-        witness: &mut impl Witness,
-    ) -> Result<Sweep> {
-        let listening = self.follow_listeners()?;
-        let snapshot = match depth {
-            Depth::Shallow => self.look_at_half_closed()?,
-            Depth::Deep => self.look_at_everything(now)?,
-        };
-        self.ledger.note(&snapshot);
-        witness.seen(&self.scope.ports, half_closed(&snapshot));
-        if depth == Depth::Shallow {
-            self.ledger.settle(&snapshot);
-        }
-        // What the sweep before it learned is evidence to this one too: after a flush of the table
-        // this one sees no entry.
-        self.repair(&snapshot, now, witness)?;
-        if depth == Depth::Deep && !self.back_off.rests(now) {
-            self.ledger.set_tracked(snapshot.evidence.tracked.clone());
-        }
-        let held = self.ledger.held().map(|held| held.orig);
-        let narrowed = self.recounting.recounter.as_mut().map(|it| it.narrow_notrack(held, now));
-        let (table, maximum, transition) = self.weigh(now)?;
-        self.schedule(depth, &snapshot, &listening, now);
-        let notrack = narrowed.and_then(Result::err);
-        Ok(Sweep { depth, began: now, snapshot, table, maximum, transition, notrack })
-    }
-
-    /// What a sweep has cost: `ended` is when it was done, `cost` the time of a processor that it
-    /// took. Intervals count from its end, and a deep sweep never takes more than a hundredth of a
-    /// core.
-    pub fn took(&mut self, sweep: &Sweep, ended: Instant, cost: Duration) {
-        let elapsed = ended.saturating_duration_since(sweep.began);
-        self.timers.delay(Timer::Shallow, elapsed);
-        if sweep.depth == Depth::Deep {
-            self.timers.delay(Timer::Deep, elapsed);
-            // On suspicion a tenth of a core.
-            self.soonest_deep = ended + cost * 9;
-            let due = self.timers.due(Timer::Deep).unwrap_or(ended);
-            self.timers.set(Timer::Deep, due.max(ended + cost * 100));
-        }
     }
 
     /// Gives held entries the timeouts that the kernel itself would give them.
@@ -544,64 +382,6 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
     /// The tables, for one that begins with an empty memory.
     pub fn into_tables(self) -> Tables<T> {
         self.tables
-    }
-
-    /// The scope by who listens now; a server may stop listening and keep its connections.
-    fn follow_listeners(&mut self) -> Result<HashSet<u16>> {
-        let listening = self.tables.scope(&self.settings.policy)?.ports;
-        self.former_listeners.extend(&listening);
-        self.scope.ports = listening.union(&self.former_listeners).copied().collect();
-        Ok(listening)
-    }
-
-    fn look_at_half_closed(&mut self) -> Result<Snapshot> {
-        self.tables.half_closed(&self.scope, &self.settings.policy, &self.ledger)
-    }
-
-    fn look_at_everything(&mut self, now: Instant) -> Result<Snapshot> {
-        if let Some(recounter) = &mut self.recounting.recounter {
-            recounter.refresh(now);
-        }
-        let policy = &self.settings.policy;
-        let snapshot = self.tables.whole(&self.scope, policy, States::open())?;
-        if let Some(grace) = policy.reap {
-            let orphans = snapshot.views.iter().filter(|view| view.socket.is_none());
-            let keys = orphans.filter_map(|view| view.entry).map(|entry| entry.key());
-            self.ledger.note_orphans(keys, grace, now);
-        }
-        let alive = snapshot.views.iter().filter_map(|view| view.socket);
-        self.ledger.retain_seen(alive.map(|socket| socket.cookie));
-        Ok(snapshot)
-    }
-
-    /// Plans, makes sure and carries out, part by part. Extensions come first: repairs are slow,
-    /// and leases must not expire meanwhile.
-    fn repair(
-        &mut self,
-        snapshot: &Snapshot,
-        now: Instant,
-        witness: &mut impl Witness,
-    ) -> Result<()> {
-        let settings = self.settings.clone();
-        let (policy, evidence) = (&settings.policy, &snapshot.evidence);
-        let mut is_any_lost = false;
-        for bring_back in [false, true] {
-            let mut views = snapshot.views.iter();
-            while views.len() > 0 && (is_any_lost || !bring_back) {
-                let part = views.by_ref().take(PART);
-                let mut planned = plan_for(part, evidence, &self.scope, policy, &self.ledger);
-                if self.may_not_insert(now) {
-                    planned.actions.retain(|action| action.kind != ActionKind::Reinsert);
-                }
-                let before = planned.actions.len();
-                planned.actions.retain(|action| action.kind.needs_recount() == bring_back);
-                is_any_lost |= planned.actions.len() < before;
-                let (tables, scope, ledger) = (&mut self.tables, &self.scope, &self.ledger);
-                let confirmed = confirm(tables, &planned, evidence, scope, policy, ledger)?;
-                self.carry_out(confirmed, Trigger::Sweep, now, now, witness)?;
-            }
-        }
-        Ok(())
     }
 
     /// What exact look-ups call for.
@@ -705,80 +485,4 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
     fn may_not_insert(&self, now: Instant) -> bool {
         self.back_off.rests(now) || !self.ledger.pressure().allows_inserts()
     }
-
-    /// Weighs how hard entries are fought over.
-    fn weigh(&mut self, now: Instant) -> Result<(TableSize, Option<u64>, Option<Transition>)> {
-        let size = self.tables.conntrack.size()?;
-        let maximum = size.maximum.map(u64::from).or(self.maximum);
-        let fill = maximum.filter(|maximum| *maximum > 0).map_or(0.0, |maximum| {
-            #[allow(clippy::cast_precision_loss, reason = "a share of at most 2^32 entries")]
-            let maximum = maximum as f64;
-            f64::from(size.entries) / maximum
-        });
-        Ok((size, maximum, self.ledger.pressure_mut().tick(fill, now)))
-    }
-
-    /// A half-closed socket without an entry in any zone that is known may have one in another
-    /// zone, or evidence that only a look at the whole table shows.
-    fn hasten_deep_sweep(&mut self, snapshot: &Snapshot) {
-        if unaccounted(snapshot).any(|socket| !self.unaccounted.contains(&socket.cookie)) {
-            self.hasten_deep();
-        }
-    }
-
-    /// Says when the next sweeps are due, after one that ended well.
-    fn schedule(
-        &mut self,
-        depth: Depth,
-        snapshot: &Snapshot,
-        listening: &HashSet<u16>,
-        now: Instant,
-    ) {
-        let pressure = self.ledger.pressure();
-        let (shallow, deep) = (
-            pressure.hurry(self.settings.sweep_interval),
-            pressure.hurry(self.settings.deep_interval),
-        );
-        self.timers.set(Timer::Shallow, now + jittered(shallow, (self.random)()));
-        match depth {
-            Depth::Shallow => self.hasten_deep_sweep(snapshot),
-            Depth::Deep => {
-                self.forget_closed_ports(snapshot, listening);
-                self.unaccounted = unaccounted(snapshot).map(|socket| socket.cookie).collect();
-                self.soonest_deep = now;
-                self.timers.set(Timer::Deep, now + deep);
-            }
-        }
-    }
-
-    /// A port without listener and without open sockets is out of scope again.
-    fn forget_closed_ports(&mut self, snapshot: &Snapshot, listening: &HashSet<u16>) {
-        let alive: HashSet<u16> = snapshot
-            .views
-            .iter()
-            .filter(|view| view.socket.is_some())
-            .map(|view| view.flow.src.port())
-            .collect();
-        self.former_listeners.retain(|port| alive.contains(port) || listening.contains(port));
-    }
-}
-
-/// Half-closed connections, seen from the server.
-fn half_closed(snapshot: &Snapshot) -> HashSet<FourTuple> {
-    let sockets = snapshot.views.iter().filter_map(|view| view.socket);
-    sockets.filter(|it| it.state == State::CloseWait).map(|it| it.flow()).collect()
-}
-
-/// Sockets that one side has closed and that have no entry.
-fn unaccounted(snapshot: &Snapshot) -> impl Iterator<Item = Socket> {
-    let lacking = snapshot.views.iter().filter(|view| view.entry.is_none());
-    let sockets = lacking.filter_map(|view| view.socket);
-    sockets.filter(|socket| socket.state != State::Established && socket.takes_a_slot())
-}
-
-/// A twentieth to a fifth sooner: nobody can time packets by the sweeps, and what the event source
-/// remembers for one interval is seen by a sweep before it is forgotten.
-fn jittered(interval: Duration, random: u64) -> Duration {
-    let random = u8::try_from(random % 151).unwrap_or(75);
-    interval.mul_f64(0.8 + f64::from(random) / 1000.0)
 }

@@ -1,0 +1,78 @@
+//! Limits that have lost their lists are shown what is open of theirs, part by part.
+
+use std::time::Instant;
+
+use super::{Keeper, PART, Trigger, Witness};
+use crate::error::Result;
+use crate::firewall::lists::Anew;
+use crate::netlink::Transport;
+use crate::reconcile::timers::Timer;
+use crate::recount::Recount;
+
+impl<T: Transport, R: Recount> Keeper<T, R> {
+    /// These limits have lost their lists: what is open of theirs is shown to them in the next
+    /// turns, part by part, from `at` on. `since` is when that became known.
+    pub fn limits_lost(&mut self, anew: Vec<Anew>, since: Instant, at: Instant) {
+        if anew.is_empty() {
+            return;
+        }
+        self.uncounted.add(anew);
+        self.rules_changed.get_or_insert(since);
+        self.timers.hasten(Timer::Recount, at);
+    }
+
+    /// Whether limits wait for what is open of theirs.
+    pub fn recount_is_due(&self, now: Instant) -> bool {
+        self.timers.is_due(Timer::Recount, now)
+    }
+
+    /// Shows limits that have lost their lists one part of what is open of theirs; more is due at
+    /// once, so that events come in between.
+    ///
+    /// # Errors
+    /// A conversation broke: the sweeps show what was left.
+    pub fn recount(&mut self, now: Instant, witness: &mut impl Witness) -> Result<()> {
+        let recounted = self.try_recount(now, witness);
+        if recounted.is_err() {
+            self.timers.set(Timer::Recount, now + self.settings.sweep_interval);
+        }
+        recounted
+    }
+
+    fn try_recount(&mut self, now: Instant, witness: &mut impl Witness) -> Result<()> {
+        let settings = self.settings.clone();
+        if !self.uncounted.is_waiting() && self.uncounted.is_new() {
+            let mut sockets = self.tables.sockets.sockets(settings.policy.states)?;
+            let policy = &settings.policy;
+            sockets.retain(|socket| {
+                policy.guards(socket) && self.scope.contains(policy, socket.flow())
+            });
+            let ledger = &mut self.ledger;
+            self.uncounted.find(&sockets, |socket, loss| ledger.set_uncounted(socket, loss));
+        }
+        let lookups = self.uncounted.next(PART);
+        let snapshot = self.tables.exactly(&lookups, &self.ledger)?;
+        for view in snapshot.views.iter().filter(|view| !self.uncounted.concerns(view)) {
+            if let Some(socket) = view.socket {
+                self.ledger.set_counted(&socket);
+            }
+        }
+        let since = self.rules_changed.unwrap_or(now);
+        let confirmed = self.confirmed(&snapshot);
+        self.carry_out(confirmed, Trigger::Rules, since, now, witness)?;
+        self.timers.take(Timer::Recount, now);
+        if self.uncounted.is_waiting() || self.uncounted.is_new() {
+            self.timers.set(Timer::Recount, now);
+        } else {
+            self.rules_changed = None;
+        }
+        Ok(())
+    }
+
+    /// Limits that lost their lists while what is open was shown to them begin anew at `at`.
+    pub fn put_off_recount(&mut self, at: Instant) {
+        if !self.uncounted.is_waiting() && self.uncounted.is_new() {
+            self.timers.set(Timer::Recount, at);
+        }
+    }
+}
