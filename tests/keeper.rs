@@ -23,6 +23,7 @@ use ctkeep::reconcile::plan::{Action, ActionKind};
 use ctkeep::reconcile::policy::Policy;
 use ctkeep::reconcile::pressure::Defence;
 use ctkeep::sockdiag::State;
+use ctkeep::watch::Suspect;
 use played::host::{Host, Shared};
 use played::{Played, entry, flow, requests, socket};
 
@@ -160,8 +161,14 @@ impl World {
 
     /// An event source has seen a packet of this connection.
     fn suspect(&mut self, port: u16) -> Deeds {
+        self.suspect_by(port, 0)
+    }
+
+    /// The same, where the packet came in by this device.
+    fn suspect_by(&mut self, port: u16, interface: u32) -> Deeds {
         let mut deeds = Deeds::default();
-        let suspects = [(of(port), None)].into();
+        let flow = of(port);
+        let suspects = [(flow, Suspect { flow, interface, destroyed: None, at: None })].into();
         self.keeper.suspects(suspects, self.now, self.now, &mut deeds).unwrap();
         deeds
     }
@@ -271,6 +278,68 @@ mod packets {
         // An ordinary RST: TCP has seen it by now.
         world.close(4000);
         assert_eq!(world.turn().1.done, [(ActionKind::Revive, 4001)]);
+    }
+}
+
+mod bound_to_a_device {
+    use super::*;
+
+    const ETH0: u32 = 7;
+    const ETH1: u32 = 8;
+
+    /// The connection of port 4000, by a listener that is bound to a device.
+    fn bound() -> World {
+        let world = World::with(4000..4003);
+        for socket in &mut world.host.borrow_mut().sockets {
+            if socket.flow() == of(4000) {
+                socket.interface = ETH0;
+            }
+        }
+        world
+    }
+
+    /// What another instance, or a former life, holds.
+    fn make_ours(world: &World, port: u16) {
+        let mut host = world.host.borrow_mut();
+        let entry = host.entries.iter_mut().find(|it| it.reply == of(port)).unwrap();
+        entry.tcp.as_mut().unwrap().flags = [0x08, 0x08];
+        assert!(entry.is_ours());
+    }
+
+    #[test]
+    fn its_first_event_finds_it_by_the_device_of_the_packet() {
+        let mut world = bound();
+        world.fin(4000);
+        world.rst(4000);
+        assert_eq!(world.suspect_by(4000, ETH0).done, [(ActionKind::Revive, 4000)]);
+    }
+
+    #[test]
+    fn packets_by_another_device_and_events_without_one_find_what_a_dump_has_shown() {
+        for device in [0, ETH1] {
+            let mut world = bound();
+            world.sweep(Depth::Deep);
+            world.fin(4000);
+            world.rst(4000);
+            assert_eq!(world.suspect_by(4000, device).done, [(ActionKind::Revive, 4000)]);
+            // Held, it is known for good.
+            world.rst(4000);
+            assert_eq!(world.suspect_by(4000, ETH1).done, [(ActionKind::Revive, 4000)]);
+        }
+    }
+
+    #[test]
+    fn what_is_not_held_is_never_given_back_for_a_guess() {
+        let mut world = bound();
+        make_ours(&world, 4000);
+        for device in [0, ETH1, ETH0] {
+            assert_eq!(world.suspect_by(4000, device).done, [], "{device}");
+        }
+        // Without a socket it is the deep sweep that gives it back.
+        make_ours(&world, 4001);
+        world.close(4001);
+        assert_eq!(world.suspect(4001).done, []);
+        assert_eq!(world.sweep(Depth::Deep).done, [(ActionKind::Release, 4001)]);
     }
 }
 

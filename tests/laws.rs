@@ -26,6 +26,7 @@ use ctkeep::reconcile::policy::Policy;
 use ctkeep::reconcile::pressure::Defence;
 use ctkeep::reconcile::snapshot::{Direction, View};
 use ctkeep::sockdiag::{Socket, State};
+use ctkeep::watch::Suspect;
 use model::{Counting, Model, PORT, Rst, bystanders};
 use played::host::{Host, Shared, tuple};
 use played::{CT_DELETE, CT_NEW, NLM_F_DUMP_INTR, NLMSG_DONE, Played, descend, requests, u16_at};
@@ -197,7 +198,8 @@ impl World {
     }
 
     fn react(&mut self) {
-        let told = self.model.told.drain(..).map(|flow| (flow, None)).collect();
+        let suspect = |flow| Suspect { flow, interface: 0, destroyed: None, at: None };
+        let told = self.model.told.drain(..).map(|flow| (flow, suspect(flow))).collect();
         self.act(|keeper, now, deeds| keeper.suspects(told, now, now, deeds).unwrap());
     }
 

@@ -357,7 +357,7 @@ impl Worker<'_> {
         let mut since = now;
         let drained = self.desk.events.drain(own, |suspect| {
             since = since.min(suspect.at.map_or(since, instant_of));
-            suspects.insert(suspect.flow, suspect.destroyed);
+            suspects.insert(suspect.flow, suspect);
         })?;
         let now = Instant::now();
         if drained.overrun || drained.malformed > 0 {

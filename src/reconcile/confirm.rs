@@ -64,7 +64,8 @@ pub fn confirm<T: Transport>(
         .map(|action| match action.view.socket {
             Some(socket) => Lookup::from(&socket),
             None => {
-                Lookup { flow: action.view.flow, interface: ledger.interface(action.view.flow) }
+                let interface = ledger.interface(action.view.flow).unwrap_or(0);
+                Lookup { flow: action.view.flow, interface }
             }
         })
         .collect();

@@ -158,12 +158,10 @@ impl Ledger {
         self.flows.contains_key(&flow)
     }
 
-    /// The interface that the socket of a held entry is bound to, 0 for none.
-    pub fn interface(&self, flow: FourTuple) -> u32 {
-        self.flows
-            .get(&flow)
-            .and_then(|cookie| self.known.get(cookie))
-            .map_or(0, |known| known.interface)
+    /// The device that the socket of a held entry is bound to, 0 for none.
+    pub fn interface(&self, flow: FourTuple) -> Option<u32> {
+        let known = self.flows.get(&flow).and_then(|cookie| self.known.get(cookie));
+        known.map(|known| known.interface)
     }
 
     /// What keeps the entry of this very socket from being fooled again.

@@ -7,6 +7,8 @@ mod decode;
 mod request;
 mod socket;
 
+use std::collections::BTreeSet;
+
 use netlink_sys::protocols::NETLINK_SOCK_DIAG;
 use nix::errno::Errno;
 
@@ -20,8 +22,20 @@ pub use socket::{Cookie, Socket, State, States, UnknownState};
 /// conntrack table (containers behind a host's address translation).
 #[derive(Debug)]
 pub struct SockDiag<T = KernelSocket> {
-    connections: Vec<Connection<T>>,
+    namespaces: Vec<Sockets<T>>,
 }
+
+/// The sockets of one network namespace.
+#[derive(Debug)]
+struct Sockets<T> {
+    connection: Connection<T>,
+    /// Devices that sockets of its dumps were bound to.
+    bound: BTreeSet<u32>,
+}
+
+/// Devices that absent connections are asked for with, one by one: some VRFs or VLANs, as a rule
+/// none. Beyond them the newest are kept.
+const BOUND: usize = 64;
 
 impl SockDiag<KernelSocket> {
     /// Opens a socket in the network namespace of the calling thread.
@@ -39,7 +53,9 @@ impl SockDiag<KernelSocket> {
 pub struct Lookup {
     /// From the server's endpoint to the peer's.
     pub flow: FourTuple,
-    /// The interface that the socket is bound to, 0 for none; the kernel compares it.
+    /// The device that the socket is bound to, or that its packets come in by; 0 where neither is
+    /// known. The kernel compares it with that of a bound socket: with 0 it finds no bound one, with
+    /// a device those that are bound to it and those that are not bound.
     pub interface: u32,
 }
 
@@ -52,13 +68,14 @@ impl From<&Socket> for Lookup {
 impl<T: Transport> SockDiag<T> {
     /// A conversation over any transport.
     pub fn new(transport: T) -> Self {
-        Self { connections: vec![Connection::new(transport)] }
+        let connection = Connection::new(transport);
+        Self { namespaces: vec![Sockets { connection, bound: BTreeSet::new() }] }
     }
 
     /// Asks the other one's namespaces too.
     #[must_use]
     pub fn and(mut self, other: Self) -> Self {
-        self.connections.extend(other.connections);
+        self.namespaces.extend(other.namespaces);
         self
     }
 
@@ -87,7 +104,7 @@ impl<T: Transport> SockDiag<T> {
     fn dump(&mut self, states: States) -> Result<Vec<Socket>> {
         let request = request::dump(states);
         let mut all = Vec::new();
-        for connection in &mut self.connections {
+        for Sockets { connection, bound } in &mut self.namespaces {
             let part = connection.dump(&request, |part: &mut Vec<Socket>, frame| {
                 part.extend(decode::socket(frame).map_err(|error| request.op.malformed(error))?);
                 Ok(())
@@ -97,6 +114,10 @@ impl<T: Transport> SockDiag<T> {
                 Some(Errno::ENOENT | Errno::EOPNOTSUPP) => module_missing(request.op),
                 _ => error,
             })?;
+            bound.extend(part.iter().map(|socket| socket.interface).filter(|bound| *bound != 0));
+            while bound.len() > BOUND {
+                bound.pop_first();
+            }
             if all.is_empty() {
                 all = part;
             } else {
@@ -106,7 +127,8 @@ impl<T: Transport> SockDiag<T> {
         Ok(all)
     }
 
-    /// The sockets of exactly these connections, in the order asked; `None` where there is none.
+    /// The sockets of exactly these connections, in the order asked; `None` where there is none that
+    /// is bound to the interface asked, to no device, or to one that dumps have shown in use.
     ///
     /// The kernel answers an absent tuple with the *listener* of its port; that is `None` here.
     ///
@@ -114,20 +136,13 @@ impl<T: Transport> SockDiag<T> {
     /// A broken conversation. An unanswered look-up is never `None`.
     pub fn lookup(&mut self, lookups: &[Lookup]) -> Result<Vec<Option<Socket>>> {
         let mut found = vec![None; lookups.len()];
-        for connection in &mut self.connections {
-            let missing: Vec<(usize, Lookup)> = found
-                .iter()
-                .zip(lookups)
-                .enumerate()
-                .filter(|(_, (socket, _))| socket.is_none())
-                .map(|(index, (_, lookup))| (index, *lookup))
-                .collect();
-            let asked: Vec<_> = missing.iter().map(|(_, lookup)| *lookup).collect();
-            let answers = lookup_in(connection, &asked)?;
-            for ((index, _), socket) in missing.into_iter().zip(answers) {
-                if let Some(slot) = found.get_mut(index) {
-                    *slot = socket;
-                }
+        for Sockets { connection, bound } in &mut self.namespaces {
+            look_up_missing(connection, lookups, &mut found, |lookup| Some(*lookup))?;
+            for device in bound.iter() {
+                let by_it = |lookup: &Lookup| Lookup { interface: *device, ..*lookup };
+                look_up_missing(connection, lookups, &mut found, |lookup| {
+                    (lookup.interface != *device).then(|| by_it(lookup))
+                })?;
             }
         }
         Ok(found)
@@ -140,6 +155,22 @@ impl<T: Transport> SockDiag<T> {
     pub fn probe(&mut self) -> Result<()> {
         self.listeners().map(drop)
     }
+}
+
+/// Asks for what is not found yet, by what `ask` makes of it.
+fn look_up_missing<T: Transport>(
+    connection: &mut Connection<T>,
+    lookups: &[Lookup],
+    found: &mut [Option<Socket>],
+    ask: impl Fn(&Lookup) -> Option<Lookup>,
+) -> Result<()> {
+    let missing = found.iter_mut().zip(lookups).filter(|(socket, _)| socket.is_none());
+    let asked = missing.filter_map(|(slot, lookup)| Some((slot, ask(lookup)?)));
+    let (slots, asked): (Vec<_>, Vec<_>) = asked.unzip();
+    for (slot, socket) in slots.into_iter().zip(lookup_in(connection, &asked)?) {
+        *slot = socket;
+    }
+    Ok(())
 }
 
 /// The sockets of these connections in one namespace.

@@ -182,6 +182,20 @@ impl Lab {
         Peer::new(&self.client, source, destination, &self.next_port)
     }
 
+    /// A client on the server's own link, at an address that has a meaning there alone.
+    pub fn link_local_peer(&self) -> Peer {
+        let [server, peer] = [1, 7].map(|last| Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, last));
+        let at = |last, server, mac| {
+            format!(
+                "addr add fe80::{last}/64 dev eth0 nodad\n\
+                 neigh add {server} lladdr 02:00:00:00:00:{mac} dev eth0\n"
+            )
+        };
+        self.server.feed("ip -batch -", &at(1, peer, "02"));
+        self.client.feed("ip -batch -", &at(2, server, "01"));
+        Peer::new(&self.client, peer.into(), server.into(), &self.next_port)
+    }
+
     /// Sends the client's FIN and waits until the server's socket has it, hence is in CLOSE_WAIT.
     pub fn half_close(&self, conn: &mut RawConn) {
         conn.fin();

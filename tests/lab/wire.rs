@@ -46,13 +46,14 @@ impl Wire {
                 IpAddr::V6(_) => (Domain::IPV6, ETH_P_IPV6),
             };
             let raw = Protocol::from(IPPROTO_RAW);
+            let outgoing = Socket::new(domain, Type::RAW, Some(raw))?;
+            if matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local()) {
+                // Its route is that of a device.
+                outgoing.bind_device(Some(b"eth0"))?;
+            }
             let incoming = packet_socket(protocol)?;
             incoming.attach_filter(&only_to(address))?;
-            Ok(Self {
-                outgoing: Socket::new(domain, Type::RAW, Some(raw))?,
-                incoming,
-                inbox: Mutex::default(),
-            })
+            Ok(Self { outgoing, incoming, inbox: Mutex::default() })
         })
     }
 

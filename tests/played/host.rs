@@ -75,7 +75,11 @@ impl Host {
             _ => Endpoint::new(<[u8; 16]>::try_from(&body[at..at + 16]).unwrap().into(), port),
         };
         let asked = FourTuple::new(end(12, port(8)), end(28, port(10)));
-        let exact = self.sockets.iter().find(|s| s.flow() == asked && s.state != State::Listen);
+        let device = u32::from_ne_bytes(body[44..48].try_into().unwrap());
+        // `inet_sk_bound_dev_eq()`
+        let is_by = |s: &Socket| s.interface == 0 || s.interface == device;
+        let exact = |s: &&Socket| s.flow() == asked && s.state != State::Listen && is_by(s);
+        let exact = self.sockets.iter().find(exact);
         // The kernel falls back to whoever listens on the port.
         let listener = |s: &&Socket| s.state == State::Listen && s.local.port() == asked.src.port();
         let socket = exact.or_else(|| self.sockets.iter().find(listener)).ok_or(ENOENT)?;

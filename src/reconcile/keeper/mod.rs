@@ -22,12 +22,13 @@ use super::policy::{Policy, Scope};
 use super::pressure::Defence;
 use super::timers::{Timer, Timers};
 use super::uncounted::Uncounted;
-use crate::conntrack::{Change, Entry, TcpState};
+use crate::conntrack::{Change, TcpState};
 use crate::error::{Error, Result};
 use crate::flow::FourTuple;
 use crate::netlink::{KernelSocket, Transport};
 use crate::recount::{Notrack, Recount, Recounter};
 use crate::sockdiag::{Cookie, Lookup, State};
+use crate::watch::Suspect;
 
 pub use sweep::{Depth, Sweep};
 
@@ -282,14 +283,14 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         self.carry_out(confirmed, Trigger::Event, since, now, witness)
     }
 
-    /// What an event source has seen: connections of the server, with the last entry where they
-    /// have none any more. `since` is when the first of them became known.
+    /// What an event source has seen, by connections of the server. `since` is when the first of
+    /// them became known.
     ///
     /// # Errors
     /// A conversation broke: the next sweep finds what was not repaired.
     pub fn suspects(
         &mut self,
-        mut suspects: HashMap<FourTuple, Option<Entry>>,
+        mut suspects: HashMap<FourTuple, Suspect>,
         since: Instant,
         now: Instant,
         witness: &mut impl Witness,
@@ -298,18 +299,21 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         if suspects.is_empty() {
             return Ok(());
         }
-        let lookups: Vec<_> = suspects
-            .keys()
-            .map(|flow| Lookup { flow: *flow, interface: self.ledger.interface(*flow) })
-            .collect();
+        // A held socket's device is known; any other's can be that of the packet.
+        let lookup = |suspect: &Suspect| Lookup {
+            flow: suspect.flow,
+            interface: self.ledger.interface(suspect.flow).unwrap_or(suspect.interface),
+        };
+        let lookups: Vec<_> = suspects.values().map(lookup).collect();
         let snapshot = self.tables.exactly(&lookups, &self.ledger)?;
         let recent: HashSet<_> =
             self.second_look.lookups.iter().map(|lookup| lookup.flow).collect();
         for view in snapshot.views.iter() {
-            match (view.socket, suspects.get(&view.flow)) {
+            let destroyed = suspects.get(&view.flow).map(|suspect| suspect.destroyed);
+            match (view.socket, destroyed) {
                 // A destroyed entry is known from its last event alone.
                 (Some(socket), Some(Some(entry))) if self.ledger.last_entry(&socket).is_none() => {
-                    self.ledger.remember(&socket, *entry);
+                    self.ledger.remember(&socket, entry);
                 }
                 // Perhaps it closed the entry in the midst of its repair.
                 (Some(socket), Some(None))
@@ -385,8 +389,16 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
     }
 
     /// What exact look-ups call for.
+    ///
+    /// What is not held is not given back by them alone: the device of its socket is a guess, and
+    /// the entry can be one that another ctkeep holds for sockets of its own. The deep sweep knows.
     fn confirmed(&self, snapshot: &Exact) -> Confirmed {
-        Confirmed::new(snapshot, &self.scope, &self.settings.policy, &self.ledger)
+        let (policy, ledger) = (&self.settings.policy, &self.ledger);
+        let mut confirmed = Confirmed::new(snapshot, &self.scope, policy, ledger);
+        confirmed.retain(|action| {
+            action.kind != ActionKind::Release || ledger.holds_flow(action.view.flow)
+        });
+        confirmed
     }
 
     /// Carries a plan out and arranges the second look.
