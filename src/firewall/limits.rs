@@ -146,7 +146,7 @@ impl fmt::Display for EarlierAccept {
 /// All that the rules say about limits.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Limiter {
-    /// Limits, in the order that a packet meets them.
+    /// Limits, in the order that a packet meets them, those for IPv6 alone at the end.
     pub rules: Vec<LimitRule>,
     /// Limits in tables that are switched off.
     pub dormant: Vec<LimitRule>,
@@ -166,6 +166,7 @@ impl Limiter {
         for at in player.bases() {
             found.walk(&player, *at);
         }
+        found.rules.sort_by_key(|rule| rule.family == Family::Ip6);
         if ruleset.chains.iter().any(|chain| chain.is_dormant) {
             found.dormant = switched_off(ruleset);
         }
