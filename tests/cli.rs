@@ -225,7 +225,9 @@ fn of_contract(sources: &Value) -> Value {
     let mut sources = sources.clone();
     for source in sources.as_array_mut().expect("a list") {
         let source = source.as_object_mut().expect("an object");
-        source.retain(|key, _| !["limit", "oldest_half_close_seconds"].contains(&key.as_str()));
+        source.retain(|key, _| {
+            !["limit", "oldest_half_close_seconds", "listed", "full"].contains(&key.as_str())
+        });
     }
     sources
 }

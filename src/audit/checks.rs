@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use ipnet::IpNet;
 
+use super::asked::Answered;
 use super::figures::{Table, Tcp};
 use super::finding::Finding;
 use crate::firewall::limits::{EarlierAccept, LimitRule, Limiter};
@@ -304,6 +305,23 @@ pub fn over(source: IpNet, held: usize, limit: u32, counted: usize) -> Finding {
         format!("{whose}: {held} sockets, limit {limit}, the rule sees {counted}"),
         "ctkeep reconcile makes the limiter count them again; ctkeep run keeps it so",
     )
+}
+
+/// A list that lacks connections, as the limit itself has shown.
+pub fn lacking(answered: &Answered, rule: &str) -> Option<Finding> {
+    let Answered { answer, held, .. } = answered;
+    let listed = usize::try_from(answer.listed()?).unwrap_or(usize::MAX);
+    if answer.is_full() || listed >= *held {
+        return None;
+    }
+    let whose =
+        if answer.net.prefix_len() == 0 { "all".to_owned() } else { answer.net.to_string() };
+    let more = answer.more.unwrap_or(0);
+    Some(Finding::bad(
+        "limit-lacking",
+        format!("{whose}: {held} sockets, the list of {rule} has {listed}: it lets {more} more in"),
+        "ctkeep recount shows the limit what is open; ctkeep run keeps it so",
+    ))
 }
 
 /// Open connections that conntrack does not look at; `ports` has the local port of each.

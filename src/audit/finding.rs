@@ -5,7 +5,7 @@ use std::fmt;
 use serde::Serialize;
 
 /// Every identifier there is; docs/doctor.md has a section for each.
-pub const IDENTIFIERS: [&str; 41] = [
+pub const IDENTIFIERS: [&str; 42] = [
     "kernel",
     "privilege-net-admin",
     "privilege-net-raw",
@@ -31,6 +31,7 @@ pub const IDENTIFIERS: [&str; 41] = [
     "port-untracked",
     "untracked",
     "source-over-limit",
+    "limit-lacking",
     "syncookies-off",
     "syn-backlog",
     "syncookies-sent",

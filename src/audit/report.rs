@@ -4,8 +4,10 @@ use std::collections::{BTreeMap, HashMap};
 use std::thread;
 use std::time::{Duration, SystemTime};
 
+use ipnet::IpNet;
 use serde_json::{Value, json};
 
+use super::asked::Answered;
 use super::checks;
 use super::classes::Class;
 use super::cover::Cover;
@@ -13,7 +15,7 @@ use super::figures::Figures;
 use super::finding::Verdict;
 use super::layers::{Inputs, Layers};
 use super::processes::{Holder, Owners};
-use super::sources::{Measure, Plays, Source, loads, sources};
+use super::sources::{Listed, Measure, Plays, Source, loads, sources};
 use crate::conntrack::TcpState;
 use crate::error::Result;
 use crate::firewall::Ruleset;
@@ -77,6 +79,8 @@ pub struct Seen {
     pub owners: Owners,
     /// What a running daemon tells of itself; `None` for saved tables.
     pub told: Option<Told>,
+    /// What limits said; `None` where they were not asked.
+    pub asked: Option<Vec<Answered>>,
 }
 
 impl Seen {
@@ -108,6 +112,7 @@ impl Seen {
             figures: Some(Figures::read(&mut tables.conntrack)?),
             owners,
             told: Some(instance::ask("ctkeep")),
+            asked: None,
         };
         Ok((seen, scope))
     }
@@ -130,6 +135,8 @@ pub struct Report {
     pub sources: Vec<Source>,
     /// What a connection passes on its way in.
     pub layers: Layers,
+    /// Limits were asked what their lists hold.
+    pub is_asked: bool,
 }
 
 impl Report {
@@ -191,7 +198,13 @@ impl Report {
                 view,
             })
             .collect();
-        let sources = sources(snapshot.views.iter(), measure, &loads, &told.ages);
+        let mut sources = sources(snapshot.views.iter(), measure, &loads, &told.ages);
+        let asked = seen.asked.as_deref().unwrap_or_default();
+        sources.iter_mut().for_each(|source| source.listed = listed(source, asked));
+        layers.limiter.extend(asked.iter().filter_map(|answered| {
+            let rule = limiter.rules.get(answered.rule)?;
+            checks::lacking(answered, &rule.place())
+        }));
         if let Some(limit) = request.limit {
             let over = sources.iter().find(|source| source.over_limit == Some(true));
             layers.limiter.extend(
@@ -212,6 +225,7 @@ impl Report {
             connections,
             sources,
             layers,
+            is_asked: seen.asked.is_some(),
             netns: seen.netns,
             kernel: seen.kernel,
         }
@@ -265,6 +279,8 @@ impl Report {
                     "oldest_half_close_seconds": source.oldest_half_close,
                     "limit": source.limit,
                     "over_limit": source.over_limit,
+                    "listed": source.listed.map(|listed| listed.count),
+                    "full": source.listed.map(|listed| listed.is_full),
                 })
             })
             .collect();
@@ -286,6 +302,15 @@ impl Report {
             "layers": self.layers,
         })
     }
+}
+
+/// What the limit that lets in least of this source said.
+fn listed(source: &Source, asked: &[Answered]) -> Option<Listed> {
+    // The rule's networks and the report's may be of different size.
+    let touches = |net: &IpNet| net.contains(&source.net) || source.net.contains(net);
+    let answers = asked.iter().map(|answered| &answered.answer);
+    let nearest = answers.filter(|answer| touches(&answer.net)).min_by_key(|answer| answer.more)?;
+    Some(Listed { count: nearest.listed()?, is_full: nearest.is_full() })
 }
 
 fn named(counts: impl IntoIterator<Item = (&'static str, usize)>) -> Value {

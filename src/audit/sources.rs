@@ -36,6 +36,17 @@ pub struct Source {
     pub limit: Option<u32>,
     /// Whether more sockets are held than that limit allows; `None` where that cannot be told.
     pub over_limit: Option<bool>,
+    /// How many connections the list of a limit holds; `None` where it was not asked.
+    pub listed: Option<Listed>,
+}
+
+/// What a limit said when it was asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Listed {
+    /// So many connections of the source are on its list; where it is full, at least so many.
+    pub count: u32,
+    /// It lets no further one in.
+    pub is_full: bool,
 }
 
 /// How sources are put together and what they are measured by.
@@ -109,6 +120,7 @@ pub fn sources(
             oldest_half_close: None,
             limit: measure.limit,
             over_limit: Some(false),
+            listed: None,
         });
         let counted = view.is_counted();
         source.counted += usize::from(counted);
@@ -187,16 +199,16 @@ impl<'r> Plays<'r> {
 
     /// What the SYN of this connection met, or would meet today.
     pub fn of(&mut self, view: &View) -> Rc<Played> {
-        let (source, destination) = (view.flow.dst.addr(), view.flow.src);
-        // Rules before destination NAT see what the client asked for.
-        let entry = view.entry.filter(|entry| entry.reply == view.flow);
-        let asked = entry.map_or(destination, |entry| entry.orig.dst);
-        let player = &self.player;
-        let played = self.played.entry((source, asked, destination)).or_insert_with(|| {
-            let syn = Syn { asked, ..Syn::new(source, destination) };
-            Rc::new(player.limits(&syn))
-        });
+        let (syn, player) = (syn(view), &self.player);
+        let key = (syn.source, syn.asked, syn.destination);
+        let played = self.played.entry(key).or_insert_with(|| Rc::new(player.limits(&syn)));
         played.clone()
+    }
+
+    /// Whether no rule but a limit that is exceeded stops the SYN of this connection.
+    pub fn only_limits_stop(&self, view: &View) -> bool {
+        let admitted = |is_exceeded| self.player.play(&syn(view), &mut |_| is_exceeded).admitted;
+        admitted(Some(false)) == Some(true) && admitted(Some(true)) == Some(false)
     }
 
     /// The limits that this connection meets.
@@ -205,7 +217,8 @@ impl<'r> Plays<'r> {
         let met = |hit: &Hit| {
             let rule = self.rule(hit, view)?;
             let net = self.net(rule, view);
-            Some(Met { rule, net, is_sure: hit.certainty > Certainty::Perhaps })
+            let (limit, is_sure) = (hit.limit.count, hit.certainty > Certainty::Perhaps);
+            Some(Met { rule, net, limit, is_sure })
         };
         played.hits.iter().filter_map(met).collect()
     }
@@ -232,6 +245,8 @@ pub struct Met {
     pub rule: usize,
     /// Whose connections it counts together.
     pub net: IpNet,
+    /// How many it allows, the element's own where it has one.
+    pub limit: u32,
     /// Whether it counts the connection for sure.
     pub is_sure: bool,
 }
@@ -276,6 +291,15 @@ pub fn loads(views: impl IntoIterator<Item = View>, plays: &mut Plays<'_>) -> Ve
     let mut all: Vec<_> = groups.into_values().collect();
     all.sort_by_key(|load| (load.rule, Reverse(load.held_for_sure), Reverse(load.held), load.net));
     all
+}
+
+/// The SYN that opened, or would open, a connection.
+fn syn(view: &View) -> Syn {
+    let (source, destination) = (view.flow.dst.addr(), view.flow.src);
+    // Rules before destination NAT see what the client asked for.
+    let entry = view.entry.filter(|entry| entry.reply == view.flow);
+    let asked = entry.map_or(destination, |entry| entry.orig.dst);
+    Syn { asked, ..Syn::new(source, destination) }
 }
 
 fn is_open(view: &View) -> bool {

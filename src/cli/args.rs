@@ -120,6 +120,13 @@ pub(super) struct Audit {
     #[arg(long)]
     pub all: bool,
 
+    /// Ask the limits how many connections of each source their lists hold, by packets: SYNs of
+    /// unused ports of the source that pass the host's rules and end behind the last of them. Rules
+    /// that count, rate or log SYNs see them; the source's own SYNs may find the limit full
+    /// meanwhile, for some milliseconds
+    #[arg(long, conflicts_with = "sockets")]
+    pub ask: bool,
+
     /// Read sockets from this file, as `ss -tanoiep` or `netstat -tanp` prints them, instead of the
     /// kernel
     #[arg(long, value_name = "FILE", requires = "conntrack", conflicts_with = "netns")]
@@ -185,6 +192,11 @@ pub(super) struct Explain {
     /// The peer's end
     #[arg(value_name = "REMOTE", value_parser = endpoint)]
     pub remote: Endpoint,
+
+    /// Ask the limit how many more connections of the peer it would let in, and which rule decides,
+    /// by packets as `ctkeep audit --ask` sends them
+    #[arg(long)]
+    pub ask: bool,
 
     #[command(flatten)]
     pub scope: Scope,

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant, SystemTime};
 use super::Exit;
 use super::args::{Audit, Format};
 use super::output;
+use crate::audit::asked::ask_for_sources;
 use crate::audit::report::{Report, Request, Seen};
 use crate::audit::saved::{File, Host, Refusal, Saved};
 use crate::error::{Error, Result};
@@ -41,7 +42,16 @@ pub(super) fn run(args: &Audit) -> Result<Exit> {
     }
     let mut exit = Exit::Done;
     for namespace in args.scope.namespaces()? {
-        let look = || namespace.run(|| Seen::look(namespace.name(), &policy));
+        let look = || {
+            namespace.run(|| {
+                let (mut seen, scope) = Seen::look(namespace.name(), &policy)?;
+                if args.ask {
+                    let failed = |error: &Error| eprintln!("ctkeep: {error}");
+                    ask_for_sources(&mut seen, Instant::now(), failed)?;
+                }
+                Ok((seen, scope))
+            })
+        };
         let (seen, scope) = with_progress(look)?;
         if show(args, &Report::of(seen, &scope, &policy, request))? == Exit::Disagreement {
             exit = Exit::Disagreement;

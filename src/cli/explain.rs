@@ -7,6 +7,7 @@ use serde_json::json;
 use super::Exit;
 use super::args::{Explain, Format};
 use super::output;
+use crate::audit::asked::{Answer, Asker};
 use crate::audit::classes::Class;
 use crate::audit::cover::Cover;
 use crate::audit::processes::{Owner, Owners};
@@ -61,7 +62,13 @@ pub(super) fn run(args: &Explain) -> Result<Exit> {
         let is_swapped = view.socket.is_none()
             && tables.exactly(&[swapped], &ledger)?.views.iter().any(|view| view.socket.is_some());
         let owners = Owners::look(view.socket.into_iter(), &tables.sockets.listeners()?);
-        let limits = limits(&Ruleset::read(), &view, &around);
+        let rules = Ruleset::read();
+        let limiter = Limiter::of(&rules);
+        let limits = limits(&rules, &limiter, &view, &around);
+        let asked = args.ask.then(|| {
+            let now = Instant::now();
+            Asker::open(&rules, &limiter, now)?.ask(&view, now)
+        });
         let in_scope = scope.contains(&policy, flow);
         let cover = Cover::of(daemon.shield.as_ref(), &view);
         Ok(Found {
@@ -75,6 +82,7 @@ pub(super) fn run(args: &Explain) -> Result<Exit> {
             is_swapped,
             owners,
             limits,
+            asked: asked.map(|asked| asked.map_err(|error: Error| error.cause.to_string())),
         })
     })?;
     match args.output.format {
@@ -102,12 +110,13 @@ struct Found {
     owners: Owners,
     cover: Cover,
     limits: Vec<String>,
+    /// What the limit said, or why it could not be asked; `None` where it was not.
+    asked: Option<std::result::Result<Answer, String>>,
 }
 
 /// The limits that count this connection, with what is counted together with it.
-fn limits(rules: &Ruleset, view: &View, around: &Snapshot) -> Vec<String> {
-    let limiter = Limiter::of(rules);
-    let mut plays = Plays::new(&limiter, rules);
+fn limits(rules: &Ruleset, limiter: &Limiter, view: &View, around: &Snapshot) -> Vec<String> {
+    let mut plays = Plays::new(limiter, rules);
     // Also of a connection that is over, or has no entry: as its SYN would meet them.
     let mine = plays.met(view);
     let others = around.views.iter().filter(|other| other.flow != view.flow);
@@ -164,6 +173,10 @@ fn to_text(found: &Found) -> String {
         Some(seconds) => format!("by ctkeep run for {seconds} s"),
         None => "no".to_owned(),
     };
+    let asked = match &found.asked {
+        None => String::new(),
+        Some(answer) => format!("asked       {}\n", in_words(answer)),
+    };
     let hint = if found.is_swapped {
         "hint        the other way round there is one: the server's end comes first\n"
     } else {
@@ -181,6 +194,7 @@ fn to_text(found: &Found) -> String {
          class       {}\n\
          kept        {kept}\n\
          limits      {limits}\n\
+         {asked}\
          shield      {}\n\
          cell        {}\n\
          would do    {verdict}\n\
@@ -196,6 +210,26 @@ fn to_text(found: &Found) -> String {
         found.cover,
         named(cell),
     )
+}
+
+/// `2 of 3 on the list of ip filter INPUT rule 1: 1 more would be let in`
+fn in_words(answer: &std::result::Result<Answer, String>) -> String {
+    let answer = match answer {
+        Ok(answer) => answer,
+        Err(why) => return format!("not answered: {why}"),
+    };
+    let more = match answer.more {
+        Some(0) => "no further one would be let in".to_owned(),
+        Some(more) => format!("{more} more would be let in"),
+        None => return format!("no answer; what decides: {}", answer.decides),
+    };
+    match (answer.listed(), answer.limit) {
+        (Some(listed), Some((_, limit))) => {
+            let at_least = if answer.is_full() { "at least " } else { "" };
+            format!("{more}: {at_least}{listed} of {limit} on the list of {}", answer.decides)
+        }
+        _ => format!("{more}: {} decides", answer.decides),
+    }
 }
 
 /// The cell of the action table (docs/reconcile.md).
@@ -267,6 +301,17 @@ fn to_json(found: &Found) -> serde_json::Value {
         "pid": holder.as_ref().map(|holder| holder.pid),
         "command": holder.as_ref().map(|holder| &holder.command),
         "limits": found.limits,
+        "asked": found.asked.as_ref().map(|asked| match asked {
+            Ok(answer) => json!({
+                "listed": answer.listed(), "limit": answer.limit.map(|(_, limit)| limit),
+                "more": answer.more, "full": answer.more.map(|more| more == 0),
+                "decides": answer.decides, "error": null,
+            }),
+            Err(why) => json!({
+                "listed": null, "limit": null, "more": null, "full": null, "decides": null,
+                "error": why,
+            }),
+        }),
         "shielded": found.cover.is_certain(),
         "cell": named(cell),
         "action": action,

@@ -11,7 +11,7 @@ use crate::audit::cover::Cover;
 use crate::audit::finding::{Finding, Verdict};
 use crate::audit::layers::{Kind, Layers};
 use crate::audit::report::{Connection, Report};
-use crate::audit::sources::Source;
+use crate::audit::sources::{Listed, Source};
 use crate::error::{Op, Result};
 use crate::sockdiag::State;
 
@@ -85,7 +85,7 @@ pub fn line(value: &serde_json::Value) -> Result<()> {
 
 /// The report for people: sources, disagreements, and the sum of it.
 pub fn report(report: &Report, all: bool, top: Option<usize>, no_header: bool) -> String {
-    let headings = [
+    let mut headings = vec![
         "SOURCE",
         "HELD",
         "COUNTED",
@@ -96,6 +96,9 @@ pub fn report(report: &Report, all: bool, top: Option<usize>, no_header: bool) -
         "OLDEST",
         "LIMIT",
     ];
+    if report.is_asked {
+        headings.push("LISTED");
+    }
     let row = |source: &Source| {
         let of = |state| source.sockets.get(&state).copied().unwrap_or(0);
         let limit = match (source.limit, source.over_limit) {
@@ -104,7 +107,7 @@ pub fn report(report: &Report, all: bool, top: Option<usize>, no_header: bool) -
             (Some(limit), Some(true)) => format!("over {limit}"),
             (Some(limit), None) => format!("perhaps over {limit}"),
         };
-        vec![
+        let mut row = vec![
             source.net.to_string(),
             source.held.to_string(),
             source.counted.to_string(),
@@ -114,7 +117,15 @@ pub fn report(report: &Report, all: bool, top: Option<usize>, no_header: bool) -
             of(State::Established).to_string(),
             source.oldest_half_close.map_or("-".to_owned(), |age| format!("{age}s")),
             limit,
-        ]
+        ];
+        if report.is_asked {
+            row.push(match source.listed {
+                None => "-".to_owned(),
+                Some(Listed { count, is_full: true }) => format!("{count} full"),
+                Some(Listed { count, is_full: false }) => count.to_string(),
+            });
+        }
+        row
     };
     let rows = report.sources.iter().take(top.unwrap_or(usize::MAX)).map(row).collect();
     let sources = table(&headings, rows, Rows::Whole, no_header);

@@ -71,6 +71,17 @@ impl Family {
         }
     }
 
+    /// The kernel's number of it.
+    pub fn number(self) -> u8 {
+        match self {
+            Self::Inet => NFPROTO_INET,
+            Self::Ip => NFPROTO_IPV4,
+            Self::Ip6 => NFPROTO_IPV6,
+            Self::Netdev => NFPROTO_NETDEV,
+            Self::Other(other) => other,
+        }
+    }
+
     /// Whether packets of IPv4 (or else IPv6) pass tables of this family.
     pub fn covers(self, ipv4: bool) -> bool {
         match self {

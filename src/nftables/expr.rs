@@ -75,6 +75,8 @@ pub enum Expr {
     },
     /// Count the packet's connection; go on only if there are more than this. `ct count over N`
     CountOver(u32),
+    /// Have the packet's further way reported, if what was loaded is not 0. `meta nftrace set`
+    Trace,
     /// Conntrack leaves the packet alone.
     NoTrack,
     /// This chain is done with the packet.
@@ -104,10 +106,8 @@ impl Expr {
             Self::NfProto => ("meta", meta(NFT_META_NFPROTO)),
             Self::L4Proto => ("meta", meta(NFT_META_L4PROTO)),
             Self::Mark => ("meta", meta(NFT_META_MARK)),
-            Self::SetMark => {
-                let data = [(NFTA_META_KEY, NFT_META_MARK), (NFTA_META_SREG, NFT_REG32_00)];
-                ("meta", data.map(|(kind, value)| word(kind, value)).into())
-            }
+            Self::SetMark => ("meta", set_meta(NFT_META_MARK)),
+            Self::Trace => ("meta", set_meta(NFT_META_NFTRACE)),
             Self::InputDevice => ("meta", meta(NFT_META_IIF)),
             Self::CtState => ("ct", ct(NFT_CT_STATE)),
             Self::CtStatus => ("ct", ct(NFT_CT_STATUS)),
@@ -190,6 +190,10 @@ fn meta(key: u32) -> Vec<DefaultNla> {
 
 fn ct(key: u32) -> Vec<DefaultNla> {
     vec![word(NFTA_CT_KEY, key), word(NFTA_CT_DREG, NFT_REG32_00)]
+}
+
+fn set_meta(key: u32) -> Vec<DefaultNla> {
+    vec![word(NFTA_META_KEY, key), word(NFTA_META_SREG, NFT_REG32_00)]
 }
 
 fn lookup(set: &str, flags: u32) -> Vec<DefaultNla> {

@@ -49,6 +49,8 @@ pub(super) fn length_of(fields: &[Field]) -> u32 {
     }
 }
 
+/// One port.
+pub(crate) const PORT: &[Field] = &[Field::InetService];
 /// Source address and port, destination address and port.
 pub(crate) const TUPLE_V4: &[Field] =
     &[Field::Ipv4Addr, Field::InetService, Field::Ipv4Addr, Field::InetService];

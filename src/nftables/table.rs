@@ -193,19 +193,24 @@ impl<T: Transport> Table<T> {
         self.change_elements(Op::new("remove from nftables set"), NFT_MSG_DELSETELEM, set, elements)
     }
 
-    /// Whether a set has this element.
+    /// Which of these elements a set has, in their order.
     ///
     /// # Errors
     /// The table is gone, or a broken conversation.
-    pub fn contains(&mut self, set: &str, element: Vec<u8>) -> Result<bool> {
+    pub fn contains(&mut self, set: &str, elements: &[Vec<u8>]) -> Result<Vec<bool>> {
         let op = Op::new("look into nftables set");
-        let mut get = self.elements(op, NFT_MSG_GETSETELEM, set, &[element]);
-        get.joined = false;
-        match self.connection.query(&get, |_| Ok(())) {
+        let get = |element: &Vec<u8>| {
+            let request = self.elements(op, NFT_MSG_GETSETELEM, set, std::slice::from_ref(element));
+            Request { joined: false, ..request }
+        };
+        let requests: Vec<_> = elements.iter().map(get).collect();
+        let answers = self.connection.batch(&requests, |_, _| Ok(()))?;
+        let is_there = |answer: Result<()>| match answer {
             Ok(()) => Ok(true),
             Err(error) if error.is_absent() => Ok(false),
             Err(error) => Err(error),
-        }
+        };
+        answers.into_iter().map(is_there).collect()
     }
 
     /// Whether others could take the table away: it has no owner (before 5.12).

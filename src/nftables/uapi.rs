@@ -28,6 +28,7 @@ pub(crate) const NFT_MSG_GETSET: u16 = 10;
 pub(crate) const NFT_MSG_NEWSETELEM: u16 = 12;
 pub(crate) const NFT_MSG_GETSETELEM: u16 = 13;
 pub(crate) const NFT_MSG_DELSETELEM: u16 = 14;
+pub(crate) const NFT_MSG_TRACE: u16 = 17;
 pub(crate) const NFT_MSG_GETOBJ: u16 = 19;
 
 pub(crate) const NFTA_TABLE_NAME: u16 = 1;
@@ -102,6 +103,7 @@ pub(crate) const NFT_META_MARK: u32 = 3;
 pub(crate) const NFT_META_IIF: u32 = 4;
 pub(crate) const NFT_META_IIFNAME: u32 = 6;
 pub(crate) const NFT_META_OIFNAME: u32 = 7;
+pub(crate) const NFT_META_NFTRACE: u32 = 12;
 pub(crate) const NFT_META_NFPROTO: u32 = 15;
 pub(crate) const NFT_META_L4PROTO: u32 = 16;
 pub(crate) const NFT_META_PKTTYPE: u32 = 19;
@@ -222,3 +224,11 @@ pub(crate) const NFTA_TARGET_INFO: u16 = 3;
 
 /// `enum ip_conntrack_dir`
 pub(crate) const IP_CT_DIR_REPLY: u8 = 1;
+
+/// The multicast group of traces (`linux/netfilter/nfnetlink.h`), and what they say.
+pub(crate) const NFNLGRP_NFTRACE: u32 = 9;
+pub(crate) const NFTA_TRACE_TABLE: u16 = 1;
+pub(crate) const NFTA_TRACE_CHAIN: u16 = 2;
+pub(crate) const NFTA_TRACE_RULE_HANDLE: u16 = 3;
+pub(crate) const NFTA_TRACE_VERDICT: u16 = 5;
+pub(crate) const NFTA_TRACE_POLICY: u16 = 16;

@@ -8,10 +8,13 @@
 
 mod budget;
 mod ingress;
+mod jiffy;
 mod loopback;
 mod packet;
+mod probe;
 mod recounter;
 mod reply_filter;
+mod trace;
 mod trial;
 
 use std::fmt;
@@ -21,7 +24,9 @@ use crate::conntrack::Entry;
 use crate::error::Result;
 use crate::flow::FourTuple;
 
+pub use probe::{Asked, Question, Room};
 pub use recounter::Recounter;
+pub use trace::{Step, Trace};
 
 /// How the limiter is made to count again.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -19,8 +19,6 @@ const IPV6_HEADER: usize = 40;
 const TTL_ON_LINK: u8 = 64;
 const TTL_ROUTED: u8 = 52;
 
-/// `tcp_rmem[1]` of Linux at an MTU of 1500: the window of its SYNs.
-const WINDOW: u16 = 64_240;
 /// MTU 1500 without the headers.
 const MSS_V4: u16 = 1460;
 const MSS_V6: u16 = 1440;
@@ -40,11 +38,29 @@ pub(super) enum Silencer {
     Md5Option,
 }
 
+/// What a SYN of ours is sent for. Our chains tell them apart by the window: both are ordinary.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u16)]
+pub(super) enum Purpose {
+    /// To have its connection counted. `tcp_rmem[1]` of Linux at an MTU of 1500.
+    Nudge = 64_240,
+    /// To see whether it gets through.
+    Probe = 65_535,
+}
+
+impl Purpose {
+    /// The TCP window that says it.
+    pub(super) fn window(self) -> u16 {
+        self as u16
+    }
+}
+
 /// What a SYN of ours looks like beside its tuple.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Shape {
     /// Its sequence number.
     pub seq: u32,
+    pub purpose: Purpose,
     /// IPv4: its identification. IPv6: the lower half of its flow label. Ordinary SYNs have any.
     pub id: u16,
     /// Whether routers stand between the client and this host.
@@ -64,7 +80,8 @@ pub(super) fn syn(flow: FourTuple, shape: Shape) -> Option<Vec<u8>> {
         options.extend(MD5_OPTION);
     }
     let syn = ip(flow, ttl, shape.id)?;
-    let syn = syn.tcp(flow.src.port(), flow.dst.port(), shape.seq, WINDOW).syn();
+    let syn = syn.tcp(flow.src.port(), flow.dst.port(), shape.seq, shape.purpose.window());
+    let syn = syn.syn();
     let mut packet = write(syn.options_raw(&options).ok()?)?;
     if shape.silencer == Silencer::WrongChecksum {
         let header = if flow.is_ipv4() { IPV4_HEADER } else { IPV6_HEADER };
@@ -140,7 +157,9 @@ mod tests {
         ] {
             let flow = FourTuple::new(src.parse().unwrap(), dst.parse().unwrap());
             for silencer in [Silencer::None, Silencer::WrongChecksum, Silencer::Md5Option] {
-                let packet = syn(flow, Shape { seq: 7, id: 9, routed: true, silencer }).unwrap();
+                let purpose = Purpose::Nudge;
+                let shape = Shape { seq: 7, purpose, id: 9, routed: true, silencer };
+                let packet = syn(flow, shape).unwrap();
                 let sliced = SlicedPacket::from_ip(&packet).unwrap();
                 let Some(TransportSlice::Tcp(tcp)) = &sliced.transport else { panic!("no TCP") };
                 assert!(tcp.syn() && !tcp.ack() && !tcp.rst() && !tcp.fin());

@@ -9,7 +9,8 @@ use nix::errno::Errno;
 use super::budget::Budget;
 use super::ingress::{Condition, Entrance, Ingress};
 use super::loopback::RawSockets;
-use super::packet::{self, Shape, Silencer};
+use super::packet::{self, Purpose, Shape, Silencer};
+use super::probe::Asking;
 use super::reply_filter::{Marks, ReplyFilter};
 use super::{Mode, Notrack, Recipe, Recount, Route, Tried, Verdict, Way, trial};
 use crate::conntrack::Entry;
@@ -62,17 +63,19 @@ enum Hop {
 #[derive(Debug)]
 pub struct Recounter {
     /// Of the helper device and of the nftables table.
-    name: String,
+    pub(super) name: String,
     raw: RawSockets,
     helper: Helper,
     loopback: bool,
     filter: Filter,
-    marks: Marks,
+    pub(super) marks: Marks,
     routes: Routes,
     neighbours: Neighbours,
     remembered: HashMap<(IpAddr, Option<IpAddr>), Hop>,
     budget: Budget,
     tried: Vec<Tried>,
+    /// Opened at the first question.
+    pub(super) asking: Option<Asking>,
     shortfalls: Vec<String>,
 }
 
@@ -86,6 +89,20 @@ impl Recounter {
         if mode == Mode::Off {
             return Ok(None);
         }
+        let mut this = Self::untried(mode, name, now)?;
+        this.try_recipes();
+        Ok(Some(this))
+    }
+
+    /// One that only asks: by the ingress route, without a trial of recipes.
+    ///
+    /// # Errors
+    /// As [`Self::open`] in the mode [`Mode::Ingress`].
+    pub fn to_ask(name: &str, now: Instant) -> Result<Self> {
+        Self::untried(Mode::Ingress, name, now)
+    }
+
+    fn untried(mode: Mode, name: &str, now: Instant) -> Result<Self> {
         let mut this = Self {
             name: name.to_owned(),
             raw: RawSockets::open()?,
@@ -98,6 +115,7 @@ impl Recounter {
             remembered: HashMap::new(),
             budget: Budget::new(now),
             tried: Vec::new(),
+            asking: None,
             shortfalls: Vec::new(),
         };
         if let Err(error) = this.raise_filter(now) {
@@ -115,8 +133,7 @@ impl Recounter {
                 Err(error) => this.shortfalls.push(error.to_string()),
             }
         }
-        this.try_recipes();
-        Ok(Some(this))
+        Ok(this)
     }
 
     /// Finds out how this kernel's limits count again.
@@ -194,7 +211,7 @@ impl Recounter {
     }
 
     /// The reply filter, raised now if it was down; `None` where it cannot be had.
-    fn raise_filter(&mut self, now: Instant) -> Result<Option<&mut ReplyFilter>> {
+    pub(super) fn raise_filter(&mut self, now: Instant) -> Result<Option<&mut ReplyFilter>> {
         if let Filter::Up { filter, .. } = &mut self.filter
             && !filter.is_there()?
         {
@@ -217,7 +234,7 @@ impl Recounter {
 
     /// Makes the helper device anew if others have broken it, and forgets what led to interfaces
     /// that have left.
-    fn mend_helper(&mut self) -> Result<()> {
+    pub(super) fn mend_helper(&mut self) -> Result<()> {
         if let Helper::Open(ingress) = &mut self.helper {
             match ingress.condition()? {
                 Condition::Sound => return Ok(()),
@@ -233,7 +250,7 @@ impl Recounter {
         Ok(())
     }
 
-    fn helper(&mut self, op: Op) -> Result<&mut Ingress> {
+    pub(super) fn helper(&mut self, op: Op) -> Result<&mut Ingress> {
         match &mut self.helper {
             Helper::Open(ingress) => Ok(ingress),
             Helper::Absent | Helper::Broken => {
@@ -243,7 +260,7 @@ impl Recounter {
     }
 
     /// Where the client of this connection comes in.
-    fn entrance(&mut self, op: Op, orig: FourTuple) -> Result<Entrance> {
+    pub(super) fn entrance(&mut self, op: Op, orig: FourTuple) -> Result<Entrance> {
         let unavailable = |what: &str| Err(op.failed(Cause::Unavailable(what.to_owned())));
         match self.hop(orig.src.addr(), Some(orig.dst.addr()))? {
             Hop::Entrance(entrance) => Ok(entrance),
@@ -276,7 +293,15 @@ impl Recounter {
         }
     }
 
-    fn syn(&self, op: Op, flow: FourTuple, id: u16, routed: bool, route: Route) -> Result<Vec<u8>> {
+    pub(super) fn syn(
+        &self,
+        op: Op,
+        flow: FourTuple,
+        purpose: Purpose,
+        id: u16,
+        routed: bool,
+        route: Route,
+    ) -> Result<Vec<u8>> {
         let silencer = match (route, &self.filter) {
             (Route::Loopback, _) => Silencer::WrongChecksum,
             // Others can flush the chain that ends it, just now.
@@ -285,7 +310,7 @@ impl Recounter {
             }
             (Route::Ingress, _) => Silencer::None,
         };
-        let shape = Shape { seq: self.marks.nudge, id, routed, silencer };
+        let shape = Shape { seq: self.marks.nudge, purpose, id, routed, silencer };
         packet::syn(flow, shape).ok_or_else(|| op.malformed("addresses of two families"))
     }
 
@@ -293,12 +318,12 @@ impl Recounter {
         self.mend_helper()?;
         let Entrance { interface, mac, routed } = self.entrance(op, flow)?;
         let id = self.helper(op)?.id(interface)?;
-        let packet = self.syn(op, flow, id, routed, Route::Ingress)?;
+        let packet = self.syn(op, flow, Purpose::Nudge, id, routed, Route::Ingress)?;
         self.helper(op)?.send(op, &packet, mac)
     }
 
     fn nudge_by_loopback(&mut self, op: Op, flow: FourTuple) -> Result<()> {
-        let packet = self.syn(op, flow, 0, false, Route::Loopback)?;
+        let packet = self.syn(op, flow, Purpose::Nudge, 0, false, Route::Loopback)?;
         self.raw.send(&packet, flow.dst.addr()).map_err(|error| op.io(error))
     }
 
@@ -402,6 +427,7 @@ impl Recount for Recounter {
         if filter.untracked().next().is_none() {
             if now.saturating_duration_since(*used) >= FILTER_REST {
                 self.filter = Filter::Down;
+                self.asking = None;
             }
             return Ok(());
         }

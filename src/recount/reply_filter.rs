@@ -19,11 +19,11 @@ use crate::host::random;
 use crate::nftables::{ChainSpec, Expr, Hook, SetSpec, Table, TableSpec, key};
 
 const IPPROTO_ICMP: u8 = 1;
-const IPPROTO_TCP: u8 = 6;
+pub(super) const IPPROTO_TCP: u8 = 6;
 const IPPROTO_ICMPV6: u8 = 58;
 
 /// Offsets in a TCP header.
-const TCP_SEQ: u32 = 4;
+pub(super) const TCP_SEQ: u32 = 4;
 const TCP_ACK: u32 = 8;
 const TCP_FLAGS: u32 = 13;
 const SYN_OR_RST: u8 = 0x02 | 0x04;
@@ -49,7 +49,7 @@ const BEFORE_CONNTRACK: i32 = -310;
 /// Right after conntrack.
 const AFTER_CONNTRACK: i32 = -199;
 /// Behind all rules, and before conntrack confirms an entry (`INT_MAX`).
-const LAST: i32 = i32::MAX - 1;
+pub(super) const LAST: i32 = i32::MAX - 1;
 
 /// The table, and what it keeps from conntrack.
 #[derive(Debug)]

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use super::ingress::Ingress;
 use super::loopback::RawSockets;
-use super::packet::{self, Shape, Silencer};
+use super::packet::{self, Purpose, Shape, Silencer};
 use super::{Recipe, Route, Tried, Verdict};
 use crate::conntrack::{Change, Conntrack, Entry, EntryKey, Insert, Status, TcpState, Zone};
 use crate::error::{Op, Result};
@@ -111,12 +111,12 @@ impl Attempt {
             }
             _ => Ok(()),
         };
-        let key = key::of(self.flow);
+        let key = [key::of(self.flow)];
         let mut verdict = Verdict::Unseen;
         if sent.is_ok() {
             for _ in 0..TRIES {
-                if table.contains(SEEN, key.clone())? {
-                    let counted = table.contains(COUNTED, key)?;
+                if table.contains(SEEN, &key)?.contains(&true) {
+                    let counted = table.contains(COUNTED, &key)?.contains(&true);
                     verdict = if counted { Verdict::Counted } else { Verdict::NotCounted };
                     break;
                 }
@@ -130,7 +130,8 @@ impl Attempt {
     }
 
     fn packet(&self, op: Op, silencer: Silencer) -> Result<Vec<u8>> {
-        let shape = Shape { seq: self.seq, id: 0, routed: false, silencer };
+        let shape =
+            Shape { seq: self.seq, purpose: Purpose::Nudge, id: 0, routed: false, silencer };
         packet::syn(self.flow, shape).ok_or_else(|| op.malformed("addresses of two families"))
     }
 }

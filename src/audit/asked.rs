@@ -1,0 +1,246 @@
+//! What the limits say when they are asked: how many connections of a source their lists hold.
+
+use std::collections::HashMap;
+use std::time::Instant;
+
+use ipnet::IpNet;
+
+use super::report::Seen;
+use super::sources::{Load, Met, Plays, loads};
+use crate::conntrack::Zone;
+use crate::error::{Cause, Error, Op, Result};
+use crate::firewall::limits::{LimitRule, Limiter};
+use crate::firewall::{Outcome, Ruleset};
+use crate::reconcile::ledger::Ledger;
+use crate::reconcile::observe::Tables;
+use crate::reconcile::snapshot::View;
+use crate::recount::{Question, Recounter, Room, Step, Trace};
+use crate::sockdiag::Lookup;
+
+/// More room than this is not counted: each probe in it takes a place from an honest SYN for some
+/// milliseconds.
+const MOST: u32 = 512;
+/// Sources asked for at one look, those that are nearest to their limit: each takes a tenth of a
+/// second.
+const SOURCES: usize = 100;
+
+/// The name of the helper device and of our tables. A daemon has another.
+pub const DEVICE: &str = "ctkeep2";
+
+/// What was asked of one source, and answered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// Whose connections are counted together.
+    pub net: IpNet,
+    /// So many more connections would be let in; `None` where that cannot be told.
+    pub more: Option<u32>,
+    /// The limit that lets no more in: its index, and how many it allows.
+    pub limit: Option<(usize, u32)>,
+    /// What decides, in words.
+    pub decides: String,
+}
+
+impl Answer {
+    /// How many connections the list of the limit holds. One that is full shows no more than that:
+    /// then it is at least so many.
+    pub fn listed(&self) -> Option<u32> {
+        let (_, limit) = self.limit?;
+        limit.checked_sub(self.more?)
+    }
+
+    /// Whether no further connection would be let in.
+    pub fn is_full(&self) -> bool {
+        self.more == Some(0)
+    }
+}
+
+/// Asks the limits of one host.
+pub struct Asker<'r> {
+    rules: &'r Ruleset,
+    limiter: &'r Limiter,
+    plays: Plays<'r>,
+    recounter: Recounter,
+}
+
+impl<'r> Asker<'r> {
+    /// Opens what questions need in the network namespace of the calling thread.
+    ///
+    /// # Errors
+    /// `CAP_NET_RAW`, `CAP_NET_ADMIN` or something of the ingress route is missing.
+    pub fn open(rules: &'r Ruleset, limiter: &'r Limiter, now: Instant) -> Result<Self> {
+        let recounter = Recounter::to_ask(DEVICE, now)?;
+        Ok(Self { rules, limiter, plays: Plays::new(limiter, rules), recounter })
+    }
+
+    /// How many more connections like this one would be let in, and what decides.
+    ///
+    /// # Errors
+    /// No limit is for it, or it cannot be asked.
+    pub fn ask(&mut self, view: &View, now: Instant) -> Result<Answer> {
+        let entry = view.entry.filter(|entry| entry.reply == view.flow);
+        let client = view.flow.dst.addr();
+        let server = entry.map_or(view.flow.src, |entry| entry.orig.dst);
+        let zone = entry.map_or(Zone::default(), |entry| entry.zone);
+        let met = self.plays.met(view);
+        let op = Op::on("ask the limit", view.flow.inverse());
+        let cannot = |what: &str| Err(op.failed(Cause::Unavailable(what.to_owned())));
+        let Some(tightest) = met.iter().min_by_key(|met| met.limit).copied() else {
+            return cannot("no limit is for it");
+        };
+        if self.plays.of(view).is_synproxied {
+            return cannot("SYNPROXY answers for it");
+        }
+        let most = tightest.limit.saturating_add(1).min(MOST);
+        let room = self.recounter.room(Question { client, server, zone }, most, now)?;
+        Ok(match room {
+            Room::For { more, trace } => {
+                let (limit, decides) = self.deciding(view, &met, &trace);
+                let net = limit.map_or(tightest.net, |met| met.net);
+                let limit = limit.map(|met| (met.rule, met.limit));
+                Answer { net, more: Some(more), limit, decides }
+            }
+            Room::AtLeast(most) => Answer {
+                net: tightest.net,
+                more: None,
+                limit: None,
+                decides: format!("none: {most} more connections would be let in"),
+            },
+            Room::Unsteady => Answer {
+                net: tightest.net,
+                more: None,
+                limit: None,
+                decides: "unknown: another number was let in each time".to_owned(),
+            },
+        })
+    }
+
+    /// The limit that stopped a probe, as its trace shows, or what else did.
+    fn deciding(&mut self, view: &View, met: &[Met], trace: &Trace) -> (Option<Met>, String) {
+        let rule_of = |met: &Met| self.limiter.rules.get(met.rule);
+        let stands = |rule: &LimitRule, step: &Step| {
+            (rule.family.number(), &rule.table, &rule.chain)
+                == (step.family, &step.table, &step.chain)
+                && rule.handle.is_some()
+                && rule.handle == step.rule
+        };
+        let is_met = |rule: &LimitRule| trace.steps.iter().any(|step| stands(rule, step));
+        // For what exceeds it: the packet has met it, and nothing that went on with it.
+        let over = trace.steps.iter().rev().find_map(|step| {
+            met.iter().find(|met| {
+                rule_of(met).is_some_and(|rule| {
+                    rule.limit.over && rule.outcome != Outcome::Continue && stands(rule, step)
+                })
+            })
+        });
+        // For what stays within: it would have taken the packet.
+        let mut within = met
+            .iter()
+            .filter(|met| rule_of(met).is_some_and(|rule| !rule.limit.over && !is_met(rule)));
+        let end = trace.steps.iter().rev().find(|step| step.is_drop);
+        let within = match (within.next(), within.next()) {
+            (Some(met), None) if end.is_some() => Some(met),
+            _ => None,
+        };
+        if let Some(met) = over.or(within) {
+            return (Some(*met), rule_of(met).map_or(String::new(), LimitRule::place));
+        }
+        if let Some(step) = end {
+            return (None, self.place(step));
+        }
+        // iptables-legacy reports nothing.
+        match met {
+            [met] if self.plays.only_limits_stop(view) => {
+                (Some(*met), rule_of(met).map_or(String::new(), LimitRule::place))
+            }
+            _ => (None, "a rule that the kernel does not report (iptables-legacy)".to_owned()),
+        }
+    }
+
+    /// `ip filter INPUT rule 3`, `ip filter INPUT policy`.
+    fn place(&self, step: &Step) -> String {
+        let mut chains = self.rules.chains.iter().enumerate();
+        let found = chains.find(|(_, chain)| {
+            (chain.family.number(), &chain.table, &chain.name)
+                == (step.family, &step.table, &step.chain)
+        });
+        let Some((at, chain)) = found else { return format!("{} {}", step.table, step.chain) };
+        let of_handle = |handle| chain.rules.iter().position(|rule| rule.handle == Some(handle));
+        let place = step.rule.and_then(of_handle).and_then(|rule| self.rules.place(at, rule));
+        let what = if step.rule.is_some() { "a rule" } else { "policy" };
+        place.unwrap_or_else(|| format!("{} {} {} {what}", chain.family, chain.table, chain.name))
+    }
+}
+
+/// Asks for each source that a limit has to bear, at most [`SOURCES`], those first that are nearest
+/// to their limit. A question that failed is handed to `failed`.
+///
+/// # Errors
+/// As [`Asker::open`]; a broken conversation.
+pub fn ask_for_sources(
+    seen: &mut Seen,
+    now: Instant,
+    mut failed: impl FnMut(&Error),
+) -> Result<()> {
+    let mut plays = Plays::new(&seen.limiter, &seen.rules);
+    let views = || seen.snapshot.views.iter().filter(|view| !view.is_outgoing());
+    let mut loads = loads(views(), &mut plays);
+    loads.retain(|load| load.held > 0);
+    loads.sort_by_key(|load| i64::from(load.limit) - i64::try_from(load.held).unwrap_or(i64::MAX));
+    let mut of_load: HashMap<(usize, IpNet), Vec<View>> = HashMap::new();
+    for view in views().filter(|view| view.socket.is_some_and(|socket| socket.takes_a_slot())) {
+        for met in plays.met(&view) {
+            of_load.entry((met.rule, met.net)).or_default().push(view);
+        }
+    }
+    let mut answers: Vec<Answered> = Vec::new();
+    let mut asker = Asker::open(&seen.rules, &seen.limiter, now)?;
+    let mut tables = Tables::open()?;
+    for load in loads.iter().take(SOURCES) {
+        let Some(views) = of_load.get(&(load.rule, load.net)) else { continue };
+        let is_answered = |one: &Answered| one.rule == load.rule && one.answer.net == load.net;
+        if answers.iter().any(is_answered) {
+            continue;
+        }
+        let Some(view) = views.first() else { continue };
+        match asker.ask(view, now) {
+            Ok(answer) => {
+                let rule = answer.limit.map_or(load.rule, |(rule, _)| rule);
+                answers.push(Answered {
+                    rule,
+                    held: still_held(&mut tables, load, views)?,
+                    answer,
+                });
+            }
+            Err(error) => failed(&error),
+        }
+    }
+    seen.asked = Some(answers);
+    Ok(())
+}
+
+/// An answer, and what it is measured by.
+#[derive(Clone, Debug)]
+pub struct Answered {
+    /// Index of the limit that decides; where none does, of the one that was asked for.
+    pub rule: usize,
+    /// Sockets that this limit counts for sure, before and after the question.
+    pub held: usize,
+    /// The answer.
+    pub answer: Answer,
+}
+
+/// Connections come and go while a limit is asked: so many are held both before and after.
+fn still_held(tables: &mut Tables, load: &Load, views: &[View]) -> Result<usize> {
+    let lookups: Vec<_> =
+        views.iter().filter_map(|view| view.socket.as_ref().map(Lookup::from)).collect();
+    let after = tables.exactly(&lookups, &Ledger::default())?;
+    let cookies = |views: &mut dyn Iterator<Item = View>| {
+        views
+            .filter_map(|view| view.socket)
+            .filter(|socket| socket.takes_a_slot())
+            .map(|socket| socket.cookie)
+            .collect::<std::collections::HashSet<_>>()
+    };
+    let (before, after) = (cookies(&mut views.iter().copied()), cookies(&mut after.views.iter()));
+    Ok(before.intersection(&after).count().min(load.held_for_sure))
+}

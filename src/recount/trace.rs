@@ -1,0 +1,123 @@
+//! Which rules a probe met: the reports of nf_tables for a packet with `nftrace` set.
+//!
+//! Rules of nft and of iptables-nft are reported, those of iptables-legacy are not.
+
+use std::thread;
+use std::time::Duration;
+
+use netlink_packet_core::{DecodeError, NlasIterator, parse_string};
+use netlink_sys::protocols::NETLINK_NETFILTER;
+
+use super::probe::probes;
+use super::reply_filter::Marks;
+use crate::error::{Op, Result};
+use crate::netlink::{Frame, KernelSocket, drain};
+use crate::nftables::uapi::*;
+use crate::nftables::{ChainSpec, Expr, Hook, Table, TableSpec};
+
+/// Before defragmentation (-400), which is before everything else.
+const BEFORE_ALL: i32 = -450;
+const TCP_SOURCE_PORT: u32 = 0;
+/// Datagrams read at most: a probe meets some hundred rules.
+const LIMIT: usize = 65_536;
+/// The kernel sends each report when the rule is done; a packet may wait for another processor.
+const PATIENCE: Duration = Duration::from_millis(5);
+/// `struct nfgenmsg`.
+const HEADER: usize = 4;
+
+/// The way of one probe.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Trace {
+    /// The rules that took it on, and the policies, in their order.
+    pub steps: Vec<Step>,
+}
+
+/// A rule or policy that a packet met.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Step {
+    /// `ip`, `ip6`, `inet`, ...: the number of the family.
+    pub family: u8,
+    /// Its table.
+    pub table: String,
+    /// Its chain.
+    pub chain: String,
+    /// Its handle; `None` is the chain's policy, or its end.
+    pub rule: Option<u64>,
+    /// The packet ends there.
+    pub is_drop: bool,
+}
+
+/// Has the way of one probe reported, in one network namespace, for as long as it lives.
+pub(super) struct Tracer {
+    socket: KernelSocket,
+    datagram: Vec<u8>,
+    _table: Table,
+}
+
+impl Tracer {
+    /// Follows the probe from this port. `name` is that of our own table; while it is there, each
+    /// rule of the host costs a little more.
+    pub(super) fn open(name: &str, marks: Marks, port: u16) -> Result<Self> {
+        let op = Op::new("listen to traces");
+        let socket = KernelSocket::open(op, NETLINK_NETFILTER)?;
+        socket.set_non_blocking().map_err(|error| op.io(error))?;
+        socket.join(NFNLGRP_NFTRACE).map_err(|error| op.io(error))?;
+        let mut rule = probes(marks);
+        rule.extend([Expr::transport(TCP_SOURCE_PORT, 2)]);
+        rule.extend([Expr::Equals(port.to_be_bytes().to_vec())]);
+        // The protocol is not 0, so what was loaded last switches the trace on.
+        rule.extend([Expr::L4Proto, Expr::Trace]);
+        let traced = ChainSpec {
+            name: "traced",
+            hook: Hook::Prerouting,
+            priority: BEFORE_ALL,
+            rules: vec![rule],
+        };
+        let layout = TableSpec { sets: Vec::new(), chains: vec![traced] };
+        let table = Table::create(&format!("{name}-trace"), &layout)?;
+        Ok(Self { socket, datagram: Vec::new(), _table: table })
+    }
+
+    /// What has been reported, but of our own tables.
+    pub(super) fn read(&mut self) -> Result<Trace> {
+        thread::sleep(PATIENCE);
+        let mut steps = Vec::new();
+        let op = Op::new("read traces");
+        drain(&mut self.socket, &mut self.datagram, LIMIT, op, |frame| {
+            steps.extend(step(frame)?);
+            Ok(())
+        })?;
+        steps.retain(|step: &Step| !step.table.starts_with("ctkeep"));
+        Ok(Trace { steps })
+    }
+}
+
+fn step(frame: Frame<'_>) -> std::result::Result<Option<Step>, DecodeError> {
+    if frame.kind != NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_TRACE {
+        return Ok(None);
+    }
+    let short = || DecodeError::from("cut short");
+    let number =
+        |value: &[u8]| value.iter().take(8).fold(0, |sum: u64, byte| sum << 8 | u64::from(*byte));
+    let mut step = Step { family: *frame.payload.first().ok_or_else(short)?, ..Step::default() };
+    for attribute in NlasIterator::new(frame.payload.get(HEADER..).ok_or_else(short)?) {
+        let attribute = attribute?;
+        let value = attribute.value();
+        match attribute.kind() {
+            NFTA_TRACE_TABLE => step.table = parse_string(value)?,
+            NFTA_TRACE_CHAIN => step.chain = parse_string(value)?,
+            NFTA_TRACE_RULE_HANDLE => step.rule = Some(number(value)),
+            NFTA_TRACE_VERDICT => {
+                for part in NlasIterator::new(value) {
+                    let part = part?;
+                    if part.kind() == NFTA_VERDICT_CODE {
+                        step.is_drop = number(part.value()) == u64::from(NF_DROP);
+                    }
+                }
+            }
+            NFTA_TRACE_POLICY => step.is_drop = number(value) == u64::from(NF_DROP),
+            _ => {}
+        }
+    }
+    Ok(Some(step))
+}
