@@ -10,7 +10,7 @@ use super::output;
 use crate::error::{Op, Result};
 
 /// What is said on the command line only.
-const NEVER_IN_FILE: [&str; 5] = ["config", "conntrack", "help", "sockets", "version"];
+const NEVER_IN_FILE: [&str; 6] = ["ask", "config", "conntrack", "help", "sockets", "version"];
 
 pub(super) fn completions(args: &Completions) -> Result<Exit> {
     let mut out = Vec::new();
