@@ -72,3 +72,25 @@ fn conntrack_is_not_switched_on_by_the_watch() {
     wait_for("repairs by event", SOON, || daemon.logged("trigger=Event"));
     assert_eq!(peer.admitted(80, 3), 0, "{}", daemon.log());
 }
+
+/// Two instances in one namespace, each with containers of its own; or another program's log.
+#[test]
+fn a_group_that_is_taken_stands_in_nobodys_way() {
+    let Some(lab) = Lab::new() else { return };
+    lab.connlimit(80, 1000);
+    let _server = lab.serve("0.0.0.0:80");
+    let conns = lab.peer(SOURCE).hold(80, 3);
+    let watch = |name| {
+        let ports = HashSet::from([80]);
+        lab.server.within(|| Watch::open(name, 4711, &ports, 16, Duration::from_secs(3)))
+    };
+    let watches = ["ctkeep-one", "ctkeep-two"].map(|name| watch(name).expect("a packet log"));
+    conns.iter().for_each(|conn| conn.rst(0));
+    for mut watch in watches {
+        let mut logged = HashSet::new();
+        wait_for("three RSTs", SOON, || {
+            watch.drain(1000, |suspect| _ = logged.insert(suspect.flow)).expect("the log");
+            logged.len() == 3
+        });
+    }
+}

@@ -252,9 +252,11 @@ impl Worker<'_> {
         let due = due.map(|due| due.saturating_duration_since(now));
         // Signs of life and the namespaces want a turn now and then.
         let time = due.unwrap_or(COME_BACK).min(COME_BACK);
+        let [events, packets] = self.desk.events.fds();
         let sources = [
             Some(control.wake().as_fd()),
-            self.desk.events.fd(),
+            events,
+            packets,
             self.desk.shield.as_ref().map(AsFd::as_fd),
             self.claim.as_ref().map(AsFd::as_fd),
             self.rules.as_ref().map(AsFd::as_fd),
@@ -266,9 +268,9 @@ impl Worker<'_> {
             .collect();
         wait_for(&mut fds, time)?;
         let mut answers = fds.iter().map(|fd| fd.any() != Some(false));
-        let [_, events, devices, question, rules] =
+        let [_, events, packets, devices, question, rules] =
             sources.map(|source| source.is_some() && answers.next() == Some(true));
-        Ok(Ready { events, devices, question, rules })
+        Ok(Ready { events: events || packets, devices, question, rules })
     }
 
     /// One turn of the loop. Only what makes further work senseless is an error; a failed sweep
@@ -357,7 +359,8 @@ impl Worker<'_> {
         let mut since = now;
         let drained = self.desk.events.drain(own, |suspect| {
             since = since.min(suspect.at.map_or(since, instant_of));
-            suspects.insert(suspect.flow, suspect);
+            let known = suspects.entry(suspect.flow).or_insert(suspect);
+            *known = known.and_then(suspect);
         })?;
         let now = Instant::now();
         if drained.overrun || drained.malformed > 0 {

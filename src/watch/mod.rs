@@ -59,8 +59,9 @@ pub struct Wanted<'a> {
 pub enum Events {
     /// Packets that our own nft table logs.
     Nflog(Box<Watch>),
-    /// Conntrack's own events; those that the socket with this port causes are ours.
-    Ctnetlink(Listener),
+    /// Conntrack's own events, and, where it can be had, the packet log beside them: no event
+    /// reports a packet that conntrack has acted upon and that is dropped behind it.
+    Ctnetlink(Listener, Option<Box<Watch>>),
     /// The sweep alone.
     Off,
 }
@@ -99,6 +100,15 @@ pub struct Drained {
     pub full: bool,
 }
 
+impl Suspect {
+    /// The same connection, seen again: a later event knows better what has become of its entry,
+    /// and not by which device its packets come in.
+    pub fn and_then(self, later: Self) -> Self {
+        let interface = if later.interface == 0 { self.interface } else { later.interface };
+        Self { interface, ..later }
+    }
+}
+
 impl Drained {
     /// What netlink has lost besides.
     fn add(&mut self, lost: netlink::Drained) {
@@ -115,16 +125,22 @@ impl Events {
     pub fn open(wanted: Wanted<'_>) -> Result<Self> {
         let Wanted { source, name, group, hook: _, ports, memory } = wanted;
         let nflog = || Watch::open(name, group, ports, nflog::CLOSING, memory);
+        let alone = |error| {
+            let what = "no packet log, conntrack events alone: what is dropped behind conntrack is \
+                        left to the deep sweeps";
+            tracing::warn!(%error, "{what}");
+            Ok(Self::Ctnetlink(Listener::open()?, None))
+        };
         let events = match source {
             EventSource::Off => Self::Off,
-            EventSource::Ctnetlink => Self::Ctnetlink(Listener::open()?),
+            EventSource::Ctnetlink => match nflog() {
+                Ok(watch) => Self::Ctnetlink(Listener::open()?, Some(Box::new(watch))),
+                Err(error) => alone(error)?,
+            },
             EventSource::Nflog => Self::Nflog(Box::new(nflog()?)),
             EventSource::Auto => match nflog() {
                 Ok(watch) => Self::Nflog(Box::new(watch)),
-                Err(error) => {
-                    tracing::warn!(%error, "no packet log, taking conntrack events instead");
-                    Self::Ctnetlink(Listener::open()?)
-                }
+                Err(error) => alone(error)?,
             },
         };
         let (source, receive_buffer) = events.receive_buffer();
@@ -136,17 +152,19 @@ impl Events {
     pub fn receive_buffer(&self) -> (&'static str, usize) {
         match self {
             Self::Nflog(watch) => ("nflog", watch.receive_buffer()),
-            Self::Ctnetlink(listener) => ("ctnetlink", listener.receive_buffer()),
+            Self::Ctnetlink(listener, _) => ("ctnetlink", listener.receive_buffer()),
             Self::Off => ("off", 0),
         }
     }
 
     /// What to poll.
-    pub fn fd(&self) -> Option<BorrowedFd<'_>> {
+    pub fn fds(&self) -> [Option<BorrowedFd<'_>>; 2] {
         match self {
-            Self::Nflog(watch) => Some(watch.as_fd()),
-            Self::Ctnetlink(listener) => Some(listener.as_fd()),
-            Self::Off => None,
+            Self::Nflog(watch) => [Some(watch.as_fd()), None],
+            Self::Ctnetlink(listener, watch) => {
+                [Some(listener.as_fd()), watch.as_ref().map(|watch| watch.as_fd())]
+            }
+            Self::Off => [None; 2],
         }
     }
 
@@ -158,8 +176,11 @@ impl Events {
         match self {
             Self::Off => Ok(Drained::default()),
             Self::Nflog(watch) => watch.drain(DRAIN, take),
-            Self::Ctnetlink(listener) => {
-                let mut drained = Drained::default();
+            Self::Ctnetlink(listener, watch) => {
+                let mut drained = match watch {
+                    Some(watch) => watch.drain(DRAIN, &mut take)?,
+                    None => Drained::default(),
+                };
                 let lost = listener.drain(DRAIN, |event| {
                     let is_gone = event.kind == EventKind::Destroy;
                     *(if is_gone { &mut drained.destroys } else { &mut drained.updates }) += 1;
@@ -184,11 +205,11 @@ impl Events {
     /// The table is gone, or a set is full.
     pub fn follow(&mut self, ports: &HashSet<u16>, half_closed: HashSet<FourTuple>) -> Result<()> {
         match self {
-            Self::Nflog(watch) => {
+            Self::Nflog(watch) | Self::Ctnetlink(_, Some(watch)) => {
                 watch.set_ports(ports)?;
                 watch.set_held(half_closed)
             }
-            Self::Ctnetlink(_) | Self::Off => Ok(()),
+            Self::Ctnetlink(_, None) | Self::Off => Ok(()),
         }
     }
 }

@@ -19,7 +19,7 @@ use super::headers::tcp_flow;
 pub use super::nflog_table::CLOSING;
 use super::nflog_table::{self, FULL, HELD4, HELD6, HURRY, PORTS, QUEUE, TRANSLATED, Watched};
 use super::{Drained, Suspect, tracking};
-use crate::error::{Op, Result};
+use crate::error::{Cause, Op, Result};
 use crate::flow::FourTuple;
 use crate::netlink::{Connection, KernelSocket, Request, drain};
 use crate::nftables::{Table, TableSpec, key};
@@ -43,6 +43,8 @@ pub(super) const SNAPLEN: u32 = 4096;
 const BATCH_BYTES: u32 = 16 << 10;
 /// How long RSTs wait for others, in hundredths of a second: as short as can be.
 const BATCH_TIME: u32 = 1;
+/// Groups that are tried: more than instances that share a namespace with containers of theirs.
+const GROUPS: usize = 64;
 /// Asked for; some 20 000 packets queue in 8 MiB.
 const LOG_BUFFER: usize = 8 << 20;
 
@@ -64,14 +66,16 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// Watches these ports of servers in or behind the network namespace of the calling thread.
+    /// Watches these ports of servers in or behind the network namespace of the calling thread, by
+    /// `group` or one of those behind it, where another program has that.
+    ///
     /// `closing` is how many closing connections are remembered at once, [`CLOSING`] as a rule, and
     /// `memory` for how long: until the caller has had time to name those that stay half-closed
     /// ([`Watch::set_held`]), and not much longer, or the next connection that uses the port is
     /// taken for the old one.
     ///
     /// # Errors
-    /// The kernel has no nf_tables or nfnetlink_log, the group is taken, or `CAP_NET_ADMIN` is
+    /// The kernel has no nf_tables or nfnetlink_log, all groups are taken, or `CAP_NET_ADMIN` is
     /// missing.
     pub fn open(
         name: &str,
@@ -82,19 +86,15 @@ impl Watch {
     ) -> Result<Self> {
         let op = Op::new("open packet log");
         let mut connection = Connection::new(KernelSocket::open(op, NETLINK_NETFILTER)?);
+        let group = bind(&mut connection, op, group)?;
         let settings = [
-            vec![ConfigNla::Cmd(ConfigCmd::Bind)],
-            vec![
-                ConfigNla::Mode(ConfigMode::new_packet(SNAPLEN)),
-                ConfigNla::QThresh(QUEUE.into()),
-                ConfigNla::NlBufSiz(BATCH_BYTES),
-                ConfigNla::Timeout(Timeout::new(BATCH_TIME)),
-                ConfigNla::Flags(ConfigFlags::SEQ),
-            ],
+            ConfigNla::Mode(ConfigMode::new_packet(SNAPLEN)),
+            ConfigNla::QThresh(QUEUE.into()),
+            ConfigNla::NlBufSiz(BATCH_BYTES),
+            ConfigNla::Timeout(Timeout::new(BATCH_TIME)),
+            ConfigNla::Flags(ConfigFlags::SEQ),
         ];
-        for attributes in settings {
-            connection.execute(&config(op, group, &attributes))?;
-        }
+        connection.execute(&config(op, group, &settings))?;
         let mut socket = connection.into_transport();
         socket.grow_receive_buffer(LOG_BUFFER).map_err(|error| op.io(error))?;
         socket.set_non_blocking().map_err(|error| op.io(error))?;
@@ -215,6 +215,20 @@ impl AsFd for Watch {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
+}
+
+/// Takes the first group from `first` on that nobody has, and returns it. The kernel refuses one
+/// that another socket has with EPERM, as it refuses all to a process without `CAP_NET_ADMIN`.
+fn bind(connection: &mut Connection<KernelSocket>, op: Op, first: u16) -> Result<u16> {
+    let mut refused = None;
+    for group in (first..=u16::MAX).take(GROUPS) {
+        match connection.execute(&config(op, group, &[ConfigNla::Cmd(ConfigCmd::Bind)])) {
+            Ok(()) => return Ok(group),
+            Err(error) if error.is_missing_privilege() => refused = refused.or(Some(error)),
+            Err(error) => return Err(error),
+        }
+    }
+    Err(refused.unwrap_or_else(|| op.failed(Cause::Unavailable("no group".to_owned()))))
 }
 
 fn config(op: Op, group: u16, attributes: &[ConfigNla]) -> Request {
