@@ -220,8 +220,6 @@ fn a_daemon_outlives_calls_that_fail_now_and_then() {
         .iter()
         .take_while(|(call, _)| *call != "socket")
         .flat_map(|(call, effects)| effects.iter().map(move |effect| (*call, *effect)))
-        // That is what the daemon ends with, so that its unit starts it anew.
-        .filter(|(_, effect)| *effect != "error=EPERM")
         .chain([("poll", "error=EINTR")])
         .collect();
     in_lanes(2, all.len(), |work| {
@@ -253,6 +251,42 @@ fn a_daemon_outlives_calls_that_fail_now_and_then() {
     });
 }
 
+/// Without events it sweeps, and it tries to have them again.
+#[test]
+fn an_event_source_that_cannot_be_opened_anew_is_tried_again() {
+    if !has_strace() {
+        return;
+    }
+    let Some(mut scene) = Scene::new(Limiter::Connlimit) else { return };
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = directory.path().join("ctkeep.toml");
+    let every = |interval: &str| {
+        fs::write(&file, format!("sweep-interval = \"{interval}\"\n")).expect("the file");
+    };
+    every("1s");
+    let path = file.to_str().expect("a path in UTF-8").to_owned();
+    scene.guard(&["--port", "80", "--events", "nflog", "--config", &path]);
+    let conns = scene.half_closed();
+    for (effect, conn) in ["error=ENOMEM", "error=EPERM"].into_iter().zip(&conns) {
+        let seen = scene.daemon().log().len();
+        let says = |scene: &Scene, text: &str| {
+            let log = scene.daemon().log();
+            log.get(seen..).is_some_and(|new| new.contains(text))
+        };
+        // What is remembered of closing connections goes by the interval, so the source is opened
+        // anew.
+        let failing = Failing::attach_to_each(scene.daemon().pid(), "socket", effect);
+        every(if effect.ends_with("EPERM") { "500ms" } else { "400ms" });
+        scene.daemon().signal(Signal::SIGHUP);
+        wait_for("failure", SOON, || says(&scene, "no events, the sweep alone"));
+        failing.detach();
+        wait_for("events", SOON, || says(&scene, "listening"));
+        conn.rst(-5);
+        wait_for("repair by event", SOON, || says(&scene, "trigger=Event"));
+    }
+    assert_eq!(scene.open(LIMIT).len(), 0, "{}", scene.daemon().log());
+}
+
 /// A daemon whose calls fail.
 struct Failing {
     strace: std::process::Child,
@@ -261,9 +295,18 @@ struct Failing {
 impl Failing {
     /// Every third call fails from when this returns.
     fn attach(pid: u32, call: &str, effect: &str) -> Self {
+        Self::inject(pid, &format!("{call}:{effect}:when=3+3"))
+    }
+
+    /// Each call fails from when this returns.
+    fn attach_to_each(pid: u32, call: &str, effect: &str) -> Self {
+        Self::inject(pid, &format!("{call}:{effect}"))
+    }
+
+    fn inject(pid: u32, what: &str) -> Self {
         let strace = Command::new("strace")
             .args(["-f", "-qq", "-o", "/dev/null", "-e"])
-            .arg(format!("inject={call}:{effect}:when=3+3"))
+            .arg(format!("inject={what}"))
             .args(["-p", &pid.to_string()])
             .spawn()
             .expect("strace");

@@ -11,9 +11,11 @@ use std::cell::Cell;
 use std::collections::HashSet;
 use std::io;
 use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use ctkeep::conntrack::{Entry, TcpState};
+use ctkeep::conntrack::{Conntrack, Entry, TcpState};
 use ctkeep::flow::FourTuple;
 use ctkeep::netlink::Transport;
 use ctkeep::reconcile::keeper::{
@@ -22,14 +24,16 @@ use ctkeep::reconcile::keeper::{
 use ctkeep::reconcile::plan::{Action, ActionKind};
 use ctkeep::reconcile::policy::Policy;
 use ctkeep::reconcile::pressure::Defence;
+use ctkeep::recount::Recounter;
 use ctkeep::sockdiag::State;
 use ctkeep::watch::Suspect;
 use played::host::{Host, Shared};
-use played::{Played, entry, flow, requests, socket};
+use played::{Played, entry, flow, obliging, requests, socket};
 
 const SECOND: Duration = Duration::from_secs(1);
 const SWEEP: Duration = SECOND;
 const DEEP: Duration = Duration::from_secs(30);
+const EPERM: i32 = 1;
 const ENOMEM: i32 = 12;
 
 /// The kernel, which fails at will.
@@ -92,6 +96,11 @@ struct World {
 impl World {
     /// With connections of these ports of the peer, opened and in agreement.
     fn with(ports: std::ops::Range<u16>) -> Self {
+        Self::by(ports, Recounting::by(None))
+    }
+
+    /// The same, counted again by this.
+    fn by(ports: std::ops::Range<u16>, recounting: Recounting<Recounter>) -> Self {
         let mut sockets = vec![socket("0.0.0.0:80", "0.0.0.0:0", State::Listen, 1)];
         sockets.extend(ports.clone().map(|port| {
             let local = of(port);
@@ -113,7 +122,7 @@ impl World {
             deep_interval: DEEP,
             dry_run: false,
         };
-        let (recounting, now) = (Recounting::by(None), Instant::now());
+        let now = Instant::now();
         let keeper = Keeper::new(tables, recounting, settings, Defence::Auto, now, || 150).unwrap();
         Self { host, keeper, deep_fails, now }
     }
@@ -368,6 +377,33 @@ mod a_failing_kernel {
         world.flush();
         while world.turn().0.unwrap().unwrap().depth == Depth::Shallow {}
         assert_eq!(world.state(4000), Some(TcpState::Established));
+    }
+}
+
+mod a_recounter_that_cannot_be_opened {
+    use super::*;
+
+    #[test]
+    fn keeps_no_repair_from_being_made_in_place_and_is_tried_again() {
+        let count = Arc::new(AtomicU32::new(0));
+        let tries = count.clone();
+        let opener = move |_| {
+            tries.fetch_add(1, Ordering::Relaxed);
+            let refused = Conntrack::new(obliging(|_| Err(EPERM))).size();
+            Err(refused.unwrap_err())
+        };
+        let mut world = World::by(4000..4003, Recounting::later(Box::new(opener)));
+        world.sweep(Depth::Deep);
+        for tried in 1..3 {
+            world.fin(4000);
+            world.rst(4000);
+            let mut deeds = Deeds::default();
+            let swept = world.keeper.sweep(Depth::Shallow, world.now, &mut deeds);
+            assert!(swept.is_err_and(|error| error.is_missing_privilege()));
+            assert_eq!(deeds.done, [(ActionKind::Revive, 4000)]);
+            assert_eq!(world.state(4000), Some(TcpState::CloseWait));
+            assert_eq!(count.load(Ordering::Relaxed), tried);
+        }
     }
 }
 

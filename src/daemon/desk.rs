@@ -56,32 +56,31 @@ impl<'p> Desk<'p> {
     }
 
     /// Works by these settings from now on.
-    pub(super) fn apply_settings(
-        &mut self,
-        settings: Arc<Settings>,
-        ports: &HashSet<u16>,
-    ) -> Result<()> {
+    pub(super) fn apply_settings(&mut self, settings: Arc<Settings>, ports: &HashSet<u16>) {
         let before = std::mem::replace(&mut self.settings, settings);
         // What is remembered of closing connections goes by it.
         self.events_failed |= before.sweep_interval != self.settings.sweep_interval;
-        self.reopen_events(ports)
+        self.reopen_events(ports);
     }
 
-    /// Opens the event source anew where it has failed; repairs never wait for it.
-    pub(super) fn reopen_events(&mut self, ports: &HashSet<u16>) -> Result<()> {
-        if !std::mem::take(&mut self.events_failed) {
-            return Ok(());
+    /// Opens the event source anew where it has failed; repairs never wait for it. What fails is
+    /// tried again at the next sweep, and said once: also a refusal, for it has been open before.
+    pub(super) fn reopen_events(&mut self, ports: &HashSet<u16>) {
+        if !self.events_failed {
+            return;
         }
         // The old one first: a group has one owner.
-        self.events = Events::Off;
+        let was_off = matches!(std::mem::replace(&mut self.events, Events::Off), Events::Off);
         let name = watch_name(&self.device);
         match Events::open(wanted(&self.settings, &name, self.hook, ports)) {
-            Ok(events) => self.events = events,
-            Err(error) if error.is_unavailable() => return Err(error),
-            Err(error) => tracing::warn!(%error, "no events, the sweep alone"),
+            Ok(events) => {
+                self.events = events;
+                self.events_failed = false;
+            }
+            Err(error) if was_off => tracing::debug!(%error, "still no events"),
+            Err(error) => tracing::warn!(%error, "no events, the sweep alone until there are"),
         }
         self.publish_receive_buffer();
-        Ok(())
     }
 
     fn publish_receive_buffer(&self) {

@@ -23,7 +23,7 @@ use super::survey;
 use super::{Guard, OnExit, Publishing, Settings};
 use crate::audit::survey::SweepResult;
 use crate::conntrack::TcpState;
-use crate::error::{Op, Result};
+use crate::error::{Error, Op, Result};
 use crate::firewall;
 use crate::host::netns::Namespace;
 use crate::host::{instance, random, sysctl};
@@ -127,7 +127,16 @@ fn guard_present(
     if let Some(program) = program {
         worker.desk.raise_shield(program, &worker.keeper.scope().ports)?;
     }
-    worker.sweep_first()?;
+    while !control.is_stopping() {
+        control.beat(number);
+        match worker.sweep_first() {
+            Ok(()) => break,
+            Err(error) if error.is_unavailable() => return Err(error),
+            // A dump under churn, a moment without memory.
+            Err(error) => worker.note_failure(&error),
+        }
+        sleep(control, COME_BACK)?;
+    }
     tracing::info!(
         ports = worker.keeper.scope().ports.len(),
         held = worker.keeper.held().count(),
@@ -138,8 +147,8 @@ fn guard_present(
     while !control.is_stopping() {
         control.beat(number);
         let ready = worker.wait(control)?;
-        worker.apply_settings(control.settings())?;
-        worker.turn(ready)?;
+        worker.apply_settings(control.settings());
+        worker.turn(ready);
         if worker.is_due_to_check_namespaces() {
             worker.desk.publish_shield(alone);
             if guard.identities() != begun_with {
@@ -273,26 +282,23 @@ impl Worker<'_> {
         Ok(Ready { events: events || packets, devices, question, rules })
     }
 
-    /// One turn of the loop. Only what makes further work senseless is an error; a failed sweep
-    /// is not: the next one may succeed.
-    fn turn(&mut self, ready: Ready) -> Result<()> {
+    /// One turn of the loop. What fails is tried again, be it refused: the kernel has granted all of
+    /// it at the start.
+    fn turn(&mut self, ready: Ready) {
         let done = self.try_turn(ready);
         self.desk.sum_up();
         match done {
-            Ok(()) => {
-                self.sweep_failing = false;
-                Ok(())
-            }
-            Err(error) if error.is_unavailable() => Err(error),
-            Err(error) => {
-                if !self.sweep_failing {
-                    tracing::warn!(%error, "sweep failed, will be repeated");
-                }
-                self.sweep_failing = true;
-                self.desk.share.failed(&error);
-                Ok(())
-            }
+            Ok(()) => self.sweep_failing = false,
+            Err(error) => self.note_failure(&error),
         }
+    }
+
+    fn note_failure(&mut self, error: &Error) {
+        if !self.sweep_failing {
+            tracing::warn!(%error, "sweep failed, will be repeated");
+        }
+        self.sweep_failing = true;
+        self.desk.share.failed(error);
     }
 
     fn try_turn(&mut self, ready: Ready) -> Result<()> {
@@ -310,7 +316,10 @@ impl Worker<'_> {
         self.follow_rules(ready.rules)?;
         let worked = cpu_time();
         let swept = self.keeper.turn(Instant::now(), &mut self.desk)?;
-        swept.map_or(Ok(()), |sweep| self.swept(&sweep, worked))
+        if let Some(sweep) = swept {
+            self.swept(&sweep, worked);
+        }
+        Ok(())
     }
 
     /// Hears of rules that change, and shows limits that have lost their lists what is open.
@@ -338,7 +347,8 @@ impl Worker<'_> {
     fn sweep_first(&mut self) -> Result<()> {
         let worked = cpu_time();
         let sweep = self.keeper.sweep(Depth::Deep, Instant::now(), &mut self.desk)?;
-        self.swept(&sweep, worked)
+        self.swept(&sweep, worked);
+        Ok(())
     }
 
     /// Tells the audit what is held.
@@ -374,14 +384,13 @@ impl Worker<'_> {
     }
 
     /// Publishes a sweep that ended well; `worked` is what this thread had cost before it.
-    fn swept(&mut self, sweep: &Sweep, worked: Duration) -> Result<()> {
-        self.desk.reopen_events(&self.keeper.scope().ports)?;
+    fn swept(&mut self, sweep: &Sweep, worked: Duration) {
+        self.desk.reopen_events(&self.keeper.scope().ports);
         if sweep.depth == Depth::Deep {
             self.survey(sweep);
         }
         self.desk.swept(sweep, self.keeper.ledger());
         self.keeper.took(sweep, Instant::now(), cpu_time().saturating_sub(worked));
-        Ok(())
     }
 
     /// Has figures taken of the whole tables, where somebody reads them.
@@ -402,12 +411,12 @@ impl Worker<'_> {
     }
 
     /// Works by these settings from now on.
-    fn apply_settings(&mut self, settings: Arc<Settings>) -> Result<()> {
+    fn apply_settings(&mut self, settings: Arc<Settings>) {
         if Arc::ptr_eq(&settings, &self.desk.settings) {
-            return Ok(());
+            return;
         }
         self.keeper.apply_settings(settings.keeper());
-        self.desk.apply_settings(settings, &self.keeper.scope().ports)
+        self.desk.apply_settings(settings, &self.keeper.scope().ports);
     }
 
     /// Gives held entries back, if that is wanted; else they live out their lease.

@@ -421,9 +421,12 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             witness.planned(confirmed.actions(), trigger);
             return Ok(());
         }
-        if confirmed.actions().iter().any(|action| action.kind.needs_recount()) {
-            self.recounting.open(now)?;
-        }
+        // What cannot be opened keeps no repair from being made in place.
+        let opened = if confirmed.actions().iter().any(|action| action.kind.needs_recount()) {
+            self.recounting.open(now)
+        } else {
+            Ok(())
+        };
         if self.recounting.recounter.is_none() {
             confirmed.retain(|action| action.kind != ActionKind::Recount);
         }
@@ -433,7 +436,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         let table_full = self.note_full_table(&outcomes, now);
         self.note_repairs(&outcomes, trigger, now);
         witness.acted(Acted { outcomes, trigger, since, table_full });
-        Ok(())
+        opened
     }
 
     /// Remembers what was repaired, against its source and for a second look.
