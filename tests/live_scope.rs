@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use lab::{ACK, Entry, FIN, Lab, RST, RawConn, SYN, Server, wait_for};
 use scene::{CLIENT, CTKEEP, LIMIT, Limiter, PORT, SOON, Scene, TRIES, host};
+use serde_json::Value;
 use socket2::{Domain, Socket, Type};
 
 /// With [`EAGER`] time for many sweeps; timeouts show that a second has passed.
@@ -218,6 +219,62 @@ fn connections_that_this_host_opened_are_never_touched() {
     thread::sleep(A_WHILE);
     assert_eq!(look(&scene.lab, tuple), None);
     assert_eq!(look(&scene.lab, (tuple.1, tuple.0)), None);
+}
+
+/// Connections from a port that is in scope to another host, whose entries are gone before ctkeep has
+/// seen one, and another that conntrack picks up in its middle. An entry for the wrong side would take
+/// the peer's places: one over its limit would be refused.
+#[test]
+fn what_this_host_opened_is_known_from_its_socket_alone() {
+    const FROM: u16 = 8080;
+    let Some(mut scene) = Scene::new(Limiter::Connlimit) else { return };
+    scene.lab.connlimit(FROM, 3);
+    let mut remote = Server::start(&scene.lab.client, "192.0.2.2:8443");
+    let mut more = Server::start(&scene.lab.client, "192.0.2.2:8444");
+    let mut last = Server::start(&scene.lab.client, "192.0.2.2:8445");
+    let dial = |to: &str| {
+        scene.lab.server.within(|| {
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("socket");
+            socket.set_reuse_address(true).expect("reuse address");
+            let from = format!("192.0.2.1:{FROM}");
+            let [from, to] = [&from, to].map(|text| text.parse::<SocketAddr>().expect("parse"));
+            socket.bind(&from.into()).expect("bind");
+            socket.connect(&to.into()).expect("connect");
+            TcpStream::from(socket)
+        })
+    };
+    let mut streams = ["192.0.2.2:8443", "192.0.2.2:8444", "192.0.2.2:8445"].map(dial);
+    wait_for("acceptance", SOON, || remote.held() + more.held() + last.held() == 3);
+    let _listener = scene.lab.serve(&format!("0.0.0.0:{FROM}"));
+    remote.close_all();
+    wait_for("CLOSE_WAIT", SOON, || scene.lab.sockets("close-wait") == 1);
+    scene.lab.server.run("conntrack -F");
+    // The last one is picked up at a byte of its far side: as if that had opened it.
+    last.send_all(b"x");
+    wait_for("pick-up", SOON, || scene.lab.entries().len() == 1);
+
+    // A sibling by which the port is known as tracked.
+    let peer = scene.lab.peer("198.51.100.9");
+    let inbound = peer.connect(FROM).expect("gets in");
+    let before = scene.lab.entries();
+    scene.guard(&[&EAGER[..], &["--port", "80,8080", "--lease", "5m"]].concat());
+    scene.lab.server.run(&format!("conntrack -D -p tcp --orig-src 198.51.100.9 --dport {FROM}"));
+    scene.await_repair("reinsert", std::slice::from_ref(&inbound));
+    thread::sleep(A_WHILE);
+    let tuples = |entries: Vec<Entry>| {
+        let mut all: Vec<_> = entries.into_iter().map(|entry| entry.orig).collect();
+        all.sort();
+        all
+    };
+    assert_eq!(tuples(scene.lab.entries()), tuples(before));
+    let (_, report, _) = scene.ctkeep(&["audit", "--format", "json", "--port", "8080"]);
+    let report: Value = serde_json::from_str(&report).expect("a report");
+    assert_eq!(report["summary"]["classes"]["agree"], 4, "{report:#}");
+    let to = SocketAddr::from(([192, 0, 2, 1], FROM));
+    let open = || scene.lab.client.within(|| TcpStream::connect_timeout(&to, SOON)).ok();
+    let admitted: Vec<_> = (0..3).filter_map(|_| open()).collect();
+    assert_eq!(admitted.len(), 3, "the far side has all its places");
+    streams.iter_mut().for_each(|stream| drop(stream.shutdown(std::net::Shutdown::Both)));
 }
 
 /// Two connections that ask for a repair, and two that do not.

@@ -373,6 +373,7 @@ fn make_sure(
         }
         thread::sleep(pause);
         let exact = tables.exactly(&suspects, ledger)?;
+        snapshot.evidence.opened_here.clone_from(&exact.evidence.opened_here);
         let exact: HashMap<FourTuple, View> =
             exact.views.iter().map(|view| (view.flow, view)).collect();
         let newest = |view: View| exact.get(&view.flow).copied().unwrap_or(view);

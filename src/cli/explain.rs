@@ -38,7 +38,7 @@ pub(super) fn run(args: &Explain) -> Result<Exit> {
         let mut siblings = scope.clone();
         siblings.ports = std::iter::once(flow.src.port()).collect();
         let open = States::open();
-        let around = tables.whole(&siblings, &policy, open)?;
+        let mut around = tables.whole(&siblings, &policy, open)?;
         let mut ledger = Ledger::new(Defence::Auto, policy.zone);
         ledger.note(&around);
         let interface = around
@@ -48,6 +48,7 @@ pub(super) fn run(args: &Explain) -> Result<Exit> {
             .and_then(|view| view.socket)
             .map_or(0, |socket| socket.interface);
         let snapshot = tables.exactly(&[Lookup { flow, interface }], &ledger)?;
+        around.evidence.opened_here.clone_from(&snapshot.evidence.opened_here);
         let view = snapshot.views.iter().next().unwrap_or(View { flow, socket: None, entry: None });
         let daemon = instance::ask("ctkeep");
         let held_for = view.socket.and_then(|socket| daemon.ages.get(&socket.cookie.0)).copied();

@@ -7,13 +7,16 @@ use super::plan::{self, Action, Plan};
 use super::policy::{Policy, Scope};
 use crate::error::Result;
 use crate::netlink::Transport;
-use crate::sockdiag::Lookup;
+use crate::sockdiag::{Lookup, Socket};
 
 /// A plan that both tables have just confirmed, connection by connection.
 ///
 /// It comes from an [`Exact`] snapshot alone: acting on the word of a dump does not compile.
 #[derive(Clone, Debug, Default)]
-pub struct Confirmed(Plan);
+pub struct Confirmed {
+    plan: Plan,
+    opened_here: Vec<Socket>,
+}
 
 impl Confirmed {
     /// What exact look-ups call for.
@@ -28,17 +31,27 @@ impl Confirmed {
         policy: &Policy,
         ledger: &Ledger,
     ) -> Self {
-        Self(plan::plan_for(snapshot.views.iter(), evidence, scope, policy, ledger))
+        let own = &snapshot.evidence.opened_here;
+        let sockets = snapshot.views.iter().filter_map(|view| view.socket);
+        Self {
+            plan: plan::plan_for(snapshot.views.iter(), evidence, scope, policy, ledger),
+            opened_here: sockets.filter(|socket| own.contains(&socket.flow())).collect(),
+        }
+    }
+
+    /// Sockets that have turned out to have opened their connections themselves.
+    pub fn opened_here(&self) -> &[Socket] {
+        &self.opened_here
     }
 
     /// The actions.
     pub fn actions(&self) -> &[Action] {
-        &self.0.actions
+        &self.plan.actions
     }
 
     /// Drops the actions that `wanted` does not want.
     pub fn retain(&mut self, wanted: impl Fn(&Action) -> bool) {
-        self.0.actions.retain(wanted);
+        self.plan.actions.retain(wanted);
     }
 }
 
@@ -70,5 +83,13 @@ pub fn confirm<T: Transport>(
         })
         .collect();
     let snapshot = tables.exactly(&lookups, ledger)?;
+    let own = &snapshot.evidence.opened_here;
+    let known;
+    let evidence = if own.is_empty() {
+        evidence
+    } else {
+        known = Evidence { opened_here: own.clone(), ..evidence.clone() };
+        &known
+    };
     Ok(Confirmed::by(&snapshot, evidence, scope, policy, ledger))
 }

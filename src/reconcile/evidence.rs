@@ -5,7 +5,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 
 use super::snapshot::{View, Views};
 use crate::conntrack::Zone;
-use crate::flow::Endpoint;
+use crate::flow::{Endpoint, FourTuple};
 
 /// What a missing entry may be inferred from.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -16,6 +16,8 @@ pub struct Evidence {
     pub zones: BTreeSet<Zone>,
     /// For each local port the first destination that its peers have, before translation.
     pub destinations: HashMap<u16, Destination>,
+    /// Connections that sockets of this host have opened, though no entry shows it.
+    pub opened_here: HashSet<FourTuple>,
 }
 
 /// Where the peers of a local port send their packets.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::pressure::{Defence, Pressure};
 use super::snapshot::Snapshot;
-use crate::conntrack::{Entry, EntryKey, Tcp, Zone};
+use crate::conntrack::{Entry, EntryKey, Tcp, TcpState, Zone};
 use crate::firewall::lists::Loss;
 use crate::flow::FourTuple;
 use crate::recount::Notrack;
@@ -255,6 +255,12 @@ impl Ledger {
         if let Some(before) = before.filter(|before| before.flow != socket.flow()) {
             self.flows.remove(&before.flow);
         }
+    }
+
+    /// Remembers that this socket has opened its connection itself: that is none of our business.
+    pub fn remember_own(&mut self, socket: &Socket) {
+        let tcp = Some(Tcp { state: TcpState::Established, wscale: [0; 2], flags: [0; 2] });
+        self.remember(socket, Entry { tcp, ..Entry::plain(socket.flow(), Zone::default()) });
     }
 
     /// Forgets how the entries of sockets other than these looked.

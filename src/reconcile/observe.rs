@@ -13,7 +13,7 @@ use crate::error::Result;
 use crate::flow::{AF_INET, AF_INET6, FourTuple};
 use crate::netlink::{KernelSocket, Transport};
 use crate::rtnetlink::route::Routes;
-use crate::sockdiag::{Lookup, SockDiag, Socket, State, States};
+use crate::sockdiag::{Lookup, Opener, SockDiag, Socket, State, States};
 
 /// Up to this many ports the kernel filters a dump by port; each port costs two walks of the table
 /// for each family, and two ports cost more than to read all of 200 000 entries (benches/audit.rs).
@@ -185,7 +185,28 @@ impl<T: Transport> Tables<T> {
         let views = lookups.iter().zip(sockets).zip(entries).map(|((lookup, socket), entry)| {
             View { flow: lookup.flow, socket: socket.filter(is_there), entry }
         });
-        Ok(Exact(Snapshot::new(views)))
+        let mut snapshot = Snapshot::new(views);
+        snapshot.evidence.opened_here = self.opened_here(&snapshot, ledger)?;
+        Ok(Exact(snapshot))
+    }
+
+    /// The connections that this host has opened, among those of which no entry shows it: it is
+    /// gone, or was made by a packet in the connection's middle.
+    fn opened_here(&mut self, snapshot: &Snapshot, ledger: &Ledger) -> Result<HashSet<FourTuple>> {
+        let is_dark = |view: &View| {
+            view.entry.is_none_or(|entry| entry.is_picked_up() && !entry.is_ours())
+                && view.socket.is_some_and(|socket| {
+                    socket.takes_a_slot() && ledger.last_entry(&socket).is_none()
+                })
+        };
+        let dark = snapshot.views.iter().filter(is_dark).filter_map(|view| view.socket);
+        let lookups: Vec<_> = dark.map(|socket| Lookup::from(&socket)).collect();
+        if lookups.is_empty() {
+            return Ok(HashSet::new());
+        }
+        let openers = lookups.iter().zip(self.sockets.openers(&lookups)?);
+        let here = openers.filter(|(_, opener)| *opener == Some(Opener::Here));
+        Ok(here.map(|(lookup, _)| lookup.flow).collect())
     }
 
     /// The entries of these connections, in every zone that is known.

@@ -336,11 +336,12 @@ pub fn cell(
     };
     let half_closed = socket.is_some_and(|socket| socket.state != State::Established);
     let seen = socket.and_then(|socket| ledger.last_entry(&socket));
-    // What this host opened stays so when its entry is forgotten.
-    let entry = view.entry_side().or_else(|| {
-        let last = View { entry: seen, ..*view };
-        last.entry_side().filter(|(direction, _)| *direction == Direction::Outgoing)
-    });
+    // What this host opened stays so when its entry is forgotten, or picked up anew.
+    let last = View { entry: seen, ..*view }.entry_side();
+    let was_outgoing = last.filter(|(direction, _)| *direction == Direction::Outgoing);
+    let is_outgoing =
+        evidence.opened_here.contains(&view.flow).then_some((Direction::Outgoing, TcpState::None));
+    let entry = is_outgoing.or(was_outgoing).or(view.entry_side());
     let in_scope = scope.contains(policy, view.flow) || held;
     let distrusted = socket.is_some_and(|socket| ledger.distrusts(&socket));
     let entry = match entry {

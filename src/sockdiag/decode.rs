@@ -1,12 +1,20 @@
 //! Reads `struct inet_diag_msg`.
 
 use netlink_packet_core::{DecodeError, Parseable};
-use netlink_packet_sock_diag::inet::InetResponseHeader;
+use netlink_packet_sock_diag::inet::nlas::Nla;
+use netlink_packet_sock_diag::inet::{InetResponse, InetResponseHeader};
 
+use super::opener::{Octets, Opener};
 use super::request::{SOCK_DIAG_BY_FAMILY, TCPDIAG_GETSOCK};
 use super::socket::{Cookie, Socket, State};
-use crate::flow::Endpoint;
+use crate::flow::{Endpoint, FourTuple};
 use crate::netlink::Frame;
+
+/// Offsets in `struct tcp_info`.
+const TCPI_BYTES_ACKED: usize = 120;
+const TCPI_NOTSENT_BYTES: usize = 144;
+const TCPI_BYTES_SENT: usize = 200;
+const TCPI_BYTES_RETRANS: usize = 208;
 
 /// The socket in a message; `None` for a state that this program does not know (newer kernels
 /// have some for sockets without a peer).
@@ -18,8 +26,39 @@ pub(super) fn socket(frame: Frame<'_>) -> Result<Option<Socket>, DecodeError> {
         return Err(DecodeError::from(format!("message type {} for a socket", frame.kind)));
     }
     let header = InetResponseHeader::parse(frame.payload)?;
+    Ok(from_header(&header))
+}
+
+/// Who has opened the connection of the socket in a message, where that can be told.
+///
+/// # Errors
+/// Another message type, or one too short.
+pub(super) fn opener(frame: Frame<'_>) -> Result<Option<(FourTuple, Opener)>, DecodeError> {
+    let Some(socket) = socket(frame)? else { return Ok(None) };
+    let response = InetResponse::parse(frame.payload)?;
+    let info = response.nlas.iter().find_map(|nla| match nla {
+        Nla::TcpInfo(info) => Some(info),
+        _ => None,
+    });
+    // Later kernels have longer ones.
+    let octets = info.and_then(|info| {
+        let u64_at = |at: usize| info.get(at..at + 8)?.try_into().ok().map(u64::from_ne_bytes);
+        let u32_at = |at: usize| info.get(at..at + 4)?.try_into().ok().map(u32::from_ne_bytes);
+        Some(Octets {
+            acked: u64_at(TCPI_BYTES_ACKED)?,
+            sent: u64_at(TCPI_BYTES_SENT)?,
+            sent_again: u64_at(TCPI_BYTES_RETRANS)?,
+            unsent: u32_at(TCPI_NOTSENT_BYTES)?.into(),
+            queued: socket.send_queue.into(),
+        })
+    });
+    let opener = octets.and_then(|octets| Opener::of(socket.state, octets));
+    Ok(opener.map(|opener| (socket.flow(), opener)))
+}
+
+fn from_header(header: &InetResponseHeader) -> Option<Socket> {
     let id = &header.socket_id;
-    Ok(State::from_kernel(header.state).map(|state| Socket {
+    State::from_kernel(header.state).map(|state| Socket {
         local: Endpoint::new(id.source_address, id.source_port),
         remote: Endpoint::new(id.destination_address, id.destination_port),
         state,
@@ -29,5 +68,5 @@ pub(super) fn socket(frame: Frame<'_>) -> Result<Option<Socket>, DecodeError> {
         interface: id.interface_id,
         recv_queue: header.recv_queue,
         send_queue: header.send_queue,
-    }))
+    })
 }

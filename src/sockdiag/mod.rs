@@ -4,6 +4,7 @@
 //! churn a dump of long hash chains skips live sockets and says nothing of it.
 
 mod decode;
+mod opener;
 mod request;
 mod socket;
 
@@ -16,6 +17,7 @@ use crate::error::{Cause, Error, Op, Result};
 use crate::flow::FourTuple;
 use crate::netlink::{Connection, KernelSocket, Transport};
 
+pub use opener::Opener;
 pub use socket::{Cookie, Socket, State, States, UnknownState};
 
 /// Asks the kernel about TCP sockets of one network namespace, or of several that share a
@@ -146,6 +148,31 @@ impl<T: Transport> SockDiag<T> {
             }
         }
         Ok(found)
+    }
+
+    /// Who has opened each of these connections, by what TCP has counted of its socket; `None` where
+    /// that cannot be told, or the socket is gone.
+    ///
+    /// # Errors
+    /// As [`SockDiag::lookup`].
+    pub fn openers(&mut self, lookups: &[Lookup]) -> Result<Vec<Option<Opener>>> {
+        let requests: Vec<_> = lookups.iter().map(request::info).collect();
+        let mut openers = vec![None; lookups.len()];
+        for Sockets { connection, .. } in &mut self.namespaces {
+            let outcomes = connection.look_up(&requests, |index, frame| {
+                let op = requests.get(index).map_or(Op::new("socket look-up"), |r| r.op);
+                let opener = decode::opener(frame).map_err(|error| op.malformed(error))?;
+                if let (Some(asked), Some(slot)) = (lookups.get(index), openers.get_mut(index)) {
+                    *slot = slot.or(opener.filter(|(flow, _)| *flow == asked.flow).map(|it| it.1));
+                }
+                Ok(())
+            })?;
+            let refused = outcomes.into_iter().filter_map(|outcome| outcome.err());
+            if let Some(error) = refused.filter(|error| !error.is_absent()).next() {
+                return Err(error);
+            }
+        }
+        Ok(openers)
     }
 
     /// Proves that the kernel answers `tcp_diag` requests at all.

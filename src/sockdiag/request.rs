@@ -1,4 +1,4 @@
-//! The two questions that `sock_diag` is asked.
+//! The questions that `sock_diag` is asked.
 
 use netlink_packet_core::Emitable;
 use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, SocketId, StateFlags};
@@ -31,6 +31,15 @@ pub(super) fn dump(states: States) -> Request {
 
 /// The one socket of a tuple.
 pub(super) fn lookup(lookup: &Lookup) -> Request {
+    one(lookup, ExtensionFlags::empty())
+}
+
+/// The same, with what TCP has counted of it.
+pub(super) fn info(lookup: &Lookup) -> Request {
+    one(lookup, ExtensionFlags::INFO)
+}
+
+fn one(lookup: &Lookup, extensions: ExtensionFlags) -> Request {
     let flow = lookup.flow;
     let id = SocketId {
         source_port: flow.src.port(),
@@ -43,7 +52,7 @@ pub(super) fn lookup(lookup: &Lookup) -> Request {
     let message = InetRequest {
         family: flow.family(),
         protocol: IPPROTO_TCP,
-        extensions: ExtensionFlags::empty(),
+        extensions,
         states: StateFlags::empty(),
         socket_id: id,
     };

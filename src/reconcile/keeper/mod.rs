@@ -410,6 +410,9 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         now: Instant,
         witness: &mut impl Witness,
     ) -> Result<()> {
+        for socket in confirmed.opened_here() {
+            self.ledger.remember_own(socket);
+        }
         if self.may_not_insert(now) {
             confirmed.retain(|action| action.kind != ActionKind::Reinsert);
         }
