@@ -239,6 +239,38 @@ mod peace {
     }
 }
 
+mod idle_connections {
+    use super::*;
+
+    #[test]
+    fn are_given_the_kernels_own_timeout_before_it_ends_and_are_not_held() {
+        let mut world = World::with(4000..4003);
+        let hour = SECOND * 3600;
+        world.keeper.idle_timeout = Some(hour);
+        let timeout = |world: &World| world.host.borrow().entries[0].timeout;
+        let both = |world: &mut World| {
+            [Depth::Shallow, Depth::Deep].map(|depth| world.sweep(depth).done).concat()
+        };
+        world.set(4000, TcpState::Established, 61);
+        assert_eq!(both(&mut world), []);
+        world.set(4000, TcpState::Established, 59);
+        assert_eq!(both(&mut world), [(ActionKind::Extend, 4000)]);
+        assert_eq!(timeout(&world), Some(hour));
+        assert_eq!(both(&mut world), []);
+        assert_eq!(world.keeper.held().count(), 0);
+        // Sweeps that come late look further ahead.
+        world.now += DEEP * 10;
+        world.set(4000, TcpState::Established, 599);
+        assert_eq!(both(&mut world), [(ActionKind::Extend, 4000)]);
+        // What the administrator gives is not enough from sweep to sweep.
+        world.keeper.idle_timeout = Some(SECOND * 20);
+        world.now += DEEP;
+        world.set(4000, TcpState::Established, 20);
+        assert_eq!(both(&mut world), [(ActionKind::Extend, 4000)]);
+        assert_eq!(timeout(&world), Some(DEEP * 4));
+    }
+}
+
 mod flow_tables {
     use super::*;
 

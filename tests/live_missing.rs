@@ -332,3 +332,22 @@ fn ipv4_clients_of_an_ipv4_listener_are_guarded() {
 fn ipv6_clients_of_an_address_are_guarded() {
     assert_family_is_guarded("2001:db8:1::7", "[2001:db8::1]:80");
 }
+
+/// An administrator who forgets idle connections sooner than in five days does not open the limit:
+/// what has a socket is not forgotten, and needs no recount.
+#[test]
+fn idle_connections_are_kept_however_soon_the_kernel_forgets() {
+    let args = ["--deep-interval", "1s"];
+    let result = contrast(Limiter::Connlimit, CLIENT, &args, |scene| {
+        scene.lab.server.sysctl("net/netfilter/nf_conntrack_tcp_timeout_established", "20");
+        let conns = scene.established();
+        // A deep sweep of a debug build may come ten seconds after the last.
+        thread::sleep(Duration::from_secs(23));
+        let admitted = scene.admitted();
+        let kept = conns.iter().all(|conn| scene.lab.entry(conn).is_some());
+        let repaired = scene.is_guarded() && scene.daemon().logged("action=");
+        (admitted, kept, repaired)
+    });
+    let Some(result) = result else { return };
+    assert_eq!(result, Contrast { without: (LIMIT, false, false), with: (0, true, false) });
+}

@@ -16,7 +16,7 @@ use ctkeep::flow::FourTuple;
 use ctkeep::reconcile::apply::apply;
 use ctkeep::reconcile::confirm::{Confirmed, confirm};
 use ctkeep::reconcile::evidence::Evidence;
-use ctkeep::reconcile::ledger::Ledger;
+use ctkeep::reconcile::ledger::{Idle, Ledger};
 use ctkeep::reconcile::plan::{
     Action, ActionKind, Cell, Plan, Reason, Rest, Verdict, decide, plan,
 };
@@ -289,6 +289,31 @@ mod cells_of_connections {
             let verdict = verdict_of(Some(close_wait(1)), Some(entry), &Ledger::default());
             assert_eq!(verdict, expected, "{seconds} s");
         }
+    }
+
+    #[test]
+    fn an_idle_entry_is_extended_before_the_kernel_forgets_it() {
+        let (below, timeout) = (Duration::from_secs(60), Duration::from_secs(3600));
+        let mut ledger = Ledger::default();
+        ledger.set_idle(Some(Idle { below, timeout }));
+        let extend = Verdict::Act(ActionKind::Extend, Reason::EntryIdle(timeout));
+        let agree = Verdict::Leave(Rest::Agree);
+        let entry_of = |seconds| entry(server_to_peer(), TcpState::Established, seconds);
+        for (seconds, expected) in [(0, extend), (59, extend), (60, agree), (432_000, agree)] {
+            let verdict = verdict_of(Some(established(1)), Some(entry_of(seconds)), &ledger);
+            assert_eq!(verdict, expected, "{seconds} s");
+        }
+        // By nobody who has not been asked, of no socket that is not guarded, and of none that is
+        // gone; what is held has its lease.
+        let nobody = Ledger::default();
+        assert_eq!(verdict_of(Some(established(1)), Some(entry_of(1)), &nobody), agree);
+        let handshake = Socket { state: State::SynRecv, inode: 0, ..established(1) };
+        let unguarded = verdict_of(Some(handshake), Some(entry_of(1)), &ledger);
+        assert_eq!(unguarded, Verdict::Leave(Rest::NotGuarded));
+        assert_eq!(verdict_of(None, Some(entry_of(1)), &ledger), Verdict::Leave(Rest::OverCount));
+        ledger.hold(established(1), entry_of(1), Instant::now());
+        let held = verdict_of(Some(established(1)), Some(entry_of(1)), &ledger);
+        assert_eq!(held, Verdict::Act(ActionKind::Extend, Reason::EntryExpiring));
     }
 
     #[test]

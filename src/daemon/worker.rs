@@ -229,7 +229,9 @@ impl Worker<'_> {
         };
         let (rules, now) = (settings.keeper(), Instant::now());
         let tables = tables(guard, present)?;
-        let keeper = Keeper::new(tables, recounting, rules, settings.defence, now, random::bits)?;
+        let mut keeper =
+            Keeper::new(tables, recounting, rules, settings.defence, now, random::bits)?;
+        keeper.idle_timeout = kernel_timeout(TcpState::Established);
         // Before the first dump, so that nothing happens unseen between the two.
         let hook = if guard.is_for_others() { Hook::Forward } else { Hook::Input };
         let desk = Desk::open(settings, device, hook, &keeper.scope().ports, share)?;
@@ -387,6 +389,7 @@ impl Worker<'_> {
     fn swept(&mut self, sweep: &Sweep, worked: Duration) {
         self.desk.reopen_events(&self.keeper.scope().ports);
         if sweep.depth == Depth::Deep {
+            self.keeper.idle_timeout = kernel_timeout(TcpState::Established);
             self.survey(sweep);
         }
         self.desk.swept(sweep, self.keeper.ledger());

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::confirm::Confirmed;
 use super::ledger::Ledger;
 use super::observe::Tables;
-use super::plan::{Action, ActionKind};
+use super::plan::{Action, ActionKind, Reason};
 use super::policy::Policy;
 use crate::conntrack::{Change, Insert, Status, TcpState};
 use crate::error::{Cause, Error, Op, Result};
@@ -78,6 +78,7 @@ pub fn apply<T: Transport, R: Recount>(
             (ActionKind::Release | ActionKind::Reap, _) => ledger.drop_flow(view.flow),
             // What is right as it is stays the kernel's to time.
             (ActionKind::Recount, Some(Socket { state: State::Established, .. })) => {}
+            (ActionKind::Extend, _) if matches!(outcome.action.reason, Reason::EntryIdle(_)) => {}
             (_, Some(socket)) => {
                 ledger.hold(socket, template, now);
                 if let Some(notrack) = notrack {
@@ -321,6 +322,9 @@ fn last_step(action: &Action, lease: Duration, sealed: bool) -> Change {
 
 /// How long the entry lives from now on: what agrees keeps the time that the kernel gave it.
 fn timeout(action: &Action, lease: Duration) -> Duration {
+    if let Reason::EntryIdle(timeout) = action.reason {
+        return timeout;
+    }
     let left = action.view.entry.and_then(|entry| entry.timeout);
     match (action.kind, action.view.socket.map(|socket| socket.state)) {
         (ActionKind::Recount, Some(State::Established)) => left.unwrap_or(lease),

@@ -40,6 +40,7 @@ pub struct Ledger {
     uncounted: HashMap<Cookie, Loss>,
     orphans: HashMap<EntryKey, Instant>,
     overdue: HashSet<EntryKey>,
+    idle: Option<Idle>,
     pressure: Pressure,
     tracked: HashSet<u16>,
     zones: BTreeSet<Zone>,
@@ -59,6 +60,15 @@ struct Known {
 struct Hold {
     since: Instant,
     notrack: Option<Notrack>,
+}
+
+/// What is given to entries of idle connections that the kernel would forget.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Idle {
+    /// With less than this left an entry is gone before it is looked at again.
+    pub below: Duration,
+    /// What it gets.
+    pub timeout: Duration,
 }
 
 /// How an entry looked last.
@@ -106,6 +116,16 @@ impl Ledger {
     pub fn new(defence: Defence, zone: u16) -> Self {
         let zones = [Zone::both(zone)].into();
         Self { pressure: Pressure::new(defence), zones, ..Self::default() }
+    }
+
+    /// What is given to idle connections; `None` leaves them to the kernel.
+    pub fn idle(&self) -> Option<Idle> {
+        self.idle
+    }
+
+    /// Gives this to idle connections from now on.
+    pub fn set_idle(&mut self, idle: Option<Idle>) {
+        self.idle = idle;
     }
 
     /// How hard entries are fought over.

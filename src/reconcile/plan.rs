@@ -4,6 +4,7 @@
 //! tests/plan_table.rs walks cell by cell.
 
 use std::fmt;
+use std::time::Duration;
 
 use super::evidence::Evidence;
 use super::ledger::Ledger;
@@ -86,6 +87,9 @@ pub enum Reason {
     EntryClosed(TcpState),
     /// The entry would expire before the lease is renewed.
     EntryExpiring,
+    /// The connection is idle, and the kernel would forget its entry before the next look: it gets
+    /// this much longer.
+    EntryIdle(Duration),
     /// The entry takes the server for the client.
     EntryReversed,
     /// The socket of a held entry is gone.
@@ -112,6 +116,7 @@ impl fmt::Display for Reason {
         match self {
             Self::EntryMissing => f.write_str("socket open, entry missing"),
             Self::EntryClosed(state) => write!(f, "socket open, entry in {state}"),
+            Self::EntryIdle(_) => f.write_str("idle, the kernel would forget it"),
             Self::EntryExpiring => f.write_str("socket open, entry about to expire"),
             Self::EntryReversed => f.write_str("entry picked up in the wrong direction"),
             Self::SocketGone => f.write_str("socket gone"),
@@ -306,6 +311,16 @@ pub fn verdict(
                 && entry.is_some_and(|entry| entry.is_picked_up() && !entry.is_ours()) =>
         {
             Verdict::Act(ActionKind::Recount, Reason::PickedUp)
+        }
+        // A limit forgets what conntrack has forgotten, however short the administrator sets
+        // `nf_conntrack_tcp_timeout_established`.
+        (Verdict::Leave(Rest::Agree), Some((Direction::FromPeer, TcpState::Established)))
+            if cell.socket == Some(State::Established)
+                && !cell.held
+                && let Some(idle) = ledger.idle()
+                && entry.and_then(|entry| entry.timeout).is_some_and(|left| left < idle.below) =>
+        {
+            Verdict::Act(ActionKind::Extend, Reason::EntryIdle(idle.timeout))
         }
         (
             Verdict::Leave(Rest::Agree) | Verdict::Act(ActionKind::Extend, _),

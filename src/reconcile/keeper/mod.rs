@@ -146,6 +146,9 @@ pub struct Keeper<T: Transport = KernelSocket, R: Recount = Recounter> {
     pub tables: Tables<T>,
     /// The greatest size of the conntrack table, where the kernel does not say it with its size.
     pub maximum: Option<u64>,
+    /// The kernel's timeout of an ESTABLISHED entry, which idle connections are given before they are
+    /// forgotten; `None` leaves them to the kernel.
+    pub idle_timeout: Option<Duration>,
     recounting: Recounting<R>,
     settings: Arc<Settings>,
     scope: Scope,
@@ -155,6 +158,8 @@ pub struct Keeper<T: Transport = KernelSocket, R: Recount = Recounter> {
     timers: Timers,
     /// A deep sweep on suspicion comes no sooner.
     soonest_deep: Instant,
+    /// When the last deep sweep began.
+    last_deep: Option<Instant>,
     /// Half-closed sockets for which the last deep sweep found no entry either.
     unaccounted: HashSet<Cookie>,
     second_look: Deferred,
@@ -187,6 +192,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         Ok(Self {
             tables,
             maximum: None,
+            idle_timeout: None,
             recounting,
             settings: Arc::new(settings),
             scope,
@@ -194,6 +200,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             ledger,
             timers,
             soonest_deep: now,
+            last_deep: None,
             unaccounted: HashSet::new(),
             second_look: Deferred::default(),
             open_look: Deferred::default(),

@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::flow::FourTuple;
 use crate::netlink::Transport;
 use crate::reconcile::confirm::confirm;
+use crate::reconcile::ledger::Idle;
 use crate::reconcile::plan::{ActionKind, plan_for};
 use crate::reconcile::pressure::Transition;
 use crate::reconcile::snapshot::Snapshot;
@@ -141,7 +142,19 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         }
         let alive = snapshot.views.iter().filter_map(|view| view.socket);
         self.ledger.retain_seen(alive.map(|socket| socket.cookie));
+        self.ledger.set_idle(self.idle(now));
+        self.last_deep = Some(now);
         Ok(snapshot)
+    }
+
+    /// An idle entry must outlive the time to the next deep sweep, which can come late, and to the
+    /// one behind it, if that fails.
+    fn idle(&self, now: Instant) -> Option<Idle> {
+        let timeout = self.idle_timeout?;
+        let last = self.last_deep.map(|last| now.saturating_duration_since(last));
+        let interval = self.settings.deep_interval.max(last.unwrap_or_default());
+        let below = self.settings.policy.lease.max(interval * 2);
+        Some(Idle { below, timeout: timeout.max(below * 2) })
     }
 
     /// Plans, makes sure and carries out, part by part. Extensions come first: repairs are slow,
