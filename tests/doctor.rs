@@ -2,8 +2,12 @@
 
 mod lab;
 
-use lab::Lab;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use lab::{Lab, SERVER_V4, wait_for};
 use serde_json::Value;
+use socket2::{Domain, Socket, Type};
 
 const CTKEEP: &str = env!("CARGO_BIN_EXE_ctkeep");
 
@@ -107,4 +111,50 @@ fn the_trial_of_the_recount_routes_leaves_nothing_behind() {
     let before = state();
     doctor(&lab);
     assert_eq!(state(), before);
+}
+
+/// A listener that never accepts; its queue takes two more than `backlog`.
+fn deaf(lab: &Lab, port: u16, backlog: i32) -> Socket {
+    lab.server.within(|| {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
+        socket.bind(&SocketAddr::from((SERVER_V4, port)).into()).expect("bound");
+        socket.listen(backlog).expect("listening");
+        socket
+    })
+}
+
+#[test]
+fn every_figure_that_the_page_names_is_there() {
+    let Some(lab) = Lab::new() else { return };
+    lab.connlimit(80, 3);
+    let server = lab.serve("[::]:80");
+    let _deaf = deaf(&lab, 81, 3);
+    let (code, report) = doctor(&lab);
+    assert_eq!(code, 0, "{report:#}");
+    for id in ["source-over-limit", "syn-backlog", "listen-queue-full", "half-closed-held"] {
+        assert_eq!(verdicts(&report, id), ["ok"], "{id}: {report:#}");
+    }
+    let peer = lab.peer("198.51.100.7");
+    let mut conns = Vec::new();
+    for _ in 0..10 {
+        let mut conn = (0..5).find_map(|_| peer.connect(80)).expect("the limit is bypassed");
+        lab.half_close(&mut conn);
+        conn.rst(-5);
+        conns.push(conn);
+    }
+    let waiting = lab.peer("203.0.113.9").hold(81, 3);
+    wait_for("connections in the queue", Duration::from_secs(5), || {
+        lab.server.output("ss -Hltn sport = 81").split_whitespace().nth(1) == Some("3")
+    });
+    let (code, report) = doctor(&lab);
+    assert_eq!((code, waiting.len()), (1, 3), "{report:#}");
+    assert_eq!(verdicts(&report, "source-over-limit"), ["bad"]);
+    let over = texts(&report, "source-over-limit");
+    assert_eq!(over, "198.51.100.7/32: 10 sockets, limit 3, the rule sees 0");
+    assert_eq!(verdicts(&report, "half-closed-held"), ["warn"]);
+    let held = texts(&report, "half-closed-held");
+    assert!(held.contains(&format!("({}): 10 of 10 open sockets", server.pid())), "{held}");
+    assert_eq!(verdicts(&report, "listen-queue-full"), ["bad"], "{report:#}");
+    let queue = texts(&report, "listen-queue-full");
+    assert!(queue.starts_with("192.0.2.1:81: 3 of 3 wait to be accepted by "), "{queue}");
 }

@@ -101,6 +101,11 @@ impl Finding {
         Self::new(id, Verdict::Bad, what.into(), advice.into())
     }
 
+    /// With a verdict that has been found already.
+    pub fn of(id: &'static str, verdict: Verdict, what: String, advice: Option<String>) -> Self {
+        Self::new(id, verdict, what, advice.unwrap_or_default())
+    }
+
     fn new(id: &'static str, verdict: Verdict, what: String, advice: String) -> Self {
         debug_assert!(IDENTIFIERS.contains(&id), "{id} has no section in docs/doctor.md");
         Self { id, verdict, what, advice }

@@ -1,6 +1,7 @@
 //! What a connection passes on its way in, layer by layer, each with figures and a verdict. Pure.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use serde::Serialize;
 
@@ -174,6 +175,42 @@ pub struct Inputs<'a> {
     pub views: &'a Views,
     /// Who has the sockets.
     pub owners: &'a Owners,
+}
+
+impl Queue {
+    /// How full it is, and whose it is.
+    pub fn finding(&self) -> Finding {
+        let who = self.command.as_deref().map_or(String::new(), |name| format!(" by {name}"));
+        let what = format!("{}: {}{who}", self.local, self.what);
+        Finding::of("listen-queue-full", self.verdict, what, self.advice.clone())
+    }
+}
+
+impl Application {
+    /// How it does, and who it is.
+    pub fn finding(&self) -> Finding {
+        let who = match (self.pid, &self.command) {
+            (Some(pid), Some(command)) if self.processes > 1 => {
+                format!("{command} ({pid} and {} more)", self.processes - 1)
+            }
+            (Some(pid), Some(command)) => format!("{command} ({pid})"),
+            _ => self.kind.to_string(),
+        };
+        let what = format!("{who}: {}", self.what);
+        Finding::of("half-closed-held", self.verdict, what, self.advice.clone())
+    }
+}
+
+impl fmt::Display for Kind {
+    /// Whose sockets these are, where no process can be named.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Queue => "waiting to be accepted",
+            Self::Unseen | Self::Process => "process unknown",
+            Self::Descriptorless => "no process (MPTCP subflows)",
+            Self::Kernel => "closed by their process",
+        })
+    }
 }
 
 impl Layers {

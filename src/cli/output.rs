@@ -9,7 +9,7 @@ use comfy_table::{ColumnConstraint, ContentArrangement, Table, Width, presets};
 
 use crate::audit::cover::Cover;
 use crate::audit::finding::{Finding, Verdict};
-use crate::audit::layers::{Kind, Layers};
+use crate::audit::layers::{Application, Layers, Queue};
 use crate::audit::report::{Connection, Report};
 use crate::audit::sources::{Listed, Source};
 use crate::error::{Op, Result};
@@ -212,38 +212,11 @@ fn layers(layers: &Layers, no_header: bool) -> String {
     if let Some(syn) = &layers.syn {
         findings("syn", &syn.findings, false);
     }
-    for queue in &layers.listen {
-        let who = queue.command.as_deref().map_or(String::new(), |name| format!(" by {name}"));
-        let what = format!("{}: {}{who}", queue.local, queue.what);
-        add("listen", queue.verdict, &what, queue.advice.as_deref().unwrap_or_default());
-    }
-    for application in &layers.application {
-        let who = match (application.pid, &application.command) {
-            (Some(pid), Some(command)) if application.processes > 1 => {
-                format!("{command} ({pid} and {} more)", application.processes - 1)
-            }
-            (Some(pid), Some(command)) => format!("{command} ({pid})"),
-            _ => ownerless(application.kind).to_owned(),
-        };
-        let what = format!("{who}: {}", application.what);
-        add(
-            "application",
-            application.verdict,
-            &what,
-            application.advice.as_deref().unwrap_or_default(),
-        );
-    }
+    let listen: Vec<_> = layers.listen.iter().map(Queue::finding).collect();
+    findings("listen", &listen, true);
+    let applications: Vec<_> = layers.application.iter().map(Application::finding).collect();
+    findings("application", &applications, true);
     table(&["LAYER", "VERDICT", "WHAT"], rows, Rows::Text, no_header)
-}
-
-/// Whose sockets these are, where no process can be named.
-fn ownerless(kind: Kind) -> &'static str {
-    match kind {
-        Kind::Queue => "waiting to be accepted",
-        Kind::Unseen | Kind::Process => "process unknown",
-        Kind::Descriptorless => "no process (MPTCP subflows)",
-        Kind::Kernel => "closed by their process",
-    }
 }
 
 /// The same text with what hurts in colour.

@@ -6,26 +6,25 @@ pub mod unit;
 
 use nix::sched::{CloneFlags, unshare};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use netlink_sys::protocols::NETLINK_NETFILTER;
 
 use self::trial::Trial;
 use self::unit::Unit;
-use crate::audit::checks as judge;
 use crate::audit::figures::Figures;
 use crate::audit::finding::{Finding, Verdict};
-use crate::conntrack::Conntrack;
+use crate::audit::layers::{Application, Layers, Queue};
+use crate::audit::report::{Report, Request, Seen};
 use crate::error::{Error, Op, Result};
+use crate::firewall::Hook;
 use crate::firewall::limits::{EarlierAccept, LimitRule, Limiter};
-use crate::firewall::{Hook, Ruleset};
 use crate::host::instance::{self, Holder};
 use crate::netlink::KernelSocket;
 use crate::reconcile::policy::Policy;
 use crate::recount::Route;
 use crate::rtnetlink::link::links;
 use crate::shield;
-use crate::sockdiag::SockDiag;
 
 /// Capabilities by their bits (`include/uapi/linux/capability.h`).
 const CAP_NET_ADMIN: u64 = 1 << 12;
@@ -44,38 +43,22 @@ pub struct Diagnosis {
 }
 
 /// Examines the namespace that the calling thread is in.
-pub fn examine(policy: &Policy, now: Instant) -> Diagnosis {
+///
+/// `clock` is the same moment as `now`.
+pub fn examine(policy: &Policy, now: Instant, clock: SystemTime) -> Diagnosis {
     let mut findings = vec![kernel(&release())];
     findings.extend(privileges());
-    let tables = Conntrack::open().and_then(|conntrack| {
-        let mut sockets = SockDiag::open()?;
-        sockets.probe()?;
-        Ok((conntrack, sockets))
-    });
-    let (mut conntrack, mut sockets) = match tables {
-        Ok(tables) => tables,
+    let (seen, scope) = match Seen::look("", policy) {
+        Ok(seen) => seen,
         Err(error) => {
             findings.push(unavailable(&error));
             return Diagnosis { findings, is_unavailable: true };
         }
     };
-    let figures = Figures::read(&mut conntrack);
-    let listeners = sockets.listeners().unwrap_or_default();
-    let mut ports: Vec<u16> = policy.scope(&listeners).ports.into_iter().collect();
-    ports.sort_unstable();
-    let limiter = Limiter::of(&Ruleset::read());
-    match &figures {
-        Ok(figures) => {
-            findings.extend(judge::conntrack(&figures.table));
-            findings.extend(lease(policy.lease, figures));
-        }
-        Err(error) => findings.push(unavailable(error)),
-    }
-    findings.extend(judge::limiter(&limiter, &ports));
-    if let Ok(figures) = &figures {
-        findings.extend(judge::syn(&figures.tcp, 0));
-        findings.push(judge::listen_drops(&figures.tcp));
-    }
+    let limiter = seen.limiter.clone();
+    findings.extend(seen.figures.iter().filter_map(|figures| lease(policy.lease, figures)));
+    let request = Request { limit: None, mask: None, mask6: None, now: clock };
+    findings.extend(found(Report::of(seen, &scope, policy, request)));
     let trial = try_recount(now);
     findings.extend(recount(&trial, &limiter));
     findings.extend(checks::devices(&links().unwrap_or_default(), &limiter));
@@ -87,6 +70,36 @@ pub fn examine(policy: &Policy, now: Instant) -> Diagnosis {
         .iter()
         .any(|finding| finding.verdict == Verdict::Bad && MISSING.contains(&finding.id));
     Diagnosis { findings, is_unavailable }
+}
+
+/// What the audit finds, layer by layer.
+fn found(report: Report) -> Vec<Finding> {
+    let Layers { conntrack, limiter, syn, listen, application } = report.layers;
+    let mut all: Vec<_> = conntrack.into_iter().flat_map(|layer| layer.findings).collect();
+    let is_over = limiter.findings.iter().any(|finding| finding.id == "source-over-limit");
+    if !is_over && !limiter.figures.rules.is_empty() {
+        let held: usize = report.sources.iter().map(|source| source.held).sum();
+        let sources = report.sources.iter().filter(|source| source.held > 0).count();
+        let what = format!("{sources} sources with {held} sockets, none surely over its limit");
+        all.push(Finding::ok("source-over-limit", what));
+    }
+    all.extend(limiter.findings);
+    all.extend(syn.into_iter().flat_map(|layer| layer.findings));
+    // The fullest queue stands for those that are no worse.
+    let fill = |queue: &Queue| u64::from(queue.waiting) * 1000 / u64::from(queue.limit.max(1));
+    let fullest = listen.iter().max_by_key(|queue| fill(queue)).map(Queue::finding);
+    let none = || Finding::ok("listen-queue-full", "no listening port");
+    all.extend(troubled(listen.iter().map(Queue::finding), fullest.unwrap_or_else(none)));
+    let most = application.first().map(Application::finding);
+    let none = || Finding::ok("half-closed-held", "no open sockets");
+    all.extend(troubled(application.iter().map(Application::finding), most.unwrap_or_else(none)));
+    all
+}
+
+/// Those of which something is wrong; where nothing is, this one.
+fn troubled(all: impl Iterator<Item = Finding>, otherwise: Finding) -> Vec<Finding> {
+    let some: Vec<_> = all.filter(|finding| finding.verdict != Verdict::Ok).collect();
+    if some.is_empty() { vec![otherwise] } else { some }
 }
 
 /// Without these nothing can be done here.
