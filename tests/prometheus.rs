@@ -25,7 +25,9 @@ const RULES_TESTS: &str = "packaging/prometheus/ctkeep.rules.test.yml";
 const DASHBOARD: &str = "packaging/grafana/ctkeep.json";
 const MANUAL: &str = "docs/operations.md";
 
-const ALERTS: [&str; 10] = [
+const ALERTS: [&str; 12] = [
+    "CtkeepRecountNotCounted",
+    "CtkeepRecountUnavailable",
     "CtkeepDriftNotRepaired",
     "CtkeepLateRepairsRising",
     "CtkeepEventOverruns",

@@ -9,8 +9,9 @@ use super::report::Seen;
 use super::sources::{Load, Met, Plays, loads};
 use crate::conntrack::Zone;
 use crate::error::{Cause, Error, Op, Result};
+use crate::firewall::Ruleset;
 use crate::firewall::limits::{LimitRule, Limiter};
-use crate::firewall::{Outcome, Ruleset};
+use crate::reconcile::deciding::limit_of;
 use crate::reconcile::ledger::Ledger;
 use crate::reconcile::observe::Tables;
 use crate::reconcile::snapshot::View;
@@ -114,37 +115,15 @@ impl<'r> Asker<'r> {
         })
     }
 
-    /// The limit that stopped a probe, as its trace shows, or what else did.
+    /// The limit that stopped a probe, or what else did.
     fn deciding(&mut self, view: &View, met: &[Met], trace: &Trace) -> (Option<Met>, String) {
         let rule_of = |met: &Met| self.limiter.rules.get(met.rule);
-        let stands = |rule: &LimitRule, step: &Step| {
-            (rule.family.number(), &rule.table, &rule.chain)
-                == (step.family, &step.table, &step.chain)
-                && rule.handle.is_some()
-                && rule.handle == step.rule
-        };
-        let is_met = |rule: &LimitRule| trace.steps.iter().any(|step| stands(rule, step));
-        // For what exceeds it: the packet has met it, and nothing that went on with it.
-        let over = trace.steps.iter().rev().find_map(|step| {
-            met.iter().find(|met| {
-                rule_of(met).is_some_and(|rule| {
-                    rule.limit.over && rule.outcome != Outcome::Continue && stands(rule, step)
-                })
-            })
-        });
-        // For what stays within: it would have taken the packet.
-        let mut within = met
-            .iter()
-            .filter(|met| rule_of(met).is_some_and(|rule| !rule.limit.over && !is_met(rule)));
-        let end = trace.steps.iter().rev().find(|step| step.is_drop);
-        let within = match (within.next(), within.next()) {
-            (Some(met), None) if end.is_some() => Some(met),
-            _ => None,
-        };
-        if let Some(met) = over.or(within) {
-            return (Some(*met), rule_of(met).map_or(String::new(), LimitRule::place));
+        let rules: Vec<_> = met.iter().filter_map(rule_of).collect();
+        if let Some(limit) = limit_of(trace, &rules) {
+            let is_it = |met: &&Met| rule_of(met).is_some_and(|rule| std::ptr::eq(rule, limit));
+            return (met.iter().find(is_it).copied(), limit.place());
         }
-        if let Some(step) = end {
+        if let Some(step) = trace.steps.iter().rev().find(|step| step.is_drop) {
             return (None, self.place(step));
         }
         // iptables-legacy reports nothing.

@@ -12,6 +12,7 @@ use crate::flow::FourTuple;
 use crate::metrics::{EventType, GuardMetrics};
 use crate::nftables::Hook;
 use crate::reconcile::apply::Outcome;
+use crate::reconcile::checks::{Checked, Counted};
 use crate::reconcile::keeper::{Acted, Sweep, Trigger, Witness};
 use crate::reconcile::ledger::Ledger;
 use crate::reconcile::plan::{Action, ActionKind};
@@ -275,6 +276,41 @@ impl Witness for Desk<'_> {
             if let Some(Err(error)) = acted.outcomes.iter().find(full).map(|it| &it.result) {
                 tracing::warn!(%error, retry_in = ?rest, "conntrack table full");
             }
+        }
+    }
+
+    fn checked(&mut self, checked: Checked) {
+        self.share.checked(checked.counted);
+        let Checked { net, limit, held, counted, again } = checked;
+        match (counted, again) {
+            (Counted::Yes, _) => {
+                line!(self.lines.fits("recounted"), info, source = %net, limit, held, "recounted");
+            }
+            (Counted::No, Some(again)) => line!(
+                self.lines.fits("not counted"),
+                warn,
+                source = %net,
+                limit,
+                held,
+                ?again,
+                "sent, and the limit does not count them, will be shown again"
+            ),
+            (Counted::No, None) => line!(
+                self.lines.fits("never counted"),
+                warn,
+                source = %net,
+                limit,
+                held,
+                "the limit does not count them, however often they were shown"
+            ),
+            (Counted::Unknown, _) => line!(
+                self.lines.fits("unknown"),
+                info,
+                source = %net,
+                limit,
+                held,
+                "sent, and the limit could not be asked"
+            ),
         }
     }
 

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use super::worker::cpu_time;
 use crate::error::Result;
 use crate::firewall::Hook;
+use crate::firewall::limits::LimitRule;
 use crate::firewall::lists::{Anew, Lists, Loss, Since};
 use crate::watch::rules::{Heard, RuleEvents};
 
@@ -93,6 +94,12 @@ impl Rules {
     /// So much was done to show limits their connections.
     pub(super) fn spend(&mut self, cost: Duration, now: Instant) {
         self.spare.spend(cost, now);
+    }
+
+    /// The limits that count these sockets.
+    pub(super) fn limits(&self) -> impl Iterator<Item = &LimitRule> {
+        let is_passed = |rule: &&LimitRule| rule.hook == Hook::Prerouting || rule.hook == self.hook;
+        self.lists.limits().filter(is_passed)
     }
 
     /// Takes in what is queued.

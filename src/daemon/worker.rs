@@ -40,6 +40,9 @@ use crate::sockdiag::SockDiag;
 /// How long to wait for a namespace that has vanished to come back, from look to look.
 const COME_BACK: Duration = Duration::from_secs(1);
 
+/// Asking limits may cost this share of a core.
+const CHECKS: u32 = 20;
+
 /// Guards one conntrack table until told to stop, however often its namespaces come and go.
 ///
 /// `ready` is told after the first whole sweep; `number` is under which signs of life are given.
@@ -220,12 +223,15 @@ impl Worker<'_> {
         } else {
             settings.device.clone()
         };
+        let mut is_available = true;
         // A namespace that may have nothing to do with it gets a device only when it needs one.
         let recounting = if guard.is_for_others() {
             let (settings, device) = (settings.clone(), device.clone());
             Recounting::later(Box::new(move |now| open_recounter(&settings, &device, now)))
         } else {
-            Recounting::by(open_recounter(&settings, &device, Instant::now())?)
+            let recounter = open_recounter(&settings, &device, Instant::now())?;
+            is_available = recounter.as_ref().is_none_or(|it| !it.ways().is_empty());
+            Recounting::by(recounter)
         };
         let (rules, now) = (settings.keeper(), Instant::now());
         let tables = tables(guard, present)?;
@@ -235,6 +241,7 @@ impl Worker<'_> {
         // Before the first dump, so that nothing happens unseen between the two.
         let hook = if guard.is_for_others() { Hook::Forward } else { Hook::Input };
         let desk = Desk::open(settings, device, hook, &keeper.scope().ports, share)?;
+        desk.share.recount_available(is_available);
         let rules = if desk.settings.follow_rules {
             let hook =
                 if guard.is_for_others() { firewall::Hook::Forward } else { firewall::Hook::Input };
@@ -321,7 +328,7 @@ impl Worker<'_> {
         if let Some(sweep) = swept {
             self.swept(&sweep, worked);
         }
-        Ok(())
+        self.check_limits()
     }
 
     /// Hears of rules that change, and shows limits that have lost their lists what is open.
@@ -330,7 +337,11 @@ impl Worker<'_> {
         if ready {
             rules.hear(Instant::now())?;
         }
+        let looks = rules.next_timeout().is_some_and(|due| due <= Instant::now());
         let (anew, since) = rules.look(Instant::now());
+        if looks {
+            self.keeper.know_limits(rules.limits().cloned());
+        }
         self.desk.limits_lost(&anew);
         let now = Instant::now();
         self.keeper.limits_lost(anew, since, rules.free_at().max(now));
@@ -345,11 +356,30 @@ impl Worker<'_> {
         Ok(())
     }
 
+    /// Asks limits whether they count what was shown to them.
+    fn check_limits(&mut self) -> Result<()> {
+        let began = Instant::now();
+        if !self.keeper.check_is_due(began) {
+            return Ok(());
+        }
+        let worked = cpu_time();
+        let checked = self.keeper.check(began, &mut self.desk);
+        let cost = cpu_time().saturating_sub(worked);
+        self.keeper.put_off_checks(Instant::now() + cost * CHECKS);
+        self.desk.uncounted(self.keeper.ledger().uncounted_sockets());
+        checked
+    }
+
     /// The deep sweep of the start: what comes before it is not guarded.
     fn sweep_first(&mut self) -> Result<()> {
         let worked = cpu_time();
         let sweep = self.keeper.sweep(Depth::Deep, Instant::now(), &mut self.desk)?;
         self.swept(&sweep, worked);
+        if let Some(rules) = self.rules.as_ref().filter(|_| !self.desk.settings.dry_run) {
+            self.keeper.know_limits(rules.limits().cloned());
+            // A limit that was added while connections were open has none of them on its list.
+            self.keeper.doubt_limits(Instant::now())?;
+        }
         Ok(())
     }
 

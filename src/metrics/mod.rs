@@ -40,6 +40,7 @@ use crate::error::Error;
 use crate::firewall::lists::Loss;
 use crate::flow::FourTuple;
 use crate::reconcile::apply::Outcome;
+use crate::reconcile::checks::Counted;
 use crate::reconcile::keeper::Trigger;
 use crate::reconcile::ledger::Ledger;
 use crate::reconcile::plan::ActionKind;
@@ -385,6 +386,18 @@ impl GuardMetrics {
     /// A limit has lost its list.
     pub fn rules_changed(&self, loss: Loss) {
         self.metrics.counts.add(Count::RuleChanges, &[loss.name()], 1);
+    }
+
+    /// A limit was asked whether it counts what was shown to it.
+    pub fn checked(&self, counted: Counted) {
+        self.metrics.counts.add(Count::RecountChecks, &[counted.name()], 1);
+    }
+
+    /// Whether this kernel counts a connection again by some way; also where none is wanted.
+    pub fn recount_available(&self, is_available: bool) {
+        self.guard(|guard| {
+            guard.gauges.set(Gauge::RecountAvailable, &[], f64::from(u8::from(is_available)));
+        });
     }
 
     /// So many open connections are counted by no limit, as far as is known, that should be.

@@ -12,6 +12,7 @@ use crate::audit::survey::TIMED;
 use crate::conntrack::TcpState;
 use crate::error::Error;
 use crate::firewall::lists::Loss;
+use crate::reconcile::checks::Counted;
 use crate::shield::DECISIONS;
 use crate::sockdiag::State;
 
@@ -56,6 +57,7 @@ const fn label(name: &'static str, values: fn() -> Vec<&'static str>) -> Label {
 const ACTION: Label = label("action", || ACTIONS.to_vec());
 const CLASS: Label = label("class", || Class::ALL.map(Class::name).to_vec());
 const CT_STATE: Label = label("state", || TIMED.map(TcpState::name).to_vec());
+const COUNTED: Label = label("result", || Counted::ALL.map(Counted::name).to_vec());
 const DECISION: Label = label("decision", || DECISIONS.to_vec());
 const DIRECTION: Label = label("direction", || vec!["up", "down"]);
 const DROP: Label = label("kind", || DROPS.to_vec());
@@ -212,6 +214,10 @@ table! {
         "ctkeep_uncounted_connections",
         "Open connections that a limit has lost and that were not shown to it yet.",
     );
+    RecountAvailable = row(
+        "ctkeep_recount_available",
+        "0 where connections are to be shown to limits and no way of it is counted by this kernel.",
+    ).smallest();
     HeldOldest = row(
         "ctkeep_held_oldest_age",
         "For how long the oldest held connection has been held.",
@@ -282,6 +288,10 @@ table! {
         "ctkeep_recounts",
         "Connections shown to the limiter again, by the way that the packet took.",
     ).by(&[ROUTE]);
+    RecountChecks = row(
+        "ctkeep_recount_checks",
+        "Questions to limits whether they count what was shown to them, by their answer.",
+    ).by(&[COUNTED]);
     RuleChanges = row(
         "ctkeep_rule_changes",
         "Limits that lost their lists because rules changed, by what is known of it.",

@@ -5,7 +5,9 @@
 
 pub mod apply;
 pub mod backoff;
+pub mod checks;
 pub mod confirm;
+pub mod deciding;
 pub mod evidence;
 pub mod keeper;
 pub mod ledger;

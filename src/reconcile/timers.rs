@@ -15,9 +15,11 @@ pub enum Timer {
     Recount,
     /// The first look that may act at connections without FIN that conntrack believes closed.
     OpenLook,
+    /// Asking limits whether they count what was shown to them.
+    Check,
 }
 
-const TIMERS: usize = 5;
+const TIMERS: usize = 6;
 
 /// The moment at which each kind of work is due.
 #[derive(Clone, Debug, Default)]

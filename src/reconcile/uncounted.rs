@@ -62,6 +62,17 @@ impl Uncounted {
         }
     }
 
+    /// This limit does not count these, though it was shown them.
+    pub fn again(&mut self, rule: &LimitRule, sockets: &[Socket]) {
+        if !self.current.iter().any(|one| one.rule == *rule) {
+            if self.waiting.is_empty() {
+                self.current.clear();
+            }
+            self.current.push(Anew { rule: rule.clone(), loss: Loss::Unknown });
+        }
+        self.waiting.extend(sockets.iter().map(Lookup::from));
+    }
+
     /// The next ones in turn, at most so many.
     pub fn next(&mut self, most: usize) -> Vec<Lookup> {
         let most = most.min(self.waiting.len());

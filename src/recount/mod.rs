@@ -175,6 +175,25 @@ pub trait Recount {
     fn narrow_notrack(&mut self, held: impl Iterator<Item = FourTuple>, now: Instant)
     -> Result<()>;
 
+    /// Asks whether one more connection would be let in, by a probe; `None` where that cannot be
+    /// asked.
+    ///
+    /// # Errors
+    /// A broken conversation.
+    fn ask(&mut self, question: Question, now: Instant) -> Result<Option<Asked>> {
+        let _ = (question, now);
+        Ok(None)
+    }
+
+    /// Asks how many more would be let in, at most `most`; `None` where that cannot be asked.
+    ///
+    /// # Errors
+    /// A broken conversation.
+    fn room(&mut self, question: Question, most: u32, now: Instant) -> Result<Option<Room>> {
+        let _ = (question, most, now);
+        Ok(None)
+    }
+
     /// Forgets what the kernel can be asked for again: how addresses are reached.
     fn refresh(&mut self, now: Instant);
 }

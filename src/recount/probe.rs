@@ -64,12 +64,12 @@ pub struct Question {
 }
 
 /// What became of a probe.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Asked {
     /// It got behind all rules: one more connection would be let in.
     LetIn,
-    /// Some rule stopped it: the limit, or another one.
-    Stopped,
+    /// Some rule stopped it, the limit or another one, on this way.
+    Stopped(Trace),
 }
 
 /// How many more connections would be let in.
@@ -92,6 +92,7 @@ pub enum Room {
 #[derive(Debug)]
 pub(super) struct Asking {
     table: Table,
+    tracer: Tracer,
     conntrack: Conntrack,
     /// Whose lists may still have a probe, since when; a few at most, as older ones go.
     recent: HashMap<IpAddr, Instant>,
@@ -142,7 +143,8 @@ impl Asking {
         let layout = TableSpec { sets: vec![arrived], chains: chains.into() };
         let table = Table::create(&format!("{name}-ask"), &layout)?;
         let next = u16::try_from(random::bits() % u64::from(PORTS)).unwrap_or(0);
-        Ok(Self { table, conntrack: Conntrack::open()?, recent: HashMap::new(), next })
+        let (tracer, conntrack) = (Tracer::open(name, marks)?, Conntrack::open()?);
+        Ok(Self { table, tracer, conntrack, recent: HashMap::new(), next })
     }
 
     /// Whether the probe from this port got behind all rules.
@@ -176,8 +178,11 @@ impl Recounter {
         let way = self.way_of(question, now)?;
         self.asking()?.await_forgotten(question.client, now);
         let port = self.unused_ports(&way, 1)?;
-        let arrived = self.probe(&way, port.first().copied().unwrap_or(EPHEMERAL.start))?;
-        Ok(if arrived { Asked::LetIn } else { Asked::Stopped })
+        self.asking()?.tracer.read()?;
+        if self.probe(&way, port.first().copied().unwrap_or(EPHEMERAL.start))? {
+            return Ok(Asked::LetIn);
+        }
+        self.asking()?.tracer.read().map(Asked::Stopped)
     }
 
     /// How many more connections would be let in; no more than `most` are tried.
@@ -189,42 +194,38 @@ impl Recounter {
         self.asking()?.await_forgotten(question.client, now);
         let mut last = None;
         for _ in 0..ROUNDS {
-            let (more, trace) = self.fill(&way, most, last.is_some())?;
+            let (more, trace) = self.fill(&way, most)?;
             match trace {
                 Some(trace) if last == Some(more) => return Ok(Room::For { more, trace }),
-                None if more == most => return Ok(Room::AtLeast(most)),
-                _ => last = Some(more),
+                Some(_) => last = Some(more),
+                None => return Ok(Room::AtLeast(most)),
             }
         }
         Ok(Room::Unsteady)
     }
 
-    /// Fills the room with probes, and gives it back; how many it took, and the way of one more.
-    fn fill(&mut self, way: &Way, most: u32, traced: bool) -> Result<(u32, Option<Trace>)> {
-        let mut ports = self.unused_ports(way, most.saturating_add(1))?;
-        let port = ports.pop().unwrap_or(EPHEMERAL.start);
-        let mut tracer = match traced {
-            true => Some(Tracer::open(&self.name, self.marks, port)?),
-            false => None,
-        };
+    /// Fills the room with probes, and gives it back; how many it took, and the way of the one that
+    /// had none.
+    fn fill(&mut self, way: &Way, most: u32) -> Result<(u32, Option<Trace>)> {
+        let ports = self.unused_ports(way, most)?;
         let mut keeping = Vec::new();
         let filled = self.keep(way, &ports, &mut keeping);
-        let last = match (&filled, &mut tracer) {
-            (Ok(true), Some(tracer)) => self.probe(way, port).and_then(|_| tracer.read()).map(Some),
-            _ => Ok(None),
-        };
         // Whatever has happened.
-        let given_back = self.give_back(way, &keeping);
-        filled?;
-        given_back?;
-        Ok((u32::try_from(keeping.len()).unwrap_or(u32::MAX), last?))
+        self.give_back(way, &keeping)?;
+        Ok((u32::try_from(keeping.len()).unwrap_or(u32::MAX), filled?))
     }
 
-    /// Sends probes that keep their places until one gets through no more: whether one did not.
-    fn keep(&mut self, way: &Way, ports: &[u16], keeping: &mut Vec<Entry>) -> Result<bool> {
+    /// Sends probes that keep their places until one gets through no more: the way of that one.
+    fn keep(
+        &mut self,
+        way: &Way,
+        ports: &[u16],
+        keeping: &mut Vec<Entry>,
+    ) -> Result<Option<Trace>> {
         for port in ports {
+            self.asking()?.tracer.read()?;
             if !self.probe(way, *port)? {
-                return Ok(true);
+                return self.asking()?.tracer.read().map(Some);
             }
             let flow =
                 FourTuple::new(Endpoint::new(way.question.client, *port), way.question.server);
@@ -234,7 +235,7 @@ impl Recounter {
             let insert = Change::Insert(Insert { like, state, status, timeout });
             self.asking()?.conntrack.change(&[insert])?.into_iter().collect::<Result<()>>()?;
         }
-        Ok(false)
+        Ok(None)
     }
 
     fn give_back(&mut self, way: &Way, kept: &[Entry]) -> Result<()> {

@@ -12,7 +12,9 @@ use super::loopback::RawSockets;
 use super::packet::{self, Purpose, Shape, Silencer};
 use super::probe::Asking;
 use super::reply_filter::{Marks, ReplyFilter};
-use super::{Mode, Notrack, Recipe, Recount, Route, Tried, Verdict, Way, trial};
+use super::{
+    Asked, Mode, Notrack, Question, Recipe, Recount, Room, Route, Tried, Verdict, Way, trial,
+};
 use crate::conntrack::Entry;
 use crate::error::{Cause, Error, Op, Result};
 use crate::flow::FourTuple;
@@ -436,9 +438,26 @@ impl Recount for Recounter {
         filter.track_again(&over)
     }
 
+    fn ask(&mut self, question: Question, now: Instant) -> Result<Option<Asked>> {
+        if_available(Self::ask(self, question, now))
+    }
+
+    fn room(&mut self, question: Question, most: u32, now: Instant) -> Result<Option<Room>> {
+        if_available(Self::room(self, question, most, now))
+    }
+
     fn refresh(&mut self, now: Instant) {
         self.remembered.clear();
         self.budget.prune(now);
+    }
+}
+
+/// Loopback alone, a client of this host, no nf_tables: it cannot be asked.
+fn if_available<A>(answer: Result<A>) -> Result<Option<A>> {
+    match answer {
+        Ok(answer) => Ok(Some(answer)),
+        Err(error) if error.is_unavailable() => Ok(None),
+        Err(error) => Err(error),
     }
 }
 

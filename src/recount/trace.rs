@@ -2,9 +2,6 @@
 //!
 //! Rules of nft and of iptables-nft are reported, those of iptables-legacy are not.
 
-use std::thread;
-use std::time::Duration;
-
 use netlink_packet_core::{DecodeError, NlasIterator, parse_string};
 use netlink_sys::protocols::NETLINK_NETFILTER;
 
@@ -17,11 +14,8 @@ use crate::nftables::{ChainSpec, Expr, Hook, Table, TableSpec};
 
 /// Before defragmentation (-400), which is before everything else.
 const BEFORE_ALL: i32 = -450;
-const TCP_SOURCE_PORT: u32 = 0;
 /// Datagrams read at most: a probe meets some hundred rules.
 const LIMIT: usize = 65_536;
-/// The kernel sends each report when the rule is done; a packet may wait for another processor.
-const PATIENCE: Duration = Duration::from_millis(5);
 /// `struct nfgenmsg`.
 const HEADER: usize = 4;
 
@@ -47,7 +41,8 @@ pub struct Step {
     pub is_drop: bool,
 }
 
-/// Has the way of one probe reported, in one network namespace, for as long as it lives.
+/// Has the ways of probes reported, in one network namespace, for as long as it lives.
+#[derive(Debug)]
 pub(super) struct Tracer {
     socket: KernelSocket,
     datagram: Vec<u8>,
@@ -55,16 +50,13 @@ pub(super) struct Tracer {
 }
 
 impl Tracer {
-    /// Follows the probe from this port. `name` is that of our own table; while it is there, each
-    /// rule of the host costs a little more.
-    pub(super) fn open(name: &str, marks: Marks, port: u16) -> Result<Self> {
+    /// `name` is that of our own table. While it is there, each rule of the host costs a little more.
+    pub(super) fn open(name: &str, marks: Marks) -> Result<Self> {
         let op = Op::new("listen to traces");
         let socket = KernelSocket::open(op, NETLINK_NETFILTER)?;
         socket.set_non_blocking().map_err(|error| op.io(error))?;
         socket.join(NFNLGRP_NFTRACE).map_err(|error| op.io(error))?;
         let mut rule = probes(marks);
-        rule.extend([Expr::transport(TCP_SOURCE_PORT, 2)]);
-        rule.extend([Expr::Equals(port.to_be_bytes().to_vec())]);
         // The protocol is not 0, so what was loaded last switches the trace on.
         rule.extend([Expr::L4Proto, Expr::Trace]);
         let traced = ChainSpec {
@@ -78,9 +70,9 @@ impl Tracer {
         Ok(Self { socket, datagram: Vec::new(), _table: table })
     }
 
-    /// What has been reported, but of our own tables.
+    /// What has been reported since it was read before, but of our own tables. The kernel reports
+    /// while it handles the packet, so of a probe that has ended it is all.
     pub(super) fn read(&mut self) -> Result<Trace> {
-        thread::sleep(PATIENCE);
         let mut steps = Vec::new();
         let op = Op::new("read traces");
         drain(&mut self.socket, &mut self.datagram, LIMIT, op, |frame| {

@@ -5,6 +5,7 @@
 //! [`Witness`]. The daemon waits, hands over, logs and publishes; `ctkeep reconcile` makes one pass;
 //! tests play the kernel and the time.
 
+mod checks;
 mod limits;
 mod sweep;
 
@@ -14,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use super::apply::{Outcome, apply, believed};
 use super::backoff::BackOff;
+use super::checks::{Checked, Checks};
 use super::confirm::Confirmed;
 use super::ledger::{Held, Ledger};
 use super::observe::{Exact, Tables};
@@ -130,6 +132,10 @@ pub trait Witness {
     fn acted(&mut self, acted: Acted);
     /// In a dry run: what would have been carried out.
     fn planned(&mut self, actions: &[Action], trigger: Trigger);
+    /// A limit was asked whether it counts what was shown to it.
+    fn checked(&mut self, checked: Checked) {
+        drop(checked);
+    }
 }
 
 /// Connections to look at, in a moment.
@@ -166,6 +172,7 @@ pub struct Keeper<T: Transport = KernelSocket, R: Recount = Recounter> {
     open_look: Deferred,
     back_off: BackOff,
     uncounted: Uncounted,
+    checks: Checks,
     /// When the first change of rules became known that has not been followed.
     rules_changed: Option<Instant>,
     random: fn() -> u64,
@@ -206,6 +213,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             open_look: Deferred::default(),
             back_off: BackOff::default(),
             uncounted: Uncounted::default(),
+            checks: Checks::default(),
             rules_changed: None,
             random,
         })
@@ -445,6 +453,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         let outcomes = apply(tables, recounter, &confirmed, &settings.policy, ledger, now)?;
         let table_full = self.note_full_table(&outcomes, now);
         self.note_repairs(&outcomes, trigger, now);
+        self.note_shown(&outcomes, now);
         witness.acted(Acted { outcomes, trigger, since, table_full });
         opened
     }

@@ -1,0 +1,143 @@
+//! A recount is done when the limit says so: what a rule swallowed is sent again, and what is counted
+//! is left alone.
+
+mod lab;
+
+use std::thread;
+use std::time::Duration;
+
+use lab::rules::{CONNLIMIT, INPUT, chain, input};
+use lab::{Lab, RawConn, wait_for};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_ctkeep");
+const CLIENT: &str = "198.51.100.7";
+const LIMIT: usize = 3;
+const TRIES: usize = LIMIT + 2;
+const SOON: Duration = Duration::from_secs(20);
+
+/// A rate for each source before the limit: it lets two new connections a second through.
+const RATE_FIRST: &str = "\
+    tcp dport 80 ct state new add @web { ip saddr limit rate over 2/second burst 2 packets } drop\n\
+    tcp dport 80 ct state new add @held { ip saddr ct count over 3 } drop";
+
+fn rate_first(lab: &Lab) {
+    let rules = chain(INPUT, RATE_FIRST);
+    let held = "set held { type ipv4_addr; flags dynamic; }\nchain web_input";
+    lab.server.feed("nft -f -", &rules.replacen("chain web_input", held, 1));
+}
+
+/// Opens three slowly, so that the rate lets them in, and half-closes them.
+fn half_closed(lab: &Lab) -> (lab::Peer, Vec<RawConn>) {
+    let peer = lab.peer(CLIENT);
+    let mut conns = Vec::new();
+    for _ in 0..LIMIT {
+        conns.extend(peer.hold(80, 1));
+        thread::sleep(Duration::from_millis(600));
+    }
+    conns.iter_mut().for_each(|conn| lab.half_close(conn));
+    (peer, conns)
+}
+
+/// All three are closed by stale RSTs, and the set throws them out by itself before the repair.
+fn evict(lab: &Lab, conns: &[RawConn]) {
+    conns.iter().for_each(RawConn::stale_rst);
+    wait_for("closed entries", SOON, || {
+        !conns.iter().any(|conn| lab.entry_state(conn).is_some_and(|state| state != "CLOSE"))
+    });
+    thread::sleep(Duration::from_millis(1500));
+}
+
+/// One SYN a second, so that no rate but the limit refuses it.
+fn admitted_slowly(peer: &lab::Peer) -> usize {
+    (0..TRIES)
+        .filter(|_| {
+            thread::sleep(Duration::from_millis(1200));
+            !peer.open_promptly(80, 1).is_empty()
+        })
+        .count()
+}
+
+#[test]
+fn what_a_rate_rule_before_the_limit_swallows_is_sent_again() {
+    let play = |guarded: bool| {
+        let lab = Lab::new()?;
+        rate_first(&lab);
+        let _server = lab.serve("[::]:80");
+        let daemon = guarded.then(|| lab.daemon(PROGRAM, &[]));
+        let (peer, conns) = half_closed(&lab);
+        if let Some(daemon) = &daemon {
+            daemon.stop();
+        }
+        evict(&lab, &conns);
+        if let Some(daemon) = &daemon {
+            daemon.cont();
+            wait_for("the limit's answer", SOON, || daemon.logged(" recounted"));
+        }
+        Some(admitted_slowly(&peer))
+    };
+    let Some(without) = play(false) else { return };
+    assert_eq!(without, LIMIT, "the control");
+    assert_eq!(play(true), Some(0));
+}
+
+/// Nothing has been heard of it: it was there first.
+#[test]
+fn a_limit_that_was_added_before_ctkeep_started_counts_what_is_open() {
+    let play = |guarded: bool| {
+        let lab = Lab::new()?;
+        // Without any rule of its kind conntrack does not work in a namespace.
+        lab.server
+            .feed("iptables-restore", &input(&["INPUT -m conntrack --ctstate RELATED -j ACCEPT"]));
+        let _server = lab.serve("[::]:80");
+        let peer = lab.peer(CLIENT);
+        let conns = peer.hold(80, LIMIT);
+        lab.server.run(&format!("iptables -A INPUT -p tcp --syn --dport 80 {CONNLIMIT} -j DROP"));
+        let daemon = guarded.then(|| lab.daemon(PROGRAM, &[]));
+        if let Some(daemon) = &daemon {
+            wait_for("a recount", SOON, || {
+                conns.iter().all(|conn| {
+                    let client = format!("{} ", conn.client);
+                    let of_conn = |line: &&str| line.contains("recount") && line.contains(&client);
+                    daemon.log().lines().find(of_conn).is_some()
+                })
+            });
+        }
+        Some(peer.open_promptly(80, TRIES).len())
+    };
+    let Some(without) = play(false) else { return };
+    assert_eq!(without, TRIES.min(LIMIT), "the control");
+    assert_eq!(play(true), Some(0));
+}
+
+#[test]
+fn a_start_over_connections_that_are_counted_changes_no_entry() {
+    let Some(lab) = Lab::new() else { return };
+    lab.connlimit(80, 3);
+    let _server = lab.serve("[::]:80");
+    let (full, half) = (lab.peer(CLIENT), lab.peer("198.51.100.8"));
+    let _conns = (full.hold(80, LIMIT), half.hold(80, 1));
+    for _ in 0..2 {
+        let daemon = lab.daemon(PROGRAM, &[]);
+        thread::sleep(Duration::from_secs(1));
+        let log = daemon.log();
+        assert!(!log.contains("action="), "{log}");
+    }
+    assert_eq!(full.open_promptly(80, TRIES).len(), 0);
+    assert_eq!(half.open_promptly(80, TRIES).len(), LIMIT - 1);
+}
+
+/// A rule that takes every packet of the source before the limit: it is not said to be counted.
+#[test]
+fn what_cannot_be_known_is_not_called_recounted() {
+    let Some(lab) = Lab::new() else { return };
+    lab.connlimit(80, 3);
+    let _server = lab.serve("[::]:80");
+    let peer = lab.peer(CLIENT);
+    let mut conns = peer.hold(80, LIMIT);
+    conns.iter_mut().for_each(|conn| lab.half_close(conn));
+    lab.server.run(&format!("iptables -I INPUT -s {CLIENT} -j DROP"));
+    let daemon = lab.daemon(PROGRAM, &[]);
+    conns.iter().for_each(RawConn::stale_rst);
+    wait_for("a question", SOON, || daemon.logged("could not be asked"));
+    assert!(!daemon.logged(" recounted"), "{}", daemon.log());
+}
