@@ -158,3 +158,16 @@ fn every_figure_that_the_page_names_is_there() {
     let queue = texts(&report, "listen-queue-full");
     assert!(queue.starts_with("192.0.2.1:81: 3 of 3 wait to be accepted by "), "{queue}");
 }
+
+#[test]
+fn no_device_node_is_made_where_there_is_none() {
+    let Some(lab) = Lab::new() else { return };
+    let hidden = format!(
+        "mount -t tmpfs none /dev/net && {CTKEEP} doctor --format json; ls -A /dev/net >&2"
+    );
+    let (_, out, err) = lab.ctkeep("unshare", &["--mount", "sh", "-c", &hidden]);
+    let report = serde_json::from_str(&out).unwrap_or_else(|error| panic!("{error}: {out}{err}"));
+    assert_eq!(verdicts(&report, "recount-route"), ["warn"], "{report:#}");
+    assert!(texts(&report, "recount-route").contains("no /dev/net/tun here"), "{report:#}");
+    assert_eq!(err, "", "a node was made");
+}

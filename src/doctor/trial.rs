@@ -7,14 +7,14 @@ use std::time::{Duration, Instant};
 use netlink_packet_core::Emitable;
 use netlink_packet_route::link::{LinkFlags, LinkMessage};
 use netlink_sys::protocols::NETLINK_ROUTE;
-use tun_rs::{DeviceBuilder, Layer, SyncDevice};
+use tun_rs::SyncDevice;
 
 use crate::conntrack::{Change, Conntrack, Entry, Insert, Status, TcpState, Zone};
 use crate::error::{Cause, Op, Result};
 use crate::flow::{Endpoint, FourTuple};
 use crate::netlink::{Connection, KernelSocket, Request};
 use crate::nftables::{ChainSpec, Expr, Hook, SetSpec, Table, TableSpec, key};
-use crate::recount::{Mode, Recipe, Recount, Recounter, Route};
+use crate::recount::{Mode, Recipe, Recount, Recounter, Route, tap};
 
 const RTM_NEWLINK: u16 = 16;
 /// `lo` is the first device of every namespace.
@@ -117,7 +117,7 @@ fn limit() -> Result<Table> {
 /// The device that the client is reached by.
 fn interface_of_client() -> Result<SyncDevice> {
     let op = Op::new("create interface of trial");
-    let device = DeviceBuilder::new().name("client").layer(Layer::L2);
+    let device = tap(op, "client")?;
     let device = device.ipv4(Ipv4Addr::new(198, 51, 100, 1), 24, None).enable(true).build_sync();
     device.map_err(|error| op.failed(Cause::Unavailable(format!("{error} (modprobe tun)"))))
 }

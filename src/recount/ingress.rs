@@ -8,6 +8,7 @@
 //! packets have any, so no rule can go by it, and the Ethernet source is free to be the client's.
 
 use std::collections::HashMap;
+use std::path::Path;
 
 use tun_rs::{DeviceBuilder, Layer, SyncDevice};
 
@@ -20,6 +21,9 @@ use crate::rtnetlink::tc::{Selector, TrafficControl};
 const DEVICE_MAC: Mac = [0x02, 0xc7, 0x6b, 0x65, 0x65, 0x70];
 /// Where a frame comes from whose client has no Ethernet address.
 const SOURCE_MAC: Mac = [0x02, 0xc7, 0x6b, 0x65, 0x65, 0x71];
+
+/// The node that TUN and TAP devices are made by.
+const TUN: &str = "/dev/net/tun";
 
 const ETH_P_IP: u16 = 0x0800;
 const ETH_P_IPV6: u16 = 0x86dd;
@@ -67,6 +71,19 @@ impl std::fmt::Debug for Ingress {
     }
 }
 
+/// A TAP device to be made. Where its node is missing the builder would make that, too: nothing in
+/// /dev is ours.
+///
+/// # Errors
+/// There is no `/dev/net/tun`.
+pub fn tap(op: Op, name: &str) -> Result<DeviceBuilder> {
+    if !Path::new(TUN).exists() {
+        let what = format!("{name}: no {TUN} here (modprobe tun)");
+        return Err(op.failed(Cause::Unavailable(what)));
+    }
+    Ok(DeviceBuilder::new().name(name).layer(Layer::L2))
+}
+
 impl Ingress {
     /// Makes the device in the network namespace of the calling thread.
     ///
@@ -76,13 +93,8 @@ impl Ingress {
     pub(super) fn open(name: &str) -> Result<Self> {
         let op = Op::new("create helper device");
         let unavailable = |what: String| op.failed(Cause::Unavailable(what));
-        let device = DeviceBuilder::new()
-            .name(name)
-            .layer(Layer::L2)
-            .mac_addr(DEVICE_MAC)
-            .enable(true)
-            .build_sync()
-            .map_err(|error| {
+        let device =
+            tap(op, name)?.mac_addr(DEVICE_MAC).enable(true).build_sync().map_err(|error| {
                 unavailable(format!(
                     "{name}: {error}; is the name taken (ip link show {name}), or the module \
                      missing (modprobe tun), or /dev/net/tun not permitted?"

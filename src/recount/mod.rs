@@ -24,6 +24,7 @@ use crate::conntrack::Entry;
 use crate::error::Result;
 use crate::flow::FourTuple;
 
+pub use ingress::tap;
 pub use probe::{Asked, Question, Room};
 pub use recounter::Recounter;
 pub use trace::{Step, Trace};
