@@ -247,7 +247,7 @@ fn peer(port: u16) -> FourTuple {
 }
 
 fn ours(entry: Entry) -> Entry {
-    Entry { tcp: entry.tcp.map(|tcp| Tcp { flags: [0x08, 0x08], ..tcp }), ..entry }
+    Entry { tcp: entry.tcp.map(|tcp| Tcp { flags: [0x88, 0x88], ..tcp }), ..entry }
 }
 
 /// One connection for each thing that can be wrong, and some that are none of our business.

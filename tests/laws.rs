@@ -96,7 +96,8 @@ impl Watched {
         let entry = host.entries.iter().find(|e| e.orig == orig || e.reply == orig);
         let flow = if orig.src == model::server() { orig } else { orig.inverse() };
         assert_eq!(flow.src.port(), PORT, "{orig} is out of scope");
-        let outgoing = |entry: &Entry| entry.orig == flow && !entry.is_picked_up();
+        let outgoing =
+            |entry: &Entry| entry.orig == flow && !entry.is_picked_up() && !entry.is_ours();
         assert!(!entry.is_some_and(outgoing), "{orig} was opened by this host");
         match host.sockets.iter().find(|socket| socket.flow() == flow) {
             Some(socket) => {

@@ -400,10 +400,30 @@ mod cells_of_connections {
         assert_eq!(verdict, Verdict::Leave(Rest::Outgoing));
     }
 
-    /// Liberal without SACK: only ctkeep makes such entries.
+    /// With the flag that only ctkeep gives.
     fn inserted(state: TcpState, seconds: u64) -> Entry {
         let entry = entry(server_to_peer(), state, seconds);
-        Entry { tcp: entry.tcp.map(|tcp| Tcp { flags: [0x08, 0x08], ..tcp }), ..entry }
+        Entry { tcp: entry.tcp.map(|tcp| Tcp { flags: [0x88, 0x88], ..tcp }), ..entry }
+    }
+
+    /// `nft_flow_offload_eval()` makes entries liberal both ways.
+    #[test]
+    fn what_a_flow_table_has_had_is_neither_ours_nor_picked_up() {
+        let of_a_handshake = |state| {
+            let entry = entry(server_to_peer(), state, 100);
+            Entry { tcp: entry.tcp.map(|tcp| Tcp { flags: [0x2b, 0x2b], ..tcp }), ..entry }
+        };
+        let nobody = Ledger::default();
+        let alive = of_a_handshake(TcpState::Established);
+        assert_eq!(verdict_of(None, Some(alive), &nobody), Verdict::Leave(Rest::OverCount));
+        let agree = Verdict::Leave(Rest::Agree);
+        assert_eq!(verdict_of(Some(established(1)), Some(alive), &nobody), agree);
+        let half_closed = of_a_handshake(TcpState::CloseWait);
+        assert_eq!(verdict_of(Some(close_wait(1)), Some(half_closed), &nobody), agree);
+        // Of a connection that this host, or a container that is guarded, has opened.
+        let outgoing = Entry { orig: alive.reply, reply: alive.orig, ..alive };
+        let verdict = verdict_of(Some(established(1)), Some(outgoing), &nobody);
+        assert_eq!(verdict, Verdict::Leave(Rest::Outgoing));
     }
 
     #[test]
@@ -979,10 +999,10 @@ mod laws {
         })
     }
 
-    /// As this program makes them: liberal without SACK.
+    /// As this program makes them.
     fn inserted_entry(flow: FourTuple, state: TcpState, seconds: u64) -> Entry {
         let entry = entry(flow, state, seconds);
-        Entry { tcp: entry.tcp.map(|tcp| Tcp { flags: [0x08, 0x08], ..tcp }), ..entry }
+        Entry { tcp: entry.tcp.map(|tcp| Tcp { flags: [0x88, 0x88], ..tcp }), ..entry }
     }
 
     fn any_entry(flow: FourTuple) -> impl Strategy<Value = Entry> {

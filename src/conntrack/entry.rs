@@ -4,8 +4,9 @@ use std::fmt;
 use std::time::Duration;
 
 use super::uapi::{
-    IP_CT_TCP_FLAG_BE_LIBERAL, IP_CT_TCP_FLAG_SACK_PERM, IP_CT_TCP_FLAG_WINDOW_SCALE, IPS_ASSURED,
-    IPS_CONFIRMED, IPS_SEEN_REPLY, NF_CT_HELPER_NAME_LEN, NF_CT_LABELS_MAX_SIZE,
+    IP_CT_TCP_FLAG_BE_LIBERAL, IP_CT_TCP_FLAG_SACK_PERM, IP_CT_TCP_FLAG_WINDOW_SCALE,
+    IP_CT_TCP_SIMULTANEOUS_OPEN, IPS_ASSURED, IPS_CONFIRMED, IPS_EXPECTED, IPS_SEEN_REPLY,
+    NF_CT_HELPER_NAME_LEN, NF_CT_LABELS_MAX_SIZE,
 };
 use crate::flow::FourTuple;
 
@@ -93,20 +94,19 @@ impl Entry {
     }
 
     /// Whether conntrack learned of the connection from a packet in its middle
-    /// (`nf_conntrack_tcp_loose`) or from a request like ours, not from a handshake.
+    /// (`nf_conntrack_tcp_loose`), not from a handshake.
     ///
-    /// `tcp_new()` in `nf_conntrack_proto_tcp.c` sets the flag in both directions only then.
+    /// `tcp_new()` in `nf_conntrack_proto_tcp.c` gives both directions the two flags, and knows no
+    /// window scale. The flow table makes entries of a handshake liberal, too
+    /// (`nft_flow_offload_eval()`): of them those without window scaling pass for picked up.
     pub fn is_picked_up(&self) -> bool {
-        self.has_flags(IP_CT_TCP_FLAG_BE_LIBERAL)
+        let picked_up = IP_CT_TCP_FLAG_BE_LIBERAL | IP_CT_TCP_FLAG_SACK_PERM;
+        self.has_flags(picked_up) && !self.has_flags(IP_CT_TCP_FLAG_WINDOW_SCALE) && !self.is_ours()
     }
 
-    /// Whether this program inserted the entry, in this life or another: liberal like one that
-    /// was picked up, but without the SACK flag that the kernel always gives those, or with the
-    /// window scale that it never knows of them.
+    /// Whether this program inserted the entry, in this life or another.
     pub fn is_ours(&self) -> bool {
-        self.is_picked_up()
-            && (!self.has_flags(IP_CT_TCP_FLAG_SACK_PERM)
-                || self.has_flags(IP_CT_TCP_FLAG_WINDOW_SCALE))
+        self.has_flags(IP_CT_TCP_SIMULTANEOUS_OPEN)
     }
 
     fn has_flags(&self, wanted: u8) -> bool {
@@ -144,6 +144,12 @@ impl Status {
     pub const FRESH: Self = Self(IPS_CONFIRMED);
     /// A connection that has had traffic both ways.
     pub const ASSURED: Self = Self(IPS_SEEN_REPLY | IPS_ASSURED | IPS_CONFIRMED);
+
+    /// This entry after traffic both ways. That a helper has expected it cannot be changed:
+    /// `ctnetlink_change_status()` answers EBUSY where the bit differs.
+    pub fn assured(self) -> Self {
+        Self(Self::ASSURED.0 | self.0 & IPS_EXPECTED)
+    }
 
     /// Whether early drop spares the entry.
     pub fn is_assured(self) -> bool {

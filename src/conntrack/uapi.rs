@@ -88,6 +88,7 @@ pub const CTA_STATS_GLOBAL_MAX_ENTRIES: u16 = 2;
 
 pub const IPPROTO_TCP: u8 = 6;
 
+pub const IPS_EXPECTED: u32 = 1;
 pub const IPS_SEEN_REPLY: u32 = 1 << 1;
 pub const IPS_ASSURED: u32 = 1 << 2;
 pub const IPS_CONFIRMED: u32 = 1 << 3;
@@ -96,6 +97,8 @@ pub const IP_CT_TCP_FLAG_WINDOW_SCALE: u8 = 0x01;
 pub const IP_CT_TCP_FLAG_SACK_PERM: u8 = 0x02;
 pub const IP_CT_TCP_FLAG_CLOSE_INIT: u8 = 0x04;
 pub const IP_CT_TCP_FLAG_BE_LIBERAL: u8 = 0x08;
+/// Of the last packet alone, to the kernel: among the flags of a direction only a request sets it.
+pub const IP_CT_TCP_SIMULTANEOUS_OPEN: u8 = 0x80;
 
 /// Longest helper name with its NUL (`NF_CT_HELPER_NAME_LEN`).
 pub const NF_CT_HELPER_NAME_LEN: usize = 16;

@@ -194,7 +194,7 @@ impl<T: Transport> Tables<T> {
     /// gone, or was made by a packet in the connection's middle.
     fn opened_here(&mut self, snapshot: &Snapshot, ledger: &Ledger) -> Result<HashSet<FourTuple>> {
         let is_dark = |view: &View| {
-            view.entry.is_none_or(|entry| entry.is_picked_up() && !entry.is_ours())
+            view.entry.is_none_or(|entry| entry.is_picked_up())
                 && view.socket.is_some_and(|socket| {
                     socket.takes_a_slot() && ledger.last_entry(&socket).is_none()
                 })

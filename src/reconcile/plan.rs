@@ -308,7 +308,7 @@ pub fn verdict(
         // `nf_conntrack_tcp_loose`; once, for then the entry is ours.
         (Verdict::Leave(Rest::Agree), Some((Direction::FromPeer, TcpState::Established)))
             if cell.socket == Some(State::Established)
-                && entry.is_some_and(|entry| entry.is_picked_up() && !entry.is_ours()) =>
+                && entry.is_some_and(|entry| entry.is_picked_up()) =>
         {
             Verdict::Act(ActionKind::Recount, Reason::PickedUp)
         }

@@ -41,10 +41,9 @@ impl View {
             // one runs the right way and needs no more than a recount.
             let half_closed =
                 |socket: Socket| socket.takes_a_slot() && socket.state != State::Established;
-            let uncounted =
-                self.socket.is_some_and(half_closed) && entry.is_picked_up() && !entry.is_ours();
+            let uncounted = self.socket.is_some_and(half_closed) && entry.is_picked_up();
             if uncounted { Direction::Reversed } else { Direction::FromPeer }
-        } else if entry.is_picked_up() {
+        } else if entry.is_picked_up() || entry.is_ours() {
             Direction::Reversed
         } else {
             Direction::Outgoing

@@ -249,7 +249,7 @@ mod tests {
             "tcp 6 300 ESTABLISHED {} mark=0",
             TUPLES.replace("80 src", "80 [UNREPLIED] src")
         ));
-        assert!(entry.is_picked_up() && !entry.is_ours());
+        assert!(entry.is_picked_up());
         let (_, entry) = tcp(&format!(
             "tcp 6 110 SYN_SENT {} mark=0",
             TUPLES.replace("80 src", "80 [UNREPLIED] src")
