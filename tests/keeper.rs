@@ -239,6 +239,28 @@ mod peace {
     }
 }
 
+mod entries_of_helpers {
+    use super::*;
+
+    /// A data connection of FTP, say: the kernel refuses a change of the bit that says so.
+    #[test]
+    fn are_repaired_in_place() {
+        let mut world = World::with(4000..4003);
+        world.sweep(Depth::Deep);
+        world.fin(4000);
+        world.rst(4000);
+        let expected = |world: &World| {
+            let mut host = world.host.borrow_mut();
+            let entry = host.entries.iter_mut().find(|it| it.reply == of(4000)).unwrap();
+            entry.status.as_mut().unwrap().0 |= 1;
+        };
+        expected(&world);
+        let deeds = world.sweep(Depth::Shallow);
+        assert_eq!((deeds.done, deeds.failed), (vec![(ActionKind::Revive, 4000)], 0));
+        assert_eq!(world.state(4000), Some(TcpState::CloseWait));
+    }
+}
+
 mod idle_connections {
     use super::*;
 
@@ -343,7 +365,7 @@ mod bound_to_a_device {
     fn make_ours(world: &World, port: u16) {
         let mut host = world.host.borrow_mut();
         let entry = host.entries.iter_mut().find(|it| it.reply == of(port)).unwrap();
-        entry.tcp.as_mut().unwrap().flags = [0x08, 0x08];
+        entry.tcp.as_mut().unwrap().flags = [0x88, 0x88];
         assert!(entry.is_ours());
     }
 

@@ -9,6 +9,7 @@ use super::ledger::Ledger;
 use super::observe::Tables;
 use super::plan::{Action, ActionKind, Reason};
 use super::policy::Policy;
+use super::pressure::client_of;
 use crate::conntrack::{Change, Insert, Status, TcpState};
 use crate::error::{Cause, Error, Op, Result};
 use crate::flow::FourTuple;
@@ -106,14 +107,14 @@ fn raise<R: Recount>(
 fn notracks(actions: &[Action], ledger: &Ledger) -> Vec<Option<Notrack>> {
     let mut repairs: HashMap<IpAddr, u32> = HashMap::new();
     for action in actions.iter().filter(|action| action.reason.is_fooled()) {
-        *repairs.entry(action.view.flow.dst.addr()).or_default() += 1;
+        *repairs.entry(client_of(action.view.flow.dst.addr())).or_default() += 1;
     }
     actions
         .iter()
         .map(|action| {
             let socket = action.view.socket?;
             let source = action.view.flow.dst.addr();
-            let more = repairs.get(&source).copied().unwrap_or(0);
+            let more = repairs.get(&client_of(source)).copied().unwrap_or(0);
             let again =
                 ledger.notrack(&socket).is_some() || ledger.pressure().offends(source, more);
             let had_its_fin =
@@ -292,7 +293,9 @@ fn first_step(action: &Action, way: &Way, lease: Duration) -> Change {
         (ActionKind::Extend, _) | (ActionKind::Recount, Way::InPlace { .. }) => {
             Change::Extend { key, timeout: lease }
         }
-        (ActionKind::Revive, Way::InPlace { .. }) => last_step(action, lease, false),
+        (ActionKind::Revive, Way::InPlace { .. }) => {
+            Change::Update { key, state, status: Some(assured(action)), timeout: lease }
+        }
         (ActionKind::Revive | ActionKind::Reverse | ActionKind::Recount, _) => {
             Change::Replace { old: key, id, new: insert }
         }
@@ -300,7 +303,7 @@ fn first_step(action: &Action, way: &Way, lease: Duration) -> Change {
         (ActionKind::Seal, _) => Change::Update {
             key,
             state: TcpState::Established,
-            status: Some(Status::ASSURED),
+            status: Some(assured(action)),
             timeout: lease,
         },
         (ActionKind::Reap, _) => Change::Delete { key, id },
@@ -308,6 +311,12 @@ fn first_step(action: &Action, way: &Way, lease: Duration) -> Change {
             Change::Update { key, state: TcpState::Close, status: None, timeout: CLOSE_TIMEOUT }
         }
     }
+}
+
+/// The status of an entry that is kept where it is.
+fn assured(action: &Action) -> Status {
+    let status = action.view.entry.and_then(|entry| entry.status);
+    status.map_or(Status::ASSURED, Status::assured)
 }
 
 /// The change that makes a repaired entry an ordinary one.

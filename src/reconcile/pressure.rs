@@ -49,8 +49,18 @@ const STAY: Duration = Duration::from_secs(60);
 /// So many repairs make a source a repeat offender, and for this long after the last.
 const OFFENCES: u32 = 3;
 const OFFENDER_MEMORY: Duration = Duration::from_secs(600);
-/// Sources remembered at most; the oldest go first.
+/// Clients remembered at most; the oldest go first.
 const SOURCES: usize = 65_536;
+
+/// Whom an address belongs to: of IPv6 one client has a whole /64 (RFC 6177), and could take
+/// another address for each connection.
+pub fn client_of(source: IpAddr) -> IpAddr {
+    const HOST: u128 = u64::MAX as u128;
+    match source {
+        IpAddr::V4(_) => source,
+        IpAddr::V6(v6) => IpAddr::V6((u128::from(v6) & !HOST).into()),
+    }
+}
 
 /// A change of level, with the figures that caused it.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -75,6 +85,7 @@ pub struct Pressure {
     repairs: u32,
     rate: f64,
     fill: f64,
+    /// By what one client is taken for ([`client_of`]).
     offenders: HashMap<IpAddr, (u32, Instant)>,
 }
 
@@ -111,15 +122,21 @@ impl Pressure {
     /// Takes note of a repair for this source.
     pub fn repaired(&mut self, source: IpAddr, now: Instant) {
         self.repairs = self.repairs.saturating_add(1);
-        if self.offenders.len() >= SOURCES && !self.offenders.contains_key(&source) {
-            let oldest = self.offenders.iter().min_by_key(|(_, (_, last))| *last);
-            if let Some(oldest) = oldest.map(|(source, _)| *source) {
-                self.offenders.remove(&oldest);
-            }
+        let client = client_of(source);
+        if self.offenders.len() >= SOURCES && !self.offenders.contains_key(&client) {
+            self.forget_oldest();
         }
-        let offender = self.offenders.entry(source).or_insert((0, now));
+        let offender = self.offenders.entry(client).or_insert((0, now));
         offender.0 = offender.0.saturating_add(1);
         offender.1 = now;
+    }
+
+    /// A quarter at once: to find the oldest is a walk through all of them.
+    fn forget_oldest(&mut self) {
+        let mut times: Vec<_> = self.offenders.values().map(|(_, last)| *last).collect();
+        let (_, limit, _) = times.select_nth_unstable(SOURCES / 4);
+        let limit = *limit;
+        self.offenders.retain(|_, (_, last)| *last > limit);
     }
 
     /// Weighs what has happened, at least once a second; `fill` is that of the table, 0 to 1.
@@ -163,7 +180,7 @@ impl Pressure {
 
     /// Whether this source is, after so many more repairs, one that fools conntrack on purpose.
     pub fn offends(&self, source: IpAddr, more: u32) -> bool {
-        let before = self.offenders.get(&source).map_or(0, |(offences, _)| *offences);
+        let before = self.offenders.get(&client_of(source)).map_or(0, |(offences, _)| *offences);
         before.saturating_add(more) >= OFFENCES
     }
 
@@ -259,5 +276,30 @@ mod tests {
             assert_eq!(pressure.hardens(source()), repairs >= 3);
         }
         assert!(!pressure.hardens("198.51.100.8".parse().unwrap()));
+    }
+
+    #[test]
+    fn the_addresses_of_one_network_are_one_client_of_ipv6() {
+        let now = Instant::now();
+        let mut pressure = Pressure::new(Defence::Auto);
+        let host = |host: u16| IpAddr::from([0x2001, 0xdb8, 1, 2, 0, 0, 0, host]);
+        (1..=3).for_each(|number| pressure.repaired(host(number), now));
+        assert!(pressure.offends(host(4), 0));
+        assert!(!pressure.offends(IpAddr::from([0x2001, 0xdb8, 1, 3, 0, 0, 0, 1]), 0));
+    }
+
+    #[test]
+    fn more_clients_than_are_remembered_push_out_the_oldest() {
+        let now = Instant::now();
+        let mut pressure = Pressure::new(Defence::Auto);
+        let client = |number: u32| IpAddr::V4(number.into());
+        let all = u32::try_from(SOURCES).unwrap() + 1;
+        for number in 0..all {
+            for _ in 0..3 {
+                pressure.repaired(client(number), now + Duration::from_micros(number.into()));
+            }
+        }
+        assert!(pressure.offenders.len() <= SOURCES);
+        assert!(pressure.offends(client(all - 1), 0) && !pressure.offends(client(0), 0));
     }
 }

@@ -17,6 +17,9 @@ use super::{
     obliging, socket_message,
 };
 
+const IPS_EXPECTED: u32 = 1;
+const EBUSY: i32 = 16;
+
 /// Both tables. Change them at will between two requests.
 #[derive(Clone, Debug, Default)]
 pub struct Host {
@@ -116,6 +119,12 @@ impl Host {
                     }
                     None if request.flags & NLM_F_CREATE == 0 => Err(ENOENT),
                     Some(index) => {
+                        // `ctnetlink_change_status()`: what a helper has expected stays so.
+                        let old = self.entries[index].status.map_or(0, |status| status.0);
+                        let new = descend(body, &[3]).map_or(old, big_endian);
+                        if (old ^ new) & IPS_EXPECTED != 0 {
+                            return Err(EBUSY);
+                        }
                         update(&mut self.entries[index], body);
                         Ok(Vec::new())
                     }
