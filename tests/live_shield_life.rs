@@ -66,7 +66,7 @@ fn gain(peer: &Peer) -> usize {
     let mut held = peer.hold(80, LIMIT as usize);
     for conn in &mut held {
         conn.fin();
-        conn.rst(-5);
+        conn.stale_rst();
     }
     let begun = (0..LIMIT).map(|_| peer.syn_only(80)).collect();
     peer.complete(begun, Duration::from_millis(200)).len()
@@ -410,7 +410,7 @@ fn decisions_are_counted() {
     for conn in conns.iter_mut().take(3) {
         conn.fin();
         conn.fin_again();
-        conn.rst(-5);
+        conn.stale_rst();
     }
     for conn in conns.iter().skip(3) {
         conn.rst_at(0);

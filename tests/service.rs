@@ -317,3 +317,21 @@ fn the_unit_and_its_drop_ins_are_sound() {
         analyze(&["security", "--offline=true", "--no-pager", "--threshold", exposure], drop_ins);
     }
 }
+
+/// An administrator pastes them.
+#[test]
+fn the_install_lines_of_the_drop_ins_name_files_that_are_installed() {
+    let makefile = fs::read_to_string("Makefile").expect("the Makefile");
+    let installed = "packaging/ctkeep.service.d/*.conf $(DESTDIR)$(DOCDIR)/examples";
+    assert!(makefile.contains(installed) && makefile.contains("DOCDIR"), "installed elsewhere");
+    for drop_in in fs::read_dir("packaging/ctkeep.service.d").expect("the drop-ins") {
+        let path = drop_in.expect("a file").path();
+        let name = path.file_name().expect("a name").to_str().expect("UTF-8");
+        let text = fs::read_to_string(&path).expect("a drop-in");
+        let line = format!(
+            "install -D -m 0644 /usr/share/doc/ctkeep/examples/{name} \
+             /etc/systemd/system/ctkeep.service.d/{name}"
+        );
+        assert!(text.contains(&line), "{name} has not: {line}");
+    }
+}
