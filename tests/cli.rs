@@ -209,7 +209,7 @@ fn exit_codes_follow_a_disagreement_through_its_repair() {
     let (code, out, err) = run(&["reconcile"]);
     assert_eq!((code, err.as_str()), (0, ""), "{out}");
     let line = out.lines().find(|line| line.contains("revive")).expect("an action");
-    assert!(line.contains(&client) && line.contains("done, recounted"), "{out}");
+    assert!(line.contains(&client) && line.contains("done, sent by"), "{out}");
 
     let (code, out, err) = run(&["audit"]);
     assert_eq!((code, err.as_str()), (0, ""), "{out}");

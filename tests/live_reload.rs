@@ -283,13 +283,13 @@ fn recount_by_hand_makes_the_limit_hold_again() {
     let source = ["recount", "--no-header", "--source", "198.51.100.11"];
     let (code, out, err) = lab.ctkeep(PROGRAM, &source);
     assert_eq!(code, 0, "{out}{err}");
-    assert!(out.contains("198.51.100.11") && out.contains("sent"), "{out}{err}");
+    assert!(out.contains("198.51.100.11") && out.contains("counted"), "{out}{err}");
     assert_eq!(half_closed.peer.admitted(80, TRIES), 0, "counted");
     assert_eq!(established.peer.admitted(80, TRIES), LIMIT, "out of scope, hence the control");
     assert_eq!(one.admitted(80, TRIES), LIMIT, "nobody else pays");
     let (code, out, err) = lab.ctkeep(PROGRAM, &["recount", "--format", "json"]);
     assert_eq!(code, 0, "{out}{err}");
-    assert!(out.contains(r#""open":3,"sent":3,"listed":null"#), "{out}{err}");
+    assert!(out.contains(r#""open":3,"sent":3,"listed":3,"full":true"#), "{out}{err}");
 }
 
 #[test]

@@ -1,6 +1,8 @@
 //! `ctkeep reconcile`: one repair pass.
 
 use std::collections::HashSet;
+use std::net::IpAddr;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
@@ -9,9 +11,13 @@ use super::Exit;
 use super::args::{Format, Reconcile};
 use super::output::{self, Rows};
 use crate::error::Result;
+use crate::firewall::Hook;
+use crate::firewall::limits::LimitRule;
+use crate::firewall::lists::Lists;
 use crate::flow::FourTuple;
 use crate::host::random;
 use crate::reconcile::apply::Outcome;
+use crate::reconcile::checks::{Checked, Counted};
 use crate::reconcile::keeper::{Acted, Depth, Keeper, Recounting, Settings, Trigger, Witness};
 use crate::reconcile::observe::Tables;
 use crate::reconcile::plan::{Action, Rest, Verdict, verdict};
@@ -23,11 +29,24 @@ use crate::recount::{Mode, Recounter};
 /// Beside the daemon's own, which may be there.
 pub(super) const DEVICE: &str = "ctkeep1";
 
+/// For so long what a limit does not count is shown to it again.
+const PATIENCE: Duration = Duration::from_secs(2);
+
 /// What the pass did, or in a dry run would do.
 #[derive(Default)]
 pub(super) struct Done {
     pub(super) outcomes: Vec<Outcome>,
     pub(super) planned: Vec<Action>,
+    /// What limits said of what was shown to them, the newest last.
+    pub(super) checked: Vec<Checked>,
+}
+
+impl Done {
+    /// What a limit said of this source at last.
+    pub(super) fn counted(&self, source: IpAddr) -> Counted {
+        let of_source = |one: &&Checked| one.net.contains(&source);
+        self.checked.iter().rev().find(of_source).map_or(Counted::Unknown, |one| one.counted)
+    }
 }
 
 impl Witness for Done {
@@ -39,6 +58,10 @@ impl Witness for Done {
 
     fn planned(&mut self, actions: &[Action], _trigger: Trigger) {
         self.planned.extend(actions);
+    }
+
+    fn checked(&mut self, checked: Checked) {
+        self.checked.push(checked);
     }
 }
 
@@ -79,7 +102,9 @@ fn pass(args: &Reconcile, policy: &Policy) -> Result<(Done, usize)> {
     let (tables, defence) = (Tables::open()?, Defence::Auto);
     let mut keeper = Keeper::new(tables, recounting, settings, defence, now, random::bits)?;
     let mut done = Done::default();
+    know_limits(&mut keeper, &Lists::read(None).unwrap_or_default());
     let sweep = keeper.sweep(Depth::Deep, now, &mut done)?;
+    make_sure(&mut keeper, &mut done)?;
     done.outcomes.sort_by_key(|outcome| outcome.action.view.flow);
     done.planned.sort_by_key(|action| action.view.flow);
     let (_, scope, policy, ledger) = keeper.parts();
@@ -87,6 +112,28 @@ fn pass(args: &Reconcile, policy: &Policy) -> Result<(Done, usize)> {
     let untracked = Verdict::Leave(Rest::Untracked);
     let is_untracked = |view: &View| verdict(view, evidence, scope, policy, ledger) == untracked;
     Ok((done, sweep.snapshot.views.iter().filter(is_untracked).count()))
+}
+
+/// The limits that count sockets of this namespace.
+pub(super) fn know_limits(keeper: &mut Keeper, lists: &Lists) {
+    let is_of_here = |rule: &&LimitRule| matches!(rule.hook, Hook::Prerouting | Hook::Input);
+    keeper.know_limits(lists.limits().filter(is_of_here).cloned());
+}
+
+/// Asks the limits that are reached whether they count what was shown to them, and shows them again
+/// what they do not, for a while.
+pub(super) fn make_sure(keeper: &mut Keeper, done: &mut Done) -> Result<()> {
+    let end = Instant::now() + PATIENCE;
+    let mut again = Done::default();
+    while let Some(due) = keeper.next_check().filter(|due| *due < end) {
+        thread::sleep(due.saturating_duration_since(Instant::now()));
+        keeper.check(Instant::now(), &mut again)?;
+        while keeper.recount_is_due(Instant::now()) {
+            keeper.recount(Instant::now(), &mut again)?;
+        }
+    }
+    done.checked.append(&mut again.checked);
+    Ok(())
 }
 
 fn print(args: &Reconcile, netns: &str, done: &Done) -> Result<()> {
@@ -109,7 +156,7 @@ fn print(args: &Reconcile, netns: &str, done: &Done) -> Result<()> {
                     action.view.flow.dst.to_string(),
                     action.view.flow.src.to_string(),
                     action.reason.to_string(),
-                    outcome.map_or("planned".to_owned(), result_text),
+                    outcome.map_or("planned".to_owned(), |it| result_text(it, done)),
                 ]
             };
             if rows.is_empty() {
@@ -121,11 +168,16 @@ fn print(args: &Reconcile, netns: &str, done: &Done) -> Result<()> {
     }
 }
 
-fn result_text(outcome: &Outcome) -> String {
+fn result_text(outcome: &Outcome, done: &Done) -> String {
+    let counted = done.counted(outcome.action.view.flow.dst.addr());
     match (&outcome.result, &outcome.recount) {
         (Err(error), _) => error.cause.to_string(),
         (Ok(()), Some(Err(error))) => format!("done, not recounted: {}", error.cause),
-        (Ok(()), Some(Ok(route))) => format!("done, recounted by {route}"),
+        (Ok(()), Some(Ok(route))) => match counted {
+            Counted::Yes => format!("done, recounted by {route}"),
+            Counted::No => format!("done, sent by {route}, not counted"),
+            Counted::Unknown => format!("done, sent by {route}"),
+        },
         (Ok(()), None) => "done".to_owned(),
     }
 }

@@ -1,6 +1,6 @@
 //! `ctkeep recount`: shows the limits every open connection of theirs, once.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
@@ -9,19 +9,24 @@ use serde_json::json;
 use super::Exit;
 use super::args::{Format, Recount};
 use super::output::{self, Rows};
-use super::reconcile::{DEVICE, Done, action_json};
+use super::reconcile::{DEVICE, Done, action_json, know_limits, make_sure};
+use crate::audit::asked::Asker;
 use crate::error::Result;
-use crate::firewall::Hook;
-use crate::firewall::limits::LimitRule;
+use crate::firewall::limits::{LimitRule, Limiter};
 use crate::firewall::lists::{Anew, Lists, Loss};
+use crate::firewall::{Hook, Ruleset};
 use crate::host::random;
 use crate::reconcile::apply::Outcome;
 use crate::reconcile::keeper::{Depth, Keeper, Recounting, Settings};
 use crate::reconcile::observe::Tables;
 use crate::reconcile::policy::Policy;
 use crate::reconcile::pressure::Defence;
+use crate::reconcile::snapshot::View;
 use crate::reconcile::uncounted;
 use crate::recount::Recounter;
+
+/// Sources whose limits are asked at the end, a tenth of a second each.
+const SOURCES: usize = 100;
 
 /// What became of the connections of one source that one limit is for.
 #[derive(Clone, Copy, Debug, Default)]
@@ -29,6 +34,17 @@ struct Shown {
     open: usize,
     /// A packet of its own has passed the rules.
     sent: usize,
+    /// How many the list of the limit holds now, and whether it is full.
+    listed: Option<(u32, bool)>,
+}
+
+impl Shown {
+    /// How many the limit does not count, though they were sent; `None` where that is not known.
+    fn lacking(&self) -> Option<usize> {
+        let (listed, is_full) = self.listed?;
+        let listed = usize::try_from(listed).unwrap_or(usize::MAX);
+        Some(if is_full { 0 } else { self.open.saturating_sub(listed) })
+    }
 }
 
 /// By the place of the limit and the source.
@@ -38,13 +54,21 @@ pub(super) fn run(args: &Recount) -> Result<Exit> {
     let policy = args.scope.policy();
     let mut exit = Exit::Done;
     for namespace in args.scope.namespaces()? {
-        let (done, limits, unread) = namespace.run(|| pass(args, &policy))?;
+        let (sources, done, limits, unread) = namespace.run(|| {
+            let (done, limits, unread) = pass(args, &policy)?;
+            let mut sources = sources(&done, &limits);
+            if !args.dry_run {
+                ask(&mut sources, &done);
+            }
+            Ok((sources, done, limits, unread))
+        })?;
         for what in unread {
             eprintln!("ctkeep: not recounted: {what}");
             exit = Exit::Incomplete;
         }
-        print(args, namespace.name(), &done, &limits)?;
-        if done.outcomes.iter().any(|outcome| !is_sent(outcome)) {
+        print(args, namespace.name(), &sources, &done, &limits)?;
+        let is_lacking = sources.values().any(|shown| shown.lacking() > Some(0));
+        if is_lacking || done.outcomes.iter().any(|outcome| !is_sent(outcome)) {
             exit = Exit::Incomplete;
         }
     }
@@ -71,6 +95,7 @@ fn pass(args: &Recount, policy: &Policy) -> Result<(Done, Vec<LimitRule>, Vec<St
     };
     let (tables, recounting) = (Tables::open()?, Recounting::by(recounter));
     let mut keeper = Keeper::new(tables, recounting, settings, Defence::Auto, now, random::bits)?;
+    know_limits(&mut keeper, &lists);
     keeper.sweep(Depth::Deep, now, &mut done)?;
     let anew = limits.iter().map(|rule| Anew { rule: rule.clone(), loss: Loss::Unknown });
     keeper.limits_lost(anew.collect(), now, now);
@@ -81,6 +106,7 @@ fn pass(args: &Recount, policy: &Policy) -> Result<(Done, Vec<LimitRule>, Vec<St
         }
         keeper.recount(now, &mut done)?;
     }
+    make_sure(&mut keeper, &mut done)?;
     done.outcomes.retain(|outcome| outcome.action.kind.needs_recount());
     done.planned.retain(|action| action.kind.needs_recount());
     done.outcomes.sort_by_key(|outcome| outcome.action.view.flow);
@@ -109,8 +135,36 @@ fn sources(done: &Done, limits: &[LimitRule]) -> Sources {
     all
 }
 
-fn print(args: &Recount, netns: &str, done: &Done, limits: &[LimitRule]) -> Result<()> {
-    let sources = sources(done, limits);
+/// Has the limits say how many connections of each source they hold now, where they can be asked.
+fn ask(sources: &mut Sources, done: &Done) {
+    let (rules, now) = (Ruleset::read(), Instant::now());
+    let limiter = Limiter::of(&rules);
+    let Ok(mut asker) = Asker::open(&rules, &limiter, now) else { return };
+    let mut asked = HashSet::new();
+    for outcome in &done.outcomes {
+        let view = outcome.action.view;
+        let source = view.flow.dst.addr();
+        if asked.len() >= SOURCES || !asked.insert((source, view.flow.src)) {
+            continue;
+        }
+        // By the entry that it has now.
+        let view = View { entry: Some(outcome.action.template), ..view };
+        let Ok(answer) = asker.ask(&view, now) else { continue };
+        let limit = answer.limit.and_then(|(rule, _)| limiter.rules.get(rule));
+        let shown = limit.and_then(|limit| sources.get_mut(&(limit.place(), source)));
+        if let (Some(shown), Some(listed)) = (shown, answer.listed()) {
+            shown.listed = Some((listed, answer.is_full()));
+        }
+    }
+}
+
+fn print(
+    args: &Recount,
+    netns: &str,
+    sources: &Sources,
+    done: &Done,
+    limits: &[LimitRule],
+) -> Result<()> {
     match args.output.format {
         Format::Json => {
             let planned = done.planned.iter().map(|action| action_json(action, None));
@@ -119,7 +173,8 @@ fn print(args: &Recount, netns: &str, done: &Done, limits: &[LimitRule]) -> Resu
             let sources = sources.iter().map(|((limit, source), shown)| {
                 json!({
                     "limit": limit, "source": source, "open": shown.open, "sent": shown.sent,
-                    "listed": null,
+                    "listed": shown.listed.map(|(listed, _)| listed),
+                    "full": shown.listed.map(|(_, is_full)| is_full),
                 })
             });
             output::line(&json!({
@@ -137,10 +192,13 @@ fn print(args: &Recount, netns: &str, done: &Done, limits: &[LimitRule]) -> Resu
                 return output::text("no open connection that a limit is for\n");
             }
             let row = |((limit, source), shown): (&(String, IpAddr), &Shown)| {
-                let result = match (args.dry_run, shown.open - shown.sent) {
-                    (true, _) => "planned".to_owned(),
-                    (false, 0) => "sent".to_owned(),
-                    (false, failed) => format!("{failed} not sent"),
+                let failed = shown.open - shown.sent;
+                let result = match shown.lacking() {
+                    _ if args.dry_run => "planned".to_owned(),
+                    _ if failed > 0 => format!("{failed} not sent"),
+                    Some(0) => "counted".to_owned(),
+                    Some(lacking) => format!("{lacking} not counted"),
+                    None => "sent".to_owned(),
                 };
                 vec![
                     source.to_string(),

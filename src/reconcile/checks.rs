@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 
-use crate::firewall::limits::LimitRule;
+use crate::firewall::limits::{Key, LimitRule};
 
 /// From a recount to the question: the repairs of one burst are asked for together.
 const FIRST: Duration = Duration::from_millis(20);
@@ -92,9 +92,9 @@ pub struct Checks {
 }
 
 impl Checks {
-    /// These limits can be asked: those that count by source.
+    /// These limits can be asked: those that count by source, or all together.
     pub fn know(&mut self, limits: impl Iterator<Item = LimitRule>) {
-        self.limits = limits.filter(|rule| rule.source_prefix().is_some()).collect();
+        self.limits = limits.filter(|rule| prefix(rule).is_some()).collect();
         self.samples.clear();
     }
 
@@ -196,4 +196,15 @@ impl Checks {
     pub fn drop_samples(&mut self, limit: &LimitRule) {
         self.samples.retain(|(other, _)| other.place() != limit.place());
     }
+}
+
+/// Prefix length of the sources whose connections a limit counts together.
+fn prefix(rule: &LimitRule) -> Option<u8> {
+    if rule.limit.key == Key::All { Some(0) } else { rule.source_prefix() }
+}
+
+/// Whose connections a limit counts together with those of this source.
+pub fn net(rule: &LimitRule, source: IpAddr) -> Option<IpNet> {
+    let bits = prefix(rule)?.min(if source.is_ipv4() { 32 } else { 128 });
+    IpNet::new(source, bits).ok().map(|net| net.trunc())
 }

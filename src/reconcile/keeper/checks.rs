@@ -13,7 +13,7 @@ use crate::firewall::limits::LimitRule;
 use crate::firewall::lists::{Anew, Loss};
 use crate::netlink::Transport;
 use crate::reconcile::apply::Outcome;
-use crate::reconcile::checks::{Checked, Counted};
+use crate::reconcile::checks::{Checked, Counted, net};
 use crate::reconcile::deciding::limit_of;
 use crate::reconcile::timers::Timer;
 use crate::recount::{Asked, Question, Recount, Room};
@@ -56,6 +56,11 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
     /// Whether there is something to ask.
     pub fn check_is_due(&self, now: Instant) -> bool {
         self.timers.is_due(Timer::Check, now)
+    }
+
+    /// When there is something to ask next.
+    pub fn next_check(&self) -> Option<Instant> {
+        self.timers.due(Timer::Check)
     }
 
     /// Nothing is asked before `at`.
@@ -218,9 +223,4 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
 
 fn is_for(rule: &LimitRule, socket: &Socket) -> bool {
     rule.covers(socket.remote.addr(), socket.local.port())
-}
-
-fn net(rule: &LimitRule, source: IpAddr) -> Option<IpNet> {
-    let bits = rule.source_prefix()?.min(if source.is_ipv4() { 32 } else { 128 });
-    IpNet::new(source, bits).ok().map(|net| net.trunc())
 }
