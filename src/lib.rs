@@ -15,7 +15,8 @@
 //!   namespaces, privileges.
 //! - [`firewall`]: the host's rules and the limits in them. [`watch`]: where the daemon learns that
 //!   an entry changed. [`shield`]: the packet program that keeps conntrack from being fooled.
-//! - [`recount`]: what makes the limiter count a connection again.
+//! - [`recount`]: what makes the limiter count a connection again. [`containers`]: other namespaces
+//!   whose connections pass through this one's conntrack table.
 //! - [`reconcile`]: observe, plan (pure), confirm by exact look-up, apply; the ledger of what is
 //!   held.
 //! - [`audit`]: the report of one look. [`doctor`]: whether this host is set up so that limits work.
@@ -25,6 +26,7 @@
 pub mod audit;
 pub mod cli;
 pub mod conntrack;
+pub mod containers;
 pub mod daemon;
 pub mod doctor;
 mod error;

@@ -75,7 +75,8 @@ pub(super) struct Scope {
     #[arg(long, value_name = "CIDR", value_delimiter = ',', value_parser = network)]
     pub exempt: Vec<IpNet>,
 
-    /// Network namespace by its name or path (repeatable) [default: the one ctkeep runs in]
+    /// Network namespace by its name or path (repeatable): `run` guards it beside the one that ctkeep
+    /// runs in, other commands look at it instead
     #[arg(long, value_name = "NAME|PATH", value_delimiter = ',')]
     pub netns: Vec<String>,
 
@@ -364,16 +365,28 @@ impl Scope {
         }
     }
 
-    /// The namespaces that they name, in order, each once and each known to exist.
+    /// The namespaces that they name, in order, each spelling once; they need not exist.
+    pub(super) fn named(&self) -> Vec<Namespace> {
+        let mut all = Vec::new();
+        for name in &self.netns {
+            let namespace = Namespace::Named(name.clone());
+            if !all.contains(&namespace) {
+                all.push(namespace);
+            }
+        }
+        all
+    }
+
+    /// The namespaces to look at, each once and each known to exist: those that they name, else the
+    /// one that ctkeep runs in.
     ///
     /// # Errors
     /// One of them does not exist: a usage error.
     pub(super) fn namespaces(&self) -> Result<Vec<Namespace>> {
-        let mut all = Vec::new();
-        for name in &self.netns {
-            let namespace = Namespace::Named(name.clone());
+        let mut all: Vec<Namespace> = Vec::new();
+        for namespace in self.named() {
             namespace.check()?;
-            if !all.contains(&namespace) {
+            if all.iter().all(|other| other.identity() != namespace.identity()) {
                 all.push(namespace);
             }
         }

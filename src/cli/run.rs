@@ -31,7 +31,6 @@ fn settings(args: Run) -> Result<Settings> {
             ),
         ));
     }
-    let namespaces = args.scope.namespaces()?;
     // Whoever listens on the loopback address alone has no peers that count.
     let own = args.metrics_listen.0.filter(|listen| listen.ip().is_loopback());
     let own_port = own.map(|listen| listen.port());
@@ -49,7 +48,7 @@ fn settings(args: Run) -> Result<Settings> {
         deep_interval: args.deep_interval,
         on_exit: args.on_exit,
         dry_run: args.dry_run,
-        namespaces,
+        namespaces: args.scope.named(),
         defence: args.defence,
         realtime: args.realtime,
         publishing: Publishing {

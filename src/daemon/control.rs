@@ -1,5 +1,6 @@
 //! What the runtime and the workers share: the settings in force, the wish to end, signs of life.
 
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -7,6 +8,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::Settings;
 use crate::error::{Op, Result};
+use crate::host::netns::Namespace;
 use crate::metrics::Metrics;
 
 /// Shared by all threads of the daemon.
@@ -14,28 +16,17 @@ use crate::metrics::Metrics;
 pub(super) struct Control {
     /// What is published.
     pub(super) metrics: Arc<Metrics>,
+    /// Which namespace the own one is: workers are elsewhere.
+    pub(super) own: Option<(u64, u64)>,
     settings: Mutex<Arc<Settings>>,
-    stop: AtomicBool,
-    wake: EventFd,
-    beats: Vec<AtomicU64>,
 }
 
 impl Control {
-    /// For the workers of guards with these names.
-    pub(super) fn new(settings: Settings, guards: Vec<String>) -> Result<Self> {
-        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
-        let wake = EventFd::from_value_and_flags(0, flags)
-            .map_err(|errno| Op::new("open eventfd").io(errno.into()))?;
-        let workers = guards.len();
-        let metrics = Metrics::new(guards, settings.dry_run);
+    pub(super) fn new(settings: Settings) -> Self {
+        let metrics = Metrics::new(settings.dry_run);
         metrics.show_addresses(settings.publishing.addresses);
-        Ok(Self {
-            metrics: Arc::new(metrics),
-            settings: Mutex::new(Arc::new(settings)),
-            stop: AtomicBool::new(false),
-            wake,
-            beats: (0..workers).map(|_| AtomicU64::new(0)).collect(),
-        })
+        let own = Namespace::Own.identity();
+        Self { metrics: Arc::new(metrics), own, settings: Mutex::new(Arc::new(settings)) }
     }
 
     /// The settings in force.
@@ -48,33 +39,77 @@ impl Control {
         self.metrics.show_addresses(settings.publishing.addresses);
         *self.settings.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(settings);
     }
+}
 
-    /// Tells all workers to end.
-    pub(super) fn stop(&self) {
-        self.stop.store(true, Ordering::SeqCst);
-        // Fails only when it is full, and then it is readable anyway.
-        let _ = self.wake.write(1);
+/// The string that one thread is led by.
+#[derive(Debug)]
+pub(super) struct Lead {
+    stop: AtomicBool,
+    wake: Wake,
+    beats: AtomicU64,
+}
+
+impl Lead {
+    pub(super) fn new() -> Result<Self> {
+        Ok(Self { stop: AtomicBool::new(false), wake: Wake::new()?, beats: AtomicU64::new(0) })
     }
 
-    /// Whether they are to end.
+    /// Tells the thread to end.
+    pub(super) fn stop(&self) {
+        self.stop.store(true, Ordering::SeqCst);
+        self.wake.rouse();
+    }
+
+    /// Whether it is to end.
     pub(super) fn is_stopping(&self) -> bool {
         self.stop.load(Ordering::SeqCst)
     }
 
-    /// Readable once they are to end.
-    pub(super) fn wake(&self) -> &EventFd {
-        &self.wake
+    /// It is alive.
+    pub(super) fn beat(&self) {
+        self.beats.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Worker number `worker` is alive.
-    pub(super) fn beat(&self, worker: usize) {
-        if let Some(beat) = self.beats.get(worker) {
-            beat.fetch_add(1, Ordering::Relaxed);
-        }
+    /// How often it has been alive.
+    pub(super) fn beats(&self) -> u64 {
+        self.beats.load(Ordering::Relaxed)
+    }
+}
+
+/// Readable once it is to end.
+impl AsFd for Lead {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.wake.as_fd()
+    }
+}
+
+/// Makes a thread that waits look.
+#[derive(Debug)]
+pub(super) struct Wake(EventFd);
+
+impl Wake {
+    pub(super) fn new() -> Result<Self> {
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        let wake = EventFd::from_value_and_flags(0, flags)
+            .map_err(|errno| Op::new("open eventfd").io(errno.into()))?;
+        Ok(Self(wake))
     }
 
-    /// How often each worker has been alive.
-    pub(super) fn beats(&self) -> Vec<u64> {
-        self.beats.iter().map(|beat| beat.load(Ordering::Relaxed)).collect()
+    /// Makes it readable.
+    pub(super) fn rouse(&self) {
+        // Fails only when it is full, and then it is readable anyway.
+        let _ = self.0.write(1);
+    }
+
+    /// It has looked.
+    pub(super) fn settle(&self) {
+        // Fails only when nobody has roused it.
+        let _ = self.0.read();
+    }
+}
+
+impl AsFd for Wake {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }

@@ -10,7 +10,6 @@ use crate::error::Result;
 use crate::firewall::lists::Anew;
 use crate::flow::FourTuple;
 use crate::metrics::{EventType, GuardMetrics};
-use crate::nftables::Hook;
 use crate::reconcile::apply::Outcome;
 use crate::reconcile::checks::{Checked, Counted};
 use crate::reconcile::keeper::{Acted, Sweep, Trigger, Witness};
@@ -22,7 +21,6 @@ use crate::watch::{Drained, Events, Wanted, nflog};
 pub(super) struct Desk<'p> {
     pub(super) settings: Arc<Settings>,
     pub(super) device: String,
-    hook: Hook,
     pub(super) events: Events,
     /// The event source has failed and is to be opened anew.
     events_failed: bool,
@@ -36,22 +34,13 @@ impl<'p> Desk<'p> {
     pub(super) fn open(
         settings: Arc<Settings>,
         device: String,
-        hook: Hook,
         ports: &HashSet<u16>,
         share: GuardMetrics,
     ) -> Result<Self> {
-        let events = Events::open(wanted(&settings, &watch_name(&device), hook, ports))?;
+        let events = Events::open(wanted(&settings, &watch_name(&device), ports))?;
         let lines = Lines::new(Instant::now());
-        let this = Self {
-            settings,
-            device,
-            hook,
-            events,
-            events_failed: false,
-            shield: None,
-            share,
-            lines,
-        };
+        let this =
+            Self { settings, device, events, events_failed: false, shield: None, share, lines };
         this.publish_receive_buffer();
         Ok(this)
     }
@@ -73,7 +62,7 @@ impl<'p> Desk<'p> {
         // The old one first: a group has one owner.
         let was_off = matches!(std::mem::replace(&mut self.events, Events::Off), Events::Off);
         let name = watch_name(&self.device);
-        match Events::open(wanted(&self.settings, &name, self.hook, ports)) {
+        match Events::open(wanted(&self.settings, &name, ports)) {
             Ok(events) => {
                 self.events = events;
                 self.events_failed = false;
@@ -325,17 +314,11 @@ fn watch_name(device: &str) -> String {
     format!("{device}-watch")
 }
 
-fn wanted<'a>(
-    settings: &Settings,
-    name: &'a str,
-    hook: Hook,
-    ports: &'a HashSet<u16>,
-) -> Wanted<'a> {
+fn wanted<'a>(settings: &Settings, name: &'a str, ports: &'a HashSet<u16>) -> Wanted<'a> {
     Wanted {
         source: settings.events,
         name,
         group: settings.nflog_group,
-        hook,
         ports,
         memory: settings.sweep_interval,
     }

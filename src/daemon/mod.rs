@@ -6,11 +6,13 @@ mod aside;
 mod control;
 mod desk;
 mod log;
+mod members;
 mod rules;
 mod service;
 mod survey;
 mod worker;
 
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -23,8 +25,10 @@ use tokio::sync::mpsc::{self, UnboundedSender};
 use tokio::time::interval;
 
 use self::aside::Aside;
-use self::control::Control;
+use self::control::{Control, Lead};
+use self::members::{Finder, Members};
 use self::service::Service;
+use self::worker::{Guard, OWN};
 use crate::error::{Cause, Op, Result};
 use crate::host::netns::Namespace;
 use crate::host::privileges::{self, Capability};
@@ -86,7 +90,7 @@ pub struct Settings {
     pub on_exit: OnExit,
     /// Observe, count and log; change nothing.
     pub dry_run: bool,
-    /// Namespaces to guard, each on its own.
+    /// Namespaces to guard beside the own one: each on its own, and its connections in the own table.
     pub namespaces: Vec<Namespace>,
     /// Defence level.
     pub defence: Defence,
@@ -122,12 +126,12 @@ impl Settings {
     }
 
     /// What the daemon must be permitted as long as it runs.
-    fn privileges(&self, programs: &[Option<Program>]) -> Vec<Capability> {
+    fn privileges(&self, programs: &Programs) -> Vec<Capability> {
         let mut all = vec![Capability::CAP_NET_ADMIN, Capability::CAP_NET_RAW];
-        if programs.iter().flatten().any(Program::needs_bpf_for_good) {
+        if programs.values().any(Program::needs_bpf_for_good) {
             all.push(Capability::CAP_BPF);
         }
-        if self.namespaces.iter().any(|namespace| *namespace != Namespace::Own) {
+        if !self.namespaces.is_empty() {
             // To enter them whenever they come back, by paths such as /proc/PID/ns/net or below a
             // user's own directory.
             all.extend([
@@ -144,8 +148,7 @@ impl Settings {
 
     /// Whether everything that is set up once at the start is the same.
     fn same_foundation(&self, other: &Self) -> bool {
-        self.namespaces == other.namespaces
-            && self.events == other.events
+        self.events == other.events
             && self.nflog_group == other.nflog_group
             && self.follow_rules == other.follow_rules
             && self.recount == other.recount
@@ -159,59 +162,6 @@ impl Settings {
     }
 }
 
-/// One conntrack table, and the namespaces whose sockets it tracks.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Guard {
-    /// Where the table and the limiting rules are.
-    conntrack: Namespace,
-    /// Where the servers' sockets are.
-    sockets: Vec<Namespace>,
-}
-
-impl Guard {
-    /// Each namespace on its own; and, where others than the own one are named, their sockets
-    /// by the own table too: it tracks them when this host translates addresses for them.
-    fn all(namespaces: &[Namespace]) -> Vec<Self> {
-        let mut all: Vec<_> = namespaces
-            .iter()
-            .map(|namespace| Self {
-                conntrack: namespace.clone(),
-                sockets: vec![namespace.clone()],
-            })
-            .collect();
-        let others: Vec<_> =
-            namespaces.iter().filter(|namespace| **namespace != Namespace::Own).cloned().collect();
-        if !others.is_empty() {
-            all.push(Self { conntrack: Namespace::Own, sockets: others });
-        }
-        all
-    }
-
-    /// Which namespaces its names stand for now.
-    fn identities(&self) -> Vec<Option<(u64, u64)>> {
-        self.sockets.iter().map(Namespace::identity).collect()
-    }
-
-    /// How metrics call it.
-    fn name(&self) -> String {
-        let name = |namespace: &Namespace| match namespace {
-            Namespace::Own => "own namespace".to_owned(),
-            Namespace::Named(name) => name.clone(),
-        };
-        let sockets: Vec<_> = self.sockets.iter().map(name).collect();
-        if self.is_for_others() {
-            format!("{} in the table of this namespace", sockets.join(", "))
-        } else {
-            sockets.join(", ")
-        }
-    }
-
-    /// Whether the table is one that only passes the connections on.
-    fn is_for_others(&self) -> bool {
-        !self.sockets.contains(&self.conntrack)
-    }
-}
-
 /// Runs until SIGTERM, SIGINT, or the failure of a worker. SIGHUP takes `reload`'s settings, or
 /// keeps the old ones where it fails.
 ///
@@ -221,10 +171,7 @@ pub fn run(
     settings: Settings,
     reload: impl Fn() -> Result<Settings> + Send + Sync + 'static,
 ) -> Result<()> {
-    let programs = Guard::all(&settings.namespaces)
-        .iter()
-        .map(|guard| load_shield(&settings, guard))
-        .collect::<Result<Vec<_>>>()?;
+    let programs = load_shields(&settings)?;
     // While this is the only thread: the others inherit what is left.
     if let Err(error) = privileges::keep_only(&settings.privileges(&programs)) {
         tracing::warn!(%error, "keeping privileges that are not needed");
@@ -241,37 +188,46 @@ pub fn run(
     result
 }
 
-/// The shield of one guard, as long as there is the privilege to load it. Sockets behind a table
-/// that only passes connections on are in other namespaces, where it does not look.
-fn load_shield(settings: &Settings, guard: &Guard) -> Result<Option<Program>> {
-    if settings.shield == ShieldMode::Off || guard.is_for_others() {
-        return Ok(None);
+/// The shield of each guard, by its name.
+type Programs = HashMap<String, Program>;
+
+/// Loads the shields, as long as there is the privilege to.
+fn load_shields(settings: &Settings) -> Result<Programs> {
+    let mut programs = Programs::new();
+    if settings.shield == ShieldMode::Off {
+        return Ok(programs);
     }
     if settings.dry_run {
         tracing::info!("no shield: it would change what conntrack sees");
-        return Ok(None);
+        return Ok(programs);
     }
-    match Program::load(settings.shield_mark) {
-        Ok(program) => Ok(Some(program)),
-        Err(error) if settings.shield == ShieldMode::On => Err(error),
-        Err(error) => {
-            tracing::warn!(%error, "no shield, repairing alone");
-            Ok(None)
+    for namespace in guarded(settings) {
+        match Program::load(settings.shield_mark) {
+            Ok(program) => drop(programs.insert(worker::name(&namespace), program)),
+            Err(error) if settings.shield == ShieldMode::On => return Err(error),
+            Err(error) => tracing::warn!(%error, "no shield, repairing alone"),
         }
     }
+    Ok(programs)
+}
+
+/// The namespaces whose own tables are guarded: always that which ctkeep was started in.
+fn guarded(settings: &Settings) -> impl Iterator<Item = Namespace> {
+    std::iter::once(Namespace::Own).chain(settings.namespaces.clone())
 }
 
 /// What a worker tells the runtime.
 #[derive(Debug)]
 enum News {
-    /// Its first whole sweep is done.
-    Ready,
-    /// It has ended.
-    Ended(Result<()>),
+    /// The first whole sweep of this guard is done, or there is nothing to sweep.
+    Ready(String),
+    /// This thread has ended.
+    Ended(String, Result<()>),
 }
 
 /// Reports the end of a worker when it is dropped: a thread that panics ends without a result.
 struct Ending {
+    name: String,
     news: UnboundedSender<News>,
     result: Option<Result<()>>,
 }
@@ -280,11 +236,83 @@ impl Drop for Ending {
     fn drop(&mut self) {
         let panicked = || Op::new("guard").failed(Cause::Io(io::Error::other("worker panicked")));
         let result = self.result.take().unwrap_or_else(|| Err(panicked()));
-        drop(self.news.send(News::Ended(result)));
+        drop(self.news.send(News::Ended(std::mem::take(&mut self.name), result)));
     }
 }
 
-async fn serve<R>(settings: Settings, programs: Vec<Option<Program>>, reload: Arc<R>) -> Result<()>
+/// The threads that are at work, by their names.
+struct Team {
+    control: Arc<Control>,
+    news: UnboundedSender<News>,
+    leads: BTreeMap<String, Arc<Lead>>,
+}
+
+impl Team {
+    fn spawn(
+        &mut self,
+        name: String,
+        lead: Arc<Lead>,
+        work: impl FnOnce(&Lead, &UnboundedSender<News>) -> Result<()> + Send + 'static,
+    ) -> Result<()> {
+        let (news, at_work) = (self.news.clone(), lead.clone());
+        self.leads.insert(name.clone(), lead);
+        let thread = move || {
+            let mut ending = Ending { name, news: news.clone(), result: None };
+            ending.result = Some(work(&at_work, &news));
+        };
+        let thread = thread::Builder::new().name("worker".to_owned()).spawn(thread);
+        thread.map(drop).map_err(|error| Op::new("start thread").io(error))
+    }
+
+    fn guard(
+        &mut self,
+        namespace: Namespace,
+        program: Option<Program>,
+        members: Option<Members>,
+    ) -> Result<()> {
+        let (name, lead) = (worker::name(&namespace), Arc::new(Lead::new()?));
+        self.control.metrics.expect(&name);
+        let guard = Guard { namespace, lead: lead.clone(), control: self.control.clone(), members };
+        self.spawn(name.clone(), lead, move |_, news| {
+            let ready = || drop(news.send(News::Ready(name.clone())));
+            guard.run(program, &ready)
+        })
+    }
+
+    /// Guards the namespaces that the settings name, and no others; the shields of a start are there
+    /// for those that were named then.
+    fn follow(&mut self, programs: &mut Programs) -> Result<()> {
+        let wanted: Vec<_> = self.control.settings().namespaces.clone();
+        let names: HashSet<_> = wanted.iter().map(worker::name).collect();
+        for (name, lead) in &self.leads {
+            if !names.contains(name) && ![OWN, FINDER].contains(&name.as_str()) {
+                lead.stop();
+            }
+        }
+        for namespace in wanted {
+            let name = worker::name(&namespace);
+            if !self.leads.contains_key(&name) {
+                let program = programs.remove(&name);
+                self.guard(namespace, program, None)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn end(&self) {
+        service::stopping();
+        self.leads.values().for_each(|lead| lead.stop());
+    }
+
+    fn beats(&self) -> Vec<(String, u64)> {
+        self.leads.iter().map(|(name, lead)| (name.clone(), lead.beats())).collect()
+    }
+}
+
+/// The thread that looks for namespaces.
+const FINDER: &str = "namespaces";
+
+async fn serve<R>(settings: Settings, mut programs: Programs, reload: Arc<R>) -> Result<()>
 where
     R: Fn() -> Result<Settings> + Send + Sync + 'static,
 {
@@ -294,10 +322,9 @@ where
     let mut interrupt = listen(SignalKind::interrupt())?;
     let mut hangup = listen(SignalKind::hangup())?;
 
-    let guards = Guard::all(&settings.namespaces);
-    let (mut running, mut starting) = (guards.len(), guards.len());
     let publishing = settings.publishing.clone();
-    let control = Arc::new(Control::new(settings, guards.iter().map(Guard::name).collect())?);
+    let mut starting: HashSet<_> = guarded(&settings).map(|it| worker::name(&it)).collect();
+    let control = Arc::new(Control::new(settings));
     if let Some(path) = &publishing.textfile {
         textfile::check(path)?;
     }
@@ -305,25 +332,21 @@ where
         tokio::spawn(http::serve(http::bind(address).await?, control.metrics.clone()));
     }
     let (news, mut inbox) = mpsc::unbounded_channel();
-    for (number, (guard, program)) in guards.into_iter().zip(programs).enumerate() {
-        let (control, news) = (control.clone(), news.clone());
-        let worker = move || {
-            let mut ending = Ending { news: news.clone(), result: None };
-            let ready = || drop(news.send(News::Ready));
-            ending.result = Some(worker::run(&guard, number, program, &control, &ready));
-        };
-        thread::Builder::new().name("worker".to_owned()).spawn(worker).map_err(|e| op.io(e))?;
-    }
+    let mut team = Team { control: control.clone(), news, leads: BTreeMap::new() };
+    let (finder, members) = Finder::new(control.clone())?;
+    team.spawn(FINDER.to_owned(), Arc::new(Lead::new()?), move |lead, _| finder.run(lead))?;
+    team.guard(Namespace::Own, programs.remove(OWN), Some(members))?;
+    team.follow(&mut programs)?;
 
     let mut service = Service::new();
     let (mut step, mut write) = (interval(STEP), interval(WRITE));
     let mut writing = Writing::default();
     let (mut reading, mut read_again) = (Aside::default(), false);
     let mut first = Ok(());
-    while running > 0 {
+    while !team.leads.is_empty() {
         tokio::select! {
-            _ = terminate.recv() => end(&control),
-            _ = interrupt.recv() => end(&control),
+            _ = terminate.recv() => team.end(),
+            _ = interrupt.recv() => team.end(),
             _ = hangup.recv() => {
                 service::reloading();
                 let reload = reload.clone();
@@ -331,6 +354,7 @@ where
             }
             new = reading.ended() => {
                 take_up(&control, new.and_then(|new| new));
+                team.follow(&mut programs)?;
                 if read_again {
                     let reload = reload.clone();
                     read_again = !reading.start(move || reload());
@@ -348,22 +372,26 @@ where
                 |error| Some(error.to_string()),
                 |result| result.err().map(|error| error.to_string()),
             )),
-            () = service.is_due() => service.tell_alive(&control.beats()),
+            () = service.is_due() => service.tell_alive(team.beats()),
             message = inbox.recv() => match message {
-                Some(News::Ready) => {
-                    starting = starting.saturating_sub(1);
-                    if starting == 0 {
+                Some(News::Ready(name)) => {
+                    if starting.remove(&name) && starting.is_empty() {
                         service::ready();
                     }
                 }
-                Some(News::Ended(result)) => {
-                    running -= 1;
-                    // One namespace that fails must not go unnoticed beside others that work.
-                    if let Err(error) = result {
-                        end(&control);
-                        if first.is_ok() {
-                            first = Err(error);
+                Some(News::Ended(name, result)) => {
+                    let was_told = team.leads.remove(&name).is_some_and(|lead| lead.is_stopping());
+                    if was_told && result.is_ok() {
+                        control.metrics.forget(&name);
+                        // Named again while it was ending.
+                        if team.leads.get(OWN).is_some_and(|own| !own.is_stopping()) {
+                            team.follow(&mut programs)?;
                         }
+                    } else {
+                        team.end();
+                    }
+                    if first.is_ok() {
+                        first = result;
                     }
                 }
                 None => break,
@@ -400,11 +428,6 @@ impl Writing {
     }
 }
 
-fn end(control: &Control) {
-    service::stopping();
-    control.stop();
-}
-
 /// Puts new settings in force where they can be without starting anew.
 fn take_up(control: &Control, new: Result<Settings>) {
     let old = control.settings();
@@ -413,7 +436,7 @@ fn take_up(control: &Control, new: Result<Settings>) {
     match new {
         Err(error) => tracing::error!(%error, "reload failed, keeping the old configuration"),
         Ok(new) if !old.same_foundation(&new) => tracing::error!(
-            "reload refused, keeping the old configuration: namespaces, events, nflog group, \
+            "reload refused, keeping the old configuration: events, nflog group, \
              follow-rules, recount, shield, device, defence, realtime, dry-run and metrics-listen take a restart"
         ),
         Ok(new) => {
@@ -431,11 +454,11 @@ mod tests {
     fn a_worker_that_panics_is_reported_as_one_that_failed() {
         let (news, mut inbox) = mpsc::unbounded_channel();
         let worker = thread::spawn(move || {
-            let _ending = Ending { news, result: None };
+            let _ending = Ending { name: "web".to_owned(), news, result: None };
             panic!("as a test");
         });
         assert!(worker.join().is_err());
-        let Ok(News::Ended(Err(error))) = inbox.try_recv() else { panic!("no report") };
+        let Ok(News::Ended(_, Err(error))) = inbox.try_recv() else { panic!("no report") };
         assert_eq!(error.to_string(), "guard: worker panicked");
     }
 }

@@ -31,8 +31,8 @@ const DOUBT: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs
 pub(super) struct Rules {
     events: RuleEvents,
     lists: Lists,
-    /// The other hook that limits of these sockets are in, beside prerouting.
-    hook: Hook,
+    /// Limits of what is forwarded are for sockets of other namespaces.
+    of_forwarded: bool,
     /// Tables whose name begins so are our own.
     own: String,
     heard: Heard,
@@ -47,12 +47,12 @@ pub(super) struct Rules {
 }
 
 impl Rules {
-    /// Begins to follow the rules of the network namespace that the calling thread is in. `hook`
-    /// is [`Hook::Input`] for sockets of this namespace, [`Hook::Forward`] for those behind it.
+    /// Begins to follow the rules of the network namespace that the calling thread is in; those for
+    /// what is forwarded too where sockets of other namespaces are asked about.
     ///
     /// # Errors
     /// No descriptors are left.
-    pub(super) fn follow(hook: Hook, own: &str, now: Instant) -> Result<Self> {
+    pub(super) fn follow(of_forwarded: bool, own: &str, now: Instant) -> Result<Self> {
         // Before the first reading, so that no change is between the two.
         let events = RuleEvents::open()?;
         for (source, reason) in events.shortfalls() {
@@ -69,7 +69,7 @@ impl Rules {
         Ok(Self {
             events,
             lists,
-            hook,
+            of_forwarded,
             own: own.to_owned(),
             heard: Heard::default(),
             first_heard: None,
@@ -98,8 +98,15 @@ impl Rules {
 
     /// The limits that count these sockets.
     pub(super) fn limits(&self) -> impl Iterator<Item = &LimitRule> {
-        let is_passed = |rule: &&LimitRule| rule.hook == Hook::Prerouting || rule.hook == self.hook;
-        self.lists.limits().filter(is_passed)
+        self.lists.limits().filter(|rule| self.is_of_these(rule.hook))
+    }
+
+    fn is_of_these(&self, hook: Hook) -> bool {
+        match hook {
+            Hook::Prerouting | Hook::Input => true,
+            Hook::Forward => self.of_forwarded,
+            Hook::Ingress | Hook::Output | Hook::Postrouting => false,
+        }
     }
 
     /// Takes in what is queued.
@@ -154,7 +161,7 @@ impl Rules {
         };
         let mut anew = lists.anew(&self.lists, &since);
         self.lists = lists;
-        anew.retain(|one| one.rule.hook == Hook::Prerouting || one.rule.hook == self.hook);
+        anew.retain(|one| self.is_of_these(one.rule.hook));
         if ran && !heard.lost {
             self.weigh_doubt(&mut anew, now);
         }

@@ -10,7 +10,7 @@ use tokio::time::{Instant, sleep_until};
 pub(super) struct Service {
     interval: Option<Duration>,
     due: Instant,
-    beats: Vec<u64>,
+    beats: Vec<(String, u64)>,
 }
 
 impl Service {
@@ -29,14 +29,15 @@ impl Service {
     }
 
     /// Tells the watchdog, if every worker has been alive since the last time.
-    pub(super) fn tell_alive(&mut self, beats: &[u64]) {
-        let alive = beats.iter().zip(&self.beats).all(|(now, before)| now > before);
+    pub(super) fn tell_alive(&mut self, beats: Vec<(String, u64)>) {
+        // One that is new, or has gone, is not compared.
+        let alive = beats.iter().all(|now| !self.beats.contains(now));
         if alive {
             tell(&[NotifyState::Watchdog]);
         } else {
             tracing::warn!("a worker has not been alive since the last look");
         }
-        self.beats = beats.to_vec();
+        self.beats = beats;
         self.due = Instant::now() + self.interval.unwrap_or_default();
     }
 }

@@ -16,26 +16,23 @@ use thread_priority::{
     set_thread_priority_and_policy, thread_native_id,
 };
 
-use super::control::Control;
+use super::control::{Control, Lead};
 use super::desk::Desk;
+use super::members::Members;
 use super::rules::Rules;
 use super::survey;
-use super::{Guard, OnExit, Publishing, Settings};
+use super::{OnExit, Publishing, Settings};
 use crate::audit::survey::SweepResult;
 use crate::conntrack::TcpState;
 use crate::error::{Error, Op, Result};
-use crate::firewall;
 use crate::host::netns::Namespace;
 use crate::host::{instance, random, sysctl};
 use crate::metrics::{GuardMetrics, instant_of};
-use crate::nftables::Hook;
 use crate::reconcile::keeper::{Depth, Keeper, Recounting, Sweep};
 use crate::reconcile::ledger::Held;
 use crate::reconcile::observe::Tables;
 use crate::recount::{Mode, Recount, Recounter};
-use crate::rtnetlink::route::Routes;
 use crate::shield::{self, Program};
-use crate::sockdiag::SockDiag;
 
 /// How long to wait for a namespace that has vanished to come back, from look to look.
 const COME_BACK: Duration = Duration::from_secs(1);
@@ -43,124 +40,190 @@ const COME_BACK: Duration = Duration::from_secs(1);
 /// Asking limits may cost this share of a core.
 const CHECKS: u32 = 20;
 
-/// Guards one conntrack table until told to stop, however often its namespaces come and go.
-///
-/// `ready` is told after the first whole sweep; `number` is under which signs of life are given.
-pub(super) fn run(
-    guard: &Guard,
-    number: usize,
-    mut program: Option<Program>,
-    control: &Control,
-    ready: &(dyn Fn() + Sync),
-) -> Result<()> {
-    let names: Vec<_> = guard.sockets.iter().map(Namespace::name).collect();
-    let span =
-        tracing::info_span!("guard", conntrack = guard.conntrack.name(), sockets = names.join(","));
-    let _entered = span.enter();
-    while !control.is_stopping() {
-        let present: Vec<_> =
-            guard.sockets.iter().filter(|name| name.identity().is_some()).cloned().collect();
-        if present.is_empty() {
-            control.beat(number);
-            sleep(control, COME_BACK)?;
-            continue;
-        }
-        let begun_with = guard.identities();
-        // On a thread of its own, which would else keep a dead namespace alive.
-        let ended = thread::scope(|scope| {
-            let span = &span;
-            let program = program.as_mut();
-            scope
-                .spawn(move || {
-                    span.in_scope(|| {
-                        guard_present(guard, number, program, &present, control, ready)
-                    })
-                })
-                .join()
-                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        });
-        match ended {
-            Ok(Ended::Stopped) => {}
-            Err(error) if guard.identities() == begun_with => return Err(error),
-            // Whatever failed, failed in a namespace that was on its way.
-            Ok(Ended::NamespacesChanged) | Err(_) => {
-                tracing::warn!("a namespace has come or gone, starting anew");
+/// Guards one conntrack table until told to stop. That of a namespace which is named is waited for,
+/// however often it comes and goes, and what fails there fails there alone.
+pub(super) struct Guard {
+    /// Where the table and the limiting rules are.
+    pub(super) namespace: Namespace,
+    /// Tells it to stop, and hears that it is alive.
+    pub(super) lead: Arc<Lead>,
+    pub(super) control: Arc<Control>,
+    /// For the own table: other namespaces whose connections are in it.
+    pub(super) members: Option<Members>,
+}
+
+/// From try to try at a namespace in which guarding fails, at first and at most.
+const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+
+impl Guard {
+    /// `ready` is told after the first whole sweep, or where there is nothing to sweep.
+    pub(super) fn run(
+        &self,
+        mut program: Option<Program>,
+        ready: &(dyn Fn() + Sync),
+    ) -> Result<()> {
+        let Self { namespace, lead, .. } = self;
+        let span = tracing::info_span!("guard", netns = namespace.name());
+        let _entered = span.enter();
+        let (mut retry, mut is_missing) = (RETRY.0, false);
+        while !lead.is_stopping() {
+            let begun_with = namespace.identity();
+            if begun_with.is_none() || self.is_guarded_by_another() {
+                if !std::mem::replace(&mut is_missing, true) {
+                    self.say_missing(begun_with.is_some());
+                    ready();
+                }
+                lead.beat();
+                sleep(lead, COME_BACK)?;
+                continue;
+            }
+            is_missing = false;
+            let began = Instant::now();
+            // On a thread of its own, which would else keep a dead namespace alive.
+            let ended = thread::scope(|scope| {
+                let (span, program) = (&span, program.as_mut());
+                scope
+                    .spawn(move || span.in_scope(|| self.guard_present(program, ready)))
+                    .join()
+                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            });
+            match ended {
+                Ok(Ended::Stopped) => {}
+                Err(error) if *namespace == Namespace::Own => return Err(error),
+                Err(error) if namespace.identity() == begun_with => {
+                    ready();
+                    retry = if began.elapsed() > RETRY.1 { RETRY.0 } else { retry };
+                    tracing::error!(%error, ?retry, "this namespace is not guarded");
+                    self.rest(retry)?;
+                    retry = (retry * 2).min(RETRY.1);
+                }
+                // Whatever failed, failed in a namespace that was on its way.
+                Ok(Ended::NamespaceChanged) | Err(_) => {
+                    tracing::warn!("a namespace has come or gone, starting anew");
+                }
             }
         }
+        Ok(())
     }
-    Ok(())
+
+    fn say_missing(&self, is_double: bool) {
+        let name = self.name();
+        if is_double {
+            self.control.metrics.forget(&name);
+            tracing::info!("another name of a namespace that is guarded already");
+        } else {
+            self.control.metrics.expect(&name);
+            self.control.metrics.absent(&name);
+            tracing::warn!("no such namespace, waiting for it");
+        }
+    }
+
+    /// Waits, with signs of life.
+    fn rest(&self, time: Duration) -> Result<()> {
+        let until = Instant::now() + time;
+        while !self.lead.is_stopping() && Instant::now() < until {
+            self.lead.beat();
+            sleep(&self.lead, COME_BACK)?;
+        }
+        Ok(())
+    }
+
+    /// Whether its name is one more for the own namespace, or for one that is named before it.
+    fn is_guarded_by_another(&self) -> bool {
+        if self.namespace == Namespace::Own {
+            return false;
+        }
+        let identity = self.namespace.identity();
+        let settings = self.control.settings();
+        let mut before = settings.namespaces.iter().take_while(|other| **other != self.namespace);
+        identity == self.control.own || before.any(|other| other.identity() == identity)
+    }
+
+    /// How metrics call it.
+    pub(super) fn name(&self) -> String {
+        name(&self.namespace)
+    }
+
+    /// Guards until the namespace goes.
+    fn guard_present(
+        &self,
+        program: Option<&mut Program>,
+        ready: &(dyn Fn() + Sync),
+    ) -> Result<Ended> {
+        let Self { namespace, lead, control, members } = self;
+        let settings = control.settings();
+        if settings.realtime {
+            prefer_realtime();
+        }
+        let begun_with = namespace.identity();
+        namespace.enter()?;
+        let enforces = !settings.dry_run;
+        let claim = if enforces { instance::claim("ctkeep")? } else { None };
+        if enforces && claim.is_none() {
+            tracing::warn!(
+                "the abstract socket \"ctkeep\" belongs to somebody who is no administrator \
+                 (ss -xlp): guarding all the same; a second instance would not be noticed"
+            );
+        }
+        let share = GuardMetrics::new(&control.metrics, &self.name());
+        let mut worker = Worker::open(settings, members.as_ref(), share)?;
+        worker.claim = claim;
+        if enforces {
+            shield::remove_leftovers(&worker.desk.device);
+        }
+        if let Some(program) = program {
+            worker.desk.raise_shield(program, &worker.keeper.scope().ports)?;
+        }
+        while !lead.is_stopping() {
+            lead.beat();
+            match worker.sweep_first() {
+                Ok(()) => break,
+                Err(error) if error.is_unavailable() => return Err(error),
+                // A dump under churn, a moment without memory.
+                Err(error) => worker.note_failure(&error),
+            }
+            sleep(lead, COME_BACK)?;
+        }
+        tracing::info!(
+            ports = worker.keeper.scope().ports.len(),
+            held = worker.keeper.held().count(),
+            namespaces = worker.keeper.tables.sockets.members().len(),
+            dry_run = worker.desk.settings.dry_run,
+            "ready"
+        );
+        ready();
+        while !lead.is_stopping() {
+            lead.beat();
+            let ready = worker.wait(lead)?;
+            worker.apply_settings(control.settings());
+            worker.turn(ready);
+            if worker.is_due_to_check_namespaces() {
+                worker.desk.publish_shield(enforces);
+                if namespace.identity() != begun_with || self.is_guarded_by_another() {
+                    return Ok(Ended::NamespaceChanged);
+                }
+            }
+        }
+        worker.finish()?;
+        Ok(Ended::Stopped)
+    }
+}
+
+/// How metrics call the guard of the namespace that ctkeep was started in.
+pub(super) const OWN: &str = "own namespace";
+
+/// How they call that of another one.
+pub(super) fn name(namespace: &Namespace) -> String {
+    match namespace {
+        Namespace::Own => OWN.to_owned(),
+        Namespace::Named(name) => name.clone(),
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Ended {
     Stopped,
-    NamespacesChanged,
-}
-
-/// Guards with the namespaces that are there, until one comes or goes.
-fn guard_present(
-    guard: &Guard,
-    number: usize,
-    program: Option<&mut Program>,
-    present: &[Namespace],
-    control: &Control,
-    ready: &(dyn Fn() + Sync),
-) -> Result<Ended> {
-    let settings = control.settings();
-    if settings.realtime {
-        prefer_realtime();
-    }
-    let begun_with = guard.identities();
-    guard.conntrack.enter()?;
-    // Several daemons may serve containers of one host, each with its own share of them.
-    let alone = !settings.dry_run && !guard.is_for_others();
-    let claim = if alone { instance::claim("ctkeep")? } else { None };
-    if alone && claim.is_none() {
-        tracing::warn!(
-            "the abstract socket \"ctkeep\" belongs to somebody who is no administrator (ss -xlp): \
-             guarding all the same; a second instance would not be noticed"
-        );
-    }
-    let share = GuardMetrics::new(&control.metrics, number);
-    let mut worker = Worker::open(settings, guard, present, share)?;
-    worker.claim = claim;
-    if alone {
-        shield::remove_leftovers(&worker.desk.device);
-    }
-    if let Some(program) = program {
-        worker.desk.raise_shield(program, &worker.keeper.scope().ports)?;
-    }
-    while !control.is_stopping() {
-        control.beat(number);
-        match worker.sweep_first() {
-            Ok(()) => break,
-            Err(error) if error.is_unavailable() => return Err(error),
-            // A dump under churn, a moment without memory.
-            Err(error) => worker.note_failure(&error),
-        }
-        sleep(control, COME_BACK)?;
-    }
-    tracing::info!(
-        ports = worker.keeper.scope().ports.len(),
-        held = worker.keeper.held().count(),
-        dry_run = worker.desk.settings.dry_run,
-        "ready"
-    );
-    ready();
-    while !control.is_stopping() {
-        control.beat(number);
-        let ready = worker.wait(control)?;
-        worker.apply_settings(control.settings());
-        worker.turn(ready);
-        if worker.is_due_to_check_namespaces() {
-            worker.desk.publish_shield(alone);
-            if guard.identities() != begun_with {
-                return Ok(Ended::NamespacesChanged);
-            }
-        }
-    }
-    worker.finish()?;
-    Ok(Ended::Stopped)
+    NamespaceChanged,
 }
 
 /// Asks for SCHED_RR: bursts of traffic then do not put a repair off.
@@ -177,8 +240,9 @@ fn prefer_realtime() {
     }
 }
 
-fn sleep(control: &Control, time: Duration) -> Result<()> {
-    let mut fds = [PollFd::new(control.wake().as_fd(), PollFlags::POLLIN)];
+/// Sleeps for so long, or until told to stop.
+pub(super) fn sleep(lead: &Lead, time: Duration) -> Result<()> {
+    let mut fds = [PollFd::new(lead.as_fd(), PollFlags::POLLIN)];
     wait_for(&mut fds, time)
 }
 
@@ -196,6 +260,7 @@ struct Ready {
     devices: bool,
     question: bool,
     rules: bool,
+    members: bool,
 }
 
 struct Worker<'p> {
@@ -203,6 +268,8 @@ struct Worker<'p> {
     desk: Desk<'p>,
     /// The rules whose limits count these sockets, where they are followed.
     rules: Option<Rules>,
+    /// Other namespaces whose connections are in this table.
+    members: Option<&'p Members>,
     /// Where the audit asks.
     claim: Option<UnixListener>,
     sweep_failing: bool,
@@ -210,46 +277,33 @@ struct Worker<'p> {
     checked: Instant,
 }
 
-impl Worker<'_> {
+impl<'p> Worker<'p> {
     fn open(
         settings: Arc<Settings>,
-        guard: &Guard,
-        present: &[Namespace],
+        members: Option<&'p Members>,
         share: GuardMetrics,
     ) -> Result<Self> {
-        let device = if guard.is_for_others() {
-            // Nothing of another daemon's in the same namespace has this name.
-            format!("ctkeep{}", std::process::id())
-        } else {
-            settings.device.clone()
-        };
-        let mut is_available = true;
-        // A namespace that may have nothing to do with it gets a device only when it needs one.
-        let recounting = if guard.is_for_others() {
-            let (settings, device) = (settings.clone(), device.clone());
-            Recounting::later(Box::new(move |now| open_recounter(&settings, &device, now)))
-        } else {
-            let recounter = open_recounter(&settings, &device, Instant::now())?;
-            is_available = recounter.as_ref().is_none_or(|it| !it.ways().is_empty());
-            Recounting::by(recounter)
-        };
-        let (rules, now) = (settings.keeper(), Instant::now());
-        let tables = tables(guard, present)?;
-        let mut keeper =
-            Keeper::new(tables, recounting, rules, settings.defence, now, random::bits)?;
+        let (device, now) = (settings.device.clone(), Instant::now());
+        let recounter = open_recounter(&settings, &device, now)?;
+        let is_available = recounter.as_ref().is_none_or(|it| !it.ways().is_empty());
+        let recounting = Recounting::by(recounter);
+        let mut tables = Tables::open()?;
+        if let Some(members) = members {
+            members.begin(&mut tables.sockets);
+        }
+        let (rules, defence) = (settings.keeper(), settings.defence);
+        let mut keeper = Keeper::new(tables, recounting, rules, defence, now, random::bits)?;
         keeper.idle_timeout = kernel_timeout(TcpState::Established);
         // Before the first dump, so that nothing happens unseen between the two.
-        let hook = if guard.is_for_others() { Hook::Forward } else { Hook::Input };
-        let desk = Desk::open(settings, device, hook, &keeper.scope().ports, share)?;
+        let desk = Desk::open(settings, device, &keeper.scope().ports, share)?;
         desk.share.recount_available(is_available);
         let rules = if desk.settings.follow_rules {
-            let hook =
-                if guard.is_for_others() { firewall::Hook::Forward } else { firewall::Hook::Input };
-            Some(Rules::follow(hook, &desk.device, now)?)
+            Some(Rules::follow(members.is_some(), &desk.device, now)?)
         } else {
             None
         };
-        Ok(Self { keeper, desk, rules, claim: None, sweep_failing: false, checked: now })
+        let (claim, sweep_failing) = (None, false);
+        Ok(Self { keeper, desk, rules, members, claim, sweep_failing, checked: now })
     }
 
     /// Whether a second has passed since the last look at the namespaces.
@@ -263,7 +317,7 @@ impl Worker<'_> {
     }
 
     /// Sleeps until there is something to do.
-    fn wait(&self, control: &Control) -> Result<Ready> {
+    fn wait(&self, lead: &Lead) -> Result<Ready> {
         let now = Instant::now();
         let due = self.keeper.next_timeout().into_iter();
         let due = due.chain(self.rules.as_ref().and_then(Rules::next_timeout)).min();
@@ -272,12 +326,13 @@ impl Worker<'_> {
         let time = due.unwrap_or(COME_BACK).min(COME_BACK);
         let [events, packets] = self.desk.events.fds();
         let sources = [
-            Some(control.wake().as_fd()),
+            Some(lead.as_fd()),
             events,
             packets,
             self.desk.shield.as_ref().map(AsFd::as_fd),
             self.claim.as_ref().map(AsFd::as_fd),
             self.rules.as_ref().map(AsFd::as_fd),
+            self.members.map(|members| members.wake.as_fd()),
         ];
         let mut fds: Vec<_> = sources
             .iter()
@@ -286,9 +341,9 @@ impl Worker<'_> {
             .collect();
         wait_for(&mut fds, time)?;
         let mut answers = fds.iter().map(|fd| fd.any() != Some(false));
-        let [_, events, packets, devices, question, rules] =
+        let [_, events, packets, devices, question, rules, members] =
             sources.map(|source| source.is_some() && answers.next() == Some(true));
-        Ok(Ready { events: events || packets, devices, question, rules })
+        Ok(Ready { events: events || packets, devices, question, rules, members })
     }
 
     /// One turn of the loop. What fails is tried again, be it refused: the kernel has granted all of
@@ -312,6 +367,9 @@ impl Worker<'_> {
 
     fn try_turn(&mut self, ready: Ready) -> Result<()> {
         let began = Instant::now();
+        if let Some(members) = self.members.filter(|_| ready.members) {
+            members.follow(&mut self.keeper.tables.sockets);
+        }
         // What has failed there is tried again at the next sweep.
         if ready.devices || self.keeper.sweep_is_due(began) {
             self.desk.update_shield(shield::Shield::follow_devices);
@@ -459,26 +517,6 @@ impl Worker<'_> {
             return Ok(());
         }
         self.keeper.give_back(kernel_timeout)
-    }
-}
-
-/// Both tables: this namespace's entries, and the sockets of those that are present.
-fn tables(guard: &Guard, present: &[Namespace]) -> Result<Tables> {
-    let mut sockets: Option<SockDiag> = None;
-    let mut homes = Vec::new();
-    for namespace in present {
-        let open = || Ok((SockDiag::open()?, Routes::open()?));
-        let (part, home) =
-            if *namespace == guard.conntrack { open()? } else { namespace.run(open)? };
-        homes.push(home);
-        sockets = Some(match sockets {
-            Some(sockets) => sockets.and(part),
-            None => part,
-        });
-    }
-    match sockets {
-        Some(sockets) => Tables::with(sockets, homes),
-        None => Tables::open(),
     }
 }
 

@@ -94,7 +94,7 @@ mod tests {
     fn a_limit_bound_to_a_port_of_a_bridge_never_counts() {
         let link = |index, name: &str, kind: &str, master| {
             let (name, kind) = (name.to_owned(), kind.to_owned());
-            Link { index, name, kind, master, is_loopback: false }
+            Link { index, name, kind, master, ..Link::default() }
         };
         let links = [
             link(2, "eth0", "", Some(3)),

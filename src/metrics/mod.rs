@@ -105,13 +105,13 @@ impl Debug for Metrics {
 #[derive(Debug)]
 struct Guards {
     own: Mutex<Gauges>,
-    all: Vec<Mutex<Guard>>,
+    /// By their names.
+    all: Mutex<BTreeMap<String, Guard>>,
 }
 
 /// One guard, as it was last.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Guard {
-    name: String,
     liveness: Liveness,
     gauges: Gauges,
     failure: Option<String>,
@@ -130,11 +130,12 @@ impl Guard {
 }
 
 /// How a guard fares.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Liveness {
-    /// It waits for its namespaces.
+    /// It waits for its namespace.
     Absent,
     /// Its first sweep is under way.
+    #[default]
     Starting,
     /// It has swept.
     Swept { at: Instant, patience: Duration },
@@ -143,8 +144,8 @@ enum Liveness {
 impl Guards {
     fn total(&self) -> Gauges {
         let mut total = locked(&self.own).clone();
-        for guard in &self.all {
-            total.merge(&locked(guard).gauges);
+        for guard in locked(&self.all).values() {
+            total.merge(&guard.gauges);
         }
         total
     }
@@ -162,8 +163,8 @@ impl Collector for Figures {
 }
 
 impl Metrics {
-    /// All names with all label values, at 0, for guards with these names.
-    pub fn new(guards: Vec<String>, dry_run: bool) -> Self {
+    /// All names with all label values, at 0.
+    pub fn new(dry_run: bool) -> Self {
         let mut registry = Registry::default();
         let kernel = nix::sys::utsname::uname()
             .map(|name| name.release().to_string_lossy().into_owned())
@@ -177,17 +178,7 @@ impl Metrics {
         let mut own = Gauges::default();
         own.set(Gauge::Mode, &[mode], 1.0);
         own.set(Gauge::LastReload, &[], 1.0);
-        let all = guards.into_iter().map(|name| {
-            Mutex::new(Guard {
-                name,
-                liveness: Liveness::Starting,
-                gauges: Gauges::default(),
-                failure: None,
-                top: Vec::new(),
-                kernel: HashMap::new(),
-            })
-        });
-        let guards = Arc::new(Guards { own: Mutex::new(own), all: all.collect() });
+        let guards = Arc::new(Guards { own: Mutex::new(own), all: Mutex::default() });
         registry.register_collector(Box::new(Figures(guards.clone(), counts.clone())));
         registry.register_collector(Box::new(process::Figures));
         Self {
@@ -198,6 +189,23 @@ impl Metrics {
             written: Mutex::new(None),
             addresses: AtomicBool::new(false),
             about: About { kernel, started: clock(), mode },
+        }
+    }
+
+    /// A guard of this name is expected to sweep from now on.
+    pub fn expect(&self, name: &str) {
+        locked(&self.guards.all).entry(name.to_owned()).or_default();
+    }
+
+    /// The guard of this name is not expected any more.
+    pub fn forget(&self, name: &str) {
+        locked(&self.guards.all).remove(name);
+    }
+
+    /// The guard of this name waits for its namespace.
+    pub fn absent(&self, name: &str) {
+        if let Some(guard) = locked(&self.guards.all).get_mut(name) {
+            guard.liveness = Liveness::Absent;
         }
     }
 
@@ -242,9 +250,7 @@ impl Metrics {
     /// # Errors
     /// Which has not, and why.
     fn health(&self) -> std::result::Result<(), String> {
-        for guard in &self.guards.all {
-            let guard = locked(guard);
-            let name = &guard.name;
+        for (name, guard) in locked(&self.guards.all).iter() {
             match guard.liveness {
                 Liveness::Swept { at, patience } if at.elapsed() <= patience => {}
                 Liveness::Swept { at, .. } => {
@@ -267,7 +273,7 @@ impl Metrics {
 #[derive(Debug)]
 pub struct GuardMetrics {
     metrics: Arc<Metrics>,
-    number: usize,
+    name: String,
     /// Since when each half-closed socket of the last sweep has been so.
     half_closed: HashMap<Cookie, Instant>,
     /// Connections that the sweep under way has repaired.
@@ -275,11 +281,12 @@ pub struct GuardMetrics {
 }
 
 impl GuardMetrics {
-    /// The part of guard `number`, which begins its first sweep.
-    pub fn new(metrics: &Arc<Metrics>, number: usize) -> Self {
+    /// The part of the guard of this name, which begins its first sweep.
+    pub fn new(metrics: &Arc<Metrics>, name: &str) -> Self {
+        metrics.expect(name);
         let this = Self {
             metrics: metrics.clone(),
-            number,
+            name: name.to_owned(),
             half_closed: HashMap::new(),
             repaired: HashSet::new(),
         };
@@ -288,8 +295,8 @@ impl GuardMetrics {
     }
 
     fn guard(&self, change: impl FnOnce(&mut Guard)) {
-        if let Some(guard) = self.metrics.guards.all.get(self.number) {
-            change(&mut locked(guard));
+        if let Some(guard) = locked(&self.metrics.guards.all).get_mut(&self.name) {
+            change(guard);
         }
     }
 
@@ -582,7 +589,7 @@ mod tests {
     /// take that for a restart, and count all that is left once more.
     #[test]
     fn counters_never_go_down() {
-        let metrics = Arc::new(Metrics::new(vec!["web".to_owned(), "db".to_owned()], false));
+        let metrics = Arc::new(Metrics::new(false));
         let hidden = || {
             let text = metrics.written().text;
             metrics.written.lock().unwrap().take();
@@ -592,7 +599,7 @@ mod tests {
         };
         let packets =
             |count| DECISIONS.map(|decision| if decision == "rst_hidden" { count } else { 0 });
-        let (web, db) = (GuardMetrics::new(&metrics, 0), GuardMetrics::new(&metrics, 1));
+        let (web, db) = (GuardMetrics::new(&metrics, "web"), GuardMetrics::new(&metrics, "db"));
         web.shield(1, packets(5));
         db.shield(1, packets(2));
         assert_eq!(hidden(), 7.0);
@@ -601,7 +608,7 @@ mod tests {
         drop(web);
         assert_eq!(hidden(), 8.0, "its namespace has gone");
         // The kernel counts on where the table was the same, and from 0 in a new one.
-        let web = GuardMetrics::new(&metrics, 0);
+        let web = GuardMetrics::new(&metrics, "web");
         web.shield(1, packets(7));
         assert_eq!(hidden(), 9.0);
         web.shield(1, packets(3));

@@ -209,15 +209,14 @@ fn errors(out: &mut String, metrics: &Metrics) -> fmt::Result {
 fn guards(out: &mut String, metrics: &Metrics, shown: bool) -> fmt::Result {
     out.push_str("<h2>Guards</h2><table><tr><th>guard<th>last good sweep<th>failure</tr>");
     let mut top = Vec::new();
-    for guard in &metrics.guards.all {
-        let guard = locked(guard);
+    for (name, guard) in locked(&metrics.guards.all).iter() {
         let swept = match guard.liveness {
             Liveness::Swept { at, .. } => format!("{} ago", age(at.elapsed())),
             Liveness::Starting => "none yet".to_owned(),
             Liveness::Absent => "the namespace is not there".to_owned(),
         };
         let failure = guard.failure.as_deref().unwrap_or("none");
-        let name = Escaped(&guard.name);
+        let name = Escaped(name);
         write!(out, "<tr><td>{name}<td>{swept}<td>{}</tr>", Escaped(failure))?;
         top.extend(guard.top.iter().copied());
     }
@@ -261,7 +260,8 @@ mod tests {
 
     #[test]
     fn a_page_has_its_figures_and_no_addresses() {
-        let metrics = Metrics::new(vec!["<web>".to_owned()], false);
+        let metrics = Metrics::new(false);
+        metrics.expect("<web>");
         metrics.sample();
         let page = write(&metrics);
         assert!(page.contains("id=\"held\">0<") && page.contains("&lt;web&gt;"), "{page}");

@@ -94,6 +94,12 @@ impl<T: Transport> Connection<T> {
         self.transport
     }
 
+    /// Gives back the room for an answer: of many conversations most are silent most of the time.
+    pub fn rest(&mut self) {
+        self.outgoing = Vec::new();
+        self.incoming = Vec::new();
+    }
+
     /// Dumps that the kernel marked as inconsistent and that were begun anew.
     pub fn interrupted_dumps(&self) -> u64 {
         self.interrupted_dumps

@@ -117,7 +117,7 @@ impl<T: Transport> Tables<T> {
         let mut last = None;
         for addr in views.iter().filter(|v| v.socket.is_none()).map(|v| v.flow.src.addr()) {
             let is_new = last.replace(addr) != Some(addr) && asked.insert(addr);
-            if is_new && !is_home(&mut self.homes, addr)? {
+            if is_new && !self.sockets.is_of_member(addr) && !is_home(&mut self.homes, addr)? {
                 elsewhere.insert(addr);
             }
         }
@@ -142,7 +142,7 @@ impl<T: Transport> Tables<T> {
         ledger: &Ledger,
     ) -> Result<Snapshot> {
         let states = policy.states.iter().filter(|state| *state != State::Established).collect();
-        let mut sockets = self.sockets.sockets(states)?;
+        let mut sockets = self.sockets.sockets_lately(states)?;
         sockets.retain(|socket| {
             ledger.holds(socket) || policy.guards(socket) && scope.contains(policy, socket.flow())
         });

@@ -22,6 +22,8 @@ pub struct Link {
     pub master: Option<u32>,
     /// Whether packets that go out by it come in by it.
     pub is_loopback: bool,
+    /// Number, in this namespace, of the one that its other end is in, where that is another one.
+    pub peer_namespace: Option<i32>,
 }
 
 /// All devices of the namespace that the calling thread is in. Equivalent: `ip -d link`.
@@ -43,6 +45,7 @@ pub fn links() -> Result<Vec<Link>> {
             match attribute {
                 LinkAttribute::IfName(name) => link.name = name,
                 LinkAttribute::Controller(index) => link.master = Some(index),
+                LinkAttribute::LinkNetNsId(number) => link.peer_namespace = Some(number),
                 LinkAttribute::LinkInfo(infos) => {
                     let kind = infos.iter().find_map(|info| match info {
                         LinkInfo::Kind(kind) => Some(kind.to_string()),

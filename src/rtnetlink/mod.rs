@@ -3,5 +3,6 @@
 pub mod changes;
 pub mod link;
 pub mod neighbour;
+pub mod nsid;
 pub mod route;
 pub mod tc;

@@ -274,6 +274,7 @@ mod tests {
             kind: kind.to_owned(),
             master,
             is_loopback: name == "lo",
+            peer_namespace: None,
         };
         let links = vec![
             link(1, "lo", "", None),

@@ -4,40 +4,33 @@
 //! churn a dump of long hash chains skips live sockets and says nothing of it.
 
 mod decode;
+mod members;
+mod namespace;
 mod opener;
 mod request;
 mod socket;
 
-use std::collections::BTreeSet;
+use std::collections::HashSet;
+use std::net::IpAddr;
 
 use netlink_sys::protocols::NETLINK_SOCK_DIAG;
-use nix::errno::Errno;
 
-use crate::error::{Cause, Error, Op, Result};
+use self::members::Members;
+use self::namespace::Sockets;
+use crate::error::{Op, Result};
 use crate::flow::FourTuple;
-use crate::netlink::{Connection, KernelSocket, Transport};
+use crate::netlink::{KernelSocket, Transport};
 
 pub use opener::Opener;
 pub use socket::{Cookie, Socket, State, States, UnknownState};
 
-/// Asks the kernel about TCP sockets of one network namespace, or of several that share a
-/// conntrack table (containers behind a host's address translation).
+/// Asks the kernel about TCP sockets of one network namespace, and of others that share its conntrack
+/// table: containers behind a host's address translation.
 #[derive(Debug)]
 pub struct SockDiag<T = KernelSocket> {
-    namespaces: Vec<Sockets<T>>,
+    own: Sockets<T>,
+    members: Members<T>,
 }
-
-/// The sockets of one network namespace.
-#[derive(Debug)]
-struct Sockets<T> {
-    connection: Connection<T>,
-    /// Devices that sockets of its dumps were bound to.
-    bound: BTreeSet<u32>,
-}
-
-/// Devices that absent connections are asked for with, one by one: some VRFs or VLANs, as a rule
-/// none. Beyond them the newest are kept.
-const BOUND: usize = 64;
 
 impl SockDiag<KernelSocket> {
     /// Opens a socket in the network namespace of the calling thread.
@@ -70,15 +63,28 @@ impl From<&Socket> for Lookup {
 impl<T: Transport> SockDiag<T> {
     /// A conversation over any transport.
     pub fn new(transport: T) -> Self {
-        let connection = Connection::new(transport);
-        Self { namespaces: vec![Sockets { connection, bound: BTreeSet::new() }] }
+        Self { own: Sockets::new(transport), members: Members::default() }
     }
 
-    /// Asks the other one's namespaces too.
-    #[must_use]
-    pub fn and(mut self, other: Self) -> Self {
-        self.namespaces.extend(other.namespaces);
-        self
+    /// Asks another namespace too, from now on. `id` is the inode of the namespace, `addresses` are
+    /// those that it had a moment ago.
+    pub fn join(&mut self, id: u64, member: Self, addresses: HashSet<IpAddr>) {
+        self.members.join(id, member.own, addresses);
+    }
+
+    /// Asks that namespace no more.
+    pub fn leave(&mut self, id: u64) {
+        self.members.leave(id);
+    }
+
+    /// The other namespaces that are asked.
+    pub fn members(&self) -> impl ExactSizeIterator<Item = u64> + '_ {
+        self.members.ids()
+    }
+
+    /// Whether one of the other namespaces is known to have this address.
+    pub fn is_of_member(&self, addr: IpAddr) -> bool {
+        self.members.have(addr)
     }
 
     /// Every TCP socket of both families that is in one of `states`, each once.
@@ -88,11 +94,18 @@ impl<T: Transport> SockDiag<T> {
     /// # Errors
     /// The kernel refused, or a message was lost or malformed.
     pub fn sockets(&mut self, states: States) -> Result<Vec<Socket>> {
-        let mut all = self.dump(states)?;
-        // A socket that moves between hash chains during a dump can be reported twice.
-        all.sort_unstable_by_key(|socket| (socket.cookie, socket.local, socket.remote));
-        all.dedup_by_key(|socket| (socket.cookie, socket.local, socket.remote));
-        Ok(all)
+        let own = self.own.dump(states)?;
+        Ok(each_once(own, self.members.sockets(states)?))
+    }
+
+    /// The same as of late: of other namespaces only some are listed at one call, in turn, and of the
+    /// rest those sockets are looked up that were in such a state when it was their turn.
+    ///
+    /// # Errors
+    /// As [`SockDiag::sockets`].
+    pub fn sockets_lately(&mut self, states: States) -> Result<Vec<Socket>> {
+        let own = self.own.dump(states)?;
+        Ok(each_once(own, self.members.sockets_lately(states)?))
     }
 
     /// The listening TCP sockets.
@@ -101,32 +114,6 @@ impl<T: Transport> SockDiag<T> {
     /// As [`SockDiag::sockets`].
     pub fn listeners(&mut self) -> Result<Vec<Socket>> {
         self.sockets(States::from_iter([State::Listen]))
-    }
-
-    fn dump(&mut self, states: States) -> Result<Vec<Socket>> {
-        let request = request::dump(states);
-        let mut all = Vec::new();
-        for Sockets { connection, bound } in &mut self.namespaces {
-            let part = connection.dump(&request, |part: &mut Vec<Socket>, frame| {
-                part.extend(decode::socket(frame).map_err(|error| request.op.malformed(error))?);
-                Ok(())
-            });
-            let part = part.map_err(|error| match error.errno() {
-                // Without tcp_diag, and without inet_diag below it.
-                Some(Errno::ENOENT | Errno::EOPNOTSUPP) => module_missing(request.op),
-                _ => error,
-            })?;
-            bound.extend(part.iter().map(|socket| socket.interface).filter(|bound| *bound != 0));
-            while bound.len() > BOUND {
-                bound.pop_first();
-            }
-            if all.is_empty() {
-                all = part;
-            } else {
-                all.extend(part);
-            }
-        }
-        Ok(all)
     }
 
     /// The sockets of exactly these connections, in the order asked; `None` where there is none that
@@ -138,15 +125,8 @@ impl<T: Transport> SockDiag<T> {
     /// A broken conversation. An unanswered look-up is never `None`.
     pub fn lookup(&mut self, lookups: &[Lookup]) -> Result<Vec<Option<Socket>>> {
         let mut found = vec![None; lookups.len()];
-        for Sockets { connection, bound } in &mut self.namespaces {
-            look_up_missing(connection, lookups, &mut found, |lookup| Some(*lookup))?;
-            for device in bound.iter() {
-                let by_it = |lookup: &Lookup| Lookup { interface: *device, ..*lookup };
-                look_up_missing(connection, lookups, &mut found, |lookup| {
-                    (lookup.interface != *device).then(|| by_it(lookup))
-                })?;
-            }
-        }
+        self.own.look_up(lookups, &mut found)?;
+        self.members.ask(lookups, &mut found, Sockets::look_up)?;
         Ok(found)
     }
 
@@ -156,22 +136,9 @@ impl<T: Transport> SockDiag<T> {
     /// # Errors
     /// As [`SockDiag::lookup`].
     pub fn openers(&mut self, lookups: &[Lookup]) -> Result<Vec<Option<Opener>>> {
-        let requests: Vec<_> = lookups.iter().map(request::info).collect();
         let mut openers = vec![None; lookups.len()];
-        for Sockets { connection, .. } in &mut self.namespaces {
-            let outcomes = connection.look_up(&requests, |index, frame| {
-                let op = requests.get(index).map_or(Op::new("socket look-up"), |r| r.op);
-                let opener = decode::opener(frame).map_err(|error| op.malformed(error))?;
-                if let (Some(asked), Some(slot)) = (lookups.get(index), openers.get_mut(index)) {
-                    *slot = slot.or(opener.filter(|(flow, _)| *flow == asked.flow).map(|it| it.1));
-                }
-                Ok(())
-            })?;
-            let refused = outcomes.into_iter().filter_map(|outcome| outcome.err());
-            if let Some(error) = refused.filter(|error| !error.is_absent()).next() {
-                return Err(error);
-            }
-        }
+        self.own.openers(lookups, &mut openers)?;
+        self.members.ask(lookups, &mut openers, Sockets::openers)?;
         Ok(openers)
     }
 
@@ -184,57 +151,10 @@ impl<T: Transport> SockDiag<T> {
     }
 }
 
-/// Asks for what is not found yet, by what `ask` makes of it.
-fn look_up_missing<T: Transport>(
-    connection: &mut Connection<T>,
-    lookups: &[Lookup],
-    found: &mut [Option<Socket>],
-    ask: impl Fn(&Lookup) -> Option<Lookup>,
-) -> Result<()> {
-    let missing = found.iter_mut().zip(lookups).filter(|(socket, _)| socket.is_none());
-    let asked = missing.filter_map(|(slot, lookup)| Some((slot, ask(lookup)?)));
-    let (slots, asked): (Vec<_>, Vec<_>) = asked.unzip();
-    for (slot, socket) in slots.into_iter().zip(lookup_in(connection, &asked)?) {
-        *slot = socket;
-    }
-    Ok(())
-}
-
-/// The sockets of these connections in one namespace.
-fn lookup_in<T: Transport>(
-    connection: &mut Connection<T>,
-    lookups: &[Lookup],
-) -> Result<Vec<Option<Socket>>> {
-    let requests: Vec<_> = lookups.iter().map(request::lookup).collect();
-    // The outer `None`: not answered yet.
-    let mut answers: Vec<Option<Option<Socket>>> = vec![None; lookups.len()];
-    let outcomes = connection.look_up(&requests, |index, frame| {
-        let op = requests.get(index).map_or(Op::new("socket look-up"), |r| r.op);
-        let socket = decode::socket(frame).map_err(|error| op.malformed(error))?;
-        if let (Some(asked), Some(answer)) = (lookups.get(index), answers.get_mut(index)) {
-            *answer = Some(
-                socket
-                    .filter(|socket| socket.state != State::Listen && socket.flow() == asked.flow),
-            );
-        }
-        Ok(())
-    })?;
-    outcomes
-        .into_iter()
-        .zip(answers)
-        .zip(&requests)
-        .map(|((outcome, answer), request)| match (outcome, answer) {
-            (Ok(()), Some(socket)) => Ok(socket),
-            (Ok(()), None) => Err(request.op.malformed("acknowledged without a socket")),
-            (Err(error), _) if error.is_absent() => Ok(None),
-            (Err(error), _) => Err(error),
-        })
-        .collect()
-}
-
-fn module_missing(op: Op) -> Error {
-    op.failed(Cause::Unavailable(format!(
-        "the kernel has no TCP socket diagnosis ({:?}); load it: modprobe tcp_diag",
-        Errno::ENOENT
-    )))
+/// A socket that moves between hash chains during a dump can be reported twice.
+fn each_once(mut all: Vec<Socket>, others: Vec<Socket>) -> Vec<Socket> {
+    all.extend(others);
+    all.sort_unstable_by_key(|socket| (socket.cookie, socket.local, socket.remote));
+    all.dedup_by_key(|socket| (socket.cookie, socket.local, socket.remote));
+    all
 }

@@ -17,7 +17,6 @@ use crate::conntrack::{Entry, TcpState};
 use crate::error::Result;
 use crate::flow::FourTuple;
 use crate::netlink;
-use crate::nftables::Hook;
 
 /// Datagrams read before what they tell is repaired.
 const DRAIN: usize = 4096;
@@ -45,8 +44,6 @@ pub struct Wanted<'a> {
     pub name: &'a str,
     /// NFLOG group.
     pub group: u16,
-    /// [`Hook::Input`] for sockets of this namespace, [`Hook::Forward`] for those behind it.
-    pub hook: Hook,
     /// The local ports of the scope.
     pub ports: &'a HashSet<u16>,
     /// How long a FIN is remembered: until the next sweep has taken note of connections that stay
@@ -123,7 +120,7 @@ impl Events {
     /// # Errors
     /// The source that was named cannot be had.
     pub fn open(wanted: Wanted<'_>) -> Result<Self> {
-        let Wanted { source, name, group, hook: _, ports, memory } = wanted;
+        let Wanted { source, name, group, ports, memory } = wanted;
         let nflog = || Watch::open(name, group, ports, nflog::CLOSING, memory);
         let alone = |error| {
             let what = "no packet log, conntrack events alone: what is dropped behind conntrack is \

@@ -1,5 +1,7 @@
 //! Conversations about sockets.
 
+use std::collections::HashSet;
+
 use super::*;
 
 fn all() -> States {
@@ -196,10 +198,49 @@ fn namespace(sockets: Vec<Socket>) -> SockDiag<Played> {
     }))
 }
 
+fn joined<T: Transport>(mut own: SockDiag<T>, other: SockDiag<T>) -> SockDiag<T> {
+    own.join(7, other, HashSet::new());
+    own
+}
+
+#[test]
+fn a_namespace_that_is_known_to_have_an_address_is_asked_alone() {
+    let here = close_wait(PEER, 1);
+    let mut diag = joined(namespace(Vec::new()), namespace(vec![here]));
+    // A question would be a panic.
+    diag.join(8, namespace_that_is_not_asked(), ["203.0.113.1".parse().unwrap()].into());
+    diag.join(7, namespace(vec![here]), [here.local.addr()].into());
+    assert_eq!(diag.lookup(&[Lookup::from(&here)]).unwrap(), [Some(here)]);
+    assert!(diag.is_of_member(here.local.addr()));
+    diag.leave(7);
+    assert!(!diag.is_of_member(here.local.addr()));
+    assert_eq!(diag.members().collect::<Vec<_>>(), [8]);
+}
+
+fn namespace_that_is_not_asked() -> SockDiag<Played> {
+    SockDiag::new(obliging(|_| panic!("a question")))
+}
+
+/// Of many namespaces only some are listed at one look; the half-closed sockets of the others are
+/// looked up, one by one.
+#[test]
+fn of_many_namespaces_some_are_listed_at_a_time_and_none_is_forgotten() {
+    let mut diag = namespace(Vec::new());
+    let sockets: Vec<_> = (0..100_u16)
+        .map(|number| close_wait(&format!("198.51.100.7:{}", 4000 + number), number.into()))
+        .collect();
+    for (id, socket) in (0..).zip(&sockets) {
+        diag.join(id, namespace(vec![*socket]), HashSet::new());
+    }
+    for _ in 0..5 {
+        assert_eq!(diag.sockets_lately(all()).unwrap(), sockets);
+    }
+}
+
 #[test]
 fn sockets_of_several_namespaces_are_found_in_whichever_has_them() {
     let (here, there) = (close_wait(PEER, 1), close_wait("198.51.100.7:4001", 2));
-    let mut diag = namespace(vec![here]).and(namespace(vec![there]));
+    let mut diag = joined(namespace(vec![here]), namespace(vec![there]));
     let nowhere = lookup(SERVER, "198.51.100.7:4002");
     let lookups = [nowhere, Lookup::from(&there), Lookup::from(&here)];
     assert_eq!(diag.lookup(&lookups).unwrap(), [None, Some(there), Some(here)]);
@@ -211,7 +252,9 @@ fn one_namespace_that_does_not_answer_fails_them_all() {
     let here = close_wait(PEER, 1);
     let silent = || SockDiag::new(script(|_| vec![]));
     let nowhere = lookup(SERVER, "198.51.100.7:4002");
-    for mut diag in [namespace(vec![here]).and(silent()), silent().and(namespace(vec![here]))] {
+    let pairs = [(namespace(vec![here]), silent()), (silent(), namespace(vec![here]))];
+    for (own, other) in pairs {
+        let mut diag = joined(own, other);
         diag.sockets(all()).unwrap_err();
         diag.lookup(&[nowhere]).unwrap_err();
     }

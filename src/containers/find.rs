@@ -1,0 +1,104 @@
+//! Finds the network namespaces that stand behind this one: a device of this one has its other end
+//! in them, as the veth pair of every container has.
+//!
+//! A namespace is known by the processes that are in it, and by the names that `ip netns` and the
+//! container runtimes give it; no runtime is asked.
+
+use std::collections::{BTreeMap, HashSet};
+use std::fs::{self, File};
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+
+use crate::error::Result;
+use crate::host::netns::Namespace;
+use crate::rtnetlink::link::links;
+use crate::rtnetlink::nsid::Numbers;
+
+/// Where `ip netns`, CNI plugins, podman and Docker keep names of namespaces.
+pub const NAMES: [&str; 2] = ["/run/netns", "/run/docker/netns"];
+
+/// Namespaces that are guarded at most: each takes a descriptor, and some 4 KiB.
+const MOST: usize = 4096;
+
+/// What was found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Found {
+    /// The inode of each namespace behind this one, and a path that leads to it.
+    pub behind: BTreeMap<u64, PathBuf>,
+    /// Processes whose namespace could not be read: privileges are missing.
+    pub unread: usize,
+    /// There were more than are guarded.
+    pub too_many: bool,
+}
+
+/// The namespaces behind that of the calling thread.
+///
+/// # Errors
+/// The kernel does not list its devices.
+pub fn behind() -> Result<Found> {
+    let peers: HashSet<i32> = links()?.into_iter().filter_map(|link| link.peer_namespace).collect();
+    let mut found = Found::default();
+    if peers.is_empty() {
+        return Ok(found);
+    }
+    let mut numbers = Numbers::open()?;
+    let mut candidates = named();
+    found.unread = of_processes(&mut candidates);
+    if let Some((_, own)) = Namespace::Own.identity() {
+        candidates.remove(&own);
+    }
+    for (id, path) in candidates {
+        let number = File::open(&path).ok().and_then(|file| numbers.of(file.as_fd()).ok()?);
+        if number.is_none_or(|number| !peers.contains(&number)) {
+            continue;
+        }
+        if found.behind.len() == MOST {
+            found.too_many = true;
+            break;
+        }
+        found.behind.insert(id, path);
+    }
+    Ok(found)
+}
+
+/// Namespaces by the names that others have given them.
+fn named() -> BTreeMap<u64, PathBuf> {
+    let files = NAMES.iter().filter_map(|folder| fs::read_dir(folder).ok()).flatten().flatten();
+    let namespace = |path: PathBuf| {
+        let named = Namespace::Named(path.to_str()?.to_owned());
+        Some((named.identity()?.1, path))
+    };
+    files.filter_map(|file| namespace(file.path())).collect()
+}
+
+/// Adds the namespaces of all processes; returns of how many it could not be read.
+fn of_processes(all: &mut BTreeMap<u64, PathBuf>) -> usize {
+    let Ok(processes) = fs::read_dir("/proc") else { return 0 };
+    let mut unread = 0;
+    for process in processes.flatten() {
+        let name = process.file_name();
+        if !name.to_str().is_some_and(|name| name.bytes().all(|byte| byte.is_ascii_digit())) {
+            continue;
+        }
+        let path = process.path().join("ns/net");
+        match inode(&path) {
+            Ok(Some(id)) => drop(all.entry(id).or_insert(path)),
+            Ok(None) => {}
+            Err(()) => unread += 1,
+        }
+    }
+    unread
+}
+
+/// The inode that the link of a process names. A process that has just ended has none; one that may
+/// not be looked into is an error.
+fn inode(path: &Path) -> std::result::Result<Option<u64>, ()> {
+    match fs::read_link(path) {
+        Ok(link) => {
+            let number = |text: &str| text.strip_prefix("net:[")?.strip_suffix(']')?.parse().ok();
+            Ok(link.to_str().and_then(number))
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => Err(()),
+        Err(_) => Ok(None),
+    }
+}

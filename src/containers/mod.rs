@@ -1,0 +1,56 @@
+//! Other network namespaces whose connections pass through the conntrack table of this one: those of
+//! containers and pods, and those that the administrator names.
+//!
+//! [`find`] finds them, a [`Member`] is one whose sockets are asked about beside this one's.
+
+pub mod find;
+
+use std::collections::HashSet;
+use std::net::IpAddr;
+
+use nix::ifaddrs::getifaddrs;
+
+use crate::error::{Op, Result};
+use crate::host::netns::Namespace;
+use crate::sockdiag::SockDiag;
+
+/// A namespace whose sockets are asked about. It stays alive as long as this.
+#[derive(Debug)]
+pub struct Member {
+    /// The inode of the namespace.
+    pub id: u64,
+    /// Its sockets.
+    pub sockets: SockDiag,
+    /// The addresses that it had when it was opened.
+    pub addresses: HashSet<IpAddr>,
+}
+
+impl Member {
+    /// Opens what asks about the sockets of the namespace with the inode `id`.
+    ///
+    /// # Errors
+    /// It is gone, or another one has its name, or it may not be entered.
+    pub fn open(namespace: &Namespace, id: u64) -> Result<Self> {
+        namespace.run(|| {
+            if Namespace::Own.identity().map(|(_, inode)| inode) != Some(id) {
+                return Err(Op::new("enter network namespace").malformed("it has changed"));
+            }
+            Ok(Self { id, sockets: SockDiag::open()?, addresses: addresses()? })
+        })
+    }
+}
+
+/// The addresses of the interfaces of the calling thread's namespace, but for loopback's, which all
+/// namespaces have.
+fn addresses() -> Result<HashSet<IpAddr>> {
+    let op = Op::new("list of addresses");
+    let all = getifaddrs().map_err(|errno| op.io(errno.into()))?;
+    let addr = |storage: nix::sys::socket::SockaddrStorage| {
+        let v4 = storage.as_sockaddr_in().map(|addr| IpAddr::V4(addr.ip()));
+        v4.or_else(|| storage.as_sockaddr_in6().map(|addr| IpAddr::V6(addr.ip())))
+    };
+    Ok(all
+        .filter_map(|one| one.address.and_then(addr))
+        .filter(|addr| !addr.is_loopback())
+        .collect())
+}

@@ -1,0 +1,143 @@
+//! The conversation with the kernel about the sockets of one network namespace.
+
+use std::collections::BTreeSet;
+
+use nix::errno::Errno;
+
+use super::{Lookup, Opener, Socket, State, States, decode, request};
+use crate::error::{Cause, Error, Op, Result};
+use crate::netlink::{Connection, Transport};
+
+/// Devices that absent connections are asked for with, one by one: some VRFs or VLANs, as a rule
+/// none. Beyond them the newest are kept.
+const BOUND: usize = 64;
+
+/// The sockets of one network namespace.
+#[derive(Debug)]
+pub(super) struct Sockets<T> {
+    connection: Connection<T>,
+    /// Devices that sockets of its dumps were bound to.
+    bound: BTreeSet<u32>,
+}
+
+impl<T: Transport> Sockets<T> {
+    pub(super) fn new(transport: T) -> Self {
+        Self { connection: Connection::new(transport), bound: BTreeSet::new() }
+    }
+
+    /// Gives back the room for answers.
+    pub(super) fn rest(&mut self) {
+        self.connection.rest();
+    }
+
+    /// All sockets in these states; some perhaps twice.
+    pub(super) fn dump(&mut self, states: States) -> Result<Vec<Socket>> {
+        let request = request::dump(states);
+        let all = self.connection.dump(&request, |all: &mut Vec<Socket>, frame| {
+            all.extend(decode::socket(frame).map_err(|error| request.op.malformed(error))?);
+            Ok(())
+        });
+        let all = all.map_err(|error| match error.errno() {
+            // Without tcp_diag, and without inet_diag below it.
+            Some(Errno::ENOENT | Errno::EOPNOTSUPP) => module_missing(request.op),
+            _ => error,
+        })?;
+        let bound = &mut self.bound;
+        bound.extend(all.iter().map(|socket| socket.interface).filter(|bound| *bound != 0));
+        while bound.len() > BOUND {
+            bound.pop_first();
+        }
+        Ok(all)
+    }
+
+    /// Looks up those of these connections that have not been found yet.
+    pub(super) fn look_up(
+        &mut self,
+        lookups: &[Lookup],
+        found: &mut [Option<Socket>],
+    ) -> Result<()> {
+        let Self { connection, bound } = self;
+        look_up_missing(connection, lookups, found, |lookup| Some(*lookup))?;
+        for device in bound.iter() {
+            let by_it = |lookup: &Lookup| Lookup { interface: *device, ..*lookup };
+            look_up_missing(connection, lookups, found, |lookup| {
+                (lookup.interface != *device).then(|| by_it(lookup))
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Finds out who has opened those of these connections of which it is not known yet.
+    pub(super) fn openers(
+        &mut self,
+        lookups: &[Lookup],
+        openers: &mut [Option<Opener>],
+    ) -> Result<()> {
+        let requests: Vec<_> = lookups.iter().map(request::info).collect();
+        let outcomes = self.connection.look_up(&requests, |index, frame| {
+            let op = requests.get(index).map_or(Op::new("socket look-up"), |r| r.op);
+            let opener = decode::opener(frame).map_err(|error| op.malformed(error))?;
+            if let (Some(asked), Some(slot)) = (lookups.get(index), openers.get_mut(index)) {
+                *slot = slot.or(opener.filter(|(flow, _)| *flow == asked.flow).map(|it| it.1));
+            }
+            Ok(())
+        })?;
+        let mut refused = outcomes.into_iter().filter_map(|outcome| outcome.err());
+        refused.find(|error| !error.is_absent()).map_or(Ok(()), Err)
+    }
+}
+
+/// Asks for what is not found yet, by what `ask` makes of it.
+fn look_up_missing<T: Transport>(
+    connection: &mut Connection<T>,
+    lookups: &[Lookup],
+    found: &mut [Option<Socket>],
+    ask: impl Fn(&Lookup) -> Option<Lookup>,
+) -> Result<()> {
+    let missing = found.iter_mut().zip(lookups).filter(|(socket, _)| socket.is_none());
+    let asked = missing.filter_map(|(slot, lookup)| Some((slot, ask(lookup)?)));
+    let (slots, asked): (Vec<_>, Vec<_>) = asked.unzip();
+    for (slot, socket) in slots.into_iter().zip(lookup_in(connection, &asked)?) {
+        *slot = socket;
+    }
+    Ok(())
+}
+
+/// The sockets of these connections in one namespace.
+fn lookup_in<T: Transport>(
+    connection: &mut Connection<T>,
+    lookups: &[Lookup],
+) -> Result<Vec<Option<Socket>>> {
+    let requests: Vec<_> = lookups.iter().map(request::lookup).collect();
+    // The outer `None`: not answered yet.
+    let mut answers: Vec<Option<Option<Socket>>> = vec![None; lookups.len()];
+    let outcomes = connection.look_up(&requests, |index, frame| {
+        let op = requests.get(index).map_or(Op::new("socket look-up"), |r| r.op);
+        let socket = decode::socket(frame).map_err(|error| op.malformed(error))?;
+        if let (Some(asked), Some(answer)) = (lookups.get(index), answers.get_mut(index)) {
+            *answer = Some(
+                socket
+                    .filter(|socket| socket.state != State::Listen && socket.flow() == asked.flow),
+            );
+        }
+        Ok(())
+    })?;
+    outcomes
+        .into_iter()
+        .zip(answers)
+        .zip(&requests)
+        .map(|((outcome, answer), request)| match (outcome, answer) {
+            (Ok(()), Some(socket)) => Ok(socket),
+            (Ok(()), None) => Err(request.op.malformed("acknowledged without a socket")),
+            (Err(error), _) if error.is_absent() => Ok(None),
+            (Err(error), _) => Err(error),
+        })
+        .collect()
+}
+
+fn module_missing(op: Op) -> Error {
+    op.failed(Cause::Unavailable(format!(
+        "the kernel has no TCP socket diagnosis ({:?}); load it: modprobe tcp_diag",
+        Errno::ENOENT
+    )))
+}

@@ -1,0 +1,101 @@
+//! Containers made by hand behind the lab's server: a veth pair each, a port published by DNAT, and a
+//! limit for what is forwarded.
+
+#![allow(dead_code, unreachable_pub, reason = "each test program uses a part of it")]
+
+use std::time::Duration;
+
+use super::lab::{Lab, Namespace, Peer, RawConn, Server, wait_for};
+
+/// Connections from one address that the limit lets in.
+pub const LIMIT: usize = 3;
+/// Where the server of each listens, behind its published port.
+pub const INSIDE: u16 = 8080;
+
+const SOON: Duration = Duration::from_secs(10);
+
+/// A container with a server.
+pub struct Guest {
+    pub namespace: Namespace,
+    pub server: Server,
+    /// The port of the host that leads to it.
+    pub port: u16,
+    pub address: String,
+}
+
+/// Puts the limit for all guests in force.
+pub fn limit(lab: &Lab) {
+    lab.server.sysctl("net/ipv4/ip_forward", "1");
+    lab.server.run(&format!(
+        "iptables -A FORWARD -p tcp --syn --dport {INSIDE} -m connlimit --connlimit-above {LIMIT} \
+         --connlimit-mask 32 -j DROP"
+    ));
+}
+
+impl Guest {
+    /// Number `number` of this lab, at most 250; its port is published.
+    pub fn start(lab: &Lab, number: u16) -> Self {
+        let guest = Self::start_again(lab, number);
+        lab.server.run(&format!(
+            "iptables -t nat -A PREROUTING -d 192.0.2.1 -p tcp --dport {} -j DNAT \
+             --to-destination {}:{INSIDE}",
+            guest.port, guest.address
+        ));
+        guest
+    }
+
+    /// The same after its end, at the same address, whose port is published still.
+    pub fn start_again(lab: &Lab, number: u16) -> Self {
+        let namespace = Namespace::new().expect("namespace of a guest");
+        lab.server.feed(
+            "ip -batch -",
+            &format!(
+                "link add guest{number} type veth peer name eth0 netns {}\n\
+                 link set guest{number} addrgenmode none\n\
+                 link set guest{number} up\n\
+                 addr add 10.1.{number}.1/24 dev guest{number}\n",
+                namespace.path()
+            ),
+        );
+        namespace.feed(
+            "ip -batch -",
+            &format!(
+                "link set lo up\n\
+                 link set eth0 addrgenmode none\n\
+                 link set eth0 up\n\
+                 addr add 10.1.{number}.2/24 dev eth0\n\
+                 route add default via 10.1.{number}.1\n"
+            ),
+        );
+        let server = Server::start(&namespace, &format!("0.0.0.0:{INSIDE}"));
+        let address = format!("10.1.{number}.2");
+        Self { namespace, server, port: 8000 + number, address }
+    }
+
+    /// Fills the limit of one address and half-closes what it holds.
+    pub fn half_closed(&self, peer: &Peer) -> Vec<RawConn> {
+        let mut conns = peer.hold(self.port, LIMIT);
+        conns.iter_mut().for_each(RawConn::fin);
+        wait_for("ACKs of the FINs", SOON, || conns.iter_mut().all(RawConn::await_ack));
+        conns
+    }
+
+    /// How many more are let in after stale RSTs; with ctkeep once it has had its say.
+    pub fn gain(&self, lab: &Lab, peer: &Peer, with_ctkeep: bool) -> usize {
+        let conns = self.half_closed(peer);
+        conns.iter().for_each(RawConn::stale_rst);
+        if with_ctkeep {
+            wait_for("repair", SOON, || conns.iter().all(|conn| is_counted(lab, conn)));
+        } else {
+            wait_for("closed entries", SOON, || conns.iter().all(|conn| !is_counted(lab, conn)));
+        }
+        peer.admitted(self.port, LIMIT + 2)
+    }
+}
+
+/// Whether the entry is one that a limit counts for its client.
+pub fn is_counted(lab: &Lab, conn: &RawConn) -> bool {
+    let all = lab.entries();
+    let entry = all.iter().find(|entry| entry.orig == (conn.client, conn.server));
+    entry.is_some_and(|entry| entry.state != "CLOSE" && entry.state != "TIME_WAIT")
+}

@@ -1,0 +1,102 @@
+//! Connections of other namespaces in the conntrack table of this one: containers made by hand.
+
+#[path = "lab/guests.rs"]
+mod guests;
+mod lab;
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::time::Duration;
+
+use guests::{Guest, LIMIT};
+use lab::{Lab, RawConn, wait_for};
+use nix::sys::signal::Signal;
+
+const CTKEEP: &str = env!("CARGO_BIN_EXE_ctkeep");
+const SOON: Duration = Duration::from_secs(15);
+const CLIENT: &str = "198.51.100.7";
+
+/// How many more get in at the own server, whose limit is full, after stale RSTs.
+fn gain_at_home(lab: &Lab, source: &str, with_ctkeep: bool) -> usize {
+    let peer = lab.peer(source);
+    let mut conns = peer.hold(80, LIMIT);
+    conns.iter_mut().for_each(RawConn::fin);
+    wait_for("ACKs of the FINs", SOON, || conns.iter_mut().all(RawConn::await_ack));
+    conns.iter().for_each(RawConn::stale_rst);
+    wait_for("what comes of them", SOON, || {
+        conns.iter().all(|conn| guests::is_counted(lab, conn) == with_ctkeep)
+    });
+    peer.admitted(80, LIMIT + 2)
+}
+
+#[test]
+fn the_own_namespace_is_guarded_beside_one_that_is_named() {
+    let Some(lab) = Lab::new() else { return };
+    guests::limit(&lab);
+    lab.connlimit(80, 3);
+    let _server = lab.serve("[::]:80");
+    let guest = Guest::start(&lab, 1);
+    assert_eq!(guest.gain(&lab, &lab.peer(CLIENT), false), LIMIT, "the control");
+    assert_eq!(gain_at_home(&lab, CLIENT, false), LIMIT, "the control");
+
+    let path = guest.namespace.path();
+    let daemon = lab.daemon(CTKEEP, &["--netns", &path]);
+    assert_eq!(guest.gain(&lab, &lab.peer("198.51.100.8"), true), 0, "{}", daemon.log());
+    assert_eq!(gain_at_home(&lab, "198.51.100.8", true), 0, "{}", daemon.log());
+}
+
+#[test]
+fn a_name_without_a_namespace_costs_itself_alone_and_is_waited_for() {
+    let Some(lab) = Lab::new() else { return };
+    guests::limit(&lab);
+    let (first, second) = (Guest::start(&lab, 1), Guest::start(&lab, 2));
+    let folder = tempfile::tempdir().unwrap();
+    let name = folder.path().join("late");
+    let (path, late) = (first.namespace.path(), name.to_str().unwrap());
+    let daemon = lab.daemon(CTKEEP, &["--netns", late, "--netns", &path]);
+    assert!(daemon.logged("no such namespace, waiting for it"), "{}", daemon.log());
+    assert_eq!(first.gain(&lab, &lab.peer(CLIENT), true), 0, "{}", daemon.log());
+    symlink(second.namespace.path(), &name).unwrap();
+    assert_eq!(second.gain(&lab, &lab.peer("198.51.100.8"), true), 0, "{}", daemon.log());
+}
+
+#[test]
+fn two_names_of_one_namespace_are_one() {
+    let Some(lab) = Lab::new() else { return };
+    guests::limit(&lab);
+    let guest = Guest::start(&lab, 1);
+    let folder = tempfile::tempdir().unwrap();
+    let (again, own) = (folder.path().join("again"), folder.path().join("own"));
+    symlink(guest.namespace.path(), &again).unwrap();
+    symlink(lab.server.path(), &own).unwrap();
+    let path = guest.namespace.path();
+    let args =
+        ["--netns", &path, "--netns", again.to_str().unwrap(), "--netns", own.to_str().unwrap()];
+    let daemon = lab.daemon(CTKEEP, &args);
+    wait_for("both", SOON, || daemon.log().matches("guarded already").count() == 2);
+    assert_eq!(guest.gain(&lab, &lab.peer(CLIENT), true), 0, "{}", daemon.log());
+    let (status, log) = daemon.term();
+    assert!(status.success(), "{log}");
+    assert!(!log.contains("another ctkeep"), "{log}");
+    assert_eq!(log.matches(" ready ").count(), 2, "{log}");
+}
+
+#[test]
+fn a_reload_takes_other_names_up() {
+    let Some(lab) = Lab::new() else { return };
+    guests::limit(&lab);
+    let (first, second) = (Guest::start(&lab, 1), Guest::start(&lab, 2));
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("ctkeep.toml");
+    let write = |guest: &Guest| {
+        fs::write(&file, format!("netns = [\"{}\"]\n", guest.namespace.path())).unwrap();
+    };
+    write(&first);
+    let daemon = lab.daemon(CTKEEP, &["--config", file.to_str().unwrap()]);
+    assert_eq!(first.gain(&lab, &lab.peer(CLIENT), true), 0, "{}", daemon.log());
+    write(&second);
+    daemon.signal(Signal::SIGHUP);
+    wait_for("the reload", SOON, || daemon.logged("configuration reloaded"));
+    assert_eq!(second.gain(&lab, &lab.peer("198.51.100.8"), true), 0, "{}", daemon.log());
+    assert_eq!(first.gain(&lab, &lab.peer("198.51.100.9"), false), LIMIT, "{}", daemon.log());
+}
