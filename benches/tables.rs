@@ -6,6 +6,7 @@ mod report;
 mod traffic;
 
 use std::cell::{Cell, RefCell};
+use std::collections::HashSet;
 use std::io;
 use std::net::Ipv4Addr;
 use std::process::{Command, Stdio};
@@ -16,15 +17,14 @@ use ctkeep::Op;
 use ctkeep::conntrack::{Change, Conntrack, Entry, Filter, Insert, Status, TcpState, Zone};
 use ctkeep::flow::{AF_INET, Endpoint, FourTuple};
 use ctkeep::netlink::{KernelSocket, Transport};
-use ctkeep::reconcile::apply::{Outcome, apply};
-use ctkeep::reconcile::confirm::confirm;
-use ctkeep::reconcile::ledger::Ledger;
+use ctkeep::reconcile::keeper::{Acted, Depth, Keeper, Recounting, Settings, Trigger, Witness};
 use ctkeep::reconcile::observe::Tables;
-use ctkeep::reconcile::plan::plan;
+use ctkeep::reconcile::plan::Action;
 use ctkeep::reconcile::policy::{Policy, Scope};
+use ctkeep::reconcile::pressure::Defence;
 use ctkeep::reconcile::snapshot::Kept;
 use ctkeep::recount::{Mode, Recounter};
-use ctkeep::sockdiag::{SockDiag, State, States};
+use ctkeep::sockdiag::{Lookup, SockDiag, Socket, State, States};
 use netlink_sys::protocols::{NETLINK_NETFILTER, NETLINK_SOCK_DIAG};
 
 use lab::{Lab, SERVER_V4};
@@ -114,27 +114,54 @@ fn header(bytes: &[u8]) -> Option<(usize, u16)> {
     Some((usize::try_from(length).ok()?.max(16), flags))
 }
 
+/// Counts what the keeper has done.
+#[derive(Default)]
+struct Deeds {
+    whole: usize,
+    incomplete: usize,
+}
+
+impl Witness for Deeds {
+    fn seen(&mut self, _ports: &HashSet<u16>, _half_closed: Option<&[Socket]>) {}
+
+    fn acted(&mut self, acted: Acted) {
+        for outcome in &acted.outcomes {
+            // The kernel may have picked a connection up anew: that one is turned, not revived, and
+            // not sealed.
+            let is_whole = outcome.result.is_ok() && matches!(outcome.recount, Some(Ok(_)));
+            *(if is_whole { &mut self.whole } else { &mut self.incomplete }) += 1;
+        }
+    }
+
+    fn planned(&mut self, _actions: &[Action], _trigger: Trigger) {}
+}
+
 struct Bench {
-    tables: Tables<Counting>,
+    keeper: Keeper<Counting>,
     entries: Rc<Sent>,
     sockets: Rc<Sent>,
-    policy: Policy,
-    scope: Scope,
-    ledger: Ledger,
 }
 
 impl Bench {
     fn open() -> Self {
         let (conntrack, entries) = Counting::open(NETLINK_NETFILTER);
         let (diag, sockets) = Counting::open(NETLINK_SOCK_DIAG);
-        let mut tables = Tables {
+        let tables = Tables {
             conntrack: Conntrack::new(conntrack),
             sockets: SockDiag::new(diag),
             homes: Vec::new(),
         };
-        let policy = Policy::default();
-        let scope = tables.scope(&policy).expect("scope");
-        Self { tables, entries, sockets, policy, scope, ledger: Ledger::default() }
+        let settings = Settings {
+            policy: Policy::default(),
+            sweep_interval: Duration::from_secs(1),
+            deep_interval: Duration::from_secs(30),
+            dry_run: false,
+        };
+        let now = Instant::now();
+        let recounter = Recounter::open(Mode::Auto, "ctbench0", now).expect("recount");
+        let recounting = Recounting::by(recounter);
+        let keeper = Keeper::new(tables, recounting, settings, Defence::Auto, now, || 0);
+        Self { keeper: keeper.expect("keeper"), entries, sockets }
     }
 
     /// Inserts entries of connections that do not end here.
@@ -161,7 +188,7 @@ impl Bench {
     }
 
     fn change(&mut self, changes: &[Change]) {
-        for result in self.tables.conntrack.change(changes).expect("changes") {
+        for result in self.keeper.tables.conntrack.change(changes).expect("changes") {
             result.expect("change");
         }
     }
@@ -173,7 +200,7 @@ impl Bench {
 
     /// Sets the state of all guarded entries.
     fn set(&mut self, state: TcpState) {
-        let found = self.half_closed();
+        let found = self.guarded();
         let timeout = Duration::from_secs(600);
         let changes: Vec<_> = found
             .iter()
@@ -183,54 +210,71 @@ impl Bench {
         self.change(&changes);
     }
 
-    fn half_closed(&mut self) -> Vec<Entry> {
-        let snapshot = self.tables.half_closed(&self.scope, &self.policy, &self.ledger);
-        snapshot.expect("sweep").views.iter().filter_map(|view| view.entry).collect()
+    /// The entries of the guarded sockets.
+    fn guarded(&mut self) -> Vec<Entry> {
+        let (tables, scope, policy, ledger) = self.keeper.parts();
+        let sockets = tables.half_closed(scope, policy, ledger).expect("sockets");
+        let lookups: Vec<_> = sockets.iter().map(Lookup::from).collect();
+        let snapshot = tables.exactly(&lookups, ledger).expect("look-ups");
+        snapshot.views.iter().filter_map(|view| view.entry).collect()
     }
 
-    /// As the daemon sweeps, with nothing to do.
+    /// As the daemon sweeps, with nothing to do: by looks where something can have changed, and at
+    /// everything that is watched, as without events.
     fn sweep(&mut self) {
-        let mut times = Vec::new();
-        let (mut joins, mut busy) = (Vec::new(), Vec::new());
-        let before = self.counts();
-        for _ in 0..SWEEPS {
-            let (begun, used) = (Instant::now(), report::cpu());
-            let snapshot =
-                self.tables.half_closed(&self.scope, &self.policy, &self.ledger).expect("sweep");
-            let planned = plan(&snapshot, &self.scope, &self.policy, &self.ledger);
-            times.push(report::ms(begun.elapsed()));
-            busy.push(report::ms(report::cpu() - used));
-            assert_eq!(snapshot.views.len(), GUARDED, "guarded sockets");
-            assert!(planned.actions.is_empty(), "{} actions", planned.actions.len());
-        }
-        let after = self.counts();
+        let mut deeds = Deeds::default();
+        self.keeper.sweep(Depth::Deep, Instant::now(), &mut deeds).expect("deep sweep");
+        let mut joins = Vec::new();
         for _ in 0..SWEEPS / 10 {
             let begun = Instant::now();
             let states = States::from_iter([State::CloseWait]);
             let all = Scope { ports: [80, 443, 8_080].into() };
-            let snapshot = self.tables.whole(&all, &self.policy, states).expect("join");
+            let policy = self.keeper.settings().policy.clone();
+            let snapshot = self.keeper.tables.whole(&all, &policy, states).expect("join");
             joins.push(report::ms(begun.elapsed()));
             assert_eq!(snapshot.views.len(), TABLE, "connections");
         }
+        let join = report::median(&joins);
         report::heading("Sweep: 5 000 guarded sockets, table of 180 000, nothing to do");
-        let (median, join) = (report::median(&times), report::median(&joins));
-        report::figure_beside(
-            "sweep (ratio: to a join of both whole tables)",
-            median,
-            "ms",
-            median / join,
-            Target::AtMost(25.0),
-        );
-        report::figure("sweep, CPU time", report::median(&busy), "ms", Target::AtMost(25.0));
-        report::figure("sweep, per 1 000 guarded sockets", median / 5.0, "ms", Target::None);
-        report::figure("join of both whole tables", join, "ms", Target::None);
-        let names = ["conntrack dumps", "conntrack messages", "conntrack sends", "socket dumps"];
-        for ((name, before), after) in names.iter().zip(before).zip(after) {
-            let target =
-                if *name == "conntrack dumps" { Target::AtMost(0.0) } else { Target::None };
-            let each = f64::from(u32::try_from((after - before) / SWEEPS).expect("a small number"));
-            report::figure(&format!("{name} in a sweep"), each, "", target);
+        for (name, unseen, most) in
+            [("sweep", Duration::MAX, 2.5), ("sweep without events", Duration::ZERO, 50.0)]
+        {
+            self.keeper.rely_on_events(unseen);
+            self.keeper.suspect_all();
+            self.keeper.sweep(Depth::Shallow, Instant::now(), &mut deeds).expect("sweep");
+            let (mut times, mut busy) = (Vec::new(), Vec::new());
+            let before = self.counts();
+            for _ in 0..SWEEPS {
+                let (begun, used) = (Instant::now(), report::cpu());
+                self.keeper.sweep(Depth::Shallow, begun, &mut deeds).expect("sweep");
+                times.push(report::ms(begun.elapsed()));
+                busy.push(report::ms(report::cpu() - used));
+            }
+            assert_eq!(deeds.whole + deeds.incomplete, 0, "repairs");
+            let after = self.counts();
+            let median = report::median(&times);
+            report::figure_beside(
+                &format!("{name} (ratio: to a join of both whole tables)"),
+                median,
+                "ms",
+                median / join,
+                Target::AtMost(most),
+            );
+            let cpu = report::median(&busy);
+            report::figure(&format!("{name}, CPU time"), cpu, "ms", Target::AtMost(most));
+            let each = format!("{name}, per 1 000 guarded sockets");
+            report::figure(&each, median / 5.0, "ms", Target::None);
+            let names =
+                ["conntrack dumps", "conntrack messages", "conntrack sends", "socket dumps"];
+            for ((what, before), after) in names.iter().zip(before).zip(after) {
+                let target =
+                    if *what == "conntrack dumps" { Target::AtMost(0.0) } else { Target::None };
+                let each =
+                    f64::from(u32::try_from((after - before) / SWEEPS).expect("a small number"));
+                report::figure(&format!("  {what}"), each, "", target);
+            }
         }
+        report::figure("join of both whole tables", join, "ms", Target::None);
     }
 
     fn counts(&self) -> [usize; 4] {
@@ -240,47 +284,22 @@ impl Bench {
 
     /// All entries closed at once, as by stale RSTs; found, revived, recounted and sealed.
     fn repair(&mut self, lab: &Lab) {
-        let mut recounter =
-            Recounter::open(Mode::Auto, "ctbench0", Instant::now()).expect("recount");
-        let (mut rates, mut sweeps, mut updates) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut rates, mut updates) = (Vec::new(), Vec::new());
         let (mut busy, mut incomplete) = (Vec::new(), 0);
         for round in 0..REPAIRS {
             self.set(TcpState::Close);
-            let begun = Instant::now();
-            let snapshot =
-                self.tables.half_closed(&self.scope, &self.policy, &self.ledger).expect("sweep");
-            let planned = plan(&snapshot, &self.scope, &self.policy, &self.ledger);
-            let (found, used) = (Instant::now(), report::cpu());
-            let confirmed = confirm(
-                &mut self.tables,
-                &planned,
-                &snapshot.evidence,
-                &self.scope,
-                &self.policy,
-                &self.ledger,
-            )
-            .expect("confirmation");
-            let outcomes = apply(
-                &mut self.tables,
-                &mut recounter,
-                &confirmed,
-                &self.policy,
-                &mut self.ledger,
-                found,
-            )
-            .expect("repair");
-            rates.push(report::rate(GUARDED, found.elapsed()));
+            let mut deeds = Deeds::default();
+            self.keeper.suspect_all();
+            let (begun, used) = (Instant::now(), report::cpu());
+            self.keeper.sweep(Depth::Shallow, begun, &mut deeds).expect("sweep");
+            rates.push(report::rate(GUARDED, begun.elapsed()));
             busy.push(report::rate(GUARDED, report::cpu() - used));
-            sweeps.push(report::rate(GUARDED, begun.elapsed()));
-            // The kernel may have picked a connection up anew: that one is turned, not revived, and
-            // not sealed.
-            let is_whole = |o: &&Outcome| o.result.is_ok() && matches!(o.recount, Some(Ok(_)));
-            incomplete += GUARDED - outcomes.iter().filter(is_whole).count();
+            incomplete += GUARDED - deeds.whole;
             if round < UPDATES {
-                updates.push(update_by_tool(lab, outcomes.first().map(|o| o.action.template)));
+                updates.push(update_by_tool(lab, self.guarded().first().copied()));
             }
         }
-        let counted = self.half_closed();
+        let counted = self.guarded();
         let counted =
             counted.iter().filter(|entry| entry.state().is_some_and(TcpState::is_counted));
         assert_eq!(counted.count(), GUARDED, "counted entries");
@@ -288,18 +307,16 @@ impl Bench {
         let tool = report::median(&updates);
         let repair = report::median(&rates);
         report::figure_beside(
-            "confirm, revive, recount, seal (ratio: to conntrack -U)",
+            "find, confirm, revive, recount, seal (ratio: to conntrack -U)",
             repair,
             "/s",
             repair / tool,
             Target::AtLeast(20_000.0),
         );
-        let sweep = report::median(&sweeps);
         let busy = report::median(&busy);
         report::figure("the same, by a second of CPU time", busy, "/s", Target::None);
         let incomplete = f64::from(u32::try_from(incomplete).expect("a small number"));
         report::figure("incomplete repairs in all rounds", incomplete, "", Target::AtMost(0.0));
-        report::figure("the same with finding them", sweep, "/s", Target::None);
         report::figure("conntrack -U, one after another", tool, "/s", Target::None);
     }
 
@@ -310,6 +327,7 @@ impl Bench {
             (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         let (mut raw_busy, mut busy) = (Vec::new(), Vec::new());
         let (mut kept, mut kept_busy) = (Vec::new(), Vec::new());
+        let policy = self.keeper.settings().policy.clone();
         self.read(|entry| *entry);
         let request = self.entries.last.borrow().clone();
         for _ in 0..DUMPS {
@@ -326,7 +344,7 @@ impl Bench {
             kept_busy.push(report::ms(report::cpu() - used));
             let begun = Instant::now();
             let states = States::from_iter([State::CloseWait, State::Established]);
-            let snapshot = self.tables.whole(&all, &self.policy, states).expect("join");
+            let snapshot = self.keeper.tables.whole(&all, &policy, states).expect("join");
             joined.push(report::ms(begun.elapsed()));
             assert_eq!(snapshot.views.len(), WHOLE_TABLE, "connections");
             tool.push(list_by_tool(lab));
@@ -373,6 +391,7 @@ impl Bench {
     /// Reads all into memory, as whole entries or as [`Tables::whole`] keeps them.
     fn read<E>(&mut self, keep: impl Fn(&Entry) -> E) -> usize {
         let all: Vec<E> = self
+            .keeper
             .tables
             .conntrack
             .entries(AF_INET, Filter::Tcp, |all: &mut Vec<_>, entry| all.push(keep(entry)))

@@ -303,7 +303,7 @@ struct World {
 struct Repairs(Vec<Outcome>);
 
 impl Witness for Repairs {
-    fn seen(&mut self, _ports: &HashSet<u16>, _half_closed: HashSet<FourTuple>) {}
+    fn seen(&mut self, _ports: &HashSet<u16>, _half_closed: Option<&[Socket]>) {}
 
     fn acted(&mut self, acted: Acted) {
         self.0.extend(acted.outcomes);

@@ -119,7 +119,7 @@ struct Deeds {
 }
 
 impl Witness for Deeds {
-    fn seen(&mut self, _ports: &HashSet<u16>, _half_closed: HashSet<FourTuple>) {}
+    fn seen(&mut self, _ports: &HashSet<u16>, _half_closed: Option<&[Socket]>) {}
 
     fn acted(&mut self, acted: Acted) {
         for outcome in acted.outcomes.iter().filter(|outcome| outcome.result.is_ok()) {

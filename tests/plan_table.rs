@@ -17,6 +17,7 @@ use ctkeep::reconcile::apply::apply;
 use ctkeep::reconcile::confirm::{Confirmed, confirm};
 use ctkeep::reconcile::evidence::Evidence;
 use ctkeep::reconcile::ledger::{Idle, Ledger};
+use ctkeep::reconcile::observe::Tables;
 use ctkeep::reconcile::plan::{
     Action, ActionKind, Cell, Plan, Reason, Rest, Verdict, decide, plan,
 };
@@ -25,7 +26,7 @@ use ctkeep::reconcile::snapshot::{Direction, Snapshot, View};
 use ctkeep::recount::Recounter;
 use ctkeep::sockdiag::{Cookie, Socket, State, States};
 use played::host::Host;
-use played::{entry, flow, outgoing_entry, reversed_entry, socket};
+use played::{Played, entry, flow, outgoing_entry, reversed_entry, socket};
 
 /// What is done for each cell. Words: `-` is "whatever"; `open` is any of the eleven states,
 /// `half-open` any of them but established, `half-closed` neither that nor syn-recv, `both-fins`
@@ -668,7 +669,14 @@ mod observation {
 
     fn half_closed(host: Host, ledger: &Ledger) -> Snapshot {
         let (_, mut tables) = host.open();
-        tables.half_closed(&scope(), &policy(), ledger).unwrap()
+        look_at_half_closed(&mut tables, ledger)
+    }
+
+    /// What a sweep looks at that has seen nothing before.
+    fn look_at_half_closed(tables: &mut Tables<Played>, ledger: &Ledger) -> Snapshot {
+        let sockets = tables.half_closed(&scope(), &policy(), ledger).unwrap();
+        let lookups = ledger.clone().compare(&sockets);
+        tables.exactly(&lookups, ledger).unwrap().into_snapshot()
     }
 
     #[test]
@@ -746,7 +754,7 @@ mod observation {
             ..Host::default()
         };
         let (host, mut tables) = host.open();
-        let snapshot = tables.half_closed(&scope(), &policy(), &Ledger::default()).unwrap();
+        let snapshot = look_at_half_closed(&mut tables, &Ledger::default());
         assert_eq!(views(&snapshot), [view(Some(close_wait(1)), Some(alive))]);
         assert_eq!(host.borrow().walks, 0);
     }
@@ -756,6 +764,7 @@ mod observation {
         let alive = entry(server_to_peer(), TcpState::CloseWait, 60);
         let mut ledger = Ledger::default();
         ledger.hold(close_wait(1), alive, Instant::now());
+        ledger.look_at(&close_wait(1), Instant::now());
         let last_ack = Socket { state: State::LastAck, ..close_wait(1) };
         for (sockets, skipped, found) in [
             // Skipped by the dump, in another state by now, gone.
@@ -824,7 +833,7 @@ mod confirmation {
 
     #[test]
     fn an_empty_plan_asks_nothing() {
-        let mut tables = ctkeep::reconcile::observe::Tables {
+        let mut tables = Tables {
             conntrack: ctkeep::conntrack::Conntrack::new(played::script(|_| panic!("a send"))),
             sockets: ctkeep::sockdiag::SockDiag::new(played::script(|_| panic!("a send"))),
             homes: Vec::new(),
@@ -962,7 +971,7 @@ mod confirmation {
         for silent in [true, false] {
             let quiet = || played::script(|_| vec![]);
             let absent = || played::obliging(|_| Err(played::ENOENT));
-            let mut tables = ctkeep::reconcile::observe::Tables {
+            let mut tables = Tables {
                 conntrack: ctkeep::conntrack::Conntrack::new(if silent {
                     quiet()
                 } else {

@@ -14,7 +14,6 @@ use crate::error::Result;
 use crate::firewall::Hook;
 use crate::firewall::limits::LimitRule;
 use crate::firewall::lists::Lists;
-use crate::flow::FourTuple;
 use crate::host::random;
 use crate::reconcile::apply::Outcome;
 use crate::reconcile::checks::{Checked, Counted};
@@ -25,6 +24,7 @@ use crate::reconcile::policy::Policy;
 use crate::reconcile::pressure::Defence;
 use crate::reconcile::snapshot::View;
 use crate::recount::{Mode, Recounter};
+use crate::sockdiag::Socket;
 
 /// Beside the daemon's own, which may be there.
 pub(super) const DEVICE: &str = "ctkeep1";
@@ -50,7 +50,7 @@ impl Done {
 }
 
 impl Witness for Done {
-    fn seen(&mut self, _ports: &HashSet<u16>, _half_closed: HashSet<FourTuple>) {}
+    fn seen(&mut self, _ports: &HashSet<u16>, _half_closed: Option<&[Socket]>) {}
 
     fn acted(&mut self, acted: Acted) {
         self.outcomes.extend(acted.outcomes);

@@ -8,7 +8,6 @@ use super::log::{Lines, line};
 use super::{Settings, ShieldMode};
 use crate::error::Result;
 use crate::firewall::lists::Anew;
-use crate::flow::FourTuple;
 use crate::metrics::{EventType, GuardMetrics};
 use crate::reconcile::apply::Outcome;
 use crate::reconcile::checks::{Checked, Counted};
@@ -16,6 +15,7 @@ use crate::reconcile::keeper::{Acted, Sweep, Trigger, Witness};
 use crate::reconcile::ledger::Ledger;
 use crate::reconcile::plan::{Action, ActionKind};
 use crate::shield::{Program, Shield};
+use crate::sockdiag::Socket;
 use crate::watch::{Drained, Events, Wanted, nflog};
 
 pub(super) struct Desk<'p> {
@@ -53,11 +53,12 @@ impl<'p> Desk<'p> {
         self.reopen_events(ports);
     }
 
-    /// Opens the event source anew where it has failed; repairs never wait for it. What fails is
-    /// tried again at the next sweep, and said once: also a refusal, for it has been open before.
-    pub(super) fn reopen_events(&mut self, ports: &HashSet<u16>) {
+    /// Opens the event source anew where it has failed, and says whether it has; repairs never wait
+    /// for it. What fails is tried again at the next sweep, and said once: also a refusal, for it has
+    /// been open before.
+    pub(super) fn reopen_events(&mut self, ports: &HashSet<u16>) -> bool {
         if !self.events_failed {
-            return;
+            return false;
         }
         // The old one first: a group has one owner.
         let was_off = matches!(std::mem::replace(&mut self.events, Events::Off), Events::Off);
@@ -71,6 +72,7 @@ impl<'p> Desk<'p> {
             Err(error) => tracing::warn!(%error, "no events, the sweep alone until there are"),
         }
         self.publish_receive_buffer();
+        true
     }
 
     fn publish_receive_buffer(&self) {
@@ -174,9 +176,8 @@ impl<'p> Desk<'p> {
                 "defence level changed"
             );
         }
-        let (views, took) = (sweep.snapshot.views.len(), sweep.began.elapsed());
-        tracing::debug!(depth = ?sweep.depth, views, ?took, "swept");
-        self.share.swept(&sweep.snapshot, ledger, sweep.began, self.settings.sweep_interval);
+        tracing::debug!(depth = ?sweep.depth, took = ?sweep.began.elapsed(), "swept");
+        self.share.swept(ledger, sweep.began, self.settings.sweep_interval);
     }
 
     /// Logs what has been done since the start.
@@ -244,8 +245,12 @@ impl<'p> Desk<'p> {
 }
 
 impl Witness for Desk<'_> {
-    fn seen(&mut self, ports: &HashSet<u16>, half_closed: HashSet<FourTuple>) {
-        if let Err(error) = self.events.follow(ports, half_closed) {
+    fn seen(&mut self, ports: &HashSet<u16>, half_closed: Option<&[Socket]>) {
+        if let Some(sockets) = half_closed {
+            self.share.half_closed(sockets, Instant::now());
+        }
+        let flows = half_closed.map(|sockets| sockets.iter().map(Socket::flow).collect());
+        if let Err(error) = self.events.follow(ports, flows) {
             // Somebody took its table away, or a set is full.
             tracing::warn!(%error, "event source fails, opening it anew");
             self.events_failed = true;

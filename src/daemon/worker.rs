@@ -297,6 +297,7 @@ impl<'p> Worker<'p> {
         // Before the first dump, so that nothing happens unseen between the two.
         let desk = Desk::open(settings, device, &keeper.scope().ports, share)?;
         desk.share.recount_available(is_available);
+        keeper.rely_on_events(desk.events.longest_unseen());
         let rules = if desk.settings.follow_rules {
             Some(Rules::follow(members.is_some(), &desk.device, now)?)
         } else {
@@ -468,6 +469,7 @@ impl<'p> Worker<'p> {
         }
         if drained.full {
             self.keeper.hasten_deep();
+            self.keeper.suspect_all();
         }
         self.desk.drained(&drained);
         self.keeper.suspects(suspects, since, now, &mut self.desk)
@@ -475,7 +477,10 @@ impl<'p> Worker<'p> {
 
     /// Publishes a sweep that ended well; `worked` is what this thread had cost before it.
     fn swept(&mut self, sweep: &Sweep, worked: Duration) {
-        self.desk.reopen_events(&self.keeper.scope().ports);
+        if self.desk.reopen_events(&self.keeper.scope().ports) {
+            self.keeper.suspect_all();
+            self.keeper.rely_on_events(self.desk.events.longest_unseen());
+        }
         if sweep.depth == Depth::Deep {
             self.keeper.idle_timeout = kernel_timeout(TcpState::Established);
             self.survey(sweep);
@@ -508,6 +513,7 @@ impl<'p> Worker<'p> {
         }
         self.keeper.apply_settings(settings.keeper());
         self.desk.apply_settings(settings, &self.keeper.scope().ports);
+        self.keeper.rely_on_events(self.desk.events.longest_unseen());
     }
 
     /// Gives held entries back, if that is wanted; else they live out their lease.

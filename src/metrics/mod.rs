@@ -45,9 +45,8 @@ use crate::reconcile::keeper::Trigger;
 use crate::reconcile::ledger::Ledger;
 use crate::reconcile::plan::ActionKind;
 use crate::reconcile::pressure::Transition;
-use crate::reconcile::snapshot::Snapshot;
 use crate::shield::DECISIONS;
-use crate::sockdiag::{Cookie, State};
+use crate::sockdiag::{Cookie, Socket};
 pub use crate::watch::instant_of;
 
 /// A written exposition serves for this long: a flood of scrapes costs copies.
@@ -276,6 +275,8 @@ pub struct GuardMetrics {
     name: String,
     /// Since when each half-closed socket of the last sweep has been so.
     half_closed: HashMap<Cookie, Instant>,
+    /// The ledger's holds that the gauges show, and the oldest of them.
+    held: (u64, Option<Instant>),
     /// Connections that the sweep under way has repaired.
     repaired: HashSet<FourTuple>,
 }
@@ -288,6 +289,7 @@ impl GuardMetrics {
             metrics: metrics.clone(),
             name: name.to_owned(),
             half_closed: HashMap::new(),
+            held: (0, None),
             repaired: HashSet::new(),
         };
         this.guard(|guard| guard.liveness = Liveness::Starting);
@@ -450,57 +452,60 @@ impl GuardMetrics {
     }
 
     /// A sweep that began then has ended well; the next comes after about `interval`.
-    pub fn swept(
-        &mut self,
-        snapshot: &Snapshot,
-        ledger: &Ledger,
-        began: Instant,
-        interval: Duration,
-    ) {
+    pub fn swept(&mut self, ledger: &Ledger, began: Instant, interval: Duration) {
         let now = Instant::now();
         self.repaired = HashSet::new();
-        self.note_half_closed(snapshot, now);
         let counts = &self.metrics.counts;
         counts.add(Count::Sweeps, &[], 1);
         counts.observe(Histogram::SweepDuration, &[], (now - began).as_secs_f64());
-        let mut sources: HashMap<IpAddr, u64> = HashMap::new();
-        let (mut held, mut oldest) = ([0_u32; 2], now);
-        for entry in ledger.held() {
-            let addr = entry.lookup.flow.dst.addr();
-            let [ipv4, ipv6] = &mut held;
-            *(if addr.is_ipv4() { ipv4 } else { ipv6 }) += 1;
-            *sources.entry(addr).or_default() += 1;
-            oldest = oldest.min(entry.since);
-        }
-        let of_ipv4 = sources.keys().filter(|addr| addr.is_ipv4()).count();
-        let of_family = [of_ipv4, sources.len() - of_ipv4];
-        let mut top: Vec<_> = sources.into_iter().collect();
-        top.sort_by_key(|(addr, count)| (std::cmp::Reverse(*count), *addr));
-        top.truncate(TOP);
+        self.show_held(ledger);
+        let oldest = self.held.1.map_or(Duration::ZERO, |oldest| now - oldest);
         let time = clock().duration_since(UNIX_EPOCH).unwrap_or_default();
         self.guard(|guard| {
-            for ((family, held), sources) in FAMILIES.into_iter().zip(held).zip(of_family) {
-                guard.gauges.set(Gauge::Held, &[family], f64::from(held));
-                guard.gauges.set(Gauge::HeldSources, &[family], sources as f64);
-            }
-            guard.gauges.set(Gauge::HeldOldest, &[], (now - oldest).as_secs_f64());
+            guard.gauges.set(Gauge::HeldOldest, &[], oldest.as_secs_f64());
             guard.gauges.set(Gauge::LastSweep, &[], time.as_secs_f64());
             guard.gauges.set(Gauge::Uncounted, &[], ledger.uncounted_sockets() as f64);
             guard.gauges.set(Gauge::DefenceLevel, &[], f64::from(ledger.pressure().level() as u8));
             guard.liveness = Liveness::Swept { at: now, patience: (interval * 3).max(RECENT) };
             guard.failure = None;
+        });
+    }
+
+    /// Shows what is held, where that is not what it was: it can be very many.
+    fn show_held(&mut self, ledger: &Ledger) {
+        if self.held.0 == ledger.holds_changed() {
+            return;
+        }
+        let mut sources: HashMap<IpAddr, u64> = HashMap::new();
+        let (mut held, mut oldest) = ([0_u32; 2], None);
+        for entry in ledger.held() {
+            let addr = entry.lookup.flow.dst.addr();
+            let [ipv4, ipv6] = &mut held;
+            *(if addr.is_ipv4() { ipv4 } else { ipv6 }) += 1;
+            *sources.entry(addr).or_default() += 1;
+            oldest = Some(oldest.map_or(entry.since, |oldest: Instant| oldest.min(entry.since)));
+        }
+        self.held = (ledger.holds_changed(), oldest);
+        let of_ipv4 = sources.keys().filter(|addr| addr.is_ipv4()).count();
+        let of_family = [of_ipv4, sources.len() - of_ipv4];
+        let mut top: Vec<_> = sources.into_iter().collect();
+        top.sort_by_key(|(addr, count)| (std::cmp::Reverse(*count), *addr));
+        top.truncate(TOP);
+        self.guard(|guard| {
+            for ((family, held), sources) in FAMILIES.into_iter().zip(held).zip(of_family) {
+                guard.gauges.set(Gauge::Held, &[family], f64::from(held));
+                guard.gauges.set(Gauge::HeldSources, &[family], sources as f64);
+            }
             guard.top = top;
         });
     }
 
-    /// Tells the age of sockets that have left CLOSE_WAIT since the last sweep.
-    fn note_half_closed(&mut self, snapshot: &Snapshot, now: Instant) {
+    /// Takes note of all sockets in CLOSE_WAIT, and of the age of those that are not any more.
+    pub fn half_closed(&mut self, sockets: &[Socket], now: Instant) {
         let mut before = std::mem::take(&mut self.half_closed);
-        for socket in snapshot.views.iter().filter_map(|view| view.socket) {
-            if socket.state == State::CloseWait {
-                let since = before.remove(&socket.cookie).unwrap_or(now);
-                self.half_closed.insert(socket.cookie, since);
-            }
+        for socket in sockets {
+            let since = before.remove(&socket.cookie).unwrap_or(now);
+            self.half_closed.insert(socket.cookie, since);
         }
         for since in before.into_values() {
             let age = (now - since).as_secs_f64();

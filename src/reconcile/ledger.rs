@@ -4,8 +4,10 @@
 //! inherit anything.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
+use super::agenda::Agenda;
 use super::pressure::{Defence, Pressure};
 use super::snapshot::Snapshot;
 use crate::conntrack::{Entry, EntryKey, Tcp, TcpState, Zone};
@@ -41,6 +43,12 @@ pub struct Ledger {
     orphans: HashMap<EntryKey, Instant>,
     overdue: HashSet<EntryKey>,
     idle: Option<Idle>,
+    /// The looks of [`Known::look`].
+    agenda: Agenda,
+    /// Dumps of sockets so far.
+    dumps: u32,
+    /// Changes of what is held so far.
+    changes: u64,
     pressure: Pressure,
     tracked: HashSet<u16>,
     zones: BTreeSet<Zone>,
@@ -51,8 +59,14 @@ pub struct Ledger {
 struct Known {
     flow: FourTuple,
     interface: u32,
+    /// Of the socket, when it was last seen.
+    state: State,
+    /// The last dump of sockets that it was in.
+    dump: u32,
     entry: Last,
     hold: Option<Hold>,
+    /// When the connection is looked at next, where it is watched.
+    look: Option<Instant>,
 }
 
 /// That ctkeep answers for the entry.
@@ -88,7 +102,12 @@ impl Known {
         } else {
             Last::Other(Box::new(entry))
         };
-        Self { flow, interface: socket.interface, entry, hold: None }
+        let Socket { interface, state, .. } = *socket;
+        Self { flow, interface, state, dump: 0, entry, hold: None, look: None }
+    }
+
+    fn lookup(&self) -> Lookup {
+        Lookup { flow: self.flow, interface: self.interface }
     }
 
     fn last_entry(&self) -> Entry {
@@ -102,7 +121,7 @@ impl Known {
 
     fn held(&self, cookie: Cookie) -> Option<Held> {
         let Hold { since, notrack } = self.hold?;
-        let lookup = Lookup { flow: self.flow, interface: self.interface };
+        let lookup = self.lookup();
         let orig = match &self.entry {
             Last::Plain(_) => self.flow.inverse(),
             Last::Other(entry) => entry.orig,
@@ -197,6 +216,11 @@ impl Ledger {
         }
     }
 
+    /// A number that grows whenever another entry is held, or one no longer.
+    pub fn holds_changed(&self) -> u64 {
+        self.changes
+    }
+
     /// All held entries.
     pub fn held(&self) -> impl Iterator<Item = Held> {
         self.known.iter().filter_map(|(cookie, known)| known.held(*cookie))
@@ -269,12 +293,106 @@ impl Ledger {
 
     /// Remembers how the entry of a socket looked.
     pub fn remember(&mut self, socket: &Socket, entry: Entry) {
-        let hold = self.known(socket).and_then(|known| known.hold);
-        let before = self.known.insert(socket.cookie, Known { hold, ..Known::new(socket, entry) });
-        // A socket can be connected anew; the lease ends what was held for it.
-        if let Some(before) = before.filter(|before| before.flow != socket.flow()) {
-            self.flows.remove(&before.flow);
+        let mut known = Known::new(socket, entry);
+        match self.known.get(&socket.cookie) {
+            Some(before) if before.flow == known.flow => {
+                let Known { hold, look, dump, .. } = *before;
+                known = Known { hold, look, dump, ..known };
+            }
+            // A socket can be connected anew; the lease ends what was held for it.
+            Some(before) => {
+                self.changes += u64::from(before.hold.is_some());
+                self.flows.remove(&before.flow);
+                self.agenda.move_look(socket.cookie, before.look, None);
+            }
+            None => {}
         }
+        self.known.insert(socket.cookie, known);
+    }
+
+    /// The connection of this socket, of which an entry is known, is looked at again at `at`.
+    pub fn look_at(&mut self, socket: &Socket, at: Instant) {
+        if self.known(socket).is_some() {
+            self.set_look(socket.cookie, Some(at));
+        }
+    }
+
+    /// The held entry of this connection is looked at again at `at`.
+    pub fn look_at_flow(&mut self, flow: FourTuple, at: Instant) {
+        if let Some(cookie) = self.flows.get(&flow) {
+            self.set_look(*cookie, Some(at));
+        }
+    }
+
+    fn set_look(&mut self, cookie: Cookie, at: Option<Instant>) -> Option<Lookup> {
+        let known = self.known.get_mut(&cookie)?;
+        self.agenda.move_look(cookie, known.look, at);
+        known.look = at;
+        Some(known.lookup())
+    }
+
+    /// Every watched connection is looked at again at `at`, or as before where that is sooner.
+    pub fn look_at_all(&mut self, at: Instant) {
+        for cookie in self.agenda.later_than(at) {
+            self.set_look(cookie, Some(at));
+        }
+    }
+
+    /// The same for those of these sources.
+    pub fn look_at_sources(&mut self, sources: &HashSet<IpAddr>, at: Instant) {
+        let mut all = self.agenda.later_than(at);
+        let is_theirs = |known: &Known| sources.contains(&known.flow.dst.addr());
+        all.retain(|cookie| self.known.get(cookie).is_some_and(is_theirs));
+        for cookie in all {
+            self.set_look(cookie, Some(at));
+        }
+    }
+
+    /// Connections whose look is due, at most so many; they have none until it is set anew.
+    pub fn take_due(&mut self, now: Instant, most: usize) -> Vec<Lookup> {
+        let mut due = Vec::new();
+        while due.len() < most
+            && let Some(cookie) = self.agenda.due(now)
+        {
+            due.extend(self.set_look(cookie, None));
+        }
+        due
+    }
+
+    /// Whether the look at some connection is due.
+    pub fn is_look_due(&self, now: Instant) -> bool {
+        self.agenda.due(now).is_some()
+    }
+
+    /// Some watched connections, others each time.
+    pub fn sample(&mut self, most: usize) -> Vec<Lookup> {
+        let cookies = self.agenda.sample(most).into_iter();
+        cookies.filter_map(|cookie| self.known.get(&cookie)).map(Known::lookup).collect()
+    }
+
+    /// How many connections are watched.
+    pub fn watched(&self) -> usize {
+        self.agenda.len()
+    }
+
+    /// Takes note of a dump of sockets; those of them that are new, or not as they were, are handed
+    /// back, and so are the watched ones that it lacks.
+    pub fn compare(&mut self, dump: &[Socket]) -> Vec<Lookup> {
+        self.dumps = self.dumps.wrapping_add(1);
+        let mut differing = Vec::new();
+        for socket in dump {
+            match self.known.get_mut(&socket.cookie).filter(|it| it.flow == socket.flow()) {
+                Some(known) if known.look.is_some() && known.state == socket.state => {
+                    known.dump = self.dumps;
+                }
+                _ => differing.push(Lookup::from(socket)),
+            }
+        }
+        let is_lacking = |known: &&Known| known.look.is_some() && known.dump != self.dumps;
+        let found: HashSet<_> = differing.iter().map(|lookup| lookup.flow).collect();
+        let lacking = self.known.values().filter(is_lacking).map(Known::lookup);
+        differing.extend(lacking.filter(|lookup| !found.contains(&lookup.flow)));
+        differing
     }
 
     /// Remembers that this socket has opened its connection itself: that is none of our business.
@@ -286,7 +404,14 @@ impl Ledger {
     /// Forgets how the entries of sockets other than these looked.
     pub fn retain_seen(&mut self, alive: impl IntoIterator<Item = Cookie>) {
         let alive: HashSet<_> = alive.into_iter().collect();
-        self.known.retain(|cookie, known| known.hold.is_some() || alive.contains(cookie));
+        let agenda = &mut self.agenda;
+        self.known.retain(|cookie, known| {
+            let stays = known.hold.is_some() || alive.contains(cookie);
+            if !stays {
+                agenda.move_look(*cookie, known.look, None);
+            }
+            stays
+        });
         self.uncounted.retain(|cookie, _| alive.contains(cookie));
     }
 
@@ -306,6 +431,7 @@ impl Ledger {
         self.distrusted.remove(&socket.cookie);
         self.remember(&socket, entry);
         if let Some(known) = self.known.get_mut(&socket.cookie) {
+            self.changes += u64::from(known.hold.is_none());
             known.hold.get_or_insert(Hold { since: now, notrack: None });
         }
     }
@@ -318,7 +444,9 @@ impl Ledger {
     }
 
     fn forget(&mut self, cookie: Cookie) {
-        self.known.remove(&cookie);
+        self.set_look(cookie, None);
+        let known = self.known.remove(&cookie);
+        self.changes += u64::from(known.is_some_and(|known| known.hold.is_some()));
         self.distrusted.remove(&cookie);
     }
 

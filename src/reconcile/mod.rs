@@ -3,6 +3,7 @@
 //! [`observe`] reads, [`plan`] decides from values alone, [`confirm`] makes sure by exact
 //! look-ups, [`apply`] changes the table; [`ledger`] remembers what is held.
 
+pub mod agenda;
 pub mod apply;
 pub mod backoff;
 pub mod checks;

@@ -40,9 +40,6 @@ impl Exact {
     }
 }
 
-/// Connections that are looked up at once: what is in flight takes room, too.
-const PART: usize = 4096;
-
 /// Both tables of one network namespace.
 #[derive(Debug)]
 pub struct Tables<T = KernelSocket> {
@@ -128,10 +125,7 @@ impl<T: Transport> Tables<T> {
         Ok(Snapshot::of(views))
     }
 
-    /// The half-closed connections of the scope, and those whose entries are held.
-    ///
-    /// One dump of the sockets that one side has closed, then one question for each: its cost grows with them,
-    /// not with the tables.
+    /// The sockets of the scope that one side has closed: one dump, of nothing else.
     ///
     /// # Errors
     /// The kernel refused, or an answer was lost.
@@ -140,34 +134,13 @@ impl<T: Transport> Tables<T> {
         scope: &Scope,
         policy: &Policy,
         ledger: &Ledger,
-    ) -> Result<Snapshot> {
+    ) -> Result<Vec<Socket>> {
         let states = policy.states.iter().filter(|state| *state != State::Established).collect();
         let mut sockets = self.sockets.sockets_lately(states)?;
         sockets.retain(|socket| {
             ledger.holds(socket) || policy.guards(socket) && scope.contains(policy, socket.flow())
         });
-        // A dump does not prove absence: held ones that it lacks are asked for one by one.
-        let found: HashSet<_> = sockets.iter().map(|s| s.cookie).collect();
-        let absent: Vec<_> = ledger
-            .held()
-            .filter(|held| !found.contains(&held.cookie))
-            .map(|held| held.lookup)
-            .collect();
-        drop(found);
-        let mut views = Views::default();
-        for part in sockets.chunks(PART) {
-            let lookups: Vec<_> = part.iter().map(Lookup::from).collect();
-            let entries = self.entries_of(&lookups, ledger)?;
-            views.extend(part.iter().zip(entries).map(|(socket, entry)| View {
-                flow: socket.flow(),
-                socket: Some(*socket),
-                entry,
-            }));
-        }
-        for part in absent.chunks(PART) {
-            views.extend(self.exactly(part, ledger)?.views.iter());
-        }
-        Ok(Snapshot::of(views))
+        Ok(sockets)
     }
 
     /// These connections, exactly: each entry by its tuple, then each socket by its tuple.

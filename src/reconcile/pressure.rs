@@ -186,7 +186,12 @@ impl Pressure {
 
     /// Whether half-closed connections of this source are held as ESTABLISHED beforehand.
     pub fn hardens(&self, source: IpAddr) -> bool {
-        self.level > Level::Calm && (self.fill >= HIGH_FILL || self.offends(source, 0))
+        self.hardens_all() || self.level > Level::Calm && self.offends(source, 0)
+    }
+
+    /// Whether those of every source are.
+    pub fn hardens_all(&self) -> bool {
+        self.level > Level::Calm && self.fill >= HIGH_FILL
     }
 
     /// Whether a missing entry may be inserted.

@@ -13,6 +13,8 @@ pub enum Timer {
     SecondLook,
     /// Showing limits that have lost their lists what is open.
     Recount,
+    /// The looks of a sweep that are left.
+    Look,
     /// The first look that may act at connections without FIN that conntrack believes closed.
     OpenLook,
     /// Asking limits whether they count what was shown to them.
@@ -46,6 +48,11 @@ impl Timers {
         if let Some(due) = self.slot(timer) {
             *due += by;
         }
+    }
+
+    /// `timer` is not due any more.
+    pub fn clear(&mut self, timer: Timer) {
+        *self.slot(timer) = None;
     }
 
     /// Whether `timer` is due.

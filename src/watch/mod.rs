@@ -154,6 +154,17 @@ impl Events {
         }
     }
 
+    /// For how long a half-closed connection that is in order can be relied upon to be so, or to be
+    /// named: packets that lower the timeout of an entry cause no event of conntrack, and what is
+    /// lowered is as short as `nf_conntrack_tcp_timeout_close` (10 s).
+    pub fn longest_unseen(&self) -> Duration {
+        match self {
+            Self::Nflog(_) | Self::Ctnetlink(_, Some(_)) => Duration::MAX,
+            Self::Ctnetlink(_, None) => Duration::from_secs(5),
+            Self::Off => Duration::ZERO,
+        }
+    }
+
     /// What to poll.
     pub fn fds(&self) -> [Option<BorrowedFd<'_>>; 2] {
         match self {
@@ -196,15 +207,20 @@ impl Events {
         }
     }
 
-    /// Watches these ports, and these half-closed connections for as long as they are.
+    /// Watches these ports, and these half-closed connections for as long as they are; `None` is as
+    /// before.
     ///
     /// # Errors
     /// The table is gone, or a set is full.
-    pub fn follow(&mut self, ports: &HashSet<u16>, half_closed: HashSet<FourTuple>) -> Result<()> {
+    pub fn follow(
+        &mut self,
+        ports: &HashSet<u16>,
+        half_closed: Option<HashSet<FourTuple>>,
+    ) -> Result<()> {
         match self {
             Self::Nflog(watch) | Self::Ctnetlink(_, Some(watch)) => {
                 watch.set_ports(ports)?;
-                watch.set_held(half_closed)
+                half_closed.map_or(Ok(()), |flows| watch.set_held(flows))
             }
             Self::Ctnetlink(_, None) | Self::Off => Ok(()),
         }

@@ -35,6 +35,8 @@ pub struct Host {
     pub changes: usize,
     /// How many dumps walked it.
     pub walks: usize,
+    /// How many questions were about one entry or one socket.
+    pub looks: usize,
 }
 
 pub type Shared = Rc<RefCell<Host>>;
@@ -50,7 +52,7 @@ impl Host {
         let host = Rc::new(RefCell::new(self));
         let (for_entries, for_sockets) = (host.clone(), host.clone());
         let conntrack = obliging(move |request| for_entries.borrow_mut().entries(request));
-        let sockets = obliging(move |request| for_sockets.borrow().sockets(request));
+        let sockets = obliging(move |request| for_sockets.borrow_mut().sockets(request));
         let tables = Tables {
             conntrack: Conntrack::new(way(conntrack, true)),
             sockets: SockDiag::new(way(sockets, false)),
@@ -60,7 +62,7 @@ impl Host {
     }
 
     /// A dump by states, or one socket by its tuple (`struct inet_diag_req_v2`).
-    fn sockets(&self, request: &Request) -> Result<Vec<Vec<u8>>, i32> {
+    fn sockets(&mut self, request: &Request) -> Result<Vec<Vec<u8>>, i32> {
         let body = &request.body;
         if request.is_dump() {
             let states = dumped_states(request);
@@ -71,6 +73,7 @@ impl Host {
             let found = found.map(|socket| listed_socket(request.seq, socket)).collect();
             return Ok(self.listed(found));
         }
+        self.looks += 1;
         let family = body[0];
         let port = |at: usize| u16::from_be_bytes([body[at], body[at + 1]]);
         let end = |at: usize, port| match family {
@@ -102,6 +105,7 @@ impl Host {
                 Ok(self.listed(found))
             }
             CT_GET => {
+                self.looks += 1;
                 let index = self.find(body).ok_or(ENOENT)?;
                 Ok(vec![entry_message(request.seq, &self.entries[index])])
             }

@@ -7,9 +7,11 @@
 
 mod checks;
 mod limits;
+mod look;
 mod sweep;
 
 use std::collections::{HashMap, HashSet};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -29,7 +31,7 @@ use crate::error::{Error, Result};
 use crate::flow::FourTuple;
 use crate::netlink::{KernelSocket, Transport};
 use crate::recount::{Notrack, Recount, Recounter};
-use crate::sockdiag::{Cookie, Lookup, State};
+use crate::sockdiag::{Cookie, Lookup, Socket, State};
 use crate::watch::Suspect;
 
 pub use sweep::{Depth, Sweep};
@@ -125,9 +127,9 @@ pub struct Acted {
 
 /// Learns of what the keeper sees and does while it works.
 pub trait Witness {
-    /// Both tables have been looked at, and nothing is repaired yet: the ports of the scope, and
-    /// its half-closed connections, seen from the server.
-    fn seen(&mut self, ports: &HashSet<u16>, half_closed: HashSet<FourTuple>);
+    /// A sweep has looked, and repaired nothing yet: the ports of the scope, and its sockets in
+    /// CLOSE_WAIT, where it has asked for all of them.
+    fn seen(&mut self, ports: &HashSet<u16>, half_closed: Option<&[Socket]>);
     /// A part of the repairs has been carried out.
     fn acted(&mut self, acted: Acted);
     /// In a dry run: what would have been carried out.
@@ -166,6 +168,18 @@ pub struct Keeper<T: Transport = KernelSocket, R: Recount = Recounter> {
     soonest_deep: Instant,
     /// When the last deep sweep began.
     last_deep: Option<Instant>,
+    /// How long a watched connection may go without a look.
+    longest_unseen: Duration,
+    /// The next sweep looks at every watched connection.
+    suspects_all: bool,
+    /// A look at all of them on suspicion comes no sooner.
+    soonest_all: Instant,
+    /// Sources whose half-closed connections are held otherwise from now on.
+    hardened: HashSet<IpAddr>,
+    /// The last shallow sweep.
+    round: Instant,
+    /// What it has not looked at yet, beside what is due: new sockets, and those that have changed.
+    looks: Vec<Lookup>,
     /// Half-closed sockets for which the last deep sweep found no entry either.
     unaccounted: HashSet<Cookie>,
     second_look: Deferred,
@@ -208,6 +222,12 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             timers,
             soonest_deep: now,
             last_deep: None,
+            longest_unseen: Duration::ZERO,
+            suspects_all: false,
+            soonest_all: now,
+            hardened: HashSet::new(),
+            round: now,
+            looks: Vec::new(),
             unaccounted: HashSet::new(),
             second_look: Deferred::default(),
             open_look: Deferred::default(),
@@ -232,6 +252,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
     /// Goes by these from now on.
     pub fn apply_settings(&mut self, settings: Settings) {
         self.settings = Arc::new(settings);
+        self.suspect_all();
     }
 
     /// What is held, and how hard it is fought over.
@@ -256,9 +277,11 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
     pub fn turn(&mut self, now: Instant, witness: &mut impl Witness) -> Result<Option<Sweep>> {
         self.look_again(now, witness)?;
         if self.timers.is_due(Timer::Deep, now) {
-            self.sweep(Depth::Deep, now, witness).map(Some)
+            self.sweep_in_parts(Depth::Deep, now, witness).map(Some)
         } else if self.timers.is_due(Timer::Shallow, now) {
-            self.sweep(Depth::Shallow, now, witness).map(Some)
+            self.sweep_in_parts(Depth::Shallow, now, witness).map(Some)
+        } else if self.timers.is_due(Timer::Look, now) {
+            self.look_on(now, witness).map(|()| None)
         } else {
             Ok(None)
         }
@@ -354,6 +377,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
     /// Events were lost: everything must be looked at, at once.
     pub fn events_lost(&mut self, now: Instant) {
         self.timers.set(Timer::Deep, now);
+        self.suspect_all();
     }
 
     /// There is reason to look at everything soon.
@@ -454,6 +478,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         let table_full = self.note_full_table(&outcomes, now);
         self.note_repairs(&outcomes, trigger, now);
         self.note_shown(&outcomes, now);
+        self.attend_repaired(&outcomes, now);
         witness.acted(Acted { outcomes, trigger, since, table_full });
         opened
     }
@@ -469,7 +494,12 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
                 // Forgetting (a flush, an idle timeout, an early drop) is nobody's offence.
                 if outcome.action.reason.is_fooled() {
                     fooled_open |= socket.state == State::Established;
-                    self.ledger.pressure_mut().repaired(socket.remote.addr(), now);
+                    let source = socket.remote.addr();
+                    let hardened = self.ledger.pressure().hardens(source);
+                    self.ledger.pressure_mut().repaired(source, now);
+                    if !hardened && self.ledger.pressure().hardens(source) {
+                        self.hardened.insert(source);
+                    }
                 }
                 again.push(Lookup::from(&socket));
             }

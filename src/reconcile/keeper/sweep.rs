@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 use super::{Keeper, PART, Trigger, Witness};
 use crate::conntrack::TableSize;
 use crate::error::{Error, Result};
-use crate::flow::FourTuple;
 use crate::netlink::Transport;
 use crate::reconcile::confirm::confirm;
 use crate::reconcile::ledger::Idle;
@@ -33,7 +32,7 @@ pub struct Sweep {
     pub depth: Depth,
     /// When it began.
     pub began: Instant,
-    /// What it saw before its repairs.
+    /// What a deep one saw before its repairs. A shallow one looks at what can have changed.
     pub snapshot: Snapshot,
     /// Size of the conntrack table after it.
     pub table: TableSize,
@@ -51,6 +50,20 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
     /// # Errors
     /// A conversation broke; the sweep is due again by the rule of its timer.
     pub fn sweep(
+        &mut self,
+        depth: Depth,
+        now: Instant,
+        witness: &mut impl Witness,
+    ) -> Result<Sweep> {
+        let swept = self.sweep_in_parts(depth, now, witness)?;
+        while self.timers.is_due(Timer::Look, now) {
+            self.look_on(now, witness)?;
+        }
+        Ok(swept)
+    }
+
+    /// The same; what a shallow sweep has not looked at yet is due at once.
+    pub(super) fn sweep_in_parts(
         &mut self,
         depth: Depth,
         now: Instant,
@@ -80,20 +93,27 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
     ) -> Result<Sweep> {
         let listening = self.follow_listeners()?;
         let snapshot = match depth {
-            Depth::Shallow => self.look_at_half_closed()?,
-            Depth::Deep => self.look_at_everything(now)?,
+            Depth::Shallow => {
+                self.look_for_changes(now, witness)?;
+                Snapshot::default()
+            }
+            Depth::Deep => {
+                let snapshot = self.look_at_everything(now)?;
+                self.ledger.note(&snapshot);
+                let sockets = snapshot.views.iter().filter_map(|view| view.socket);
+                let half_closed: Vec<_> =
+                    sockets.filter(|it| it.state == State::CloseWait).collect();
+                witness.seen(&self.scope.ports, Some(&half_closed));
+                self.attend(&snapshot, now);
+                // What the sweep before it learned is evidence to this one too: after a flush of
+                // the table this one sees no entry.
+                self.repair(&snapshot, now, witness)?;
+                if !self.back_off.rests(now) {
+                    self.ledger.set_tracked(snapshot.evidence.tracked.clone());
+                }
+                snapshot
+            }
         };
-        self.ledger.note(&snapshot);
-        witness.seen(&self.scope.ports, half_closed(&snapshot));
-        if depth == Depth::Shallow {
-            self.ledger.settle(&snapshot);
-        }
-        // What the sweep before it learned is evidence to this one too: after a flush of the table
-        // this one sees no entry.
-        self.repair(&snapshot, now, witness)?;
-        if depth == Depth::Deep && !self.back_off.rests(now) {
-            self.ledger.set_tracked(snapshot.evidence.tracked.clone());
-        }
         let held = self.ledger.held().map(|held| held.orig);
         let narrowed = self.recounting.recounter.as_mut().map(|it| it.narrow_notrack(held, now));
         let (table, maximum, transition) = self.weigh(now)?;
@@ -123,10 +143,6 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         self.former_listeners.extend(&listening);
         self.scope.ports = listening.union(&self.former_listeners).copied().collect();
         Ok(listening)
-    }
-
-    fn look_at_half_closed(&mut self) -> Result<Snapshot> {
-        self.tables.half_closed(&self.scope, &self.settings.policy, &self.ledger)
     }
 
     fn look_at_everything(&mut self, now: Instant) -> Result<Snapshot> {
@@ -196,7 +212,13 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             let maximum = maximum as f64;
             f64::from(size.entries) / maximum
         });
-        Ok((size, maximum, self.ledger.pressure_mut().tick(fill, now)))
+        let pressure = self.ledger.pressure_mut();
+        let (level, hardened) = (pressure.level(), pressure.hardens_all());
+        let transition = pressure.tick(fill, now);
+        if pressure.level() > level || pressure.hardens_all() && !hardened {
+            self.suspect_all();
+        }
+        Ok((size, maximum, transition))
     }
 
     /// A half-closed socket without an entry in any zone that is known may have one in another
@@ -221,14 +243,11 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             pressure.hurry(self.settings.deep_interval),
         );
         self.timers.set(Timer::Shallow, now + jittered(shallow, (self.random)()));
-        match depth {
-            Depth::Shallow => self.hasten_deep_sweep(snapshot),
-            Depth::Deep => {
-                self.forget_closed_ports(snapshot, listening);
-                self.unaccounted = unaccounted(snapshot).map(|socket| socket.cookie).collect();
-                self.soonest_deep = now;
-                self.timers.set(Timer::Deep, now + deep);
-            }
+        if depth == Depth::Deep {
+            self.forget_closed_ports(snapshot, listening);
+            self.unaccounted = unaccounted(snapshot).map(|socket| socket.cookie).collect();
+            self.soonest_deep = now;
+            self.timers.set(Timer::Deep, now + deep);
         }
     }
 
@@ -242,12 +261,6 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             .collect();
         self.former_listeners.retain(|port| alive.contains(port) || listening.contains(port));
     }
-}
-
-/// Half-closed connections, seen from the server.
-fn half_closed(snapshot: &Snapshot) -> HashSet<FourTuple> {
-    let sockets = snapshot.views.iter().filter_map(|view| view.socket);
-    sockets.filter(|it| it.state == State::CloseWait).map(|it| it.flow()).collect()
 }
 
 /// Sockets that one side has closed and that have no entry.
