@@ -69,6 +69,26 @@ fn a_bypassed_limit_is_found_without_any_flag() {
 }
 
 #[test]
+fn a_limit_of_a_device_is_for_those_that_come_in_by_it() {
+    let Some(lab) = Lab::new() else { return };
+    let _server = lab.serve("[::]:80");
+    let conns = lab.peer("198.51.100.7").hold(80, 5);
+    let rule = "-p tcp --syn --dport 80 -m connlimit --connlimit-above";
+    lab.server.run(&format!("iptables -A INPUT -i wg0 {rule} 1 -j DROP"));
+    let (code, report) = audit(&lab, &[]);
+    let source = &report["sources"][0];
+    assert_eq!((code, &source["limit"]), (0, &Value::Null), "of another device: {report:#}");
+    lab.server.run(&format!("iptables -A INPUT -i eth+ {rule} 3 -j DROP"));
+    let (code, report) = audit(&lab, &[]);
+    let source = &report["sources"][0];
+    let (limit, is_over) = (&source["limit"], &source["over_limit"]);
+    assert_eq!((code, limit, is_over), (1, &3.into(), &true.into()), "{report:#}");
+    let (local, remote) = ("192.0.2.1:80", &conns[0].client.to_string());
+    let (_, out, _) = lab.ctkeep(CTKEEP, &["explain", local, remote]);
+    assert!(out.contains("limits      at most 3 from each /32"), "{out}");
+}
+
+#[test]
 fn json_keeps_to_its_schema() {
     let Some((lab, _server, _conns)) = bypassed() else { return };
     let schema: Value = serde_json::from_str(include_str!("../docs/audit.schema.json")).unwrap();

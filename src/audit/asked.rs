@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use ipnet::IpNet;
 
+use super::arrivals::Arrivals;
 use super::report::Seen;
 use super::sources::{Load, Met, Plays, loads};
 use crate::conntrack::Zone;
@@ -68,9 +69,15 @@ impl<'r> Asker<'r> {
     ///
     /// # Errors
     /// `CAP_NET_RAW`, `CAP_NET_ADMIN` or something of the ingress route is missing.
-    pub fn open(rules: &'r Ruleset, limiter: &'r Limiter, now: Instant) -> Result<Self> {
+    pub fn open(
+        rules: &'r Ruleset,
+        limiter: &'r Limiter,
+        arrivals: &'r Arrivals,
+        now: Instant,
+    ) -> Result<Self> {
         let recounter = Recounter::to_ask(DEVICE, now)?;
-        Ok(Self { rules, limiter, plays: Plays::new(limiter, rules), recounter })
+        let plays = Plays::new(limiter, rules).arriving(arrivals);
+        Ok(Self { rules, limiter, plays, recounter })
     }
 
     /// How many more connections like this one would be let in, and what decides.
@@ -160,7 +167,7 @@ pub fn ask_for_sources(
     now: Instant,
     mut failed: impl FnMut(&Error),
 ) -> Result<()> {
-    let mut plays = Plays::new(&seen.limiter, &seen.rules);
+    let mut plays = Plays::new(&seen.limiter, &seen.rules).arriving(&seen.arrivals);
     let views = || seen.snapshot.views.iter().filter(|view| !view.is_outgoing());
     let mut loads = loads(views(), &mut plays);
     loads.retain(|load| load.held > 0);
@@ -172,7 +179,7 @@ pub fn ask_for_sources(
         }
     }
     let mut answers: Vec<Answered> = Vec::new();
-    let mut asker = Asker::open(&seen.rules, &seen.limiter, now)?;
+    let mut asker = Asker::open(&seen.rules, &seen.limiter, &seen.arrivals, now)?;
     let mut tables = Tables::open()?;
     for load in loads.iter().take(SOURCES) {
         let Some(views) = of_load.get(&(load.rule, load.net)) else { continue };

@@ -1,5 +1,6 @@
 //! Where the two tables disagree, as a report for people and programs.
 
+pub mod arrivals;
 pub mod asked;
 pub mod checks;
 pub mod classes;

@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime};
 use ipnet::IpNet;
 use serde_json::{Value, json};
 
+use super::arrivals::{Arrivals, arrivals};
 use super::asked::Answered;
 use super::checks;
 use super::classes::Class;
@@ -73,6 +74,8 @@ pub struct Seen {
     pub rules: Ruleset,
     /// The limits in them.
     pub limiter: Limiter,
+    /// By which devices clients come in, as far as the rules ask.
+    pub arrivals: Arrivals,
     /// Settings and counters, where the host is at hand.
     pub figures: Option<Figures>,
     /// Who has the sockets.
@@ -99,6 +102,7 @@ impl Seen {
         let sockets = snapshot.views.iter().filter_map(|view| view.socket);
         let owners = Owners::look(sockets, &listeners);
         let rules = Ruleset::read();
+        let arrivals = arrivals(&rules, snapshot.views.iter())?;
         let seen = Self {
             netns: if netns.is_empty() { own_namespace() } else { netns.to_owned() },
             kernel: nix::sys::utsname::uname()
@@ -109,6 +113,7 @@ impl Seen {
             listeners,
             limiter: Limiter::of(&rules),
             rules,
+            arrivals,
             figures: Some(Figures::read(&mut tables.conntrack)?),
             owners,
             told: Some(instance::ask("ctkeep")),
@@ -163,7 +168,7 @@ impl Report {
             limit: request.limit,
             limiter,
         };
-        let mut plays = Plays::new(limiter, &seen.rules);
+        let mut plays = Plays::new(limiter, &seen.rules).arriving(&seen.arrivals);
         let loads = loads(snapshot.views.iter(), &mut plays);
         let mut layers = Layers::of(Inputs {
             figures: seen.figures.as_ref(),

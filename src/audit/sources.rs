@@ -7,6 +7,7 @@ use std::rc::Rc;
 
 use ipnet::IpNet;
 
+use super::arrivals::{self, Arrivals};
 use crate::firewall::Ruleset;
 use crate::firewall::limits::{LimitRule, Limiter};
 use crate::firewall::packet::Syn;
@@ -188,18 +189,38 @@ fn apply(all: &mut [Source], measure: Measure<'_>, loads: &[Load]) {
 pub struct Plays<'r> {
     limiter: &'r Limiter,
     player: Player<'r>,
+    arrivals: Option<&'r Arrivals>,
     played: HashMap<(IpAddr, Endpoint, Endpoint), Rc<Played>>,
 }
 
 impl<'r> Plays<'r> {
     /// Plays through these rules, in which `limiter` was found.
     pub fn new(limiter: &'r Limiter, rules: &'r Ruleset) -> Self {
-        Self { limiter, player: Player::new(rules), played: HashMap::new() }
+        Self { limiter, player: Player::new(rules), arrivals: None, played: HashMap::new() }
+    }
+
+    /// The same, where it is known by which devices clients come in.
+    #[must_use]
+    pub fn arriving(self, arrivals: &'r Arrivals) -> Self {
+        Self { arrivals: Some(arrivals), ..self }
+    }
+
+    /// The SYN that opened, or would open, a connection.
+    fn syn(&self, view: &View) -> Syn {
+        let (source, destination) = (view.flow.dst.addr(), view.flow.src);
+        // Rules before destination NAT see what the client asked for.
+        let entry = view.entry.filter(|entry| entry.reply == view.flow);
+        let asked = entry.map_or(destination, |entry| entry.orig.dst);
+        let syn = Syn { asked, ..Syn::new(source, destination) };
+        match self.arrivals.and_then(|arrivals| arrivals.get(&arrivals::of(view))) {
+            Some(interface) => Syn { interface: interface.clone(), ..syn },
+            None => syn,
+        }
     }
 
     /// What the SYN of this connection met, or would meet today.
     pub fn of(&mut self, view: &View) -> Rc<Played> {
-        let (syn, player) = (syn(view), &self.player);
+        let (syn, player) = (self.syn(view), &self.player);
         let key = (syn.source, syn.asked, syn.destination);
         let played = self.played.entry(key).or_insert_with(|| Rc::new(player.limits(&syn)));
         played.clone()
@@ -207,7 +228,8 @@ impl<'r> Plays<'r> {
 
     /// Whether no rule but a limit that is exceeded stops the SYN of this connection.
     pub fn only_limits_stop(&self, view: &View) -> bool {
-        let admitted = |is_exceeded| self.player.play(&syn(view), &mut |_| is_exceeded).admitted;
+        let admitted =
+            |is_exceeded| self.player.play(&self.syn(view), &mut |_| is_exceeded).admitted;
         admitted(Some(false)) == Some(true) && admitted(Some(true)) == Some(false)
     }
 
@@ -291,15 +313,6 @@ pub fn loads(views: impl IntoIterator<Item = View>, plays: &mut Plays<'_>) -> Ve
     let mut all: Vec<_> = groups.into_values().collect();
     all.sort_by_key(|load| (load.rule, Reverse(load.held_for_sure), Reverse(load.held), load.net));
     all
-}
-
-/// The SYN that opened, or would open, a connection.
-fn syn(view: &View) -> Syn {
-    let (source, destination) = (view.flow.dst.addr(), view.flow.src);
-    // Rules before destination NAT see what the client asked for.
-    let entry = view.entry.filter(|entry| entry.reply == view.flow);
-    let asked = entry.map_or(destination, |entry| entry.orig.dst);
-    Syn { asked, ..Syn::new(source, destination) }
 }
 
 fn is_open(view: &View) -> bool {

@@ -7,6 +7,7 @@ use serde_json::json;
 use super::Exit;
 use super::args::{Explain, Format};
 use super::output;
+use crate::audit::arrivals::arrivals;
 use crate::audit::asked::{Answer, Asker};
 use crate::audit::classes::Class;
 use crate::audit::cover::Cover;
@@ -65,10 +66,13 @@ pub(super) fn run(args: &Explain) -> Result<Exit> {
         let owners = Owners::look(view.socket.into_iter(), &tables.sockets.listeners()?);
         let rules = Ruleset::read();
         let limiter = Limiter::of(&rules);
-        let limits = limits(&rules, &limiter, &view, &around);
+        let views = around.views.iter().chain(std::iter::once(view));
+        let arrivals = arrivals(&rules, views)?;
+        let limits =
+            limits(Plays::new(&limiter, &rules).arriving(&arrivals), &limiter, &view, &around);
         let asked = args.ask.then(|| {
             let now = Instant::now();
-            Asker::open(&rules, &limiter, now)?.ask(&view, now)
+            Asker::open(&rules, &limiter, &arrivals, now)?.ask(&view, now)
         });
         let in_scope = scope.contains(&policy, flow);
         let cover = Cover::of(daemon.shield.as_ref(), &view);
@@ -116,8 +120,7 @@ struct Found {
 }
 
 /// The limits that count this connection, with what is counted together with it.
-fn limits(rules: &Ruleset, limiter: &Limiter, view: &View, around: &Snapshot) -> Vec<String> {
-    let mut plays = Plays::new(limiter, rules);
+fn limits(mut plays: Plays<'_>, limiter: &Limiter, view: &View, around: &Snapshot) -> Vec<String> {
     // Also of a connection that is over, or has no entry: as its SYN would meet them.
     let mine = plays.met(view);
     let others = around.views.iter().filter(|other| other.flow != view.flow);

@@ -10,6 +10,7 @@ use super::Exit;
 use super::args::{Format, Recount};
 use super::output::{self, Rows};
 use super::reconcile::{DEVICE, Done, action_json, know_limits, make_sure};
+use crate::audit::arrivals::arrivals;
 use crate::audit::asked::Asker;
 use crate::error::Result;
 use crate::firewall::limits::{LimitRule, Limiter};
@@ -139,7 +140,9 @@ fn sources(done: &Done, limits: &[LimitRule]) -> Sources {
 fn ask(sources: &mut Sources, done: &Done) {
     let (rules, now) = (Ruleset::read(), Instant::now());
     let limiter = Limiter::of(&rules);
-    let Ok(mut asker) = Asker::open(&rules, &limiter, now) else { return };
+    let views = done.outcomes.iter().map(|outcome| outcome.action.view);
+    let arrivals = arrivals(&rules, views).unwrap_or_default();
+    let Ok(mut asker) = Asker::open(&rules, &limiter, &arrivals, now) else { return };
     let mut asked = HashSet::new();
     for outcome in &done.outcomes {
         let view = outcome.action.view;
