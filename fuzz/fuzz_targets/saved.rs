@@ -7,7 +7,7 @@ use std::time::SystemTime;
 
 use ctkeep::audit::report::{Report, Request};
 use ctkeep::audit::saved::{Host, Saved};
-use ctkeep::cli::output;
+use ctkeep::cli::report as text;
 use ctkeep::firewall::limits::Limiter;
 use ctkeep::firewall::{Chain, Family, Ruleset, parse_saved};
 use ctkeep::reconcile::policy::Policy;
@@ -62,7 +62,7 @@ fn check(saved: Saved, chains: &[Chain]) {
     assert!(report.connections.len() <= most);
     let json = report.to_json(true, None);
     assert!(SCHEMA.is_valid(&json), "{json}");
-    let text = output::report(&report, true, None, false);
+    let text = text::text(&report, true, None, false);
     assert!(
         text.ends_with('\n')
             && !text.replace("\u{1b}[", "").contains(|c: char| c.is_control() && c != '\n')

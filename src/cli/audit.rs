@@ -9,7 +9,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use super::Exit;
 use super::args::{Audit, Format};
-use super::output;
+use super::{output, report};
 use crate::audit::asked::ask_for_sources;
 use crate::audit::report::{Report, Request, Seen};
 use crate::audit::saved::{File, Host, Refusal, Saved};
@@ -64,7 +64,7 @@ fn show(args: &Audit, report: &Report) -> Result<Exit> {
     match args.output.format {
         Format::Json => output::line(&report.to_json(args.all, args.top))?,
         Format::Table => {
-            output::text(&output::report(report, args.all, args.top, args.output.no_header))?;
+            output::text(&report::text(report, args.all, args.top, args.output.no_header))?;
         }
     }
     Ok(if report.has_disagreements() { Exit::Disagreement } else { Exit::Done })

@@ -10,6 +10,7 @@ mod manual;
 pub mod output;
 mod reconcile;
 mod recount;
+pub mod report;
 mod run;
 
 use std::ffi::OsString;
