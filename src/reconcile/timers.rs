@@ -17,11 +17,11 @@ pub enum Timer {
     Look,
     /// The first look that may act at connections without FIN that conntrack believes closed.
     OpenLook,
-    /// Asking limits whether they count what was shown to them.
+    /// Asking limits whether they count what was shown to them. The last one.
     Check,
 }
 
-const TIMERS: usize = 6;
+const TIMERS: usize = Timer::Check as usize + 1;
 
 /// The moment at which each kind of work is due.
 #[derive(Clone, Debug, Default)]
@@ -119,6 +119,14 @@ mod tests {
         timers.succeeded(Timer::Deep);
         timers.failed(Timer::Deep, begun, second, second * 10);
         assert_eq!(timers.due(Timer::Deep), Some(begun + second));
+    }
+
+    #[test]
+    fn every_timer_has_its_slot() {
+        let begun = Instant::now();
+        let mut timers = Timers::default();
+        timers.set(Timer::Check, begun);
+        assert!(timers.take(Timer::Check, begun));
     }
 
     #[test]
