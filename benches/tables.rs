@@ -150,6 +150,7 @@ impl Bench {
             conntrack: Conntrack::new(conntrack),
             sockets: SockDiag::new(diag),
             homes: Vec::new(),
+            tracking: None,
         };
         let settings = Settings {
             policy: Policy::default(),

@@ -8,8 +8,9 @@ mod scene;
 use std::thread;
 use std::time::Duration;
 
-use lab::{Lab, RawConn, wait_for};
+use lab::{Lab, Peer, RawConn, wait_for};
 use scene::{CLIENT, CTKEEP, Contrast, LIMIT, Limiter, PORT, SOON, Scene, TRIES, contrast};
+use serde_json::Value;
 
 /// Sweeps so often that a test need not wait long for one.
 const BRISK: [&str; 2] = ["--sweep-interval", "100ms"];
@@ -205,6 +206,95 @@ fn nothing_is_inserted_for_a_port_under_notrack() {
     assert_nothing_is_inserted(&lab);
 }
 
+/// How many connections an audit counts under a class.
+fn class(scene: &Scene, class: &str) -> Value {
+    let (_, report, err) = scene.ctkeep(&["audit", "--format", "json"]);
+    let report: Value = serde_json::from_str(&report).unwrap_or_else(|_| panic!("{err}"));
+    report["summary"]["classes"][class].clone()
+}
+
+/// Connections of which no two are in one tick of the kernel's clock: for so long a limit counts what
+/// has no entry.
+fn one_by_one(peer: &Peer, count: usize) -> Vec<RawConn> {
+    let open = || {
+        thread::sleep(Duration::from_millis(30));
+        peer.connect(PORT)
+    };
+    (0..count).filter_map(|_| open()).collect()
+}
+
+/// A network that rules keep out of conntrack, on a port where everybody else is tracked: entries for
+/// it would fill the table with what the administrator keeps out.
+fn assert_trusted_clients_are_left_alone(rules: &[&str], args: &[&str]) {
+    const TRUSTED: &str = "203.0.113.5";
+    let Some(mut scene) = Scene::new(Limiter::Connlimit) else { return };
+    rules.iter().for_each(|rule| scene.lab.server.run(rule));
+    let mut trusted = one_by_one(&scene.lab.peer(TRUSTED), 5);
+    assert_eq!(trusted.len(), 5, "no limit counts them");
+    trusted.iter_mut().skip(2).for_each(|conn| scene.lab.half_close(conn));
+    let conns = scene.half_closed();
+    let of_trusted = |scene: &Scene| {
+        let entries = scene.lab.entries().into_iter();
+        entries.filter(|entry| entry.line.contains(TRUSTED)).count()
+    };
+    assert_eq!(of_trusted(&scene), 0);
+    scene.guard(&[&BRISK[..], &["--deep-interval", "300ms"], args].concat());
+    thread::sleep(SWEPT);
+    delete(&scene, &conns);
+    scene.await_repair("reinsert", &conns);
+    thread::sleep(SWEPT);
+    assert_eq!(of_trusted(&scene), 0, "{}", scene.daemon().log());
+    assert_eq!(scene.admitted(), 0, "the others' limit holds");
+    assert_eq!((class(&scene, "untracked"), class(&scene, "entry-missing")), (5.into(), 0.into()));
+    let (_, out, err) = scene.ctkeep(&["reconcile"]);
+    assert_eq!(of_trusted(&scene), 0, "{out}{err}");
+}
+
+#[test]
+fn clients_that_iptables_leaves_untracked_are_left_alone() {
+    let rules = [
+        "iptables -t raw -A PREROUTING -s 203.0.113.0/24 -p tcp --dport 80 -j CT --notrack",
+        "iptables -t raw -A OUTPUT -d 203.0.113.0/24 -p tcp --sport 80 -j CT --notrack",
+    ];
+    assert_trusted_clients_are_left_alone(&rules, &[]);
+    assert_trusted_clients_are_left_alone(&rules, &["--follow-rules", "off"]);
+}
+
+#[test]
+fn clients_that_nft_leaves_untracked_are_left_alone() {
+    let rules = [
+        "nft add table inet fw",
+        "nft add set inet fw trusted { type ipv4_addr; flags interval; elements = { 203.0.113.0/24 }; }",
+        "nft add chain inet fw pre { type filter hook prerouting priority raw; }",
+        "nft add chain inet fw out { type filter hook output priority raw; }",
+        "nft add rule inet fw pre ip saddr @trusted tcp dport 80 notrack",
+        "nft add rule inet fw out ip daddr @trusted tcp sport 80 notrack",
+    ];
+    assert_trusted_clients_are_left_alone(&rules, &[]);
+}
+
+/// Rules that keep only what comes in out of conntrack: the answers are picked up, the wrong way
+/// round. No limit counts such a connection, whatever its entry is made to be.
+#[test]
+fn what_is_untracked_on_its_way_in_is_not_turned_round() {
+    let Some(mut scene) = Scene::new(Limiter::Connlimit) else { return };
+    scene.lab.server.run("iptables -t raw -A PREROUTING -p tcp --dport 80 -j CT --notrack");
+    let mut conns = one_by_one(&scene.peer, 5);
+    scene.server.send_all(b"hello");
+    conns.iter_mut().skip(2).for_each(|conn| scene.lab.half_close(conn));
+    wait_for("pick-up", SOON, || entries_of(&scene.lab, PORT) == 5);
+    let turned = |scene: &Scene| {
+        let entries = scene.lab.entries().into_iter();
+        entries.filter(|entry| entry.orig.1.port() == PORT).count()
+    };
+    assert_eq!(turned(&scene), 0);
+    scene.guard(&[&BRISK[..], &["--deep-interval", "300ms"]].concat());
+    thread::sleep(2 * SWEPT);
+    assert_eq!(turned(&scene), 0, "{}", scene.daemon().log());
+    assert_eq!(class(&scene, "entry-reversed"), 0);
+    assert_eq!(class(&scene, "untracked"), 5);
+}
+
 #[test]
 fn nothing_is_inserted_where_no_rule_needs_conntrack() {
     let Some(lab) = Lab::new() else { return };
@@ -339,10 +429,10 @@ fn ipv6_clients_of_an_address_are_guarded() {
 fn idle_connections_are_kept_however_soon_the_kernel_forgets() {
     let args = ["--deep-interval", "1s"];
     let result = contrast(Limiter::Connlimit, CLIENT, &args, |scene| {
-        scene.lab.server.sysctl("net/netfilter/nf_conntrack_tcp_timeout_established", "20");
+        scene.lab.server.sysctl("net/netfilter/nf_conntrack_tcp_timeout_established", "30");
         let conns = scene.established();
         // A deep sweep of a debug build may come ten seconds after the last.
-        thread::sleep(Duration::from_secs(23));
+        thread::sleep(Duration::from_secs(33));
         let admitted = scene.admitted();
         let kept = conns.iter().all(|conn| scene.lab.entry(conn).is_some());
         let repaired = scene.is_guarded() && scene.daemon().logged("action=");

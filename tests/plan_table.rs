@@ -837,6 +837,7 @@ mod confirmation {
             conntrack: ctkeep::conntrack::Conntrack::new(played::script(|_| panic!("a send"))),
             sockets: ctkeep::sockdiag::SockDiag::new(played::script(|_| panic!("a send"))),
             homes: Vec::new(),
+            tracking: None,
         };
         let ledger = Ledger::default();
         let confirmed = confirm(
@@ -979,6 +980,7 @@ mod confirmation {
                 }),
                 sockets: ctkeep::sockdiag::SockDiag::new(if silent { absent() } else { quiet() }),
                 homes: Vec::new(),
+                tracking: None,
             };
             let answer =
                 confirm(&mut tables, &planned, &Evidence::default(), &scope(), &policy(), &ledger);

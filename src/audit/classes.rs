@@ -46,6 +46,9 @@ impl Class {
         if view.entry.is_some_and(|entry| entry.state().is_none()) {
             return Self::Offloaded;
         }
+        if cell.guarded && evidence.untracked.contains(&view.flow) {
+            return Self::Untracked;
+        }
         let reversed = matches!(cell.entry, Some((Direction::Reversed, _)));
         match decide(Cell { held: false, ..cell }) {
             Verdict::Act(ActionKind::Reinsert, _) => Self::EntryMissing,

@@ -93,15 +93,17 @@ impl Seen {
     /// A missing privilege or module; a lost or malformed answer.
     pub fn look(netns: &str, policy: &Policy) -> Result<(Self, Scope)> {
         let mut tables = Tables::open()?;
+        let rules = Ruleset::read();
+        tables.follow_tracking(&rules);
         let listeners = tables.sockets.listeners()?;
         let scope = policy.scope(&listeners);
         let mut snapshot = tables.whole(&scope, policy, States::connected())?;
         let mut ledger = Ledger::new(Defence::Auto, policy.zone);
         ledger.note(&snapshot);
+        tables.play(&mut snapshot, &ledger);
         make_sure(&mut tables, &mut snapshot, &scope, policy, &ledger)?;
         let sockets = snapshot.views.iter().filter_map(|view| view.socket);
         let owners = Owners::look(sockets, &listeners);
-        let rules = Ruleset::read();
         let arrivals = arrivals(&rules, snapshot.views.iter())?;
         let seen = Self {
             netns: if netns.is_empty() { own_namespace() } else { netns.to_owned() },
@@ -385,6 +387,7 @@ fn make_sure(
         snapshot.views = snapshot.views.iter().map(newest).collect();
     }
     snapshot.views.retain(|view| view.socket.is_some() || view.entry.is_some());
+    tables.play(snapshot, ledger);
     Ok(())
 }
 

@@ -34,6 +34,8 @@ pub(super) fn run(args: &Explain) -> Result<Exit> {
     }
     let found = args.scope.namespace()?.run(|| {
         let mut tables = Tables::open()?;
+        let rules = Ruleset::read();
+        tables.follow_tracking(&rules);
         let scope = tables.scope(&policy)?;
         // Siblings of the same port tell whether it is tracked, and in which zones.
         let mut siblings = scope.clone();
@@ -50,6 +52,7 @@ pub(super) fn run(args: &Explain) -> Result<Exit> {
             .map_or(0, |socket| socket.interface);
         let snapshot = tables.exactly(&[Lookup { flow, interface }], &ledger)?;
         around.evidence.opened_here.clone_from(&snapshot.evidence.opened_here);
+        around.evidence.untracked.clone_from(&snapshot.evidence.untracked);
         let view = snapshot.views.iter().next().unwrap_or(View { flow, socket: None, entry: None });
         let daemon = instance::ask("ctkeep");
         let held_for = view.socket.and_then(|socket| daemon.ages.get(&socket.cookie.0)).copied();
@@ -64,7 +67,6 @@ pub(super) fn run(args: &Explain) -> Result<Exit> {
         let is_swapped = view.socket.is_none()
             && tables.exactly(&[swapped], &ledger)?.views.iter().any(|view| view.socket.is_some());
         let owners = Owners::look(view.socket.into_iter(), &tables.sockets.listeners()?);
-        let rules = Ruleset::read();
         let limiter = Limiter::of(&rules);
         let views = around.views.iter().chain(std::iter::once(view));
         let arrivals = arrivals(&rules, views)?;

@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -99,10 +100,12 @@ fn pass(args: &Reconcile, policy: &Policy) -> Result<(Done, usize)> {
         deep_interval: Duration::ZERO,
         dry_run: args.dry_run,
     };
-    let (tables, defence) = (Tables::open()?, Defence::Auto);
+    let (mut tables, defence) = (Tables::open()?, Defence::Auto);
+    let lists = Lists::read(None).unwrap_or_default();
+    tables.tracking = lists.tracking().map(Arc::new);
     let mut keeper = Keeper::new(tables, recounting, settings, defence, now, random::bits)?;
     let mut done = Done::default();
-    know_limits(&mut keeper, &Lists::read(None).unwrap_or_default());
+    know_limits(&mut keeper, &lists);
     let sweep = keeper.sweep(Depth::Deep, now, &mut done)?;
     make_sure(&mut keeper, &mut done)?;
     done.outcomes.sort_by_key(|outcome| outcome.action.view.flow);

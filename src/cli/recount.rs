@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
@@ -94,7 +95,8 @@ fn pass(args: &Recount, policy: &Policy) -> Result<(Done, Vec<LimitRule>, Vec<St
         deep_interval: Duration::ZERO,
         dry_run: args.dry_run,
     };
-    let (tables, recounting) = (Tables::open()?, Recounting::by(recounter));
+    let (mut tables, recounting) = (Tables::open()?, Recounting::by(recounter));
+    tables.tracking = lists.tracking().map(Arc::new);
     let mut keeper = Keeper::new(tables, recounting, settings, Defence::Auto, now, random::bits)?;
     know_limits(&mut keeper, &lists);
     keeper.sweep(Depth::Deep, now, &mut done)?;

@@ -2,6 +2,7 @@
 //! limits have lost their lists.
 
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::worker::cpu_time;
@@ -9,6 +10,7 @@ use crate::error::Result;
 use crate::firewall::Hook;
 use crate::firewall::limits::LimitRule;
 use crate::firewall::lists::{Anew, Lists, Loss, Since};
+use crate::firewall::tracking::Tracking;
 use crate::watch::rules::{Heard, RuleEvents};
 
 /// A reload is several transactions: one for each family, one for each table.
@@ -81,6 +83,11 @@ impl Rules {
         })
     }
 
+    /// The rules that say which connections conntrack does not see; `None` where it sees all.
+    pub(super) fn tracking(&self) -> Option<Arc<Tracking>> {
+        self.lists.tracking().map(Arc::new)
+    }
+
     /// When what was heard is looked at.
     pub(super) fn next_timeout(&self) -> Option<Instant> {
         self.due
@@ -130,10 +137,10 @@ impl Rules {
     }
 
     /// Looks at the rules if that is due: the limits whose lists are not those of before, and since
-    /// when that is so.
-    pub(super) fn look(&mut self, now: Instant) -> (Vec<Anew>, Instant) {
+    /// when that is so. `None` where it has not looked.
+    pub(super) fn look(&mut self, now: Instant) -> Option<(Vec<Anew>, Instant)> {
         if self.due.is_none_or(|due| due > now) {
-            return (Vec::new(), now);
+            return None;
         }
         self.due = None;
         let worked = cpu_time();
@@ -146,7 +153,7 @@ impl Rules {
                 }
                 self.is_failing = true;
                 self.due = Some(now + RETRY);
-                return (Vec::new(), now);
+                return None;
             }
         };
         self.is_failing = false;
@@ -170,7 +177,7 @@ impl Rules {
         // The save programs of iptables-legacy are processes of their own.
         let cost = if ran { ended - now } else { cpu_time().saturating_sub(worked) };
         self.spare.spend(cost * factor, ended);
-        (anew, first)
+        Some((anew, first))
     }
 
     /// Keeps limits that may have lost their lists, for all that a run of iptables-legacy shows, back

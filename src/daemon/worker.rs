@@ -25,6 +25,7 @@ use super::{OnExit, Publishing, Settings};
 use crate::audit::survey::SweepResult;
 use crate::conntrack::TcpState;
 use crate::error::{Error, Op, Result};
+use crate::firewall::Ruleset;
 use crate::host::netns::Namespace;
 use crate::host::{instance, random, sysctl};
 use crate::metrics::{GuardMetrics, instant_of};
@@ -303,6 +304,10 @@ impl<'p> Worker<'p> {
         } else {
             None
         };
+        match &rules {
+            Some(rules) => keeper.tables.tracking = rules.tracking(),
+            None => keeper.tables.follow_tracking(&Ruleset::read()),
+        }
         let (claim, sweep_failing) = (None, false);
         Ok(Self { keeper, desk, rules, members, claim, sweep_failing, checked: now })
     }
@@ -396,11 +401,12 @@ impl<'p> Worker<'p> {
         if ready {
             rules.hear(Instant::now())?;
         }
-        let looks = rules.next_timeout().is_some_and(|due| due <= Instant::now());
-        let (anew, since) = rules.look(Instant::now());
-        if looks {
+        let looked = rules.look(Instant::now());
+        if looked.is_some() {
             self.keeper.know_limits(rules.limits().cloned());
+            self.keeper.tables.tracking = rules.tracking();
         }
+        let (anew, since) = looked.unwrap_or_else(|| (Vec::new(), Instant::now()));
         self.desk.limits_lost(&anew);
         let now = Instant::now();
         self.keeper.limits_lost(anew, since, rules.free_at().max(now));

@@ -19,6 +19,7 @@ pub mod rule;
 mod save_program;
 mod scope;
 pub mod set;
+pub mod tracking;
 pub mod value;
 mod xt;
 

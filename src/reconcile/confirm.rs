@@ -83,12 +83,13 @@ pub fn confirm<T: Transport>(
         })
         .collect();
     let snapshot = tables.exactly(&lookups, ledger)?;
-    let own = &snapshot.evidence.opened_here;
+    let Evidence { opened_here, untracked, .. } = &snapshot.evidence;
     let known;
-    let evidence = if own.is_empty() {
+    let evidence = if opened_here.is_empty() && untracked.is_empty() {
         evidence
     } else {
-        known = Evidence { opened_here: own.clone(), ..evidence.clone() };
+        let (opened_here, untracked) = (opened_here.clone(), untracked.clone());
+        known = Evidence { opened_here, untracked, ..evidence.clone() };
         &known
     };
     Ok(Confirmed::by(&snapshot, evidence, scope, policy, ledger))

@@ -18,6 +18,8 @@ pub struct Evidence {
     pub destinations: HashMap<u16, Destination>,
     /// Connections that sockets of this host have opened, though no entry shows it.
     pub opened_here: HashSet<FourTuple>,
+    /// Connections that the firewall's rules keep out of conntrack, or may.
+    pub untracked: HashSet<FourTuple>,
 }
 
 /// Where the peers of a local port send their packets.

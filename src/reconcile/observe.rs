@@ -4,12 +4,15 @@ use std::cmp::Reverse;
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 use std::ops::Deref;
+use std::sync::Arc;
 
 use super::ledger::Ledger;
 use super::policy::{Policy, Scope};
 use super::snapshot::{Direction, Kept, Snapshot, View, Views};
 use crate::conntrack::{Conntrack, Entry, Filter, Zone};
 use crate::error::Result;
+use crate::firewall::Ruleset;
+use crate::firewall::tracking::{Opened, Tracking};
 use crate::flow::{AF_INET, AF_INET6, FourTuple};
 use crate::netlink::{KernelSocket, Transport};
 use crate::rtnetlink::route::Routes;
@@ -50,6 +53,8 @@ pub struct Tables<T = KernelSocket> {
     /// Routes of the namespaces that the sockets are in: what is local to one of them ends there.
     /// Empty: every address is taken for one.
     pub homes: Vec<Routes<T>>,
+    /// The firewall's rules, where some keep connections out of conntrack.
+    pub tracking: Option<Arc<Tracking>>,
 }
 
 impl Tables<KernelSocket> {
@@ -68,7 +73,7 @@ impl Tables<KernelSocket> {
     pub fn with(mut sockets: SockDiag, homes: Vec<Routes>) -> Result<Self> {
         let conntrack = Conntrack::open()?;
         sockets.probe()?;
-        Ok(Self { conntrack, sockets, homes })
+        Ok(Self { conntrack, sockets, homes, tracking: None })
     }
 }
 
@@ -160,20 +165,41 @@ impl<T: Transport> Tables<T> {
         });
         let mut snapshot = Snapshot::new(views);
         snapshot.evidence.opened_here = self.opened_here(&snapshot, ledger)?;
+        self.play(&mut snapshot, ledger);
         Ok(Exact(snapshot))
+    }
+
+    /// Goes by these rules from now on.
+    pub fn follow_tracking(&mut self, rules: &Ruleset) {
+        self.tracking = Tracking::of(rules.chains.iter().cloned()).map(Arc::new);
+    }
+
+    /// Lets the rules say which of the connections without an entry of their own conntrack never
+    /// sees.
+    pub fn play(&self, snapshot: &mut Snapshot, ledger: &Ledger) {
+        let Some(tracking) = &self.tracking else { return };
+        let evidence = &snapshot.evidence;
+        let dark = || snapshot.views.iter().filter(|view| is_dark(view, ledger));
+        let opened = dark().map(|view| {
+            let of_entry = view.entry.filter(|entry| entry.reply == view.flow);
+            let asked = of_entry.map(|entry| entry.orig.dst).or(evidence.translated_from(&view));
+            let FourTuple { src, dst } = view.flow;
+            Opened { peer: dst, asked: asked.unwrap_or(src), socket: src }
+        });
+        let untracked = dark().zip(tracking.of_each(opened));
+        let untracked = untracked.filter(|(_, tracked)| *tracked != Some(true));
+        snapshot.evidence.untracked = untracked.map(|(view, _)| view.flow).collect();
     }
 
     /// The connections that this host has opened, among those of which no entry shows it: it is
     /// gone, or was made by a packet in the connection's middle.
     fn opened_here(&mut self, snapshot: &Snapshot, ledger: &Ledger) -> Result<HashSet<FourTuple>> {
-        let is_dark = |view: &View| {
-            view.entry.is_none_or(|entry| entry.is_picked_up())
-                && view.socket.is_some_and(|socket| {
-                    socket.takes_a_slot() && ledger.last_entry(&socket).is_none()
-                })
-        };
-        let dark = snapshot.views.iter().filter(is_dark).filter_map(|view| view.socket);
-        let lookups: Vec<_> = dark.map(|socket| Lookup::from(&socket)).collect();
+        let dark = snapshot.views.iter().filter(|view| is_dark(view, ledger));
+        let unknown = dark.filter_map(|view| view.socket).filter(|socket| {
+            // Whose opener was asked before.
+            ledger.last_entry(socket).is_none()
+        });
+        let lookups: Vec<_> = unknown.map(|socket| Lookup::from(&socket)).collect();
         if lookups.is_empty() {
             return Ok(HashSet::new());
         }
@@ -261,6 +287,16 @@ fn put_together(
     orphans.dedup();
     views.append(orphans);
     views
+}
+
+/// Whether no entry shows, or has shown, how a socket's connection began.
+fn is_dark(view: &View, ledger: &Ledger) -> bool {
+    let tells_nothing = |entry: Entry| entry.is_picked_up();
+    view.socket.is_some_and(|socket| {
+        socket.takes_a_slot()
+            && view.entry.is_none_or(tells_nothing)
+            && ledger.last_entry(&socket).is_none_or(tells_nothing)
+    })
 }
 
 fn is_home<T: Transport>(homes: &mut [Routes<T>], addr: IpAddr) -> Result<bool> {

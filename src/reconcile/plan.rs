@@ -140,7 +140,7 @@ pub enum Rest {
     /// The socket is in a state that is not guarded, or no application has it; conntrack sees its
     /// packets itself.
     NotGuarded,
-    /// No entry, and no sign that this connection was ever tracked.
+    /// Rules keep the connection out of conntrack, or there is no sign that it was ever tracked.
     Untracked,
     /// An entry that no socket backs: counted, but not ours to take away.
     OverCount,
@@ -290,6 +290,10 @@ pub fn verdict(
     // A flow table has the connection: the entry lives, and ctnetlink tells neither state nor timeout.
     if entry.is_some_and(|entry| entry.state().is_none()) {
         return Verdict::Leave(Rest::Agree);
+    }
+    // Conntrack may have picked it up at a packet that the rules do not name.
+    if cell.guarded && !policy.force && evidence.untracked.contains(&view.flow) {
+        return Verdict::Leave(Rest::Untracked);
     }
     match (decide(cell), cell.entry) {
         // Beyond the table: what the operator or an attack has switched on.

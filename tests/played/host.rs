@@ -57,6 +57,7 @@ impl Host {
             conntrack: Conntrack::new(way(conntrack, true)),
             sockets: SockDiag::new(way(sockets, false)),
             homes: Vec::new(),
+            tracking: None,
         };
         (host, tables)
     }

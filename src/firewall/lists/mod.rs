@@ -16,7 +16,8 @@ use netlink_sys::protocols::NETLINK_NETFILTER;
 use self::legacy::Saved;
 use self::nft::{Identity, Numbers};
 use super::limits::{LimitRule, Limiter};
-use super::{Family, Ruleset, nft_chains, parse_saved};
+use super::tracking::{Tracking, bears_on_tracking};
+use super::{Chain, Family, Ruleset, nft_chains, parse_saved};
 use crate::error::{Cause, Op, Result};
 use crate::netlink::{Connection, KernelSocket, Transport};
 
@@ -33,6 +34,8 @@ pub type RuleKey = (u8, String, u64);
 pub struct Lists {
     nft: Vec<(LimitRule, Identity)>,
     legacy: Vec<(Family, Saved, Vec<LimitRule>)>,
+    /// The chains of nf_tables, and those of iptables-legacy, where some bear on tracking.
+    on_tracking: [Vec<Chain>; 2],
     unread: Vec<String>,
 }
 
@@ -111,26 +114,36 @@ impl Lists {
     /// The kernel refused, or the rules changed all the while. What else cannot be read is in
     /// [`Lists::unread`].
     pub fn read(known: Option<&Self>) -> Result<Self> {
-        let nft = match known {
-            Some(known) => known.nft.clone(),
+        let mut this = match known {
+            Some(Self { nft, on_tracking: [chains, _], .. }) => {
+                let on_tracking = [chains.clone(), Vec::new()];
+                Self { nft: nft.clone(), on_tracking, ..Self::default() }
+            }
             None => {
                 let op = Op::new("open nftables netlink");
                 read_nft(&mut Connection::new(KernelSocket::open(op, NETLINK_NETFILTER)?))?
             }
         };
-        let mut this = Self { nft, ..Self::default() };
+        let mut saved_chains = Vec::new();
         for family in [Family::Ip, Family::Ip6] {
             match Saved::read(family) {
                 Ok(None) => {}
                 Ok(Some(saved)) => {
                     let chains = parse_saved(saved.text(), family);
-                    let limits = limits(Ruleset { chains, unread: Vec::new() });
-                    this.legacy.push((family, saved, limits));
+                    let ruleset = Ruleset { chains, unread: Vec::new() };
+                    this.legacy.push((family, saved, limits(&ruleset)));
+                    saved_chains.extend(ruleset.chains);
                 }
                 Err(what) => this.unread.push(what),
             }
         }
+        this.on_tracking[1] = if_on_tracking(saved_chains);
         Ok(this)
+    }
+
+    /// The rules that say which connections conntrack does not see; `None` where it sees all.
+    pub fn tracking(&self) -> Option<Tracking> {
+        Tracking::of(self.on_tracking.iter().flatten().cloned())
     }
 
     /// All limits.
@@ -177,25 +190,32 @@ impl Lists {
     }
 }
 
-fn read_nft<T: Transport>(connection: &mut Connection<T>) -> Result<Vec<(LimitRule, Identity)>> {
+fn read_nft<T: Transport>(connection: &mut Connection<T>) -> Result<Lists> {
     for _ in 0..ATTEMPTS {
         let numbers = Numbers::read(connection)?;
         let chains = nft_chains(connection)?;
         // Places are the same in both readings if nothing changed from the first to the last.
         if nft::generation(connection)? == numbers.generation() {
-            let limits = limits(Ruleset { chains, unread: Vec::new() });
+            let ruleset = Ruleset { chains, unread: Vec::new() };
             let known = |rule: LimitRule| {
                 let identity = numbers.identity(&rule);
                 (rule, identity)
             };
-            return Ok(limits.into_iter().map(known).collect());
+            let nft = limits(&ruleset).into_iter().map(known).collect();
+            let on_tracking = [if_on_tracking(ruleset.chains), Vec::new()];
+            return Ok(Lists { nft, on_tracking, ..Lists::default() });
         }
     }
     Err(Op::new("read nft rules").failed(Cause::Interrupted { attempts: ATTEMPTS }))
 }
 
-fn limits(ruleset: Ruleset) -> Vec<LimitRule> {
-    Limiter::of(&ruleset).rules
+fn limits(ruleset: &Ruleset) -> Vec<LimitRule> {
+    Limiter::of(ruleset).rules
+}
+
+/// Most hosts have nothing that bears on tracking: their rules are not kept.
+fn if_on_tracking(chains: Vec<Chain>) -> Vec<Chain> {
+    if chains.iter().any(bears_on_tracking) { chains } else { Vec::new() }
 }
 
 /// Whether the same packets reach a limit.

@@ -98,7 +98,8 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
                 Snapshot::default()
             }
             Depth::Deep => {
-                let snapshot = self.look_at_everything(now)?;
+                let mut snapshot = self.look_at_everything(now)?;
+                self.tables.play(&mut snapshot, &self.ledger);
                 self.ledger.note(&snapshot);
                 let sockets = snapshot.views.iter().filter_map(|view| view.socket);
                 let half_closed: Vec<_> =
