@@ -92,11 +92,80 @@ fn a_reload_takes_other_names_up() {
         fs::write(&file, format!("netns = [\"{}\"]\n", guest.namespace.path())).unwrap();
     };
     write(&first);
-    let daemon = lab.daemon(CTKEEP, &["--config", file.to_str().unwrap()]);
+    let daemon = lab.daemon(CTKEEP, &["--containers", "off", "--config", file.to_str().unwrap()]);
     assert_eq!(first.gain(&lab, &lab.peer(CLIENT), true), 0, "{}", daemon.log());
     write(&second);
     daemon.signal(Signal::SIGHUP);
     wait_for("the reload", SOON, || daemon.logged("configuration reloaded"));
     assert_eq!(second.gain(&lab, &lab.peer("198.51.100.8"), true), 0, "{}", daemon.log());
     assert_eq!(first.gain(&lab, &lab.peer("198.51.100.9"), false), LIMIT, "{}", daemon.log());
+}
+
+#[test]
+fn a_container_is_guarded_without_being_named() {
+    let Some(lab) = Lab::new() else { return };
+    guests::limit(&lab);
+    let guest = Guest::start(&lab, 1);
+    assert_eq!(guest.gain(&lab, &lab.peer(CLIENT), false), LIMIT, "the control: no ctkeep");
+    let off = lab.daemon(CTKEEP, &["--containers", "off"]);
+    assert_eq!(guest.gain(&lab, &lab.peer("198.51.100.8"), false), LIMIT, "the control: off");
+    drop(off);
+    let daemon = lab.daemon(CTKEEP, &[]);
+    assert_eq!(guest.gain(&lab, &lab.peer("198.51.100.9"), true), 0, "{}", daemon.log());
+    let log = daemon.log();
+    assert!(!log.contains(&guest.namespace.path()), "no list of namespaces: {log}");
+}
+
+fn descriptors(pid: u32) -> usize {
+    fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count)
+}
+
+/// A container that comes after the daemon, and one that ends and comes again at the same address,
+/// while another holds its connections all along.
+#[test]
+fn a_new_container_is_guarded_at_once_and_one_that_ends_is_let_go() {
+    let Some(lab) = Lab::new() else { return };
+    guests::limit(&lab);
+    let bystander = Guest::start(&lab, 1);
+    let daemon = lab.daemon(CTKEEP, &[]);
+    let peer = lab.peer("198.51.100.99");
+    assert_eq!(bystander.gain(&lab, &peer, true), 0, "{}", daemon.log());
+    let kept = || -> Vec<String> {
+        let entries = lab.entries().into_iter();
+        let of_it = entries.filter(|entry| entry.orig.0.ip().to_string() == "198.51.100.99");
+        let mut lines: Vec<_> = of_it.map(|entry| entry.line).collect();
+        lines.sort();
+        lines
+    };
+    let open = descriptors(daemon.pid());
+    let (before, actions) = (kept(), daemon.log().matches("198.51.100.99:").count());
+    for (round, source) in ["198.51.100.7", "198.51.100.8", "198.51.100.9"].iter().enumerate() {
+        let guest = if round == 0 { Guest::start(&lab, 2) } else { Guest::start_again(&lab, 2) };
+        assert_eq!(guest.gain(&lab, &lab.peer(source), true), 0, "round {round}: {}", daemon.log());
+        let Guest { namespace, server, .. } = guest;
+        server.kill();
+        drop(namespace);
+        // As runtimes do: the kernel keeps the namespace while a socket of it is closing.
+        lab.server.run("ip link del guest2");
+        wait_for("its end in the daemon", SOON, || descriptors(daemon.pid()) == open);
+    }
+    assert_eq!(kept(), before, "entries of another container");
+    assert_eq!(daemon.log().matches("198.51.100.99:").count(), actions, "{}", daemon.log());
+    assert_eq!(peer.admitted(bystander.port, LIMIT + 2), 0, "{}", daemon.log());
+}
+
+#[test]
+fn without_the_privileges_one_line_says_so() {
+    let Some(lab) = Lab::new() else { return };
+    let mut command = std::process::Command::new("setpriv");
+    command.args(["--bounding-set", "-sys_admin", "--inh-caps", "-all", "--"]);
+    command.args(["timeout", "3", CTKEEP, "run", "--log-format", "text"]);
+    let child = lab.server.spawn_with(&command, |command| {
+        command.stderr(std::process::Stdio::piped());
+    });
+    let output = child.expect("a daemon").wait_with_output().expect("its end");
+    let log = String::from_utf8_lossy(&output.stderr);
+    assert!(log.contains(" ready "), "{log}");
+    assert_eq!(log.matches("connections of containers are not guarded").count(), 1, "{log}");
+    assert!(log.contains("lacking=\"CAP_SYS_ADMIN\""), "{log}");
 }

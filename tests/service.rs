@@ -25,12 +25,12 @@ const SYS_NICE: u64 = 1 << 23;
 
 /// Drop-ins, and the overall exposure with them that docs/operations.md states, times ten.
 const EXPOSURES: [(&[&str], &str); 3] =
-    [(&[], "16"), (&["netns.conf"], "31"), (&["realtime.conf"], "19")];
+    [(&[], "16"), (&["containers.conf"], "31"), (&["realtime.conf"], "19")];
 
 #[test]
 fn root_keeps_only_what_repairs_need_and_repairs() {
     let Some(mut scene) = Scene::new(Limiter::Connlimit) else { return };
-    scene.guard(&[]);
+    scene.guard(&["--containers", "off"]);
     let pid = scene.daemon().pid();
     for set in ["CapEff", "CapPrm", "CapBnd"] {
         assert_eq!(capabilities(pid, set), NET_ADMIN_AND_RAW, "{set}");
@@ -56,7 +56,7 @@ fn root_keeps_only_what_repairs_need_and_repairs() {
 fn namespaces_and_real_time_priority_keep_what_they_need() {
     let Some(lab) = Lab::new() else { return };
     let path = lab.client.path();
-    let daemon = lab.daemon(CTKEEP, &["--netns", &path, "--realtime"]);
+    let daemon = lab.daemon(CTKEEP, &["--containers", "off", "--netns", &path, "--realtime"]);
     let kept = capabilities(daemon.pid(), "CapEff");
     let needed = NET_ADMIN_AND_RAW | SYS_ADMIN | SYS_NICE;
     assert_eq!(kept & needed, needed, "{kept:x}");
@@ -307,7 +307,7 @@ fn analyze(args: &[&str], drop_ins: &[&str]) -> bool {
 
 #[test]
 fn the_unit_and_its_drop_ins_are_sound() {
-    let all = ["netns.conf", "realtime.conf"];
+    let all = ["containers.conf", "realtime.conf"];
     for drop_ins in [&[][..], &all[..1], &all[1..], &all] {
         if !analyze(&["verify", "--man=no"], drop_ins) {
             return;

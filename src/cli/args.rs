@@ -265,9 +265,14 @@ pub(super) struct Run {
 
     /// Follow changes of the firewall's rules, and show limits that are new or were emptied what
     /// is open: where possible (auto), or off
-    #[arg(long, value_name = "WHEN", default_value = "auto", value_parser = follow_rules(),
+    #[arg(long, value_name = "WHEN", default_value = "auto", value_parser = auto_or_off(),
           action = ArgAction::Set)]
     pub follow_rules: bool,
+
+    /// Guard the connections of containers in this host's table: where possible (auto), or off
+    #[arg(long, value_name = "WHEN", default_value = "auto", value_parser = auto_or_off(),
+          action = ArgAction::Set)]
+    pub containers: bool,
 
     /// Keep FINs and RSTs that TCP would not act on from conntrack: off, where possible, or on
     #[arg(long, value_name = "WHEN", default_value = "off", value_parser = shield())]
@@ -496,7 +501,7 @@ fn shield() -> impl TypedValueParser<Value = ShieldMode> {
     })
 }
 
-fn follow_rules() -> impl TypedValueParser<Value = bool> {
+fn auto_or_off() -> impl TypedValueParser<Value = bool> {
     PossibleValuesParser::new(["auto", "off"]).map(|name| name == "auto")
 }
 

@@ -49,6 +49,7 @@ fn settings(args: Run) -> Result<Settings> {
         on_exit: args.on_exit,
         dry_run: args.dry_run,
         namespaces: args.scope.named(),
+        containers: args.containers,
         defence: args.defence,
         realtime: args.realtime,
         publishing: Publishing {

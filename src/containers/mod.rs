@@ -40,6 +40,24 @@ impl Member {
     }
 }
 
+/// Asks about the sockets of all namespaces behind that of the calling thread, too, from now on;
+/// returns how many could not be looked into.
+///
+/// # Errors
+/// The kernel does not list its devices.
+pub fn join(sockets: &mut SockDiag) -> Result<usize> {
+    let found = find::behind()?;
+    let mut unread = 0;
+    for (id, path) in found.behind {
+        let opened = path.to_str().map(|path| Member::open(&Namespace::Named(path.to_owned()), id));
+        match opened {
+            Some(Ok(member)) => sockets.join(member.id, member.sockets, member.addresses),
+            _ => unread += 1,
+        }
+    }
+    Ok(unread)
+}
+
 /// The addresses of the interfaces of the calling thread's namespace, but for loopback's, which all
 /// namespaces have.
 fn addresses() -> Result<HashSet<IpAddr>> {

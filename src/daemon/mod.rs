@@ -20,6 +20,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc::{self, UnboundedSender};
 use tokio::time::interval;
@@ -28,12 +29,12 @@ use self::aside::Aside;
 use self::control::{Control, Lead};
 use self::members::{Finder, Members};
 use self::service::Service;
-use self::worker::{Guard, OWN};
+use self::worker::Guard;
 use crate::error::{Cause, Op, Result};
 use crate::host::netns::Namespace;
 use crate::host::privileges::{self, Capability};
 use crate::metrics::history::STEP;
-use crate::metrics::{Metrics, http, textfile};
+use crate::metrics::{Metrics, OWN, http, textfile};
 use crate::reconcile::keeper;
 use crate::reconcile::policy::Policy;
 use crate::reconcile::pressure::Defence;
@@ -92,6 +93,8 @@ pub struct Settings {
     pub dry_run: bool,
     /// Namespaces to guard beside the own one: each on its own, and its connections in the own table.
     pub namespaces: Vec<Namespace>,
+    /// Whether the connections of containers in the own table are guarded, without naming them.
+    pub containers: bool,
     /// Defence level.
     pub defence: Defence,
     /// Whether workers run with real-time priority.
@@ -131,14 +134,10 @@ impl Settings {
         if programs.values().any(Program::needs_bpf_for_good) {
             all.push(Capability::CAP_BPF);
         }
-        if !self.namespaces.is_empty() {
-            // To enter them whenever they come back, by paths such as /proc/PID/ns/net or below a
-            // user's own directory.
-            all.extend([
-                Capability::CAP_SYS_ADMIN,
-                Capability::CAP_SYS_PTRACE,
-                Capability::CAP_DAC_READ_SEARCH,
-            ]);
+        if self.containers || !self.namespaces.is_empty() {
+            // To find them and to enter them whenever they come back, by paths such as
+            // /proc/PID/ns/net or below a user's own directory.
+            all.extend(privileges::ELSEWHERE);
         }
         if self.realtime {
             all.push(Capability::CAP_SYS_NICE);
@@ -175,6 +174,10 @@ pub fn run(
     // While this is the only thread: the others inherit what is left.
     if let Err(error) = privileges::keep_only(&settings.privileges(&programs)) {
         tracing::warn!(%error, "keeping privileges that are not needed");
+    }
+    // A namespace whose sockets are looked at takes a descriptor; the usual 1 024 are for select(2).
+    if let Ok((_, most)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, most, most);
     }
     let op = Op::new("start runtime");
     let runtime = tokio::runtime::Builder::new_current_thread()

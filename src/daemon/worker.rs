@@ -28,7 +28,7 @@ use crate::error::{Error, Op, Result};
 use crate::firewall::Ruleset;
 use crate::host::netns::Namespace;
 use crate::host::{instance, random, sysctl};
-use crate::metrics::{GuardMetrics, instant_of};
+use crate::metrics::{GuardMetrics, OWN, instant_of};
 use crate::reconcile::keeper::{Depth, Keeper, Recounting, Sweep};
 use crate::reconcile::ledger::Held;
 use crate::reconcile::observe::Tables;
@@ -200,6 +200,8 @@ impl Guard {
             worker.turn(ready);
             if worker.is_due_to_check_namespaces() {
                 worker.desk.publish_shield(enforces);
+                let namespaces = worker.keeper.tables.sockets.members().len();
+                worker.desk.share.containers(namespaces);
                 if namespace.identity() != begun_with || self.is_guarded_by_another() {
                     return Ok(Ended::NamespaceChanged);
                 }
@@ -210,10 +212,7 @@ impl Guard {
     }
 }
 
-/// How metrics call the guard of the namespace that ctkeep was started in.
-pub(super) const OWN: &str = "own namespace";
-
-/// How they call that of another one.
+/// How metrics call the guard of a namespace.
 pub(super) fn name(namespace: &Namespace) -> String {
     match namespace {
         Namespace::Own => OWN.to_owned(),
@@ -247,7 +246,8 @@ pub(super) fn sleep(lead: &Lead, time: Duration) -> Result<()> {
     wait_for(&mut fds, time)
 }
 
-fn wait_for(fds: &mut [PollFd<'_>], time: Duration) -> Result<()> {
+/// Waits until one of these can be read, or for so long.
+pub(super) fn wait_for(fds: &mut [PollFd<'_>], time: Duration) -> Result<()> {
     match ppoll(fds, Some(time.into()), None) {
         Ok(_) | Err(Errno::EINTR) => Ok(()),
         Err(errno) => Err(Op::new("wait for events").io(errno.into())),

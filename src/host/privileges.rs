@@ -7,6 +7,16 @@ use nix::sys::prctl;
 
 use crate::error::{Cause, Op, Result};
 
+/// What it takes to find other namespaces, and to work in them.
+pub const ELSEWHERE: [Capability; 3] =
+    [Capability::CAP_SYS_ADMIN, Capability::CAP_SYS_PTRACE, Capability::CAP_DAC_READ_SEARCH];
+
+/// Which of these the calling thread may not use, by their names.
+pub fn lacking(wanted: &[Capability]) -> Vec<String> {
+    let held = |it: &Capability| caps::has_cap(None, CapSet::Effective, *it).unwrap_or(false);
+    wanted.iter().filter(|it| !held(it)).map(Capability::to_string).collect()
+}
+
 /// Gives up every capability but those in `wanted` for good, and the way to gain others by
 /// executing a program: of the calling thread, and of those that it starts later.
 ///

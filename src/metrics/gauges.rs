@@ -38,17 +38,19 @@ impl Gauges {
         self.0.get(&gauge).map_or(0.0, |values| values.values().sum())
     }
 
-    /// Takes another guard's values in.
-    pub(super) fn merge(&mut self, other: &Self) {
+    /// Takes another guard's values in; `is_own` where that is the guard of the own namespace.
+    pub(super) fn merge(&mut self, other: &Self, is_own: bool) {
         for (gauge, values) in &other.0 {
             let own = self.0.entry(*gauge).or_default();
             for (labels, value) in values {
                 let merged = own.entry(labels.clone()).or_insert(match gauge.spec().merge {
-                    Merge::Sum => 0.0,
+                    Merge::Sum | Merge::Own => 0.0,
                     Merge::Largest | Merge::Smallest => *value,
                 });
                 *merged = match gauge.spec().merge {
                     Merge::Sum => *merged + value,
+                    Merge::Own if is_own => *value,
+                    Merge::Own => *merged,
                     Merge::Largest => merged.max(*value),
                     Merge::Smallest => merged.min(*value),
                 };
@@ -85,7 +87,7 @@ mod tests {
             guard.set(Gauge::Held, &["ipv4"], held);
             guard.set(Gauge::DefenceLevel, &[], level);
             guard.set(Gauge::LastSweep, &[], sweep);
-            total.merge(&guard);
+            total.merge(&guard, false);
         }
         assert_eq!(total.value(Gauge::Held, &["ipv4"]), 7.0);
         assert_eq!(total.value(Gauge::DefenceLevel, &[]), 1.0);

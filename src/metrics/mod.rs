@@ -56,6 +56,9 @@ const RECENT: Duration = Duration::from_secs(5);
 /// Sources that the status page names.
 const TOP: usize = 10;
 
+/// The name of the guard of the namespace that ctkeep was started in.
+pub const OWN: &str = "own namespace";
+
 /// A kind of event, as metrics count them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EventType {
@@ -143,8 +146,8 @@ enum Liveness {
 impl Guards {
     fn total(&self) -> Gauges {
         let mut total = locked(&self.own).clone();
-        for guard in locked(&self.all).values() {
-            total.merge(&guard.gauges);
+        for (name, guard) in locked(&self.all).iter() {
+            total.merge(&guard.gauges, name == OWN);
         }
         total
     }
@@ -414,6 +417,11 @@ impl GuardMetrics {
         self.guard(|guard| {
             guard.gauges.set(Gauge::Uncounted, &[], sockets as f64);
         });
+    }
+
+    /// The sockets of so many other namespaces are looked at.
+    pub fn containers(&self, namespaces: usize) {
+        self.guard(|guard| guard.gauges.set(Gauge::Containers, &[], namespaces as f64));
     }
 
     /// The defence level has changed.

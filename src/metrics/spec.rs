@@ -81,6 +81,8 @@ pub(super) enum Merge {
     Sum,
     Largest,
     Smallest,
+    /// That of the namespace that ctkeep was started in: its guard sees what others see again.
+    Own,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -122,6 +124,10 @@ impl Spec {
 
     const fn largest(self) -> Self {
         Self { merge: Merge::Largest, ..self }
+    }
+
+    const fn of_own_namespace(self) -> Self {
+        Self { merge: Merge::Own, ..self }
     }
 
     const fn smallest(self) -> Self {
@@ -197,7 +203,13 @@ table! {
         "ctkeep_config_last_reload_successful",
         "1 when the last reload of the configuration was taken up, or there was none.",
     );
-    Sockets = row("ctkeep_sockets", "TCP sockets of the scope.").by(&[FAMILY, STATE]);
+    Sockets = row("ctkeep_sockets", "TCP sockets of the scope.")
+        .by(&[FAMILY, STATE])
+        .of_own_namespace();
+    Containers = row(
+        "ctkeep_containers",
+        "Other namespaces whose sockets are looked at beside the own one's.",
+    ).of_own_namespace();
     Mismatches = row(
         "ctkeep_mismatches",
         "Connections by how the tables stood to each other after the last deep sweep.",
@@ -229,7 +241,7 @@ table! {
     SourcesOver = row(
         "ctkeep_sources_over_threshold",
         "Peer addresses with more connections than the threshold.",
-    ).by(&[TABLE, THRESHOLD]);
+    ).by(&[TABLE, THRESHOLD]).of_own_namespace();
     LastSweep = row(
         "ctkeep_last_sweep_success_timestamp",
         "When the last good sweep ended, of the guard for which that is longest ago.",
@@ -238,11 +250,12 @@ table! {
         "ctkeep_netlink_receive_buffer",
         "Receive buffers of event sockets, as granted.",
     ).by(&[SOCKET]).bytes();
-    TableEntries = row("ctkeep_conntrack_table_entries", "Entries of the conntrack table.");
+    TableEntries = row("ctkeep_conntrack_table_entries", "Entries of the conntrack table.")
+        .of_own_namespace();
     TableLimit = row(
         "ctkeep_conntrack_table_entries_limit",
         "Most entries that the table takes.",
-    );
+    ).of_own_namespace();
     Timeout = row(
         "ctkeep_conntrack_timeout",
         "The kernel's timeout of TCP entries in this state.",

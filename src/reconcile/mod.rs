@@ -6,6 +6,7 @@
 pub mod agenda;
 pub mod apply;
 pub mod backoff;
+mod bridged;
 pub mod checks;
 pub mod confirm;
 pub mod deciding;

@@ -127,6 +127,10 @@ impl<T: Transport> Tables<T> {
             let is_here = |view: &View| !elsewhere.contains(&view.flow.src.addr());
             views.retain(|view| view.socket.is_some() || is_here(view));
         }
+        let aside = self.bridged(views.iter())?;
+        if !aside.is_empty() {
+            views.retain(|view| !aside.contains(&view.flow));
+        }
         Ok(Snapshot::of(views))
     }
 
@@ -164,6 +168,18 @@ impl<T: Transport> Tables<T> {
             View { flow: lookup.flow, socket: socket.filter(is_there), entry }
         });
         let mut snapshot = Snapshot::new(views);
+        let unseen = snapshot
+            .views
+            .iter()
+            .filter(|view| view.socket.is_some_and(|socket| ledger.last_entry(&socket).is_none()));
+        let aside = self.bridged(unseen)?;
+        if !aside.is_empty() {
+            let set_aside = |view: View| match aside.contains(&view.flow) {
+                true => View { socket: None, ..view },
+                false => view,
+            };
+            snapshot = Snapshot::new(snapshot.views.iter().map(set_aside));
+        }
         snapshot.evidence.opened_here = self.opened_here(&snapshot, ledger)?;
         self.play(&mut snapshot, ledger);
         Ok(Exact(snapshot))

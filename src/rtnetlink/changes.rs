@@ -1,6 +1,7 @@
 //! What others change about devices and their traffic control, as it happens.
 
 use std::collections::HashSet;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use netlink_packet_core::{DecodeError, parse_u32};
 use netlink_sys::protocols::NETLINK_ROUTE;
@@ -30,6 +31,8 @@ pub struct Listener {
 pub struct Changes {
     /// Gone, or set down.
     pub down: HashSet<u32>,
+    /// Some device has come, gone, or changed.
+    pub any: bool,
     /// Somebody took a queueing discipline or a filter away.
     pub stripped: HashSet<u32>,
     /// More than could be read: anything may have changed.
@@ -66,6 +69,13 @@ impl Listener {
     }
 }
 
+/// Readable when something has changed.
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
 fn note(changes: &mut Changes, frame: Frame<'_>) -> std::result::Result<(), DecodeError> {
     // struct ifinfomsg { u8, u8, u16, int index, unsigned flags, .. }, struct tcmsg { u8, .., int
     // ifindex, .. }
@@ -73,6 +83,7 @@ fn note(changes: &mut Changes, frame: Frame<'_>) -> std::result::Result<(), Deco
         let bytes = frame.payload.get(at..at + 4);
         bytes.ok_or_else(|| DecodeError::from("cut short")).and_then(parse_u32)
     };
+    changes.any |= matches!(frame.kind, RTM_NEWLINK | RTM_DELLINK);
     match frame.kind {
         RTM_DELLINK => drop(changes.down.insert(word(4)?)),
         RTM_NEWLINK if word(8)? & libc::IFF_UP as u32 == 0 => drop(changes.down.insert(word(4)?)),
