@@ -141,3 +141,79 @@ fn what_cannot_be_known_is_not_called_recounted() {
     wait_for("a question", SOON, || daemon.logged("could not be asked"));
     assert!(!daemon.logged(" recounted"), "{}", daemon.log());
 }
+
+/// Who exceeds the count is banned for a day.
+fn ban(lab: &Lab) {
+    lab.server.feed(
+        "nft -f -",
+        "table inet fw {
+           set banned { type ipv4_addr; flags dynamic,timeout; timeout 24h; size 65535; }
+           set web { type ipv4_addr; flags dynamic; size 65535; }
+           chain input {
+             type filter hook input priority filter; policy accept;
+             tcp dport 80 ct state new add @web { ip saddr ct count over 3 } \
+               add @banned { ip saddr timeout 24h } log prefix \"too many: \" drop
+           }
+         }",
+    );
+}
+
+/// Five are held where three are allowed: two of them came in while nobody looked.
+#[test]
+fn under_a_rule_that_bans_our_packets_never_exceed_the_count() {
+    let Some(lab) = Lab::new() else { return };
+    ban(&lab);
+    let _server = lab.serve("[::]:80");
+    let peer = lab.peer(CLIENT);
+    let mut conns = peer.hold(80, LIMIT);
+    conns.iter_mut().for_each(|conn| lab.half_close(conn));
+    evict(&lab, &conns);
+    let mut more = peer.hold(80, 2);
+    more.iter_mut().for_each(|conn| lab.half_close(conn));
+    conns.append(&mut more);
+    evict(&lab, &conns);
+    let banned = || lab.server.output("nft list set inet fw banned").contains("elements");
+    assert!(!banned(), "before");
+    let daemon = lab.daemon(PROGRAM, &["--deep-interval", "1s", "--shield", "off"]);
+    let is_alive = |conn: &RawConn| lab.is_alive(conn);
+    wait_for("repairs", SOON, || conns.iter().all(is_alive));
+    thread::sleep(Duration::from_secs(2));
+    assert!(!banned(), "{}", daemon.log());
+    // Two end: the two that were withheld take their places, and no more get in.
+    for conn in &conns[..2] {
+        conn.rst(0);
+        wait_for("its end", SOON, || lab.socket_state(conn).is_none());
+    }
+    thread::sleep(Duration::from_secs(4));
+    assert!(!banned(), "{}", daemon.log());
+    let admitted = peer.open_promptly(80, 1).len();
+    assert_eq!((admitted, banned()), (0, true), "three are counted:\n{}", daemon.log());
+    // Their entries live on.
+    assert!(conns[2..].iter().all(is_alive));
+}
+
+/// The control: a limit that only drops is shown all five.
+#[test]
+fn under_a_rule_that_drops_everything_open_is_counted() {
+    let Some(lab) = Lab::new() else { return };
+    let rule = "tcp dport 80 ct state new add @web { ip saddr ct count over 3 } drop";
+    lab.server.feed("nft -f -", &chain(INPUT, rule));
+    let _server = lab.serve("[::]:80");
+    let peer = lab.peer(CLIENT);
+    let mut conns = peer.hold(80, LIMIT);
+    conns.iter_mut().for_each(|conn| lab.half_close(conn));
+    evict(&lab, &conns);
+    let mut more = peer.hold(80, 2);
+    more.iter_mut().for_each(|conn| lab.half_close(conn));
+    conns.append(&mut more);
+    evict(&lab, &conns);
+    let _daemon = lab.daemon(PROGRAM, &["--shield", "off"]);
+    wait_for("repairs", SOON, || conns.iter().all(|conn| lab.is_alive(conn)));
+    thread::sleep(Duration::from_secs(1));
+    for conn in &conns[..2] {
+        conn.rst(0);
+        wait_for("its end", SOON, || lab.socket_state(conn).is_none());
+    }
+    thread::sleep(Duration::from_secs(2));
+    assert_eq!(peer.open_promptly(80, TRIES).len(), 0);
+}

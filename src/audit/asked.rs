@@ -62,6 +62,8 @@ pub struct Asker<'r> {
     limiter: &'r Limiter,
     plays: Plays<'r>,
     recounter: Recounter,
+    /// Limits that tell of what exceeds them are left alone.
+    is_careful: bool,
 }
 
 impl<'r> Asker<'r> {
@@ -77,7 +79,13 @@ impl<'r> Asker<'r> {
     ) -> Result<Self> {
         let recounter = Recounter::to_ask(DEVICE, now)?;
         let plays = Plays::new(limiter, rules).arriving(arrivals);
-        Ok(Self { rules, limiter, plays, recounter })
+        Ok(Self { rules, limiter, plays, recounter, is_careful: true })
+    }
+
+    /// Asks limits that tell of what exceeds them, too: one probe may be logged, or have its source
+    /// banned.
+    pub fn come_what_may(self) -> Self {
+        Self { is_careful: false, ..self }
     }
 
     /// How many more connections like this one would be let in, and what decides.
@@ -95,6 +103,12 @@ impl<'r> Asker<'r> {
         let Some(tightest) = met.iter().min_by_key(|met| met.limit).copied() else {
             return cannot("no limit is for it");
         };
+        let tells = |met: &Met| self.limiter.rules.get(met.rule).is_some_and(|rule| rule.tells);
+        if self.is_careful && met.iter().any(tells) {
+            return cannot(
+                "its limit tells of what exceeds it (a log, a set), and would of a probe",
+            );
+        }
         if self.plays.of(view).is_synproxied {
             return cannot("SYNPROXY answers for it");
         }

@@ -123,7 +123,8 @@ pub(super) struct Audit {
 
     /// Ask the limits how many connections of each source their lists hold, by packets: SYNs of
     /// unused ports of the source that pass the host's rules and end behind the last of them. Rules
-    /// that count, rate or log SYNs see them; the source's own SYNs may find the limit full
+    /// that count, rate or log SYNs see them (limit, hashlimit, recent, LOG, sets); limits that log or
+    /// write to a set what exceeds them are not asked. The source's own SYNs may find the limit full
     /// meanwhile, for some milliseconds
     #[arg(long, conflicts_with = "sockets")]
     pub ask: bool,
@@ -195,7 +196,8 @@ pub(super) struct Explain {
     pub remote: Endpoint,
 
     /// Ask the limit how many more connections of the peer it would let in, and which rule decides,
-    /// by packets as `ctkeep audit --ask` sends them
+    /// by packets as `ctkeep audit --ask` sends them, one of which exceeds the limit: a rule that logs
+    /// or bans what does will do so
     #[arg(long)]
     pub ask: bool,
 

@@ -74,7 +74,7 @@ pub(super) fn run(args: &Explain) -> Result<Exit> {
             limits(Plays::new(&limiter, &rules).arriving(&arrivals), &limiter, &view, &around);
         let asked = args.ask.then(|| {
             let now = Instant::now();
-            Asker::open(&rules, &limiter, &arrivals, now)?.ask(&view, now)
+            Asker::open(&rules, &limiter, &arrivals, now)?.come_what_may().ask(&view, now)
         });
         let in_scope = scope.contains(&policy, flow);
         let cover = Cover::of(daemon.shield.as_ref(), &view);

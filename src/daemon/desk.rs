@@ -209,6 +209,9 @@ impl<'p> Desk<'p> {
         match &outcome.result {
             // Routine: a sealed connection with traffic has it at every sweep.
             Ok(()) if action.kind == ActionKind::Extend => tracing::debug!(%flow, "extended"),
+            Ok(()) if action.kind == ActionKind::Recount && outcome.recount.is_none() => {
+                tracing::debug!(%flow, "withheld from a limit that tells of what exceeds it");
+            }
             Ok(()) => self.log_action(action, trigger, "acted"),
             Err(error) if error.is_table_full() => {}
             Err(error) => line!(

@@ -437,11 +437,13 @@ impl<'p> Worker<'p> {
 
     /// The deep sweep of the start: what comes before it is not guarded.
     fn sweep_first(&mut self) -> Result<()> {
+        if let Some(rules) = &self.rules {
+            self.keeper.know_limits(rules.limits().cloned());
+        }
         let worked = cpu_time();
         let sweep = self.keeper.sweep(Depth::Deep, Instant::now(), &mut self.desk)?;
         self.swept(&sweep, worked);
-        if let Some(rules) = self.rules.as_ref().filter(|_| !self.desk.settings.dry_run) {
-            self.keeper.know_limits(rules.limits().cloned());
+        if self.rules.is_some() && !self.desk.settings.dry_run {
             // A limit that was added while connections were open has none of them on its list.
             self.keeper.doubt_limits(Instant::now())?;
         }

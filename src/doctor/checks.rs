@@ -121,6 +121,7 @@ mod tests {
                 },
                 matches: Match { interfaces: vec![interface.to_owned()], ..Match::default() },
                 outcome: Outcome::Drop,
+                tells: false,
                 before: Vec::new(),
             };
             let limiter = Limiter { rules: vec![rule], ..Limiter::default() };

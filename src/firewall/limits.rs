@@ -97,6 +97,8 @@ pub struct LimitRule {
     pub matches: Match,
     /// What becomes of the packets that it is for.
     pub outcome: Outcome,
+    /// What exceeds it is written to a log or a set, or marked: who exceeds it may be banned.
+    pub tells: bool,
     /// What leaves the chain before it, of the packets that it would be for.
     pub before: Vec<EarlierAccept>,
 }
@@ -386,7 +388,7 @@ impl<'r> Walk<'_, 'r, '_> {
                     return matches == *path && limited.is_none() && *outcome == Outcome::Return
                         || matches == *path && matches!(outcome, Outcome::Goto(_));
                 }
-                Step::Remove(_) | Step::SetMark(_) | Step::SetCtMark(_) => {}
+                Step::Remove(_) | Step::SetMark(_) | Step::SetCtMark(_) | Step::Log => {}
             }
         }
         false
@@ -479,6 +481,38 @@ impl<'r> Walk<'_, 'r, '_> {
         last
     }
 
+    /// Whether what passes the limit at this step is told of, by the rule itself or by the chain that
+    /// it leads to.
+    fn tells(&self, chain: &Chain, rule: &Rule, limit: usize) -> bool {
+        let is_note = |step: &Step| match step {
+            Step::Log => true,
+            Step::Add(adding) => adding.limit.is_none(),
+            _ => false,
+        };
+        let over = rule.steps.get(limit).is_some_and(|step| match step {
+            Step::Count(counting) => counting.limit.over,
+            Step::Add(adding) => adding.limit.is_some_and(|limit| limit.over),
+            _ => false,
+        });
+        if !over {
+            return false;
+        }
+        match rule.outcome() {
+            // Without a verdict it is there to mark, to log, to write down.
+            Outcome::Continue => true,
+            Outcome::Jump(name) | Outcome::Goto(name) => {
+                let target = self.player.target(chain, name);
+                let chain = target.and_then(|at| self.player.ruleset().chains.get(at));
+                let plain = |rule: &Rule| {
+                    let ends = matches!(rule.outcome(), Outcome::Drop | Outcome::Reject);
+                    ends && !rule.steps.iter().any(is_note)
+                };
+                !chain.is_some_and(|chain| chain.rules.iter().all(plain))
+            }
+            _ => rule.steps.iter().skip(limit + 1).any(is_note),
+        }
+    }
+
     fn limit(
         &mut self,
         chain: &Chain,
@@ -502,6 +536,7 @@ impl<'r> Walk<'_, 'r, '_> {
             before: earlier(&self.before, &matches),
             matches,
             outcome: rule.outcome().clone(),
+            tells: self.tells(chain, rule, at.step),
         };
         if self.found.rules.len() < LIMITS {
             self.found.add(found);

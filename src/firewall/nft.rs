@@ -273,7 +273,8 @@ impl<T: Transport> Machine<'_, T> {
             "queue" => self.ends(Outcome::Queue),
             "nat" | "masq" | "redir" => self.ends(Outcome::Accept),
             "limit" | "quota" => self.ask(Test::Rate(name)),
-            "counter" | "log" | "dup" | "last" | "tproxy" | "flow_offload" => {}
+            "log" => self.steps.push(Step::Log),
+            "counter" | "dup" | "last" | "tproxy" | "flow_offload" => {}
             // A socket look-up, a route, an option: they load a value, all in attribute 1.
             _ => {
                 self.load(data.number(NFTA_META_DREG), unknown(4));

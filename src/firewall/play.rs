@@ -160,7 +160,7 @@ impl<'r> Player<'r> {
                         let verdicts = set.elements().iter().filter_map(|e| e.verdict.as_ref());
                         (has_limits(set), verdicts.collect())
                     }
-                    Step::Test(_) => (false, Vec::new()),
+                    Step::Test(_) | Step::Log => (false, Vec::new()),
                 };
                 if is_telling {
                     return true;
@@ -487,6 +487,7 @@ impl<'r> Run<'_, 'r, '_, '_> {
                     self.notrack(chain, index, reach.and(passed));
                     Answer::Yes
                 }
+                Step::Log => Answer::Yes,
                 Step::Verdict(outcome) => return vec![(passed, outcome.clone())],
             };
             passed = passed.and(answer);

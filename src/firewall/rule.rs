@@ -142,6 +142,8 @@ pub enum Step {
     SetCtMark(Option<Operand>),
     /// Not tracked.
     Notrack,
+    /// Written to a log.
+    Log,
     /// The end of the rule.
     Verdict(Outcome),
 }

@@ -365,7 +365,9 @@ impl GuardMetrics {
                     if action.kind != ActionKind::Recount {
                         done(action.kind.name());
                     }
-                    history.done(action, trigger);
+                    if action.kind != ActionKind::Recount || outcome.recount.is_some() {
+                        history.done(action, trigger);
+                    }
                     if action.kind.is_repair() {
                         counts.add(Count::LateRepairs, &[], 1);
                         counts.observe(Histogram::Reaction, &[trigger.name()], took);

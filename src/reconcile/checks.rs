@@ -86,16 +86,25 @@ struct Check {
 #[derive(Clone, Debug, Default)]
 pub struct Checks {
     limits: Vec<LimitRule>,
+    /// Those that tell of what exceeds them.
+    telling: Vec<LimitRule>,
     sources: HashMap<IpAddr, Check>,
     /// Limits whose lists may be younger than what is open, each with a source to ask for.
     samples: VecDeque<(LimitRule, IpAddr)>,
 }
 
 impl Checks {
-    /// These limits can be asked: those that count by source, or all together.
+    /// These limits can be asked: those that count by source, or all together, and do not tell of what
+    /// exceeds them.
     pub fn know(&mut self, limits: impl Iterator<Item = LimitRule>) {
-        self.limits = limits.filter(|rule| prefix(rule).is_some()).collect();
+        let limits = limits.filter(|rule| prefix(rule).is_some());
+        (self.telling, self.limits) = limits.partition(|rule| rule.tells);
         self.samples.clear();
+    }
+
+    /// The limits that tell of what exceeds them: nothing of ours may.
+    pub fn telling(&self) -> &[LimitRule] {
+        &self.telling
     }
 
     /// The limits that can be asked.

@@ -1,6 +1,6 @@
 //! Limits are asked whether they count: after a recount, and at the start.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 use std::time::Instant;
 
@@ -15,9 +15,10 @@ use crate::netlink::Transport;
 use crate::reconcile::apply::Outcome;
 use crate::reconcile::checks::{Checked, Counted, net};
 use crate::reconcile::deciding::limit_of;
+use crate::reconcile::plan::Action;
 use crate::reconcile::timers::Timer;
 use crate::recount::{Asked, Question, Recount, Room};
-use crate::sockdiag::{Lookup, Socket};
+use crate::sockdiag::{Cookie, Lookup, Socket};
 
 /// Sources that are asked for at the start, for each limit.
 const SAMPLES: usize = 4;
@@ -115,6 +116,47 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         if let Some(next) = self.checks.next() {
             self.timers.hasten(Timer::Check, next);
         }
+    }
+
+    /// Connections that may not be shown to a limit, since they would exceed it and it tells of what
+    /// does: beyond what its source holds already. They wait until others end.
+    pub(super) fn withheld(&mut self, actions: &[Action]) -> Result<HashSet<Cookie>> {
+        let mut withheld = HashSet::new();
+        if self.checks.telling().is_empty() {
+            return Ok(withheld);
+        }
+        let wanted: Vec<_> = actions
+            .iter()
+            .filter(|action| action.kind.needs_recount())
+            .filter_map(|action| action.view.socket)
+            .collect();
+        if wanted.is_empty() {
+            return Ok(withheld);
+        }
+        let shown: HashSet<_> = wanted.iter().map(|socket| socket.cookie).collect();
+        let sockets = self.guarded()?;
+        for rule in self.checks.telling() {
+            let limit = usize::try_from(rule.limit.count).unwrap_or(usize::MAX);
+            let mut places: HashMap<IpNet, usize> = HashMap::new();
+            let of_rule = |socket: &&Socket| is_for(rule, socket);
+            for socket in sockets.iter().filter(of_rule) {
+                let is_counted =
+                    !shown.contains(&socket.cookie) && self.ledger.uncounted(socket).is_none();
+                if let Some(net) = net(rule, socket.remote.addr()) {
+                    *places.entry(net).or_default() += usize::from(is_counted);
+                }
+            }
+            for socket in wanted.iter().filter(of_rule) {
+                let Some(net) = net(rule, socket.remote.addr()) else { continue };
+                let taken = places.entry(net).or_default();
+                if *taken < limit {
+                    *taken += 1;
+                } else {
+                    withheld.insert(socket.cookie);
+                }
+            }
+        }
+        Ok(withheld)
     }
 
     fn guarded(&mut self) -> Result<Vec<Socket>> {

@@ -28,6 +28,7 @@ use super::timers::{Timer, Timers};
 use super::uncounted::Uncounted;
 use crate::conntrack::{Change, TcpState};
 use crate::error::{Error, Result};
+use crate::firewall::lists::Loss;
 use crate::flow::FourTuple;
 use crate::netlink::{KernelSocket, Transport};
 use crate::recount::{Notrack, Recount, Recounter};
@@ -472,9 +473,24 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         if self.recounting.recounter.is_none() {
             confirmed.retain(|action| action.kind != ActionKind::Recount);
         }
+        let withheld = self.withheld(confirmed.actions())?;
+        let is_withheld = |action: &Action| {
+            let socket = action.view.socket.filter(|_| action.kind.needs_recount());
+            socket.is_some_and(|socket| withheld.contains(&socket.cookie))
+        };
+        let mut in_place = confirmed.clone();
+        in_place.retain(is_withheld);
+        confirmed.retain(|action| !is_withheld(action));
         let recounter = &mut self.recounting.recounter;
         let (tables, ledger) = (&mut self.tables, &mut self.ledger);
-        let outcomes = apply(tables, recounter, &confirmed, &settings.policy, ledger, now)?;
+        let policy = &settings.policy;
+        let mut outcomes = apply(tables, recounter, &confirmed, policy, ledger, now)?;
+        if !in_place.actions().is_empty() {
+            outcomes.extend(apply(tables, &mut None::<R>, &in_place, policy, ledger, now)?);
+            for socket in in_place.actions().iter().filter_map(|action| action.view.socket) {
+                ledger.set_uncounted(&socket, Loss::Unknown);
+            }
+        }
         let table_full = self.note_full_table(&outcomes, now);
         self.note_repairs(&outcomes, trigger, now);
         self.note_shown(&outcomes, now);
