@@ -11,7 +11,7 @@ mod played;
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
-use ctkeep::conntrack::{Entry, Tcp, TcpState, Zone};
+use ctkeep::conntrack::{Entry, Status, Tcp, TcpState, Zone};
 use ctkeep::flow::FourTuple;
 use ctkeep::reconcile::apply::apply;
 use ctkeep::reconcile::confirm::{Confirmed, confirm};
@@ -407,6 +407,27 @@ mod cells_of_connections {
         Entry { tcp: entry.tcp.map(|tcp| Tcp { flags: [0x88, 0x88], ..tcp }), ..entry }
     }
 
+    /// The last step assures an entry; until then it has not been shown to a limit, perhaps.
+    #[test]
+    fn what_a_broken_off_repair_has_left_is_recounted() {
+        let nobody = Ledger::default();
+        let recount = Verdict::Act(ActionKind::Recount, Reason::BrokenOff);
+        for (socket, state) in [
+            (established(1), TcpState::Established),
+            (close_wait(1), TcpState::Established),
+            (close_wait(1), TcpState::CloseWait),
+        ] {
+            let fresh = Entry { status: Some(Status::FRESH), ..inserted(state, 60) };
+            assert_eq!(verdict_of(Some(socket), Some(fresh), &nobody), recount);
+            let whole = Entry { status: Some(Status::ASSURED), ..fresh };
+            assert_eq!(verdict_of(Some(socket), Some(whole), &nobody), Verdict::Leave(Rest::Agree));
+            let kernels =
+                Entry { status: Some(Status::FRESH), ..entry(server_to_peer(), state, 60) };
+            let verdict = verdict_of(Some(socket), Some(kernels), &nobody);
+            assert_eq!(verdict, Verdict::Leave(Rest::Agree));
+        }
+    }
+
     /// `nft_flow_offload_eval()` makes entries liberal both ways.
     #[test]
     fn what_a_flow_table_has_had_is_neither_ours_nor_picked_up() {
@@ -619,7 +640,7 @@ mod ledger {
         let mut ledger = held(close_wait(1));
         ledger.remember(&close_wait(2), seen);
         ledger.remember(&close_wait(3), seen);
-        ledger.retain_seen([Cookie(3)]);
+        ledger.retain_seen(&HashSet::from([Cookie(3)]));
         assert!(ledger.last_entry(&close_wait(1)).is_some());
         assert!(ledger.last_entry(&close_wait(2)).is_none());
         assert!(ledger.last_entry(&close_wait(3)).is_some());

@@ -39,7 +39,7 @@ pub struct Ledger {
     flows: HashMap<FourTuple, Cookie>,
     distrusted: HashSet<Cookie>,
     /// Open sockets that a limit is not known to count.
-    uncounted: HashMap<Cookie, Loss>,
+    uncounted: HashMap<Cookie, (Loss, Lookup)>,
     orphans: HashMap<EntryKey, Instant>,
     overdue: HashSet<EntryKey>,
     idle: Option<Idle>,
@@ -241,7 +241,7 @@ impl Ledger {
 
     /// A limit that is for this socket's connection has lost its list.
     pub fn set_uncounted(&mut self, socket: &Socket, loss: Loss) {
-        self.uncounted.insert(socket.cookie, loss);
+        self.uncounted.insert(socket.cookie, (loss, Lookup::from(socket)));
     }
 
     /// The limits have been shown the connection of this socket.
@@ -251,7 +251,13 @@ impl Ledger {
 
     /// Why a limit does not count the connection of this socket, where that is known.
     pub fn uncounted(&self, socket: &Socket) -> Option<Loss> {
-        self.uncounted.get(&socket.cookie).copied()
+        self.uncounted.get(&socket.cookie).map(|(loss, _)| *loss)
+    }
+
+    /// What finds sockets that no limit is known to count, other than these.
+    pub fn uncounted_but(&self, alive: &HashSet<Cookie>) -> Vec<Lookup> {
+        let others = self.uncounted.iter().filter(|(cookie, _)| !alive.contains(cookie));
+        others.map(|(_, (_, lookup))| *lookup).collect()
     }
 
     /// How many open sockets no limit is known to count that should.
@@ -402,8 +408,7 @@ impl Ledger {
     }
 
     /// Forgets how the entries of sockets other than these looked.
-    pub fn retain_seen(&mut self, alive: impl IntoIterator<Item = Cookie>) {
-        let alive: HashSet<_> = alive.into_iter().collect();
+    pub fn retain_seen(&mut self, alive: &HashSet<Cookie>) {
         let agenda = &mut self.agenda;
         self.known.retain(|cookie, known| {
             let stays = known.hold.is_some() || alive.contains(cookie);

@@ -102,6 +102,8 @@ pub enum Reason {
     Uncounted(Loss),
     /// Conntrack learned of the connection from a packet in its middle, so no limit has counted it.
     PickedUp,
+    /// A repair has been broken off.
+    BrokenOff,
 }
 
 impl Reason {
@@ -123,6 +125,7 @@ impl fmt::Display for Reason {
             Self::SocketMissing => f.write_str("no socket for too long"),
             Self::Uncounted(loss) => loss.fmt(f),
             Self::PickedUp => f.write_str("picked up midway, no limit has counted it"),
+            Self::BrokenOff => f.write_str("a repair was broken off"),
             Self::UnderAttack => f.write_str("socket half-closed, source under suspicion"),
         }
     }
@@ -308,6 +311,18 @@ pub fn verdict(
             Some((Direction::FromPeer, _)),
         ) if let Some(loss) = view.socket.and_then(|socket| ledger.uncounted(&socket)) => {
             Verdict::Act(ActionKind::Recount, Reason::Uncounted(loss))
+        }
+        // The last step of a repair makes the entry an ordinary one: one that never came to it was
+        // broken off, perhaps in a former life, and perhaps before its nudge.
+        (
+            Verdict::Leave(Rest::Agree) | Verdict::Act(ActionKind::Extend, _),
+            Some((Direction::FromPeer, _)),
+        ) if cell.guarded
+            && entry.is_some_and(|entry| {
+                entry.is_ours() && entry.status.is_some_and(|status| !status.is_assured())
+            }) =>
+        {
+            Verdict::Act(ActionKind::Recount, Reason::BrokenOff)
         }
         // `nf_conntrack_tcp_loose`; once, for then the entry is ours.
         (Verdict::Leave(Rest::Agree), Some((Direction::FromPeer, TcpState::Established)))

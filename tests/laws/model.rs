@@ -64,12 +64,13 @@ struct Limiter {
     lists: HashMap<IpAddr, Vec<FourTuple>>,
     /// Entries that conntrack has seen a packet of the server for, after ctkeep put them there.
     sealed: HashSet<FourTuple>,
-    /// Connections whose packets of a kind conntrack does not see.
-    notracks: HashMap<FourTuple, Notrack>,
+    /// Connections whose packets of a kind conntrack does not see, by which instance.
+    notracks: HashMap<(usize, FourTuple), Notrack>,
 }
 
 /// What ctkeep makes the limiter count by: the effect of its packets, which the live tests prove.
 pub struct Counting {
+    instance: usize,
     host: Shared,
     limiter: Rc<RefCell<Limiter>>,
 }
@@ -113,7 +114,7 @@ impl Recount for Counting {
     fn notrack(&mut self, wanted: &[(FourTuple, Notrack)], _now: Instant) -> Result<()> {
         for (orig, notrack) in wanted {
             let mut limiter = self.limiter.borrow_mut();
-            let now = limiter.notracks.entry(*orig).or_insert(*notrack);
+            let now = limiter.notracks.entry((self.instance, *orig)).or_insert(*notrack);
             *now = (*now).max(*notrack);
         }
         Ok(())
@@ -125,7 +126,9 @@ impl Recount for Counting {
         _now: Instant,
     ) -> Result<()> {
         let held: HashSet<_> = held.collect();
-        self.limiter.borrow_mut().notracks.retain(|orig, _| held.contains(orig));
+        let own = self.instance;
+        let mut limiter = self.limiter.borrow_mut();
+        limiter.notracks.retain(|(instance, orig), _| *instance != own || held.contains(orig));
         Ok(())
     }
 
@@ -138,12 +141,14 @@ impl Model {
     }
 
     /// What ctkeep makes this limiter count by.
-    pub fn counting(&self) -> Counting {
-        Counting { host: self.host.clone(), limiter: self.limiter.clone() }
+    pub fn counting(&self, instance: usize) -> Counting {
+        Counting { instance, host: self.host.clone(), limiter: self.limiter.clone() }
     }
 
     fn notrack(&self, flow: FourTuple) -> Option<Notrack> {
-        self.limiter.borrow().notracks.get(&flow.inverse()).copied()
+        let limiter = self.limiter.borrow();
+        let of_it = limiter.notracks.iter().filter(|((_, orig), _)| *orig == flow.inverse());
+        of_it.map(|(_, notrack)| *notrack).max()
     }
 
     /// The connection of a peer's port, seen from the server.
@@ -355,8 +360,8 @@ impl Model {
     }
 
     /// They belong to the process.
-    pub fn drop_notracks(&mut self) {
-        self.limiter.borrow_mut().notracks.clear();
+    pub fn drop_notracks(&mut self, instance: usize) {
+        self.limiter.borrow_mut().notracks.retain(|(of, _), _| *of != instance);
     }
 
     /// How many connections the server holds open for a source.

@@ -50,16 +50,21 @@ impl Host {
     /// The same by transports of the caller's own; `true` for that of the entries.
     pub fn open_by<T: Transport>(self, way: impl Fn(Played, bool) -> T) -> (Shared, Tables<T>) {
         let host = Rc::new(RefCell::new(self));
+        let tables = Self::tables(&host, way);
+        (host, tables)
+    }
+
+    /// Another view of the same host.
+    pub fn tables<T: Transport>(host: &Shared, way: impl Fn(Played, bool) -> T) -> Tables<T> {
         let (for_entries, for_sockets) = (host.clone(), host.clone());
         let conntrack = obliging(move |request| for_entries.borrow_mut().entries(request));
         let sockets = obliging(move |request| for_sockets.borrow_mut().sockets(request));
-        let tables = Tables {
+        Tables {
             conntrack: Conntrack::new(way(conntrack, true)),
             sockets: SockDiag::new(way(sockets, false)),
             homes: Vec::new(),
             tracking: None,
-        };
-        (host, tables)
+        }
     }
 
     /// A dump by states, or one socket by its tuple (`struct inet_diag_req_v2`).

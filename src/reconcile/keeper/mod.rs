@@ -484,19 +484,38 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         let recounter = &mut self.recounting.recounter;
         let (tables, ledger) = (&mut self.tables, &mut self.ledger);
         let policy = &settings.policy;
-        let mut outcomes = apply(tables, recounter, &confirmed, policy, ledger, now)?;
-        if !in_place.actions().is_empty() {
-            outcomes.extend(apply(tables, &mut None::<R>, &in_place, policy, ledger, now)?);
-            for socket in in_place.actions().iter().filter_map(|action| action.view.socket) {
-                ledger.set_uncounted(&socket, Loss::Unknown);
+        let applied =
+            apply(tables, recounter, &confirmed, policy, ledger, now).and_then(|mut all| {
+                if !in_place.actions().is_empty() {
+                    all.extend(apply(tables, &mut None::<R>, &in_place, policy, ledger, now)?);
+                }
+                Ok(all)
+            });
+        self.note_not_shown(in_place.actions().iter());
+        let outcomes = match applied {
+            Ok(outcomes) => outcomes,
+            Err(error) => {
+                self.note_not_shown(confirmed.actions().iter());
+                return Err(error);
             }
-        }
+        };
         let table_full = self.note_full_table(&outcomes, now);
         self.note_repairs(&outcomes, trigger, now);
+        let failed = outcomes.iter().filter(|outcome| outcome.result.is_err());
+        self.note_not_shown(failed.map(|outcome| &outcome.action));
         self.note_shown(&outcomes, now);
         self.attend_repaired(&outcomes, now);
         witness.acted(Acted { outcomes, trigger, since, table_full });
         opened
+    }
+
+    /// Repairs that were broken off: an entry may be back, and look well, of which no limit has been
+    /// shown the connection.
+    fn note_not_shown<'a>(&mut self, actions: impl Iterator<Item = &'a Action>) {
+        let repairs = actions.filter(|action| action.kind.needs_recount());
+        for socket in repairs.filter_map(|action| action.view.socket) {
+            self.ledger.set_uncounted(&socket, Loss::Unknown);
+        }
     }
 
     /// Remembers what was repaired, against its source and for a second look.

@@ -151,14 +151,26 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             recounter.refresh(now);
         }
         let policy = &self.settings.policy;
-        let snapshot = self.tables.whole(&self.scope, policy, States::open())?;
+        let mut snapshot = self.tables.whole(&self.scope, policy, States::open())?;
+        let cookies = |snapshot: &Snapshot| -> HashSet<_> {
+            let sockets = snapshot.views.iter().filter_map(|view| view.socket);
+            sockets.map(|socket| socket.cookie).collect()
+        };
+        // A dump does not prove absence, and what waits to be counted must not be forgotten.
+        let skipped = self.ledger.uncounted_but(&cookies(&snapshot));
+        if !skipped.is_empty() {
+            let found = self.tables.exactly(&skipped, &self.ledger)?.into_snapshot().views;
+            let found: Vec<_> = found.iter().filter(|view| view.socket.is_some()).collect();
+            let flows: HashSet<_> = found.iter().map(|view| view.flow).collect();
+            snapshot.views.retain(|view| view.socket.is_some() || !flows.contains(&view.flow));
+            snapshot.views.extend(found);
+        }
         if let Some(grace) = policy.reap {
             let orphans = snapshot.views.iter().filter(|view| view.socket.is_none());
             let keys = orphans.filter_map(|view| view.entry).map(|entry| entry.key());
             self.ledger.note_orphans(keys, grace, now);
         }
-        let alive = snapshot.views.iter().filter_map(|view| view.socket);
-        self.ledger.retain_seen(alive.map(|socket| socket.cookie));
+        self.ledger.retain_seen(&cookies(&snapshot));
         self.ledger.set_idle(self.idle(now));
         self.last_deep = Some(now);
         Ok(snapshot)
