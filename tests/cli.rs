@@ -132,8 +132,8 @@ fn a_faulty_file_is_named_with_line_and_column() {
     ];
     for (text, place, words) in cases {
         let file = Config::new(text);
-        for command in ["audit", "run"] {
-            let (code, out, err) = ctkeep(&[command, "--config", file.path()]);
+        for command in [&["audit", "--config"][..], &["run", "--config"], &["check"]] {
+            let (code, out, err) = ctkeep(&[command, &[file.path()]].concat());
             assert_eq!((code, out.as_str()), (2, ""), "{text}: {err}");
             let place = format!("{}:{place}: ", file.path());
             assert!(err.contains(&place) && err.contains(words), "{text}: {err}");
@@ -142,6 +142,13 @@ fn a_faulty_file_is_named_with_line_and_column() {
     let (code, _, err) = ctkeep(&["run", "--config", "/no/such.toml"]);
     assert_eq!(code, 2, "{err}");
     assert!(err.contains("/no/such.toml"), "{err}");
+    let short = Config::new("lease = \"2s\"\n");
+    let (code, _, err) = ctkeep(&["check", short.path()]);
+    assert_eq!(code, 2, "{err}");
+    assert!(err.contains("--lease"), "{err}");
+    let good = Config::new("lease = \"60s\"\nport = [80]\n");
+    let (code, out, err) = ctkeep(&["check", good.path()]);
+    assert_eq!((code, out), (0, format!("{}: good\n", good.path())), "{err}");
 }
 
 /// Two half-closed connections, one of them with a stale RST.

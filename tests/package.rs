@@ -155,6 +155,12 @@ fn the_package_installs_guards_upgrades_and_leaves_nothing() {
 
     machine.run("systemctl reload ctkeep");
     assert!(machine.journal().contains("configuration reloaded"), "{}", machine.journal());
+    machine.run(
+        "cp /etc/ctkeep/ctkeep.toml /root/good && echo 'frobnicate = 1' >>/etc/ctkeep/ctkeep.toml",
+    );
+    assert!(!machine.try_run("systemctl reload ctkeep").0, "a faulty file fails the reload");
+    assert!(machine.journal().contains("frobnicate"), "{}", machine.journal());
+    machine.run("cat /root/good >/etc/ctkeep/ctkeep.toml && systemctl reload ctkeep");
     a_hung_daemon_is_replaced(&machine);
     drop_ins_suffice(&machine);
 

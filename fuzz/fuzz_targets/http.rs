@@ -10,7 +10,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
 use tokio::runtime::{Builder, Runtime};
 
 static METRICS: LazyLock<Arc<Metrics>> =
-    LazyLock::new(|| Arc::new(Metrics::new(vec!["default".to_owned()], false)));
+    LazyLock::new(|| Arc::new(Metrics::new(false)));
 static RUNTIME: LazyLock<Runtime> =
     LazyLock::new(|| Builder::new_current_thread().enable_time().build().expect("a runtime"));
 

@@ -47,10 +47,18 @@ pub(super) enum Command {
     Explain(Explain),
     /// Examine whether this host is set up so that limits work; changes nothing
     Doctor(Doctor),
+    /// Check a configuration file as run reads it; changes nothing
+    Check(Check),
     /// Write a completion script for a shell to stdout
     Completions(Completions),
     /// Write a manual page to stdout, or the example of a configuration file
     Man(Man),
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Check {
+    /// The file
+    pub file: PathBuf,
 }
 
 #[derive(Debug, Args)]

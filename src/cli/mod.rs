@@ -86,11 +86,11 @@ fn parse(
     read: impl FnOnce(&Path) -> io::Result<String>,
 ) -> Result<Command> {
     let matches = config::matches(args, read).map_err(|failure| match failure {
-        config::Failure::Clap(error) => Error::usage("reload", error.to_string()),
+        config::Failure::Clap(error) => Error::usage("configuration", error.to_string()),
         config::Failure::File(error) => error,
     })?;
     let cli = Cli::from_arg_matches(&matches);
-    cli.map(|cli| cli.command).map_err(|error| Error::usage("reload", error.to_string()))
+    cli.map(|cli| cli.command).map_err(|error| Error::usage("configuration", error.to_string()))
 }
 
 fn dispatch(command: Command) -> Result<Exit> {
@@ -101,6 +101,7 @@ fn dispatch(command: Command) -> Result<Exit> {
         Command::Run(args) => run::run(args),
         Command::Explain(args) => explain::run(&args),
         Command::Doctor(args) => doctor::run(&args),
+        Command::Check(args) => run::check(&args),
         Command::Completions(args) => manual::completions(&args),
         Command::Man(args) => manual::man(&args),
     }

@@ -1,9 +1,11 @@
 //! `ctkeep run`.
 
+use std::ffi::OsString;
+use std::fs;
 use std::time::Duration;
 
-use super::Exit;
-use super::args::{Command, Run};
+use super::args::{Check, Command, Run};
+use super::{Exit, output};
 use crate::daemon::{self, Publishing, Settings};
 use crate::error::{Error, Result};
 use crate::reconcile::policy::Policy;
@@ -13,6 +15,17 @@ pub(super) fn run(args: Run) -> Result<Exit> {
         Command::Run(args) => settings(args),
         _ => Err(Error::usage("reload", "the command line is another one")),
     })?;
+    Ok(Exit::Done)
+}
+
+/// `ctkeep check`: whether `ctkeep run --config FILE` would take the file.
+pub(super) fn check(args: &Check) -> Result<Exit> {
+    let typed = ["ctkeep", "run", "--config"].map(OsString::from);
+    let typed = typed.into_iter().chain([args.file.clone().into_os_string()]);
+    if let Command::Run(run) = super::parse(typed, |path| fs::read_to_string(path))? {
+        settings(run)?;
+    }
+    output::text(&format!("{}: good\n", args.file.display()))?;
     Ok(Exit::Done)
 }
 

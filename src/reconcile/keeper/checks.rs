@@ -249,10 +249,8 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         self.recounting.open(now)?;
         let Some(recounter) = &mut self.recounting.recounter else { return Ok(()) };
         // One more than there should be is enough to know.
-        let lacks = match recounter.room(question, room.saturating_add(1), now)? {
-            Some(Room::AtLeast(_)) => true,
-            _ => false,
-        };
+        let asked = recounter.room(question, room.saturating_add(1), now)?;
+        let lacks = matches!(asked, Some(Room::AtLeast(_)));
         // Connections end meanwhile.
         if lacks && held(self.guarded()?).len() >= before.len() {
             self.checks.drop_samples(rule);
