@@ -25,7 +25,7 @@ use ctkeep::reconcile::plan::{Action, ActionKind};
 use ctkeep::reconcile::policy::Policy;
 use ctkeep::reconcile::pressure::Defence;
 use ctkeep::recount::Recounter;
-use ctkeep::sockdiag::{Socket, State};
+use ctkeep::sockdiag::{Cookie, Socket, State};
 use ctkeep::watch::Suspect;
 use played::host::{Host, Shared};
 use played::{Played, entry, flow, obliging, requests, socket};
@@ -382,6 +382,35 @@ mod watched {
         let is_released = |world: &World| world.state(4100) == Some(TcpState::Close);
         world.until(is_released, SECOND);
         assert_eq!(world.keeper.held().count(), HELD.len() - 1);
+    }
+
+    #[test]
+    fn an_end_that_is_told_is_looked_at_at_once_and_acted_upon_only_where_it_is_true() {
+        let mut world = held();
+        world.keeper.rely_on_ends(true);
+        world.close(4100);
+        let (mut deeds, now) = (Deeds::default(), world.now);
+        let told = [4100, 4101, 9999].map(|port| Cookie(port));
+        world.keeper.ended(&told, now, &mut deeds).unwrap();
+        assert_eq!(deeds.done, [(ActionKind::Release, 4100)]);
+        assert_eq!(world.state(4101), Some(TcpState::CloseWait));
+    }
+
+    #[test]
+    fn half_closed_sockets_are_asked_for_where_one_has_closed_and_else_every_ten_sweeps() {
+        let mut world = held();
+        let dumps = |world: &mut World, time| {
+            let before = world.host.borrow().half_closed;
+            world.pass(time);
+            world.host.borrow().half_closed - before
+        };
+        assert!(dumps(&mut world, SECOND * 9) >= 9, "ends are not told");
+        world.keeper.rely_on_ends(true);
+        assert!(dumps(&mut world, SECOND * 10) <= 1);
+        world.keeper.closing();
+        assert_eq!(dumps(&mut world, SECOND * 4), 2);
+        world.keeper.rely_on_events(SECOND * 5);
+        assert!(dumps(&mut world, SECOND * 4) >= 4, "by the clock without the packet log");
     }
 
     #[test]

@@ -125,6 +125,19 @@ fn connections_that_end_unseen_are_released_by_the_sweep() {
     }
 }
 
+/// The kernel tells the end of a socket, whatever packets there were: no sweep is needed.
+#[test]
+fn connections_that_end_unseen_are_released_when_the_kernel_tells_their_end() {
+    let sweeps = ["--sweep-interval", "20s", "--deep-interval", "5m"];
+    let Some((mut scene, conns)) = held(Limiter::Connlimit, &sweeps) else { return };
+    scene.lab.server.run(MUTE);
+    scene.server.reset_all();
+    let closed = Instant::now();
+    let free = || conns.iter().all(|conn| !scene.is_counted(conn));
+    assert!(holds_within(AT_ONCE, free), "still counted: {:#?}", scene.lab.entries());
+    assert_eq!(scene.admitted(), LIMIT, "after {:?}", closed.elapsed());
+}
+
 /// Nobody looks at a socket that closes while ctkeep is frozen; the next sweep makes up for it.
 #[test]
 fn connections_that_ended_meanwhile_are_released_and_not_revived() {

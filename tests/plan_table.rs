@@ -696,7 +696,7 @@ mod observation {
     /// What a sweep looks at that has seen nothing before.
     fn look_at_half_closed(tables: &mut Tables<Played>, ledger: &Ledger) -> Snapshot {
         let sockets = tables.half_closed(&scope(), &policy(), ledger).unwrap();
-        let lookups = ledger.clone().compare(&sockets);
+        let lookups = ledger.clone().compare(&sockets, false);
         tables.exactly(&lookups, ledger).unwrap().into_snapshot()
     }
 

@@ -34,6 +34,7 @@ use crate::reconcile::ledger::Held;
 use crate::reconcile::observe::Tables;
 use crate::recount::{Mode, Recount, Recounter};
 use crate::shield::{self, Program};
+use crate::sockdiag::ends::Ends;
 
 /// How long to wait for a namespace that has vanished to come back, from look to look.
 const COME_BACK: Duration = Duration::from_secs(1);
@@ -254,6 +255,10 @@ pub(super) fn wait_for(fds: &mut [PollFd<'_>], time: Duration) -> Result<()> {
     }
 }
 
+/// Ends of sockets are read together: each socket of the namespace that ends is told, and a busy
+/// server would wake us for every connection.
+const ENDS_REST: Duration = Duration::from_millis(20);
+
 /// What there is to read.
 #[derive(Clone, Copy, Debug)]
 struct Ready {
@@ -262,6 +267,7 @@ struct Ready {
     question: bool,
     rules: bool,
     members: bool,
+    ends: bool,
 }
 
 struct Worker<'p> {
@@ -271,6 +277,12 @@ struct Worker<'p> {
     rules: Option<Rules>,
     /// Other namespaces whose connections are in this table.
     members: Option<&'p Members>,
+    /// Ends of sockets, while entries are held.
+    ends: Option<Ends>,
+    /// They are read no sooner.
+    ends_rest: Instant,
+    /// This kernel does not tell them.
+    ends_untold: bool,
     /// Where the audit asks.
     claim: Option<UnixListener>,
     sweep_failing: bool,
@@ -309,7 +321,19 @@ impl<'p> Worker<'p> {
             None => keeper.tables.follow_tracking(&Ruleset::read()),
         }
         let (claim, sweep_failing) = (None, false);
-        Ok(Self { keeper, desk, rules, members, claim, sweep_failing, checked: now })
+        let (ends, ends_rest, ends_untold) = (None, now, false);
+        Ok(Self {
+            keeper,
+            desk,
+            rules,
+            members,
+            ends,
+            ends_rest,
+            ends_untold,
+            claim,
+            sweep_failing,
+            checked: now,
+        })
     }
 
     /// Whether a second has passed since the last look at the namespaces.
@@ -326,7 +350,9 @@ impl<'p> Worker<'p> {
     fn wait(&self, lead: &Lead) -> Result<Ready> {
         let now = Instant::now();
         let due = self.keeper.next_timeout().into_iter();
-        let due = due.chain(self.rules.as_ref().and_then(Rules::next_timeout)).min();
+        let due = due.chain(self.rules.as_ref().and_then(Rules::next_timeout));
+        let ends = self.ends.as_ref();
+        let due = due.chain(ends.map(|_| self.ends_rest).filter(|rest| *rest > now)).min();
         let due = due.map(|due| due.saturating_duration_since(now));
         // Signs of life and the namespaces want a turn now and then.
         let time = due.unwrap_or(COME_BACK).min(COME_BACK);
@@ -339,6 +365,7 @@ impl<'p> Worker<'p> {
             self.claim.as_ref().map(AsFd::as_fd),
             self.rules.as_ref().map(AsFd::as_fd),
             self.members.map(|members| members.wake.as_fd()),
+            ends.filter(|_| self.ends_rest <= now).map(AsFd::as_fd),
         ];
         let mut fds: Vec<_> = sources
             .iter()
@@ -347,9 +374,9 @@ impl<'p> Worker<'p> {
             .collect();
         wait_for(&mut fds, time)?;
         let mut answers = fds.iter().map(|fd| fd.any() != Some(false));
-        let [_, events, packets, devices, question, rules, members] =
+        let [_, events, packets, devices, question, rules, members, ends] =
             sources.map(|source| source.is_some() && answers.next() == Some(true));
-        Ok(Ready { events: events || packets, devices, question, rules, members })
+        Ok(Ready { events: events || packets, devices, question, rules, members, ends })
     }
 
     /// One turn of the loop. What fails is tried again, be it refused: the kernel has granted all of
@@ -383,6 +410,9 @@ impl<'p> Worker<'p> {
         if ready.events {
             self.take_events(began)?;
         }
+        if ready.ends {
+            self.take_ends()?;
+        }
         if ready.question {
             self.answer();
         }
@@ -392,6 +422,7 @@ impl<'p> Worker<'p> {
         if let Some(sweep) = swept {
             self.swept(&sweep, worked);
         }
+        self.follow_ends();
         self.check_limits()
     }
 
@@ -475,12 +506,49 @@ impl<'p> Worker<'p> {
         if drained.overrun || drained.malformed > 0 {
             self.keeper.events_lost(now);
         }
+        if drained.closing {
+            self.keeper.closing();
+        }
         if drained.full {
             self.keeper.hasten_deep();
             self.keeper.suspect_all();
         }
         self.desk.drained(&drained);
         self.keeper.suspects(suspects, since, now, &mut self.desk)
+    }
+
+    /// Sockets have ended: the entries that were held for them are given back.
+    fn take_ends(&mut self) -> Result<()> {
+        let Some(ends) = &mut self.ends else { return Ok(()) };
+        let mut ended = Vec::new();
+        let lost = ends.drain(|cookie| ended.push(cookie))?;
+        if lost.overrun || lost.malformed > 0 {
+            self.keeper.suspect_all();
+        }
+        let now = Instant::now();
+        self.ends_rest = now + ENDS_REST;
+        self.keeper.ended(&ended, now, &mut self.desk)
+    }
+
+    /// Listens to the ends of sockets while entries are held, where they are told.
+    fn follow_ends(&mut self) {
+        let is_wanted = self.keeper.ledger().holds_any() && !self.ends_untold;
+        if !is_wanted {
+            self.ends = None;
+        } else if self.ends.is_none() {
+            match Ends::open() {
+                Ok(ends) => {
+                    self.ends = Some(ends);
+                    self.keeper.suspect_all();
+                }
+                Err(error) => {
+                    tracing::info!(%error, "ends of sockets are not told, sweeps look for them");
+                    self.ends_untold = true;
+                }
+            }
+        }
+        let is_alone = self.keeper.tables.sockets.members().len() == 0;
+        self.keeper.rely_on_ends(is_alone && !self.ends_untold);
     }
 
     /// Publishes a sweep that ended well; `worked` is what this thread had cost before it.

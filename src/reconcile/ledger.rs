@@ -376,6 +376,16 @@ impl Ledger {
         cookies.filter_map(|cookie| self.known.get(&cookie)).map(Known::lookup).collect()
     }
 
+    /// What finds a socket that is watched.
+    pub fn watched_socket(&self, cookie: Cookie) -> Option<Lookup> {
+        self.known.get(&cookie).filter(|known| known.look.is_some()).map(Known::lookup)
+    }
+
+    /// Whether any entry is held.
+    pub fn holds_any(&self) -> bool {
+        !self.flows.is_empty()
+    }
+
     /// How many connections are watched.
     pub fn watched(&self) -> usize {
         self.agenda.len()
@@ -383,7 +393,9 @@ impl Ledger {
 
     /// Takes note of a dump of sockets; those of them that are new, or not as they were, are handed
     /// back, and so are the watched ones that it lacks.
-    pub fn compare(&mut self, dump: &[Socket]) -> Vec<Lookup> {
+    ///
+    /// Open ones are in no dump: their ends have to be looked for where they are not told.
+    pub fn compare(&mut self, dump: &[Socket], ends_are_told: bool) -> Vec<Lookup> {
         self.dumps = self.dumps.wrapping_add(1);
         let mut differing = Vec::new();
         for socket in dump {
@@ -394,7 +406,9 @@ impl Ledger {
                 _ => differing.push(Lookup::from(socket)),
             }
         }
-        let is_lacking = |known: &&Known| known.look.is_some() && known.dump != self.dumps;
+        let is_dumped = |known: &Known| known.state != State::Established || !ends_are_told;
+        let is_lacking =
+            |known: &&Known| known.look.is_some() && known.dump != self.dumps && is_dumped(known);
         let found: HashSet<_> = differing.iter().map(|lookup| lookup.flow).collect();
         let lacking = self.known.values().filter(is_lacking).map(Known::lookup);
         differing.extend(lacking.filter(|lookup| !found.contains(&lookup.flow)));

@@ -4,6 +4,7 @@
 //! churn a dump of long hash chains skips live sockets and says nothing of it.
 
 mod decode;
+pub mod ends;
 mod members;
 mod namespace;
 mod opener;

@@ -95,6 +95,8 @@ pub struct Drained {
     pub unreadable: u64,
     /// The source cannot report all, for now.
     pub full: bool,
+    /// A connection has begun to close; said once a second.
+    pub closing: bool,
 }
 
 impl Suspect {

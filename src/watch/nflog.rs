@@ -17,7 +17,9 @@ use netlink_sys::protocols::NETLINK_NETFILTER;
 
 use super::headers::tcp_flow;
 pub use super::nflog_table::CLOSING;
-use super::nflog_table::{self, FULL, HELD4, HELD6, HURRY, PORTS, QUEUE, TRANSLATED, Watched};
+use super::nflog_table::{
+    self, CLOSING_WORD, FULL, HELD4, HELD6, HURRY, PORTS, QUEUE, TRANSLATED, Watched,
+};
 use super::{Drained, Suspect, tracking};
 use crate::error::{Cause, Op, Result};
 use crate::flow::FourTuple;
@@ -192,7 +194,8 @@ impl Watch {
             let Packet { flow, interface, seq, at, prefix } = packet;
             is_gap |= seq.is_some() && next.is_some() && seq != *next;
             *next = seq.map(|seq| seq.wrapping_add(1));
-            if prefix == Prefix::Hurry {
+            drained.closing |= prefix == Prefix::Closing;
+            if matches!(prefix, Prefix::Hurry | Prefix::Closing) {
                 return Ok(());
             }
             drained.logged += 1;
@@ -267,6 +270,8 @@ pub enum Prefix {
     Full,
     /// A SYN that only sends off the packets before it.
     Hurry,
+    /// A first FIN: something begins to close.
+    Closing,
 }
 
 impl Prefix {
@@ -276,6 +281,7 @@ impl Prefix {
             Some(Ok(TRANSLATED)) => Self::Translated,
             Some(Ok(FULL)) => Self::Full,
             Some(Ok(HURRY)) => Self::Hurry,
+            Some(Ok(CLOSING_WORD)) => Self::Closing,
             _ => Self::Plain,
         }
     }

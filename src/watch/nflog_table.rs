@@ -40,10 +40,13 @@ const RESET_WAITS: Duration = Duration::from_millis(20);
 /// Ports of [`RESET`]: RSTs of others wait for their time to be up.
 const RESET_PORTS: u32 = 1024;
 
-/// A FIN that found its set full, an RST beyond [`RESETS`]: once a second, not each.
-const NOT_WATCHED: Expr = Expr::Limit { rate: 1, burst: 1 };
+/// A first FIN, a FIN that found its set full, an RST beyond [`RESETS`]: once a second, not each.
+const ONCE_A_SECOND: Expr = Expr::Limit { rate: 1, burst: 1 };
 /// The word that goes with it.
 pub(super) const FULL: &str = "full";
+/// The word that goes with a first FIN: something begins to close. Once a second is enough to know
+/// that a look at the sockets is worth its price.
+pub(super) const CLOSING_WORD: &str = "closing";
 /// The word that goes with a SYN that only sends off what waits.
 pub(super) const HURRY: &str = "hurry";
 /// The word that goes with a packet whose destination will be translated.
@@ -159,11 +162,12 @@ fn first_fins(group: u16) -> Vec<Vec<Expr>> {
     let mut rules = Vec::new();
     // With an RST it is an RST, to TCP and to conntrack.
     let fin = flags(FIN | RST, FIN);
+    rules.push(rule(&[&fin, &[ONCE_A_SECOND, log(group, Some(CLOSING_WORD), 1)]]));
     for family in FAMILIES {
         rules.push(rule(&[&fin, &family.key(), &[Expr::Add(family.closing), Expr::Accept]]));
     }
     // Nothing can be added to a full set, and the rules above end there.
-    rules.push(rule(&[&fin, &[NOT_WATCHED, log(group, Some(FULL), 1)]]));
+    rules.push(rule(&[&fin, &[ONCE_A_SECOND, log(group, Some(FULL), 1)]]));
     rules.push(rule(&[&fin, &[Expr::Accept]]));
     rules
 }
@@ -175,7 +179,7 @@ fn resets(group: u16) -> Vec<Vec<Expr>> {
         vec![port(), Expr::Add(RESET)],
         rule(&[&plain, &wait(None)]),
         rule(&[&ct(Expr::CtStatus, IPS_DST_NAT, true), &wait(Some(TRANSLATED))]),
-        vec![NOT_WATCHED, log(group, Some(FULL), 1)],
+        vec![ONCE_A_SECOND, log(group, Some(FULL), 1)],
     ]
 }
 

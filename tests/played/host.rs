@@ -35,6 +35,8 @@ pub struct Host {
     pub changes: usize,
     /// How many dumps walked it.
     pub walks: usize,
+    /// How many dumps asked for half-closed sockets.
+    pub half_closed: usize,
     /// How many questions were about one entry or one socket.
     pub looks: usize,
 }
@@ -72,6 +74,7 @@ impl Host {
         let body = &request.body;
         if request.is_dump() {
             let states = dumped_states(request);
+            self.half_closed += usize::from(states & (1 << State::CloseWait as u8) != 0);
             let wanted = |socket: &&Socket| {
                 states & (1 << socket.state as u8) != 0 && !self.skipped.contains(&socket.cookie)
             };

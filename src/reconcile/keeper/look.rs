@@ -13,7 +13,7 @@ use crate::reconcile::plan::{ActionKind, plan_for};
 use crate::reconcile::snapshot::{Snapshot, View};
 use crate::reconcile::timers::Timer;
 use crate::recount::Recount;
-use crate::sockdiag::{Lookup, State};
+use crate::sockdiag::{Cookie, Lookup, State};
 
 /// Connections that are looked at before events have their turn: some 3 ms.
 const LOOKS: usize = 256;
@@ -21,6 +21,14 @@ const LOOKS: usize = 256;
 /// Watched connections that each sweep looks at besides: of a loss of a tenth of all entries it
 /// misses 3 %, and of a flush nothing.
 const SAMPLE: usize = 32;
+
+/// Sweeps that ask for half-closed sockets after a FIN: the event source tells of one FIN a second,
+/// and perhaps before TCP has seen it.
+pub(super) const DUMPS: u32 = 2;
+
+/// Sweeps without such a question at most: a connection that is closed from this side has two of
+/// the kernel's minutes.
+const UNTOLD: u32 = 10;
 
 /// A look at one connection takes some 10 us (benches/tables.rs), and looks at all on suspicion at
 /// most a tenth of a core.
@@ -39,9 +47,49 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         self.longest_unseen = longest;
     }
 
+    /// Ends of sockets are told ([`Self::ended`]), from now on or no more.
+    pub fn rely_on_ends(&mut self, are_told: bool) {
+        self.ends_are_told = are_told;
+    }
+
+    /// A connection has begun to close: the next sweeps ask for half-closed sockets.
+    pub fn closing(&mut self) {
+        self.dumps = DUMPS;
+    }
+
+    /// These sockets have ended, it is said.
+    ///
+    /// # Errors
+    /// A conversation broke: the next sweep looks at all.
+    pub fn ended(
+        &mut self,
+        sockets: &[Cookie],
+        now: Instant,
+        witness: &mut impl Witness,
+    ) -> Result<()> {
+        let watched = sockets.iter().filter_map(|it| self.ledger.watched_socket(*it));
+        let lookups: Vec<_> = watched.collect();
+        if lookups.is_empty() {
+            return Ok(());
+        }
+        let looked = self.look_at(&lookups, now, now, witness);
+        if looked.is_err() {
+            self.suspect_all();
+        }
+        looked
+    }
+
+    /// Whether half-closed sockets are asked for: not by the clock where what changes is told, but for
+    /// those that half-close from this side, of which no packet comes in.
+    fn is_dump_due(&self, now: Instant) -> bool {
+        let is_told = self.longest_unseen == Duration::MAX && self.ends_are_told;
+        !is_told || self.dumps > 0 || now >= self.next_dump
+    }
+
     /// The next sweep looks at every watched connection.
     pub fn suspect_all(&mut self) {
         self.suspects_all = true;
+        self.closing();
     }
 
     /// What a shallow sweep looks at, and the first part of it.
@@ -58,16 +106,18 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         if !sources.is_empty() {
             self.ledger.look_at_sources(&sources, now);
         }
-        if self.looks.is_empty() {
+        if self.looks.is_empty() && self.is_dump_due(now) {
+            self.dumps = self.dumps.saturating_sub(1);
+            self.next_dump = now + self.settings.sweep_interval * UNTOLD;
             let policy = &self.settings.policy;
             let dump = self.tables.half_closed(&self.scope, policy, &self.ledger)?;
-            self.looks = self.ledger.compare(&dump);
+            self.looks = self.ledger.compare(&dump, self.ends_are_told);
             let half_closed = dump.into_iter().filter(|it| it.state == State::CloseWait);
             witness.seen(&self.scope.ports, Some(&half_closed.collect::<Vec<_>>()));
-            self.looks.extend(self.ledger.sample(SAMPLE));
         } else {
             witness.seen(&self.scope.ports, None);
         }
+        self.looks.extend(self.ledger.sample(SAMPLE));
         self.look_on(now, witness)
     }
 

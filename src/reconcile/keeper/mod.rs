@@ -171,6 +171,12 @@ pub struct Keeper<T: Transport = KernelSocket, R: Recount = Recounter> {
     last_deep: Option<Instant>,
     /// How long a watched connection may go without a look.
     longest_unseen: Duration,
+    /// The ends of sockets are told.
+    ends_are_told: bool,
+    /// So many of the next sweeps ask for half-closed sockets.
+    dumps: u32,
+    /// One asks at the latest then.
+    next_dump: Instant,
     /// The next sweep looks at every watched connection.
     suspects_all: bool,
     /// A look at all of them on suspicion comes no sooner.
@@ -224,6 +230,9 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             soonest_deep: now,
             last_deep: None,
             longest_unseen: Duration::ZERO,
+            ends_are_told: false,
+            dumps: look::DUMPS,
+            next_dump: now,
             suspects_all: false,
             soonest_all: now,
             hardened: HashSet::new(),

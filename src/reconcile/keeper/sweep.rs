@@ -142,7 +142,11 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
     fn follow_listeners(&mut self) -> Result<HashSet<u16>> {
         let listening = self.tables.scope(&self.settings.policy)?.ports;
         self.former_listeners.extend(&listening);
-        self.scope.ports = listening.union(&self.former_listeners).copied().collect();
+        let ports = listening.union(&self.former_listeners).copied().collect();
+        if self.scope.ports != ports {
+            self.scope.ports = ports;
+            self.closing();
+        }
         Ok(listening)
     }
 
