@@ -68,10 +68,52 @@ fn a_bypassed_limit_is_found_without_any_flag() {
     assert_eq!(application["sockets"]["close-wait"], 10);
 }
 
+/// Who passes before a limit, who is at it and whether it holds stand with the limit.
+#[test]
+fn the_report_stands_around_the_limits() {
+    let Some(lab) = Lab::new() else { return };
+    let _server = lab.serve("[::]:80");
+    lab.server.run("iptables -t mangle -A INPUT -m conntrack --ctstate NEW");
+    let _conns = lab.peer("198.51.100.7").hold(80, 5);
+    let _at_it = lab.peer("203.0.113.9").hold(80, 3);
+    let closed = lab.peer("203.0.113.200").hold(80, 1);
+    closed[0].rst(0);
+    lab.server.feed(
+        "iptables-restore",
+        "*filter\n-A INPUT -s 203.0.113.77 -j ACCEPT\n\
+         -A INPUT -m mark --mark 7 -p tcp --dport 80 -j ACCEPT\n\
+         -A INPUT -p tcp --syn --dport 80 -m connlimit --connlimit-above 3 -j DROP\nCOMMIT\n",
+    );
+    let (code, report) = audit(&lab, &[]);
+    let rule = &report["layers"]["limiter"]["rules"][0];
+    assert_eq!(rule["what"], "at most 3 from each /32 to port 80", "{rule:#}");
+    assert_eq!(rule["counts"], "from each /32");
+    assert_eq!(rule["passes"], serde_json::json!(["what goes to any port, from 203.0.113.77/32"]));
+    assert!(rule["may_pass"][0].as_str().is_some_and(|it| it.contains("mark")), "{rule:#}");
+    assert_eq!((code, &rule["verdict"], &rule["holds"]), (0, &"ok".into(), &Value::Null));
+    let full = rule["full"].as_array().expect("sources");
+    // What is marked passes before it: who is over it cannot be told.
+    assert_eq!((&full[0]["held"], &full[0]["over"]), (&5.into(), &Value::Null), "{rule:#}");
+    assert_eq!((&full[1]["source"], &full[1]["over"]), (&"203.0.113.9/32".into(), &false.into()));
+    let (_, out, _) = lab.ctkeep(CTKEEP, &["audit"]);
+    let at = |words: &str| out.find(words).unwrap_or_else(|| panic!("no {words}:\n{out}"));
+    assert!(at("RULE") < at("SOURCE") && at("SOURCE") < at("LAYER"), "{out}");
+    for words in [
+        "passes before it: what goes to any port, from 203.0.113.77/32",
+        "perhaps over it: 198.51.100.7/32, 5 sockets of 3, 5 counted",
+        "at it: 203.0.113.9/32, 3 sockets of 3, 3 counted",
+        "holds now: not asked (--ask)",
+    ] {
+        at(words);
+    }
+    assert!(!out.contains("\n203.0.113.200"), "a row of zeros:\n{out}");
+}
+
 #[test]
 fn a_limit_of_a_device_is_for_those_that_come_in_by_it() {
     let Some(lab) = Lab::new() else { return };
     let _server = lab.serve("[::]:80");
+    lab.server.run("iptables -t mangle -A INPUT -m conntrack --ctstate NEW");
     let conns = lab.peer("198.51.100.7").hold(80, 5);
     let rule = "-p tcp --syn --dport 80 -m connlimit --connlimit-above";
     lab.server.run(&format!("iptables -A INPUT -i wg0 {rule} 1 -j DROP"));

@@ -248,8 +248,9 @@ fn no_header_leaves_the_headings_out_and_nothing_else() {
         let (_, without, _) = lab.ctkeep(CTKEEP, &[command, &["--no-header"]].concat());
         // Without headings columns are narrower, and less is wrapped.
         let letters = |text: &str| text.chars().filter(|letter| !letter.is_whitespace()).count();
-        let is_heading =
-            |line: &&str| ["REMOTE", "SOURCE", "LAYER"].iter().any(|word| line.contains(word));
+        let is_heading = |line: &&str| {
+            ["REMOTE", "SOURCE", "LAYER", "RULE"].iter().any(|word| line.contains(word))
+        };
         assert!(with.lines().any(|line| is_heading(&line)), "{with}");
         assert!(!without.lines().any(|line| is_heading(&line)), "{without}");
         let headings: usize = with.lines().filter(is_heading).map(letters).sum();

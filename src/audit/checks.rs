@@ -116,22 +116,7 @@ pub fn limiter(limiter: &Limiter, ports: &[u16]) -> Vec<Finding> {
             "name the limit yourself: ctkeep audit --limit N",
         ));
     }
-    for rule in &limiter.rules {
-        all.push(one_limit(rule));
-        all.extend(rule.set.as_ref().filter(|set| set.is_full()).map(|set| {
-            Finding::bad(
-                "set-full",
-                format!(
-                    "set {} is full: {} of {} sources; others are not limited ({})",
-                    set.name,
-                    set.elements,
-                    set.size.unwrap_or(0),
-                    rule.place()
-                ),
-                format!("give set {} a larger size", set.name),
-            )
-        }));
-    }
+    all.extend(limiter.rules.iter().flat_map(limit));
     for rule in &limiter.dormant {
         all.push(Finding::bad(
             "limit-dormant",
@@ -150,6 +135,25 @@ pub fn limiter(limiter: &Limiter, ports: &[u16]) -> Vec<Finding> {
             ));
         }
     }
+    all
+}
+
+/// One limit, and the set that it keeps its lists in.
+pub fn limit(rule: &LimitRule) -> Vec<Finding> {
+    let mut all = vec![one_limit(rule)];
+    all.extend(rule.set.as_ref().filter(|set| set.is_full()).map(|set| {
+        Finding::bad(
+            "set-full",
+            format!(
+                "set {} is full: {} of {} sources; others are not limited ({})",
+                set.name,
+                set.elements,
+                set.size.unwrap_or(0),
+                rule.place()
+            ),
+            format!("give set {} a larger size", set.name),
+        )
+    }));
     all
 }
 

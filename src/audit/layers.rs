@@ -5,12 +5,13 @@ use std::fmt;
 
 use serde::Serialize;
 
+use super::asked::Answered;
 use super::checks;
 use super::figures::{Figures, Table, Tcp};
 use super::finding::{Finding, Verdict, worst};
 use super::processes::{Holder, Owner, Owners};
 use super::sources::Load;
-use crate::firewall::limits::Limiter;
+use crate::firewall::limits::{EarlierAccept, LimitRule, Limiter};
 use crate::reconcile::snapshot::Views;
 use crate::sockdiag::{Socket, State};
 
@@ -44,6 +45,25 @@ pub struct Layer<F> {
     pub figures: F,
 }
 
+impl Layer<Limits> {
+    /// Takes what limits said when they were asked.
+    pub(super) fn asked(&mut self, all: &[Answered]) {
+        for answered in all {
+            let Some(rule) = self.figures.rules.get_mut(answered.rule) else { continue };
+            let lacking = checks::lacking(answered, &rule.rule);
+            let is_known = answered.answer.listed().is_some();
+            rule.holds = match (&lacking, rule.holds) {
+                (Some(_), _) => Some(false),
+                (None, None) if is_known => Some(true),
+                (None, before) => before,
+            };
+            rule.findings.extend(lacking.clone());
+            rule.verdict = worst(&rule.findings);
+            self.extend(lacking);
+        }
+    }
+}
+
 impl<F> Layer<F> {
     /// Takes more findings.
     pub(super) fn extend(&mut self, findings: impl IntoIterator<Item = Finding>) {
@@ -71,21 +91,91 @@ pub struct Limits {
     pub rules: Vec<LimitFigures>,
 }
 
-/// One limit and its heaviest load.
+/// One limit, and who is at it.
 #[derive(Clone, Debug, Serialize)]
 pub struct LimitFigures {
     /// Where it stands.
     pub rule: String,
+    /// What it is for, by what it counts, in words.
+    pub what: String,
     /// Ports that it is for.
     pub ports: String,
     /// Connections.
     pub limit: u32,
     /// Prefix length of what is counted together; `null` where it is not by source.
     pub mask: Option<u8>,
-    /// What passes before it.
+    /// By what it counts, in words.
+    pub counts: String,
+    /// What passes before it, by its kind.
     pub before: Vec<&'static str>,
+    /// What surely passes before it, in words.
+    pub passes: Vec<String>,
+    /// What may.
+    pub may_pass: Vec<String>,
     /// How many sources hold more than it allows.
     pub sources_over: usize,
+    /// Those that hold as much as it allows, or more, or may.
+    pub full: Vec<Full>,
+    /// Whether what it was asked shows that it holds; `null` where it was not asked.
+    pub holds: Option<bool>,
+    /// The worst of what was found about it.
+    pub verdict: Verdict,
+    /// All of that; the layer has them too.
+    #[serde(skip)]
+    pub findings: Vec<Finding>,
+}
+
+/// A source that holds as much as a limit allows, or more.
+#[derive(Clone, Debug, Serialize)]
+pub struct Full {
+    /// Whose connections are counted together; all addresses where it is not by source.
+    pub source: String,
+    /// Its sockets that the limit counts, or may count.
+    pub held: usize,
+    /// Entries that it can count.
+    pub counted: usize,
+    /// How many it allows.
+    pub limit: u32,
+    /// More than it allows are held; `null` where that cannot be told.
+    pub over: Option<bool>,
+}
+
+impl LimitFigures {
+    fn of(rule: &LimitRule, loads: &[&Load]) -> Self {
+        let over: Vec<_> = loads.iter().filter(|load| load.is_over() == Some(true)).collect();
+        let mut findings = checks::limit(rule);
+        findings.extend(
+            over.first()
+                .map(|worst| checks::over(worst.net, worst.held, worst.limit, worst.counted)),
+        );
+        let passing = |is_sure| {
+            let all = rule.before.iter().filter(move |before| before.is_sure() == is_sure);
+            all.map(EarlierAccept::to_string).collect()
+        };
+        let full = loads.iter().filter(|load| load.is_full()).map(|load| Full {
+            source: load.net.to_string(),
+            held: load.held,
+            counted: load.counted,
+            limit: load.limit,
+            over: load.is_over(),
+        });
+        Self {
+            rule: rule.place(),
+            what: rule.words(),
+            ports: rule.matches.ports.to_string(),
+            limit: rule.limit.count,
+            mask: rule.source_prefix(),
+            counts: rule.limit.key.to_string(),
+            before: rule.before.iter().map(EarlierAccept::name).collect(),
+            passes: passing(true),
+            may_pass: passing(false),
+            sources_over: over.len(),
+            full: full.collect(),
+            holds: None,
+            verdict: worst(&findings),
+            findings,
+        }
+    }
 }
 
 /// Figures of the handshake layer.
@@ -244,24 +334,11 @@ fn limits(inputs: Inputs<'_>) -> Layer<Limits> {
     if inputs.is_limit_named {
         findings.retain(|finding| !matches!(finding.id, "no-limit" | "rules-unread"));
     }
-    let mut rules = Vec::new();
-    for (index, rule) in limiter.rules.iter().enumerate() {
-        let over: Vec<&Load> = loads
-            .iter()
-            .filter(|load| load.rule == index && load.is_over() == Some(true))
-            .collect();
-        if let Some(worst) = over.first() {
-            findings.push(checks::over(worst.net, worst.held, worst.limit, worst.counted));
-        }
-        rules.push(LimitFigures {
-            rule: rule.place(),
-            ports: rule.matches.ports.to_string(),
-            limit: rule.limit.count,
-            mask: rule.source_prefix(),
-            before: rule.before.iter().map(crate::firewall::limits::EarlierAccept::name).collect(),
-            sources_over: over.len(),
-        });
-    }
+    let of = |index| loads.iter().filter(|load| load.rule == index).collect::<Vec<_>>();
+    let rules = limiter.rules.iter().enumerate();
+    let rules: Vec<_> = rules.map(|(index, rule)| LimitFigures::of(rule, &of(index))).collect();
+    let over = rules.iter().flat_map(|rule| &rule.findings);
+    findings.extend(over.filter(|finding| finding.id == "source-over-limit").cloned());
     Layer::new(findings, Limits { rules })
 }
 

@@ -208,10 +208,7 @@ impl Report {
         let mut sources = sources(snapshot.views.iter(), measure, &loads, &told.ages);
         let asked = seen.asked.as_deref().unwrap_or_default();
         sources.iter_mut().for_each(|source| source.listed = listed(source, asked));
-        layers.limiter.extend(asked.iter().filter_map(|answered| {
-            let rule = limiter.rules.get(answered.rule)?;
-            checks::lacking(answered, &rule.place())
-        }));
+        layers.limiter.asked(asked);
         if let Some(limit) = request.limit {
             let over = sources.iter().find(|source| source.over_limit == Some(true));
             layers.limiter.extend(
@@ -253,6 +250,11 @@ impl Report {
             *classes.entry(connection.class).or_default() += 1;
         }
         classes
+    }
+
+    /// The limit that the administrator named, and the prefix lengths of what it counts together.
+    pub fn named_limit(&self) -> Option<(u32, [u8; 2])> {
+        Some((self.limit?, [self.mask, self.mask6]))
     }
 
     /// Sockets by state.

@@ -81,6 +81,11 @@ pub struct Load {
 }
 
 impl Load {
+    /// Whether the limit has no place left, as far as can be told.
+    pub fn is_full(&self) -> bool {
+        self.held > 0 && self.held >= size(self.limit)
+    }
+
     /// Whether more is held than the limit allows; `None` where that cannot be told.
     pub fn is_over(&self) -> Option<bool> {
         if self.held_for_sure > size(self.limit) {

@@ -103,14 +103,19 @@ pub(super) fn coloured(text: &str) -> String {
 fn painted(line: &str) -> String {
     let paint =
         |word: &str, style: Style| line.replacen(word, &format!("{style}{word}{style:#}"), 1);
-    match line.split_whitespace().nth(1) {
-        Some("bad") => paint("bad", BAD),
-        Some("warn") => paint("warn", WARN),
-        _ if line.trim_start().starts_with("entry-") => {
+    // Columns stand two blanks apart, words one.
+    let column = |word: &str, style: Style| {
+        let painted = format!("  {style}{word}{style:#}  ");
+        line.replacen(&format!("  {word}  "), &painted, 1)
+    };
+    match () {
+        () if line.contains("  bad  ") => column("bad", BAD),
+        () if line.contains("  warn  ") => column("warn", WARN),
+        () if line.trim_start().starts_with("entry-") => {
             paint(line.split_whitespace().next().unwrap_or_default(), BAD)
         }
-        _ if line.contains(" over ") && line.contains('/') => paint("over", BAD),
-        _ => line.to_owned(),
+        () if line.contains(" over ") && line.contains('/') => paint("over", BAD),
+        () => line.to_owned(),
     }
 }
 

@@ -3,13 +3,126 @@
 use super::output::{Rows, coloured, table, with_advice};
 use crate::audit::cover::Cover;
 use crate::audit::finding::{Finding, Verdict};
-use crate::audit::layers::{Application, Layers, Queue};
+use crate::audit::layers::{Application, Full, Layers, LimitFigures, Queue};
 use crate::audit::report::{Connection, Report};
 use crate::audit::sources::{Listed, Source};
 use crate::sockdiag::State;
 
-/// The report for people: sources, disagreements, and the sum of it.
+/// So many limits are listed whatever they bear; of more only those of which there is something to
+/// say.
+const LIMITS: usize = 20;
+/// So many sources that are at a limit are named with it.
+const FULL: usize = 5;
+
+/// The report for people: limits, sources, disagreements, layers, and the sum of it.
 pub fn text(report: &Report, all: bool, top: Option<usize>, no_header: bool) -> String {
+    let mut parts = Vec::new();
+    parts.extend(limits(report, no_header));
+    parts.extend(sources(report, top, no_header));
+    parts.extend(connections(report, all, no_header));
+    parts.push(layers(&report.layers, no_header));
+    let counts: Vec<_> = report
+        .classes()
+        .into_iter()
+        .filter(|(_, n)| *n > 0)
+        .map(|(class, n)| format!("{n} {class}"))
+        .collect();
+    let counts = if counts.is_empty() { "no connections".to_owned() } else { counts.join(", ") };
+    let mut out = format!("{}\n{counts}\n", parts.join("\n"));
+    let all = &report.connections;
+    let covered = all.iter().filter(|it| it.cover.is_some_and(Cover::is_certain)).count();
+    if covered > 0 {
+        out.push_str(&format!("{covered} of {} connections under the shield\n", all.len()));
+    }
+    coloured(&out)
+}
+
+/// Each limit: what it is for, who passes before it, who is at it, whether it holds.
+fn limits(report: &Report, no_header: bool) -> Option<String> {
+    let rules = &report.layers.limiter.figures.rules;
+    let mut rows: Vec<Vec<String>> = Vec::new();
+    if let Some((limit, [mask, mask6])) = report.named_limit() {
+        let full = report.sources.iter().filter(|source| source.held > 0);
+        let full = full.filter(|source| size(limit) <= source.held).map(|source| Full {
+            source: source.net.to_string(),
+            held: source.held,
+            counted: source.counted,
+            limit,
+            over: source.over_limit,
+        });
+        let full: Vec<_> = full.collect();
+        let is_over = full.iter().any(|source| source.over == Some(true));
+        let verdict = if is_over { Verdict::Bad } else { Verdict::Ok };
+        let what = format!("at most {limit} from each /{mask} (IPv6: /{mask6}), as you named it");
+        let mut lines = vec![what];
+        lines.extend(at_it(&full));
+        rows.push(vec!["--limit".to_owned(), verdict.to_string(), lines.join("\n")]);
+    }
+    let is_told = |rule: &&LimitFigures| !rule.full.is_empty() || rule.verdict != Verdict::Ok;
+    let is_shown = |rule: &&LimitFigures| rules.len() <= LIMITS || is_told(rule);
+    let shown: Vec<_> = rules.iter().filter(is_shown).collect();
+    let left = rules.len() - shown.len();
+    rows.extend(shown.into_iter().map(|rule| {
+        vec![rule.rule.clone(), rule.verdict.to_string(), about(rule, report.is_asked)]
+    }));
+    if left > 0 {
+        let what = format!("{left} more limits that have room for each source (--format json)");
+        rows.push(vec!["...".to_owned(), Verdict::Ok.to_string(), what]);
+    }
+    let is_there = !rows.is_empty();
+    is_there.then(|| table(&["RULE", "VERDICT", "LIMIT"], rows, Rows::Text, no_header))
+}
+
+/// The lines on one limit.
+fn about(rule: &LimitFigures, is_asked: bool) -> String {
+    let mut lines = vec![rule.what.clone()];
+    let place = format!("{} ({})", rule.what, rule.rule);
+    for finding in rule.findings.iter().filter(|finding| finding.verdict != Verdict::Ok) {
+        // Who is over it is said below.
+        if finding.id != "source-over-limit" {
+            let what = finding.what.replacen(&place, "", 1);
+            lines.push(what.trim_start_matches([':', ';', ' ']).to_owned());
+        }
+    }
+    let list = |before: &str, all: &[String]| {
+        let is_some = !all.is_empty();
+        is_some.then(|| format!("{before}: {}", all.join("; ")))
+    };
+    lines.extend(list("passes before it", &rule.passes));
+    lines.extend(list("may pass before it", &rule.may_pass));
+    lines.extend(at_it(&rule.full));
+    lines.push(match rule.holds {
+        Some(true) => "holds now: yes, for those that were asked for".to_owned(),
+        Some(false) => "holds now: no".to_owned(),
+        None if is_asked => "holds now: no answer".to_owned(),
+        None => "holds now: not asked (--ask)".to_owned(),
+    });
+    let troubled = rule.findings.iter().filter(|finding| finding.verdict == rule.verdict);
+    let advice = troubled.map(|finding| finding.advice.as_str()).find(|advice| !advice.is_empty());
+    with_advice(&lines.join("\n"), advice.unwrap_or_default())
+}
+
+/// The sources that hold as much as a limit allows, or more.
+fn at_it(full: &[Full]) -> Vec<String> {
+    let line = |source: &Full| {
+        let Full { held, counted, limit, .. } = source;
+        let whose = if source.source.ends_with("/0") { "all" } else { &source.source };
+        let how = match source.over {
+            Some(true) => "over it",
+            None => "perhaps over it",
+            Some(false) => "at it",
+        };
+        format!("{how}: {whose}, {held} sockets of {limit}, {counted} counted")
+    };
+    let mut lines: Vec<_> = full.iter().take(FULL).map(line).collect();
+    if full.len() > FULL {
+        lines.push(format!("and {} more sources", full.len() - FULL));
+    }
+    lines
+}
+
+/// The sources that hold something, or are charged for something.
+fn sources(report: &Report, top: Option<usize>, no_header: bool) -> Option<String> {
     let mut headings = vec![
         "SOURCE",
         "HELD",
@@ -52,8 +165,14 @@ pub fn text(report: &Report, all: bool, top: Option<usize>, no_header: bool) -> 
         }
         row
     };
-    let rows = report.sources.iter().take(top.unwrap_or(usize::MAX)).map(row).collect();
-    let sources = table(&headings, rows, Rows::Whole, no_header);
+    let holding = report.sources.iter().filter(|source| source.held > 0 || source.counted > 0);
+    let rows: Vec<_> = holding.take(top.unwrap_or(usize::MAX)).map(row).collect();
+    let is_there = !rows.is_empty();
+    is_there.then(|| table(&headings, rows, Rows::Whole, no_header))
+}
+
+/// The connections about which the tables disagree, or all.
+fn connections(report: &Report, all: bool, no_header: bool) -> Option<String> {
     let headings = ["CLASS", "REMOTE", "LOCAL", "SOCKET", "ENTRY", "LEFT", "PROCESS"];
     let row = |connection: &Connection| {
         let view = &connection.view;
@@ -73,56 +192,41 @@ pub fn text(report: &Report, all: bool, top: Option<usize>, no_header: bool) -> 
             holder.map_or("-".to_owned(), |holder| format!("{}/{}", holder.pid, holder.command)),
         ]
     };
-    let connections: Vec<_> = report.listed(all).into_iter().map(row).collect();
-    let mut out = format!("{}\n", layers(&report.layers, no_header));
-    if !report.sources.is_empty() {
-        out.push_str(&format!("{sources}\n"));
-    }
-    if !connections.is_empty() {
-        out.push_str(&table(&headings, connections, Rows::Whole, no_header));
-        out.push('\n');
-    }
-    let counts: Vec<_> = report
-        .classes()
-        .into_iter()
-        .filter(|(_, n)| *n > 0)
-        .map(|(class, n)| format!("{n} {class}"))
-        .collect();
-    let counts = if counts.is_empty() { "no connections".to_owned() } else { counts.join(", ") };
-    out.push_str(&format!("{counts}\n"));
-    let all = &report.connections;
-    let covered = all.iter().filter(|it| it.cover.is_some_and(Cover::is_certain)).count();
-    if covered > 0 {
-        out.push_str(&format!("{covered} of {} connections under the shield\n", all.len()));
-    }
-    coloured(&out)
+    let rows: Vec<_> = report.listed(all).into_iter().map(row).collect();
+    let is_there = !rows.is_empty();
+    is_there.then(|| table(&headings, rows, Rows::Whole, no_header))
 }
 
-/// The layers, each with what is wrong in it; where nothing is, its first figure.
+/// The layers, each with what is wrong in it; where nothing is, its first figure. What concerns one
+/// limit stands with the limits.
 fn layers(layers: &Layers, no_header: bool) -> String {
     let mut rows = Vec::new();
-    let mut add = |layer: &str, verdict: Verdict, what: &str, advice: &str| {
-        rows.push(vec![layer.to_owned(), verdict.to_string(), with_advice(what, advice)]);
-    };
-    let mut findings = |layer: &str, findings: &[Finding], all: bool| {
+    let mut add = |layer: &str, findings: &[&Finding], all: bool| {
         let has_trouble = findings.iter().any(|finding| finding.verdict != Verdict::Ok);
         for (index, finding) in findings.iter().enumerate() {
             let is_first_of_good = index == 0 && !has_trouble;
             if all || finding.verdict != Verdict::Ok || is_first_of_good {
-                add(layer, finding.verdict, &finding.what, &finding.advice);
+                let what = with_advice(&finding.what, &finding.advice);
+                rows.push(vec![layer.to_owned(), finding.verdict.to_string(), what]);
             }
         }
     };
     if let Some(conntrack) = &layers.conntrack {
-        findings("conntrack", &conntrack.findings, false);
+        add("conntrack", &conntrack.findings.iter().collect::<Vec<_>>(), false);
     }
-    findings("limiter", &layers.limiter.findings, true);
+    let told: Vec<_> = layers.limiter.figures.rules.iter().flat_map(|it| &it.findings).collect();
+    let rest = layers.limiter.findings.iter().filter(|finding| !told.contains(finding));
+    add("limiter", &rest.collect::<Vec<_>>(), true);
     if let Some(syn) = &layers.syn {
-        findings("syn", &syn.findings, false);
+        add("syn", &syn.findings.iter().collect::<Vec<_>>(), false);
     }
     let listen: Vec<_> = layers.listen.iter().map(Queue::finding).collect();
-    findings("listen", &listen, true);
+    add("listen", &listen.iter().collect::<Vec<_>>(), true);
     let applications: Vec<_> = layers.application.iter().map(Application::finding).collect();
-    findings("application", &applications, true);
+    add("application", &applications.iter().collect::<Vec<_>>(), true);
     table(&["LAYER", "VERDICT", "WHAT"], rows, Rows::Text, no_header)
+}
+
+fn size(limit: u32) -> usize {
+    usize::try_from(limit).unwrap_or(usize::MAX)
 }

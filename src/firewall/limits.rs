@@ -122,6 +122,11 @@ pub enum EarlierAccept {
 }
 
 impl EarlierAccept {
+    /// Whether all that it names passes.
+    pub fn is_sure(&self) -> bool {
+        !matches!(self, Self::Some { is_sure: false, .. })
+    }
+
     /// Its name in JSON.
     pub fn name(&self) -> &'static str {
         match self {
@@ -245,6 +250,11 @@ impl LimitRule {
         format!("{} {} {} rule {}", self.family, self.table, self.chain, self.position)
     }
 
+    /// How many it allows, by what it counts, and what it is for.
+    pub fn words(&self) -> String {
+        format!("at most {} {}{}", self.limit.count, self.limit.key, self.matches)
+    }
+
     /// Whether it sees ports as the client asked for them, before destination NAT.
     pub fn is_before_nat(&self) -> bool {
         self.hook == Hook::Ingress || self.hook == Hook::Prerouting && self.priority < NAT_DST
@@ -273,17 +283,22 @@ impl LimitRule {
 }
 
 impl fmt::Display for LimitRule {
-    /// `at most 40 from each /32 to port 80 (ip filter INPUT rule 3)`.
+    /// `at most 40 from each /32 to port 80 (ip filter INPUT rule 1)`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "at most {}", self.limit.count)?;
-        match &self.limit.key {
-            Key::Source(prefix) => write!(f, " from each /{prefix}")?,
-            Key::SourceAndPort(prefix) => write!(f, " from each /{prefix} for each port")?,
-            Key::Destination(prefix) => write!(f, " to each /{prefix}")?,
-            Key::All => f.write_str(" in all")?,
-            Key::Other(what) => write!(f, " for each {what}")?,
+        write!(f, "{} ({})", self.words(), self.place())
+    }
+}
+
+impl fmt::Display for Key {
+    /// What is counted together: `from each /32`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Source(prefix) => write!(f, "from each /{prefix}"),
+            Self::SourceAndPort(prefix) => write!(f, "from each /{prefix} for each port"),
+            Self::Destination(prefix) => write!(f, "to each /{prefix}"),
+            Self::All => f.write_str("in all"),
+            Self::Other(what) => write!(f, "for each {what}"),
         }
-        write!(f, "{} ({})", self.matches, self.place())
     }
 }
 
