@@ -177,7 +177,9 @@ impl World {
     fn suspect_by(&mut self, port: u16, interface: u32) -> Deeds {
         let mut deeds = Deeds::default();
         let flow = of(port);
-        let suspects = [(flow, Suspect { flow, interface, destroyed: None, at: None })].into();
+        let suspects =
+            [(flow, Suspect { flow, interface, is_translated: false, destroyed: None, at: None })]
+                .into();
         self.keeper.suspects(suspects, self.now, self.now, &mut deeds).unwrap();
         deeds
     }

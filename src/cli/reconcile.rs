@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 

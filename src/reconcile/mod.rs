@@ -19,4 +19,5 @@ pub mod policy;
 pub mod pressure;
 pub mod snapshot;
 pub mod timers;
+mod translated;
 pub mod uncounted;

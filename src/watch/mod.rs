@@ -71,6 +71,8 @@ pub struct Suspect {
     /// The device that its packet came in by, 0 where that is not known. A socket can be bound to
     /// it, and that of a link-local peer is.
     pub interface: u32,
+    /// As its packet was on the wire: its socket has another local address or port.
+    pub is_translated: bool,
     /// What conntrack said of it last, where that is all that is left.
     pub destroyed: Option<Entry>,
     /// When the kernel saw what happened, where it says so.
@@ -200,7 +202,13 @@ impl Events {
                     // Reversed, the server's side is in the other tuple.
                     for flow in [event.entry.reply, event.entry.orig] {
                         let destroyed = is_gone.then_some(event.entry);
-                        take(Suspect { flow, interface: 0, destroyed, at: None });
+                        take(Suspect {
+                            flow,
+                            interface: 0,
+                            is_translated: false,
+                            destroyed,
+                            at: None,
+                        });
                     }
                 })?;
                 drained.add(lost);

@@ -201,7 +201,9 @@ impl Watch {
             drained.logged += 1;
             drained.full |= prefix == Prefix::Full;
             if let Some(flow) = flow {
-                take(Suspect { flow: flow.inverse(), interface, destroyed: None, at });
+                let is_translated = prefix == Prefix::Translated;
+                let flow = flow.inverse();
+                take(Suspect { flow, interface, is_translated, destroyed: None, at });
             } else {
                 // Anybody can send one; it says nothing of other packets.
                 drained.unreadable += 1;

@@ -338,11 +338,12 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
     /// A conversation broke: the next sweep finds what was not repaired.
     pub fn suspects(
         &mut self,
-        mut suspects: HashMap<FourTuple, Suspect>,
+        suspects: HashMap<FourTuple, Suspect>,
         since: Instant,
         now: Instant,
         witness: &mut impl Witness,
     ) -> Result<()> {
+        let mut suspects = self.tables.as_their_sockets_see_them(suspects, &self.ledger)?;
         suspects.retain(|flow, _| self.scope.contains(&self.settings.policy, *flow));
         if suspects.is_empty() {
             return Ok(());

@@ -1,0 +1,39 @@
+//! Suspects whose packets are translated: the entry says where they get to.
+
+use std::collections::HashMap;
+
+use super::ledger::Ledger;
+use super::observe::Tables;
+use crate::error::Result;
+use crate::flow::FourTuple;
+use crate::netlink::Transport;
+use crate::watch::Suspect;
+
+impl<T: Transport> Tables<T> {
+    /// These suspects by the tuples that their sockets have. One whose entry is gone is left to the
+    /// sweep.
+    pub(super) fn as_their_sockets_see_them(
+        &mut self,
+        suspects: HashMap<FourTuple, Suspect>,
+        ledger: &Ledger,
+    ) -> Result<HashMap<FourTuple, Suspect>> {
+        let (translated, mut all): (HashMap<_, _>, HashMap<_, _>) =
+            suspects.into_iter().partition(|(_, suspect)| suspect.is_translated);
+        if translated.is_empty() {
+            return Ok(all);
+        }
+        for zone in ledger.zones() {
+            let asked: Vec<_> = translated.keys().map(|flow| (flow.inverse(), zone)).collect();
+            let entries = self.conntrack.get(&asked)?;
+            for (suspect, entry) in translated.values().zip(entries) {
+                if let Some(entry) = entry.filter(|entry| entry.orig == suspect.flow.inverse()) {
+                    let flow = entry.reply;
+                    let seen = Suspect { flow, interface: 0, is_translated: false, ..*suspect };
+                    let known = all.entry(flow).or_insert(seen);
+                    *known = known.and_then(seen);
+                }
+            }
+        }
+        Ok(all)
+    }
+}
