@@ -169,3 +169,87 @@ fn without_the_privileges_one_line_says_so() {
     assert_eq!(log.matches("connections of containers are not guarded").count(), 1, "{log}");
     assert!(log.contains("lacking=\"CAP_SYS_ADMIN\""), "{log}");
 }
+
+/// What an event shows of a translated connection is put right before the next sweep.
+#[test]
+fn a_stale_rst_to_a_container_is_answered_by_the_event_not_by_the_sweep() {
+    let Some(lab) = Lab::new() else { return };
+    guests::limit(&lab);
+    let guest = Guest::start(&lab, 1);
+    let daemon = lab.daemon(CTKEEP, &["--sweep-interval", "20s"]);
+    let conns = guest.half_closed(&lab.peer(CLIENT));
+    conns.iter().for_each(RawConn::stale_rst);
+    wait_for("repair", Duration::from_secs(5), || {
+        conns.iter().all(|conn| guests::is_counted(&lab, conn))
+    });
+    let log = daemon.log();
+    assert_eq!(log.matches("trigger=Event").count(), LIMIT, "{log}");
+}
+
+/// From the host, `audit`, `explain`, `reconcile` and `recount` see the container's sockets beside
+/// the host's entries.
+#[test]
+fn every_command_joins_the_sockets_of_containers_with_the_entries_of_the_host() {
+    let Some(lab) = Lab::new() else { return };
+    guests::limit(&lab);
+    let guest = Guest::start(&lab, 1);
+    let peer = lab.peer(CLIENT);
+    let conns = guest.half_closed(&peer);
+    let audit = || {
+        let (code, out, err) = lab.ctkeep(CTKEEP, &["audit", "--all", "--format", "json"]);
+        assert!(code == 0 || code == 1, "{err}");
+        (code, serde_json::from_str::<serde_json::Value>(&out).expect("a report"))
+    };
+    let (code, report) = audit();
+    assert_eq!((code, report["summary"]["classes"]["agree"].as_u64()), (0, Some(3)), "{report:#}");
+    assert_eq!(report["sources"][0]["over_limit"], false, "{report:#}");
+    assert_eq!(report["sources"][0]["limit"], 3, "the limit of FORWARD: {report:#}");
+    let first = &report["connections"][0];
+    assert_eq!(first["local"], "10.1.1.2:8080");
+    assert_eq!(first["asked"], "192.0.2.1:8001");
+    assert_eq!(first["pid"], guest.server.pid());
+    assert!(first["container"].as_str().is_some_and(|name| name.starts_with("net:[")), "{first}");
+
+    conns.iter().for_each(RawConn::stale_rst);
+    wait_for("closed entries", SOON, || conns.iter().all(|it| !guests::is_counted(&lab, it)));
+    let (code, report) = audit();
+    assert_eq!(code, 1);
+    assert_eq!(report["summary"]["classes"]["entry-closed"], 3, "{report:#}");
+    let client = conns[0].client.to_string();
+    for local in ["10.1.1.2:8080", "192.0.2.1:8001"] {
+        let (code, out, err) = lab.ctkeep(CTKEEP, &["explain", local, &client]);
+        assert_eq!(code, 1, "{out}{err}");
+        assert!(out.contains("10.1.1.2:8080 (server)") && out.contains("revive"), "{out}");
+        assert!(out.contains("ip filter FORWARD rule 1"), "{out}");
+    }
+    assert_eq!(peer.admitted(guest.port, 1), 1, "the control: the limit has forgotten them");
+    let (code, out, err) = lab.ctkeep(CTKEEP, &["reconcile"]);
+    assert_eq!(code, 0, "{out}{err}");
+    assert_eq!(out.matches("done, ").count(), 3, "{out}");
+    assert_eq!(peer.admitted(guest.port, LIMIT), 0, "{out}");
+
+    lab.server.run("iptables -F FORWARD");
+    guests::limit(&lab);
+    let (code, out, err) = lab.ctkeep(CTKEEP, &["recount"]);
+    assert!(code == 0 || code == 4, "{out}{err}");
+    assert_eq!(peer.admitted(guest.port, LIMIT), 0, "{out}{err}");
+}
+
+#[test]
+fn a_forwarded_limit_whose_sockets_the_daemon_does_not_look_at_is_bad() {
+    let Some(lab) = Lab::new() else { return };
+    guests::limit(&lab);
+    let _guest = Guest::start(&lab, 1);
+    for (containers, is_bad) in [("auto", false), ("off", true)] {
+        let _daemon = lab.daemon(CTKEEP, &["--containers", containers]);
+        for command in ["audit", "doctor"] {
+            let (_, out, err) = lab.ctkeep(CTKEEP, &[command]);
+            assert_eq!(
+                out.contains("does not look at its sockets"),
+                is_bad,
+                "{command}: {out}{err}"
+            );
+            assert_eq!(out.contains("containers.conf"), is_bad, "{command}: {out}");
+        }
+    }
+}

@@ -181,7 +181,8 @@ pub fn ask_for_sources(
     now: Instant,
     mut failed: impl FnMut(&Error),
 ) -> Result<()> {
-    let mut plays = Plays::new(&seen.limiter, &seen.rules).arriving(&seen.arrivals);
+    let mut plays =
+        Plays::new(&seen.limiter, &seen.rules).arriving(&seen.arrivals).behind(&seen.behind);
     let views = || seen.snapshot.views.iter().filter(|view| !view.is_outgoing());
     let mut loads = loads(views(), &mut plays);
     loads.retain(|load| load.held > 0);

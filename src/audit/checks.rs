@@ -198,6 +198,34 @@ fn one_limit(rule: &LimitRule) -> Finding {
     Finding::ok("limit", format!("{rule}; {nudged}"))
 }
 
+/// Limits of what is forwarded whose sockets are in other namespaces: nobody looks at them, neither a
+/// daemon that says so nor, where it lacks privileges, this look.
+pub fn unseen(
+    limiter: &Limiter,
+    namespaces: usize,
+    unseen: usize,
+    daemon_looks: Option<bool>,
+) -> Option<Finding> {
+    let rule = limiter.rules.iter().find(|rule| rule.hook == Hook::Forward)?;
+    let place = rule.place();
+    if unseen > 0 && namespaces == 0 {
+        return Some(Finding::bad(
+            "limit-unseen",
+            format!("{place}: its sockets are in namespaces that this look may not enter"),
+            "run it as root, with CAP_SYS_ADMIN, CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH",
+        ));
+    }
+    (namespaces > 0 && daemon_looks == Some(false)).then(|| {
+        Finding::bad(
+            "limit-unseen",
+            format!("{place}: the daemon does not look at its sockets, in {namespaces} namespaces"),
+            "install -D -m 0644 -t /etc/systemd/system/ctkeep.service.d \
+             /usr/share/doc/ctkeep/examples/containers.conf && systemctl daemon-reload && \
+             systemctl restart ctkeep",
+        )
+    })
+}
+
 /// SYN handling; `syn_recv` is how many handshakes wait.
 pub fn syn(figures: &Tcp, syn_recv: u64) -> Vec<Finding> {
     let mut all = Vec::new();

@@ -5,7 +5,7 @@ use std::fmt;
 use serde::Serialize;
 
 /// Every identifier there is; docs/doctor.md has a section for each.
-pub const IDENTIFIERS: [&str; 42] = [
+pub const IDENTIFIERS: [&str; 43] = [
     "kernel",
     "privilege-net-admin",
     "privilege-net-raw",
@@ -24,6 +24,7 @@ pub const IDENTIFIERS: [&str; 42] = [
     "limit-shadowed",
     "limit-without-syn",
     "limit-forwarded",
+    "limit-unseen",
     "limit-for-all",
     "limit-dormant",
     "set-full",

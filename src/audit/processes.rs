@@ -4,6 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::path::Path;
 
+use crate::containers::name;
 use crate::sockdiag::{Cookie, Socket, State};
 
 /// The process that holds a socket.
@@ -15,6 +16,8 @@ pub struct Holder {
     pub command: String,
     /// How many processes hold it.
     pub processes: usize,
+    /// The container that they are in, where they are in one.
+    pub container: Option<String>,
 }
 
 /// Who has a socket.
@@ -111,6 +114,7 @@ pub fn holders(inodes: &HashSet<u32>) -> HashMap<u32, Holder> {
                 pid,
                 command: command.clone(),
                 processes: 0,
+                container: None,
             });
             holder.processes += 1;
             if pid < holder.pid {
@@ -118,6 +122,11 @@ pub fn holders(inodes: &HashSet<u32>) -> HashMap<u32, Holder> {
                 holder.command.clone_from(&command);
             }
         }
+    }
+    let mut containers: HashMap<i32, Option<String>> = HashMap::new();
+    for holder in found.values_mut() {
+        let container = containers.entry(holder.pid).or_insert_with(|| name::of(holder.pid));
+        holder.container = container.as_deref().map(printable);
     }
     found
 }

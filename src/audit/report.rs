@@ -1,6 +1,7 @@
 //! Takes the look: joins the tables, makes sure of every disagreement, names and adds up.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::net::IpAddr;
 use std::thread;
 use std::time::{Duration, SystemTime};
 
@@ -18,6 +19,7 @@ use super::layers::{Inputs, Layers};
 use super::processes::{Holder, Owners};
 use super::sources::{Listed, Measure, Plays, Source, loads, sources};
 use crate::conntrack::TcpState;
+use crate::containers;
 use crate::error::Result;
 use crate::firewall::Ruleset;
 use crate::firewall::limits::Limiter;
@@ -84,6 +86,12 @@ pub struct Seen {
     pub told: Option<Told>,
     /// What limits said; `None` where they were not asked.
     pub asked: Option<Vec<Answered>>,
+    /// Local addresses of other namespaces whose sockets were looked at.
+    pub behind: HashSet<IpAddr>,
+    /// How many namespaces those are.
+    pub namespaces: usize,
+    /// Processes and namespaces that could not be looked into.
+    pub unseen: usize,
 }
 
 impl Seen {
@@ -93,6 +101,7 @@ impl Seen {
     /// A missing privilege or module; a lost or malformed answer.
     pub fn look(netns: &str, policy: &Policy) -> Result<(Self, Scope)> {
         let mut tables = Tables::open()?;
+        let unseen = containers::join(&mut tables.sockets)?;
         let rules = Ruleset::read();
         tables.follow_tracking(&rules);
         let listeners = tables.sockets.listeners()?;
@@ -104,6 +113,8 @@ impl Seen {
         make_sure(&mut tables, &mut snapshot, &scope, policy, &ledger)?;
         let sockets = snapshot.views.iter().filter_map(|view| view.socket);
         let owners = Owners::look(sockets, &listeners);
+        let behind = snapshot.views.iter().map(|view| view.flow.src.addr());
+        let behind = behind.filter(|addr| tables.sockets.is_of_member(*addr)).collect();
         let arrivals = arrivals(&rules, snapshot.views.iter())?;
         let seen = Self {
             netns: if netns.is_empty() { own_namespace() } else { netns.to_owned() },
@@ -120,6 +131,9 @@ impl Seen {
             owners,
             told: Some(instance::ask("ctkeep")),
             asked: None,
+            behind,
+            namespaces: tables.sockets.members().len(),
+            unseen,
         };
         Ok((seen, scope))
     }
@@ -170,7 +184,8 @@ impl Report {
             limit: request.limit,
             limiter,
         };
-        let mut plays = Plays::new(limiter, &seen.rules).arriving(&seen.arrivals);
+        let mut plays =
+            Plays::new(limiter, &seen.rules).arriving(&seen.arrivals).behind(&seen.behind);
         let loads = loads(snapshot.views.iter(), &mut plays);
         let mut layers = Layers::of(Inputs {
             figures: seen.figures.as_ref(),
@@ -218,6 +233,12 @@ impl Report {
         let untracked = connections
             .iter()
             .filter(|connection: &&Connection| connection.class == Class::Untracked);
+        layers.limiter.extend(checks::unseen(
+            limiter,
+            seen.namespaces,
+            seen.unseen,
+            seen.told.as_ref().and_then(|told| told.containers),
+        ));
         layers.limiter.extend(checks::untracked(untracked.map(|it| it.view.flow.src.port())));
         Self {
             limit: request.limit,
@@ -339,6 +360,9 @@ fn connection_json(connection: &Connection) -> Value {
         "unreplied": entry.map(|_| connection.view.is_unreplied()),
         "zone": entry.map_or(0, |entry| entry.zone.id()),
         "class": connection.class.name(),
+        "asked": connection.view.entry.filter(|entry| entry.reply == flow && entry.is_translated())
+            .map(|entry| entry.orig.dst.to_string()),
+        "container": holder.and_then(|holder| holder.container.as_ref()),
         "pid": holder.map(|holder| holder.pid),
         "command": holder.map(|holder| &holder.command),
         "processes": holder.map(|holder| holder.processes),

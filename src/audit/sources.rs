@@ -1,7 +1,7 @@
 //! The same connections, added up for each source as a limiter would see them.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::IpAddr;
 use std::rc::Rc;
 
@@ -195,13 +195,20 @@ pub struct Plays<'r> {
     limiter: &'r Limiter,
     player: Player<'r>,
     arrivals: Option<&'r Arrivals>,
+    behind: Option<&'r HashSet<IpAddr>>,
     played: HashMap<(IpAddr, Endpoint, Endpoint), Rc<Played>>,
 }
 
 impl<'r> Plays<'r> {
     /// Plays through these rules, in which `limiter` was found.
     pub fn new(limiter: &'r Limiter, rules: &'r Ruleset) -> Self {
-        Self { limiter, player: Player::new(rules), arrivals: None, played: HashMap::new() }
+        Self {
+            limiter,
+            player: Player::new(rules),
+            arrivals: None,
+            behind: None,
+            played: HashMap::new(),
+        }
     }
 
     /// The same, where it is known by which devices clients come in.
@@ -210,13 +217,20 @@ impl<'r> Plays<'r> {
         Self { arrivals: Some(arrivals), ..self }
     }
 
+    /// The same, where these addresses are of other namespaces, to which packets are forwarded.
+    #[must_use]
+    pub fn behind(self, behind: &'r HashSet<IpAddr>) -> Self {
+        Self { behind: Some(behind), ..self }
+    }
+
     /// The SYN that opened, or would open, a connection.
     fn syn(&self, view: &View) -> Syn {
         let (source, destination) = (view.flow.dst.addr(), view.flow.src);
         // Rules before destination NAT see what the client asked for.
         let entry = view.entry.filter(|entry| entry.reply == view.flow);
         let asked = entry.map_or(destination, |entry| entry.orig.dst);
-        let syn = Syn { asked, ..Syn::new(source, destination) };
+        let is_forwarded = self.behind.is_some_and(|behind| behind.contains(&destination.addr()));
+        let syn = Syn { asked, is_forwarded, ..Syn::new(source, destination) };
         match self.arrivals.and_then(|arrivals| arrivals.get(&arrivals::of(view))) {
             Some(interface) => Syn { interface: interface.clone(), ..syn },
             None => syn,

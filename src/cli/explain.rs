@@ -1,5 +1,6 @@
 //! `ctkeep explain`: what both tables say of one connection, and what ctkeep would do.
 
+use std::collections::HashSet;
 use std::time::Instant;
 
 use serde_json::json;
@@ -14,6 +15,7 @@ use crate::audit::cover::Cover;
 use crate::audit::processes::{Owner, Owners};
 use crate::audit::sources::{Met, Plays, loads};
 use crate::conntrack::{Entry, Zone};
+use crate::containers;
 use crate::error::{Error, Result};
 use crate::firewall::Ruleset;
 use crate::firewall::limits::Limiter;
@@ -34,6 +36,11 @@ pub(super) fn run(args: &Explain) -> Result<Exit> {
     }
     let found = args.scope.namespace()?.run(|| {
         let mut tables = Tables::open()?;
+        containers::join(&mut tables.sockets)?;
+        // Either form: what the client asked for, or where its packets get to.
+        let asked = tables.conntrack.get(&[(flow.inverse(), Zone::both(policy.zone))])?.pop();
+        let translated = asked.flatten().filter(|entry| entry.orig == flow.inverse());
+        let flow = translated.map_or(flow, |entry| entry.reply);
         let rules = Ruleset::read();
         tables.follow_tracking(&rules);
         let scope = tables.scope(&policy)?;
@@ -70,8 +77,14 @@ pub(super) fn run(args: &Explain) -> Result<Exit> {
         let limiter = Limiter::of(&rules);
         let views = around.views.iter().chain(std::iter::once(view));
         let arrivals = arrivals(&rules, views)?;
-        let limits =
-            limits(Plays::new(&limiter, &rules).arriving(&arrivals), &limiter, &view, &around);
+        let behind = Some(flow.src.addr()).filter(|addr| tables.sockets.is_of_member(*addr));
+        let behind: HashSet<_> = behind.into_iter().collect();
+        let limits = limits(
+            Plays::new(&limiter, &rules).arriving(&arrivals).behind(&behind),
+            &limiter,
+            &view,
+            &around,
+        );
         let asked = args.ask.then(|| {
             let now = Instant::now();
             Asker::open(&rules, &limiter, &arrivals, now)?.come_what_may().ask(&view, now)

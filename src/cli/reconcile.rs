@@ -3,7 +3,6 @@
 use std::collections::HashSet;
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -12,6 +11,7 @@ use serde_json::json;
 use super::Exit;
 use super::args::{Format, Reconcile};
 use super::output::{self, Rows};
+use crate::containers;
 use crate::error::Result;
 use crate::firewall::Hook;
 use crate::firewall::limits::LimitRule;
@@ -102,6 +102,7 @@ fn pass(args: &Reconcile, policy: &Policy) -> Result<(Done, usize)> {
         dry_run: args.dry_run,
     };
     let (mut tables, defence) = (Tables::open()?, Defence::Auto);
+    containers::join(&mut tables.sockets)?;
     let lists = Lists::read(None).unwrap_or_default();
     tables.tracking = lists.tracking().map(Arc::new);
     let mut keeper = Keeper::new(tables, recounting, settings, defence, now, random::bits)?;

@@ -13,6 +13,7 @@ use super::output::{self, Rows};
 use super::reconcile::{DEVICE, Done, action_json, know_limits, make_sure};
 use crate::audit::arrivals::arrivals;
 use crate::audit::asked::Asker;
+use crate::containers;
 use crate::error::Result;
 use crate::firewall::limits::{LimitRule, Limiter};
 use crate::firewall::lists::{Anew, Lists, Loss};
@@ -82,7 +83,8 @@ pub(super) fn run(args: &Recount) -> Result<Exit> {
 fn pass(args: &Recount, policy: &Policy) -> Result<(Done, Vec<LimitRule>, Vec<String>)> {
     let now = Instant::now();
     let lists = Lists::read(None)?;
-    let of_here = |rule: &&LimitRule| matches!(rule.hook, Hook::Prerouting | Hook::Input);
+    let of_here =
+        |rule: &&LimitRule| matches!(rule.hook, Hook::Prerouting | Hook::Input | Hook::Forward);
     let limits: Vec<_> = lists.limits().filter(of_here).cloned().collect();
     let mut done = Done::default();
     if limits.is_empty() {
@@ -96,6 +98,7 @@ fn pass(args: &Recount, policy: &Policy) -> Result<(Done, Vec<LimitRule>, Vec<St
         dry_run: args.dry_run,
     };
     let (mut tables, recounting) = (Tables::open()?, Recounting::by(recounter));
+    containers::join(&mut tables.sockets)?;
     tables.tracking = lists.tracking().map(Arc::new);
     let mut keeper = Keeper::new(tables, recounting, settings, Defence::Auto, now, random::bits)?;
     know_limits(&mut keeper, &lists);

@@ -62,7 +62,7 @@ pub fn behind() -> Result<Found> {
 }
 
 /// Namespaces by the names that others have given them.
-fn named() -> BTreeMap<u64, PathBuf> {
+pub(super) fn named() -> BTreeMap<u64, PathBuf> {
     let files = NAMES.iter().filter_map(|folder| fs::read_dir(folder).ok()).flatten().flatten();
     let namespace = |path: PathBuf| {
         let named = Namespace::Named(path.to_str()?.to_owned());

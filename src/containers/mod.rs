@@ -4,6 +4,7 @@
 //! [`find`] finds them, a [`Member`] is one whose sockets are asked about beside this one's.
 
 pub mod find;
+pub mod name;
 
 use std::collections::HashSet;
 use std::net::IpAddr;

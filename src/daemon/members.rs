@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::os::fd::AsFd;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -35,9 +36,15 @@ enum Change {
 pub(super) struct Members {
     changes: Mutex<Receiver<Change>>,
     pub(super) wake: Arc<Wake>,
+    are_looked_for: Arc<AtomicBool>,
 }
 
 impl Members {
+    /// Whether containers are found without being named.
+    pub(super) fn are_looked_for(&self) -> bool {
+        self.are_looked_for.load(Ordering::Relaxed)
+    }
+
     /// Waits for the first look.
     pub(super) fn begin(&self, sockets: &mut SockDiag) {
         let changes = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
@@ -75,6 +82,7 @@ pub(super) struct Finder {
     control: Arc<Control>,
     changes: Sender<Change>,
     wake: Arc<Wake>,
+    are_looked_for: Arc<AtomicBool>,
     joined: BTreeMap<u64, Namespace>,
     /// Those that could not be entered: said once for each.
     refused: HashSet<u64>,
@@ -106,12 +114,18 @@ impl Finder {
     pub(super) fn new(control: Arc<Control>) -> Result<(Self, Members)> {
         let (changes, heard) = mpsc::channel();
         let wake = Arc::new(Wake::new()?);
-        let members = Members { changes: Mutex::new(heard), wake: wake.clone() };
+        let members = Members {
+            changes: Mutex::new(heard),
+            wake: wake.clone(),
+            are_looked_for: Arc::default(),
+        };
+        let are_looked_for = members.are_looked_for.clone();
         let now = Instant::now();
         let finder = Self {
             control,
             changes,
             wake,
+            are_looked_for,
             joined: BTreeMap::new(),
             refused: HashSet::new(),
             found: BTreeMap::new(),
@@ -207,7 +221,9 @@ impl Finder {
 
     /// Looks through all processes, where a sign calls for it or it is time.
     fn scan(&mut self, now: Instant) {
-        if !self.may_look() {
+        let may_look = self.may_look();
+        self.are_looked_for.store(may_look, Ordering::Relaxed);
+        if !may_look {
             self.found.clear();
             self.scanned = Some(now);
             return;

@@ -490,7 +490,8 @@ impl<'p> Worker<'p> {
             ports: self.keeper.scope().ports.clone(),
             is_whole: shield.is_whole(),
         });
-        instance::answer(claim, self.keeper.held().map(age), shield.as_ref());
+        let containers = self.members.map(Members::are_looked_for);
+        instance::answer(claim, self.keeper.held().map(age), shield.as_ref(), containers);
     }
 
     fn take_events(&mut self, now: Instant) -> Result<()> {

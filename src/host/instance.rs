@@ -96,8 +96,13 @@ pub struct Told {
     pub ages: HashMap<u64, u64>,
     /// Its shield, where it is up.
     pub shield: Option<Shielded>,
+    /// Whether it looks at the sockets of containers, where it says so.
+    pub containers: Option<bool>,
 }
 
+/// The line that says whether containers are looked at.
+const CONTAINERS: &str = "containers";
+const YES: &str = "yes";
 /// The line that tells of a shield begins with this.
 const SHIELD: &str = "shield";
 const WHOLE: &str = "whole";
@@ -109,6 +114,7 @@ pub fn answer(
     listener: &UnixListener,
     ages: impl Iterator<Item = (u64, u64)>,
     shield: Option<&Shielded>,
+    containers: Option<bool>,
 ) {
     let Ok((mut stream, _)) = listener.accept() else { return };
     if !is_trusted(&stream) {
@@ -119,6 +125,10 @@ pub fn answer(
         let how = if shield.is_whole { WHOLE } else { PARTLY };
         let ports: Vec<_> = shield.ports.iter().map(u16::to_string).collect();
         text.push_str(&format!("{SHIELD} {how} {}\n", ports.join(" ")));
+    }
+    if let Some(are_looked_at) = containers {
+        let how = if are_looked_at { YES } else { "no" };
+        text.push_str(&format!("{CONTAINERS} {how}\n"));
     }
     let answer = move || {
         let _ = stream.set_write_timeout(Some(PATIENCE));
@@ -169,6 +179,7 @@ fn told(text: &str) -> Told {
                 let ports = words.filter_map(|port| port.parse().ok()).collect();
                 told.shield = Some(Shielded { ports, is_whole: how == Some(WHOLE) });
             }
+            (Some(CONTAINERS), how) => told.containers = Some(how == Some(YES)),
             (Some(cookie), Some(age)) => {
                 let age = u64::from_str_radix(cookie, 16).ok().zip(age.parse().ok());
                 told.ages.extend(age);
@@ -204,7 +215,7 @@ mod tests {
     #[test]
     fn an_answer_is_read_line_by_line() {
         let shield = Some(Shielded { ports: [80, 443].into(), is_whole: true });
-        let told = told("1f 20\nshield whole 80 443\nnonsense\n");
-        assert_eq!(told, Told { ages: [(31, 20)].into(), shield });
+        let told = told("1f 20\nshield whole 80 443\ncontainers yes\nnonsense\n");
+        assert_eq!(told, Told { ages: [(31, 20)].into(), shield, containers: Some(true) });
     }
 }

@@ -104,7 +104,8 @@ fn extras(rest: &str) -> Extras {
     if let Some((pid, name)) = rest.split_once('/')
         && let Ok(pid) = pid.parse()
     {
-        extras.holder = Some(Holder { pid, command: untimed(name).to_owned(), processes: 1 });
+        extras.holder =
+            Some(Holder { pid, command: untimed(name).to_owned(), processes: 1, container: None });
     }
     extras
 }

@@ -105,7 +105,7 @@ fn holder(users: &str) -> Option<Holder> {
     }
     let count = processes.len();
     let (pid, command) = processes.into_iter().next()?;
-    Some(Holder { pid, command, processes: count })
+    Some(Holder { pid, command, processes: count, container: None })
 }
 
 fn number(text: &str) -> Option<(i32, &str)> {
