@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use ctkeep::conntrack::{Conntrack, Entry, TcpState};
+use ctkeep::conntrack::{Conntrack, Entry, TcpState, Zone};
 use ctkeep::flow::FourTuple;
 use ctkeep::netlink::Transport;
 use ctkeep::reconcile::keeper::{
@@ -238,6 +238,27 @@ mod peace {
         world.now = ended;
         while world.turn().0.unwrap().unwrap().depth == Depth::Shallow {}
         assert!(world.now >= ended + SECOND * 100, "a hundredth of a core");
+    }
+}
+
+mod zones {
+    use super::*;
+
+    #[test]
+    fn a_zone_that_a_reload_names_is_looked_into() {
+        let mut world = World::with(4000..4003);
+        world.sweep(Depth::Deep);
+        for entry in &mut world.host.borrow_mut().entries {
+            if entry.reply == of(4000) {
+                entry.zone = Zone::both(5);
+            }
+        }
+        let settings = world.keeper.settings().clone();
+        let policy = Policy { zone: 5, ..settings.policy.clone() };
+        world.keeper.apply_settings(Settings { policy, ..settings });
+        world.socket(4000, State::CloseWait);
+        let deeds = world.sweep(Depth::Shallow);
+        assert_eq!((deeds.done, deeds.failed), (vec![], 0));
     }
 }
 

@@ -276,6 +276,11 @@ impl Ledger {
         self.tracked.contains(&port)
     }
 
+    /// Looks for entries in this zone, too.
+    pub fn know_zone(&mut self, zone: Zone) {
+        self.zones.insert(zone);
+    }
+
     /// The zones in which entries of the scope were seen; the default zone always among them.
     pub fn zones(&self) -> impl Iterator<Item = Zone> {
         let default = Zone::default();

@@ -26,7 +26,7 @@ use super::policy::{Policy, Scope};
 use super::pressure::Defence;
 use super::timers::{Timer, Timers};
 use super::uncounted::Uncounted;
-use crate::conntrack::{Change, TcpState};
+use crate::conntrack::{Change, TcpState, Zone};
 use crate::error::{Error, Result};
 use crate::firewall::lists::Loss;
 use crate::flow::FourTuple;
@@ -261,6 +261,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
 
     /// Goes by these from now on.
     pub fn apply_settings(&mut self, settings: Settings) {
+        self.ledger.know_zone(Zone::both(settings.policy.zone));
         self.settings = Arc::new(settings);
         self.suspect_all();
     }
