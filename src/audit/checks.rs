@@ -21,6 +21,16 @@ const LONG_CLOSE_WAIT: u64 = 600;
 /// A queue this full, in percent.
 const QUEUE_WARN: u64 = 50;
 
+/// Twice the size; 0 would be no limit at all.
+fn larger(maximum: Option<u64>) -> String {
+    match maximum.filter(|maximum| *maximum > 0) {
+        Some(maximum) => {
+            format!("sysctl -w net.netfilter.nf_conntrack_max={}", maximum.saturating_mul(2))
+        }
+        None => "a larger net.netfilter.nf_conntrack_max".to_owned(),
+    }
+}
+
 /// The conntrack table and its settings.
 pub fn conntrack(figures: &Table) -> Vec<Finding> {
     let mut all = vec![fill(figures)];
@@ -28,10 +38,7 @@ pub fn conntrack(figures: &Table) -> Vec<Finding> {
         all.push(Finding::warn(
             "table-dropped",
             format!("{} packets dropped for want of an entry since start", figures.drop),
-            format!(
-                "sysctl -w net.netfilter.nf_conntrack_max={}",
-                figures.maximum.unwrap_or(0).saturating_mul(2)
-            ),
+            larger(figures.maximum),
         ));
     }
     if let (Some(maximum), Some(buckets)) = (figures.maximum, figures.buckets)
@@ -88,7 +95,7 @@ fn fill(figures: &Table) -> Finding {
     };
     let percent = entries.saturating_mul(100) / maximum;
     let what = format!("{entries} of {maximum} entries ({percent} %)");
-    let more = format!("sysctl -w net.netfilter.nf_conntrack_max={}", maximum.saturating_mul(2));
+    let more = larger(Some(maximum));
     match percent {
         FULL_BAD.. => Finding::bad("table-full", what, more),
         FULL_WARN.. => Finding::warn("table-full", what, more),
@@ -394,6 +401,8 @@ mod tests {
             let figures = Table { entries, maximum: Some(100), ..Table::default() };
             assert_eq!(fill(&figures).verdict, verdict, "{entries} %");
         }
+        let unknown = conntrack(&Table { drop: 1, ..Table::default() });
+        assert!(unknown.iter().all(|finding| !finding.advice.contains("max=0")));
         let advice = fill(&Table { entries: 99, maximum: Some(100), ..Table::default() }).advice;
         assert_eq!(advice, "sysctl -w net.netfilter.nf_conntrack_max=200");
     }
