@@ -16,8 +16,8 @@ use ctkeep::audit::checks;
 use ctkeep::audit::finding::Verdict;
 use ctkeep::audit::sources::{Load, Measure, Plays, Source, loads, sources};
 use ctkeep::conntrack::TcpState;
-use ctkeep::firewall::Ruleset;
-use ctkeep::firewall::limits::Limiter;
+use ctkeep::firewall::limits::{LimitRule, Limiter};
+use ctkeep::firewall::{Hook, Ruleset};
 use ctkeep::reconcile::snapshot::View;
 use ctkeep::sockdiag::State;
 use lab::Namespace;
@@ -223,4 +223,16 @@ fn a_limit_in_a_dormant_table_measures_nobody_and_is_said() {
     };
     let case = Case::load_and("dormant.nft", wake).unwrap();
     assert_eq!(case.over(&[("198.51.100.7", "192.0.2.1:80", 5)]), only("198.51.100.7"));
+}
+
+/// What is published is limited by the port that clients ask for, before it is translated.
+#[test]
+fn a_forwarded_limit_is_for_the_published_port() {
+    let Some(case) = Case::load("docker-user.rules") else { return };
+    let words: Vec<_> = case.limiter.rules.iter().map(LimitRule::words).collect();
+    assert_eq!(words, ["at most 3 from each /32 to port 8080, by eth0"]);
+    assert_eq!(case.limiter.rules[0].hook, Hook::Forward);
+    // A socket of this host is none of its business.
+    assert_eq!(case.over(&[("198.51.100.7", "192.0.2.1:8080", 5)]), (none(), none()));
+    assert!(!case.findings(&[8080]).contains_key("no-limit"));
 }
