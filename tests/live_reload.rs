@@ -9,6 +9,7 @@ mod lab;
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -253,6 +254,43 @@ fn the_limit_holds_over_a_rule_of_iptables_legacy_that_comes_and_goes() {
         server.run("iptables-legacy -A INPUT -p udp --dport 9 -j DROP");
         server.run("iptables-legacy -D INPUT -p udp --dport 9 -j DROP");
     });
+}
+
+/// ufw itself, where `CTKEEP_UFW` names an unpacked package (docs/testing.md). Its files are copied,
+/// so that nothing of the machine's own is read or changed.
+#[test]
+fn the_limit_holds_over_a_reload_of_ufw() {
+    let Ok(package) = std::env::var("CTKEEP_UFW") else {
+        eprintln!("SKIPPED: CTKEEP_UFW names no unpacked package of ufw");
+        return;
+    };
+    let root = tempfile::tempdir().expect("a directory");
+    let root = root.path().to_str().expect("a path");
+    let run = |line: String| {
+        let done = Command::new("sh").args(["-ec", &line]).status().expect("sh");
+        assert!(done.success(), "{line}");
+    };
+    run(format!(
+        "cp -a {package}/. {root} && cd {root}/etc/ufw && rm -f *.rules *.init ufw.conf && \
+         cp {root}/usr/share/ufw/iptables/*.rules {root}/usr/share/ufw/*.init \
+            {root}/usr/share/ufw/ufw.conf . && \
+         sed -i 's|^IPT_SYSCTL=.*|IPT_SYSCTL=|' {root}/etc/default/ufw"
+    ));
+    let rules = format!("{root}/etc/ufw/before.rules");
+    let before = std::fs::read_to_string(&rules).expect("rules");
+    let limit = limit(HERE).replacen("INPUT", "-A ufw-before-input", 1);
+    let (head, _) = before.rsplit_once("COMMIT").expect("a table");
+    std::fs::write(&rules, format!("{head}{limit}\nCOMMIT\n")).expect("rules");
+    let ufw = |server: &Namespace, what: &str| {
+        let library = format!("PYTHONPATH={root}/usr/lib/python3/dist-packages");
+        let program = format!("{root}/usr/sbin/ufw --rootdir={root} --datadir={root}");
+        server.run(&format!("env {library} python3 {program} {what}"));
+    };
+    let load = |server: &Namespace| {
+        ufw(server, "--force enable");
+        ufw(server, "allow 80/tcp");
+    };
+    holds_over(HERE, load, |server| ufw(server, "reload"));
 }
 
 /// A limit counts what is open when it is added, too.
