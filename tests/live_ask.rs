@@ -361,3 +361,34 @@ fn a_recount_of_what_is_counted_changes_no_number() {
     }
     assert_eq!(more(&lab.server, CLIENT), 64 - conns.len());
 }
+
+/// `ctkeep doctor --ask` tries a recount through all rules of the host.
+#[test]
+fn a_recount_through_the_hosts_own_rules_is_tried_and_leaves_nothing() {
+    let Some(lab) = Lab::new() else { return };
+    lab.connlimit(80, 3);
+    let _server = lab.serve("[::]:80");
+    let peer = lab.peer(CLIENT);
+    let _conns = peer.hold(80, 1);
+    let doctor = || {
+        let (_, out, err) = lab.ctkeep(PROGRAM, &["doctor", "--ask", "--format", "json"]);
+        let said: Value = serde_json::from_str(&out).unwrap_or_else(|e| panic!("{e}: {out}{err}"));
+        let findings = said["findings"].as_array().expect("findings").clone();
+        let asked = findings.into_iter().find(|finding| finding["id"] == "recount-asked");
+        asked.expect("a finding")
+    };
+    let entries = lab.entries().len();
+    let good = doctor();
+    assert_eq!(good["verdict"], "ok", "{good}");
+    let what = good["what"].as_str().expect("a text");
+    assert!(what.contains("ip filter INPUT rule 1") && what.contains("by ingress"), "{what}");
+    assert_eq!(lab.entries().len(), entries, "{:?}", lab.entries());
+    // The window of our nudges, which SYNs of others may have, too; probes have another.
+    let rules = "tcp dport 80 tcp flags syn tcp window 64240 drop";
+    lab.server.feed("nft -f -", &chain("prerouting priority -140", rules));
+    let bad = doctor();
+    assert_eq!(bad["verdict"], "bad", "{bad}");
+    assert_eq!(lab.entries().len(), entries, "{:?}", lab.entries());
+    lab.server.run("nft delete table inet limits");
+    assert_eq!(peer.open_promptly(80, 5).len(), 2, "nothing is taken off or added");
+}

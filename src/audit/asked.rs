@@ -93,10 +93,6 @@ impl<'r> Asker<'r> {
     /// # Errors
     /// No limit is for it, or it cannot be asked.
     pub fn ask(&mut self, view: &View, now: Instant) -> Result<Answer> {
-        let entry = view.entry.filter(|entry| entry.reply == view.flow);
-        let client = view.flow.dst.addr();
-        let server = entry.map_or(view.flow.src, |entry| entry.orig.dst);
-        let zone = entry.map_or(Zone::default(), |entry| entry.zone);
         let met = self.plays.met(view);
         let op = Op::on("ask the limit", view.flow.inverse());
         let cannot = |what: &str| Err(op.failed(Cause::Unavailable(what.to_owned())));
@@ -113,7 +109,7 @@ impl<'r> Asker<'r> {
             return cannot("SYNPROXY answers for it");
         }
         let most = tightest.limit.saturating_add(1).min(MOST);
-        let room = self.recounter.room(Question { client, server, zone }, most, now)?;
+        let room = self.recounter.room(question(view), most, now)?;
         Ok(match room {
             Room::For { more, trace } => {
                 let (limit, decides) = self.deciding(view, &met, &trace);
@@ -168,6 +164,16 @@ impl<'r> Asker<'r> {
         let place = step.rule.and_then(of_handle).and_then(|rule| self.rules.place(at, rule));
         let what = if step.rule.is_some() { "a rule" } else { "policy" };
         place.unwrap_or_else(|| format!("{} {} {} {what}", chain.family, chain.table, chain.name))
+    }
+}
+
+/// Whether one more connection like this one would be let in: what is asked.
+pub fn question(view: &View) -> Question {
+    let entry = view.entry.filter(|entry| entry.reply == view.flow);
+    Question {
+        client: view.flow.dst.addr(),
+        server: entry.map_or(view.flow.src, |entry| entry.orig.dst),
+        zone: entry.map_or(Zone::default(), |entry| entry.zone),
     }
 }
 

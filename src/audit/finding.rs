@@ -5,7 +5,7 @@ use std::fmt;
 use serde::Serialize;
 
 /// Every identifier there is; docs/doctor.md has a section for each.
-pub const IDENTIFIERS: [&str; 43] = [
+pub const IDENTIFIERS: [&str; 44] = [
     "kernel",
     "privilege-net-admin",
     "privilege-net-raw",
@@ -41,6 +41,7 @@ pub const IDENTIFIERS: [&str; 43] = [
     "listen-overflows",
     "half-closed-held",
     "recount-route",
+    "recount-asked",
     "recount-unreachable",
     "ingress-device",
     "seal",

@@ -221,6 +221,12 @@ pub(super) struct Doctor {
     #[command(flatten)]
     pub scope: Scope,
 
+    /// Try a recount and a seal through the host's own rules, with an entry of an unused port of a
+    /// client that has a connection, and ask its limit before and after, by packets as `ctkeep audit
+    /// --ask` sends them
+    #[arg(long)]
+    pub ask: bool,
+
     #[command(flatten)]
     pub output: Output,
 }

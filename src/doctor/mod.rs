@@ -1,5 +1,6 @@
 //! Is this host set up so that limits work? One finding for each thing that must be right.
 
+mod asked;
 pub mod checks;
 mod trial;
 pub mod unit;
@@ -10,6 +11,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use netlink_sys::protocols::NETLINK_NETFILTER;
 
+pub use self::asked::ask;
 use self::trial::Trial;
 use self::unit::Unit;
 use crate::audit::figures::Figures;

@@ -14,6 +14,7 @@ mod packet;
 mod probe;
 mod recounter;
 mod reply_filter;
+mod through;
 mod trace;
 mod trial;
 
@@ -27,6 +28,7 @@ use crate::flow::FourTuple;
 pub use ingress::tap;
 pub use probe::{Asked, Question, Room};
 pub use recounter::Recounter;
+pub use through::Through;
 pub use trace::{Step, Trace};
 
 /// How the limiter is made to count again.

@@ -263,6 +263,18 @@ impl Recounter {
         Ok(())
     }
 
+    /// One that no entry has.
+    pub(super) fn unused_port(&mut self, question: Question, now: Instant) -> Result<u16> {
+        let way = self.way_of(question, now)?;
+        let ports = self.unused_ports(&way, 1)?;
+        Ok(ports.first().copied().unwrap_or(EPHEMERAL.start))
+    }
+
+    /// Changes the conntrack table.
+    pub(super) fn change(&mut self, changes: &[Change]) -> Result<()> {
+        self.asking()?.conntrack.change(changes)?.into_iter().collect()
+    }
+
     fn way_of(&mut self, question: Question, now: Instant) -> Result<Way> {
         let begin = FourTuple::new(Endpoint::new(question.client, 0), question.server);
         let op = Op::on("ask the limit", begin);
