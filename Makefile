@@ -19,7 +19,7 @@ FUZZ_TARGETS = conntrack sockdiag netlink nflog ruleset saved options http
 # make test-kernels KERNELS="6.12.73 6.18.5"
 KERNELS ?= 5.10 6.1 6.12 sid
 
-.PHONY: all demo test test-kernels check advisories fuzz soak bench install stage deb rpm static package-test \
+.PHONY: all demo test test-kernels docker-test check advisories fuzz soak bench install stage deb rpm static package-test \
 	kubernetes-check dashboard-check tools shield-tools test-tools kernel-tools cargo-deny cargo-deb \
 	cargo-generate-rpm cargo-fuzz
 
@@ -39,6 +39,15 @@ test: test-tools
 # The core of the live tests on other kernels, in QEMU.
 test-kernels: shield-tools kernel-tools
 	CARGO="$(CARGO)" tests/kernels/run.sh $(KERNELS)
+
+# Containers of the real Docker, Debian's, which is not installed: its own programs, data folder and network.
+docker-test:
+	mkdir -p target/docker
+	cd target/docker && apt-get download docker.io containerd runc && \
+		for package in *.deb; do dpkg -x $$package root && rm $$package; done
+	ln -sf ../sbin/dockerd ../sbin/docker-proxy ../sbin/runc target/docker/root/usr/bin/
+	$(CARGO) test --locked --no-run --test live_docker
+	$(AS_ROOT) env CTKEEP_DOCKER=$(CURDIR)/target/docker/root/usr/bin $(CARGO) test --locked --test live_docker
 
 check: cargo-deny
 	$(CARGO) fmt --check

@@ -74,23 +74,30 @@ impl Guest {
 
     /// Fills the limit of one address and half-closes what it holds.
     pub fn half_closed(&self, peer: &Peer) -> Vec<RawConn> {
-        let mut conns = peer.hold(self.port, LIMIT);
-        conns.iter_mut().for_each(RawConn::fin);
-        wait_for("ACKs of the FINs", SOON, || conns.iter_mut().all(RawConn::await_ack));
-        conns
+        half_closed(peer, self.port)
     }
 
     /// How many more are let in after stale RSTs; with ctkeep once it has had its say.
     pub fn gain(&self, lab: &Lab, peer: &Peer, with_ctkeep: bool) -> usize {
-        let conns = self.half_closed(peer);
-        conns.iter().for_each(RawConn::stale_rst);
-        if with_ctkeep {
-            wait_for("repair", SOON, || conns.iter().all(|conn| is_counted(lab, conn)));
-        } else {
-            wait_for("closed entries", SOON, || conns.iter().all(|conn| !is_counted(lab, conn)));
-        }
-        peer.admitted(self.port, LIMIT + 2)
+        gain(lab, peer, self.port, with_ctkeep)
     }
+}
+
+/// Fills the limit of one address at a port and half-closes what it holds.
+pub fn half_closed(peer: &Peer, port: u16) -> Vec<RawConn> {
+    let mut conns = peer.hold(port, LIMIT);
+    conns.iter_mut().for_each(RawConn::fin);
+    wait_for("ACKs of the FINs", SOON, || conns.iter_mut().all(RawConn::await_ack));
+    conns
+}
+
+/// How many more are let in at a port after stale RSTs; with ctkeep once it has had its say.
+pub fn gain(lab: &Lab, peer: &Peer, port: u16, with_ctkeep: bool) -> usize {
+    let conns = half_closed(peer, port);
+    conns.iter().for_each(RawConn::stale_rst);
+    let is_settled = |conn: &RawConn| is_counted(lab, conn) == with_ctkeep;
+    wait_for("what comes of them", SOON, || conns.iter().all(is_settled));
+    peer.admitted(port, LIMIT + 2)
 }
 
 /// Whether the entry is one that a limit counts for its client.

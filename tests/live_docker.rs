@@ -1,0 +1,139 @@
+//! Containers of the real Docker: `make docker-test`. It wants Docker's programs in the folder that
+//! `CTKEEP_DOCKER` names, python3 for the server in the container, and a cgroup file system.
+
+#[path = "lab/guests.rs"]
+mod guests;
+mod lab;
+
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use guests::{LIMIT, gain};
+use lab::{Lab, Namespace, wait_for};
+
+const CTKEEP: &str = env!("CARGO_BIN_EXE_ctkeep");
+const SOON: Duration = Duration::from_secs(60);
+/// Accepts, and holds what it has accepted.
+const SERVER: &str = "import socket\ns = socket.create_server(('', 8080), backlog=100)\nh = []\n\
+                      while True: h.append(s.accept())\n";
+
+/// Docker in a network and mount namespace of its own, with its own data folder.
+struct Docker<'l> {
+    host: &'l Namespace,
+    programs: String,
+    folder: tempfile::TempDir,
+    daemon: Child,
+}
+
+impl<'l> Docker<'l> {
+    fn start(lab: &'l Lab, programs: String) -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().display();
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "sh", "-c"]).arg(format!(
+            "PATH={programs}:$PATH exec dockerd --data-root {path}/data --exec-root {path}/run \
+             --pidfile {path}/pid -H unix://{path}/sock --storage-driver vfs 2>{path}/log"
+        ));
+        let daemon = lab.server.spawn_with(&command, |command| {
+            command.stdin(Stdio::null()).stdout(Stdio::null());
+        });
+        let daemon = daemon.expect("dockerd");
+        let this = Self { host: &lab.server, programs, folder, daemon };
+        wait_for("dockerd", SOON, || this.try_run("version").is_ok());
+        this
+    }
+
+    fn try_run(&self, line: &str) -> Result<String, String> {
+        let socket = self.folder.path().join("sock");
+        self.host.try_run(&format!(
+            "{}/docker -H unix://{} {line}",
+            self.programs,
+            socket.display()
+        ))
+    }
+
+    fn run(&self, line: &str) -> String {
+        self.try_run(line).unwrap_or_else(|reason| panic!("{reason}"))
+    }
+
+    /// A container with a server, whose port 8080 is published as `port`. Its root is the host's.
+    fn serve(&self, name: &str, port: u16) {
+        let script = self.folder.path().join("server.py");
+        std::fs::write(&script, SERVER).expect("a script");
+        self.run(&format!(
+            "run -d --name {name} --hostname {name} -p {port}:8080 -v /:/host:ro nothing \
+             /bin/busybox chroot /host /usr/bin/python3 {}",
+            script.display()
+        ));
+    }
+
+    /// An image with nothing but busybox.
+    fn import(&self) {
+        let root = self.folder.path().join("image");
+        std::fs::create_dir_all(root.join("bin")).expect("a folder");
+        std::fs::copy("/usr/bin/busybox", root.join("bin/busybox")).expect("busybox");
+        let tar = self.folder.path().join("image.tar");
+        let made = Command::new("tar").arg("-C").arg(&root).arg("-cf").arg(&tar).arg(".").status();
+        assert!(made.expect("tar").success());
+        self.run(&format!("import {} nothing", tar.display()));
+    }
+}
+
+impl Drop for Docker<'_> {
+    fn drop(&mut self) {
+        if let Ok(all) = self.try_run("ps -q") {
+            all.lines().for_each(|id| drop(self.try_run(&format!("rm -f {id}"))));
+        }
+        // Its own child containerd ends with it.
+        let pid = self.daemon.id().to_string();
+        let _ = Command::new("kill").arg(pid).status();
+        let _ = self.daemon.wait();
+    }
+}
+
+fn docker(lab: &Lab) -> Option<Docker<'_>> {
+    let programs = std::env::var("CTKEEP_DOCKER").unwrap_or_default();
+    if !Path::new(&programs).join("dockerd").exists() {
+        lab::skip_rare("no Docker: make docker-test");
+        return None;
+    }
+    let docker = Docker::start(lab, programs);
+    docker.import();
+    Some(docker)
+}
+
+#[test]
+fn containers_of_docker_are_guarded_over_restarts_and_beside_others() {
+    let Some(lab) = Lab::new() else { return };
+    let Some(docker) = docker(&lab) else { return };
+    docker.serve("web", 80);
+    lab.server.run(&format!(
+        "iptables -I DOCKER-USER -i eth0 -p tcp --syn -m conntrack --ctorigdstport 80 \
+         -m connlimit --connlimit-above {LIMIT} --connlimit-mask 32 -j DROP"
+    ));
+    let gain = |source: &str, with_ctkeep| {
+        let scout = lab.peer("203.0.113.77");
+        wait_for("the server", SOON, || scout.connect(80).map(|conn| conn.rst(0)).is_some());
+        gain(&lab, &lab.peer(source), 80, with_ctkeep)
+    };
+    assert_eq!(gain("198.51.100.1", false), LIMIT, "the control");
+
+    let daemon = lab.daemon(CTKEEP, &[]);
+    assert_eq!(gain("198.51.100.2", true), 0, "{}", daemon.log());
+    let (_, out, err) = lab.ctkeep(CTKEEP, &["audit", "--all"]);
+    let id: String = docker.run("ps -q").trim().chars().take(12).collect();
+    assert!(out.contains(&format!("python3 in web (docker {id})")), "{id}: {out}{err}");
+
+    docker.run("restart -t 0 web");
+    assert_eq!(gain("198.51.100.3", true), 0, "after a restart: {}", daemon.log());
+    for number in 0..10 {
+        docker.serve(&format!("other{number}"), 9000 + number);
+    }
+    assert_eq!(gain("198.51.100.4", true), 0, "beside others: {}", daemon.log());
+    docker.run("rm -f web");
+    docker.serve("web", 80);
+    assert_eq!(gain("198.51.100.5", true), 0, "a new one of its name: {}", daemon.log());
+    let (status, log) = daemon.term();
+    assert!(status.success() && !log.contains("ERROR") && !log.contains("WARN"), "{log}");
+}
