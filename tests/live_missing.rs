@@ -441,3 +441,29 @@ fn idle_connections_are_kept_however_soon_the_kernel_forgets() {
     let Some(result) = result else { return };
     assert_eq!(result, Contrast { without: (LIMIT, false, false), with: (0, true, false) });
 }
+
+/// A cron job that deletes entries is said to be at work, once a minute; it makes nobody an attacker.
+#[test]
+fn entries_that_others_delete_are_put_back_and_said_once_a_minute() {
+    let Some(mut scene) = Scene::new(Limiter::Connlimit) else { return };
+    scene.guard(&[]);
+    let conns = scene.half_closed();
+    for conn in &conns {
+        conn.stale_rst();
+    }
+    scene.await_repair("revive", &conns);
+    let said = |scene: &Scene| {
+        let log = scene.daemon().log();
+        log.lines().filter(|line| line.contains("somebody else deletes entries")).count()
+    };
+    assert_eq!(said(&scene), 0);
+    for _ in 0..3 {
+        scene.lab.server.run("conntrack -D -p tcp --dport 80");
+        wait_for("entries", SOON, || conns.iter().all(|conn| scene.is_counted(conn)));
+    }
+    wait_for("a line", SOON, || said(&scene) > 0);
+    assert_eq!(scene.admitted(), 0, "the limit holds");
+    let log = scene.daemon().log();
+    assert_eq!(said(&scene), 1, "{log}");
+    assert!(!log.contains("defence level changed"), "{log}");
+}

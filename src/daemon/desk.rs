@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::log::{Lines, line};
+use super::log::{Deleted, Lines, line};
 use super::{Settings, ShieldMode};
 use crate::error::Result;
 use crate::firewall::lists::Anew;
@@ -13,7 +13,7 @@ use crate::reconcile::apply::Outcome;
 use crate::reconcile::checks::{Checked, Counted};
 use crate::reconcile::keeper::{Acted, Sweep, Trigger, Witness};
 use crate::reconcile::ledger::Ledger;
-use crate::reconcile::plan::{Action, ActionKind};
+use crate::reconcile::plan::{Action, ActionKind, Reason};
 use crate::shield::{Program, Shield};
 use crate::sockdiag::Socket;
 use crate::watch::{Drained, Events, Wanted, nflog};
@@ -27,6 +27,7 @@ pub(super) struct Desk<'p> {
     pub(super) shield: Option<Shield<'p>>,
     pub(super) share: GuardMetrics,
     lines: Lines,
+    deleted: Deleted,
 }
 
 impl<'p> Desk<'p> {
@@ -38,9 +39,16 @@ impl<'p> Desk<'p> {
         share: GuardMetrics,
     ) -> Result<Self> {
         let events = Events::open(wanted(&settings, &watch_name(&device), ports))?;
-        let lines = Lines::new(Instant::now());
-        let this =
-            Self { settings, device, events, events_failed: false, shield: None, share, lines };
+        let this = Self {
+            settings,
+            device,
+            events,
+            events_failed: false,
+            shield: None,
+            share,
+            lines: Lines::new(Instant::now()),
+            deleted: Deleted::default(),
+        };
         this.publish_receive_buffer();
         Ok(this)
     }
@@ -197,7 +205,15 @@ impl<'p> Desk<'p> {
 
     /// Once a second: of which log lines there were too many to write each.
     pub(super) fn sum_up(&mut self) {
-        let withheld = self.lines.withheld(Instant::now());
+        let now = Instant::now();
+        if let Some(entries) = self.deleted.to_say(now) {
+            tracing::warn!(
+                entries,
+                "somebody else deletes entries of open connections: conntrack -D or -F, a program, \
+                 or the kernel from a full table"
+            );
+        }
+        let withheld = self.lines.withheld(now);
         if !withheld.is_empty() {
             tracing::info!(?withheld, "and more of the same in the last second");
         }
@@ -206,6 +222,10 @@ impl<'p> Desk<'p> {
     fn log_outcome(&mut self, outcome: &Outcome, trigger: Trigger) {
         let action = &outcome.action;
         let flow = action.view.flow.inverse();
+        // ctkeep comes before an entry that it has seen expires.
+        if action.reason == Reason::EntryMissing && action.template.tcp.is_some() {
+            self.deleted.note();
+        }
         match &outcome.result {
             // Routine: a sealed connection with traffic has it at every sweep.
             Ok(()) if action.kind == ActionKind::Extend => tracing::debug!(%flow, "extended"),

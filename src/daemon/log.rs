@@ -55,9 +55,49 @@ impl Lines {
     }
 }
 
+/// How often it is said that others delete entries: a cron job does so for as long as it is there.
+const MINUTE: Duration = Duration::from_secs(60);
+
+/// Entries of open connections that others have deleted.
+#[derive(Debug, Default)]
+pub(super) struct Deleted {
+    said: Option<Instant>,
+    count: u64,
+}
+
+impl Deleted {
+    /// One more.
+    pub(super) fn note(&mut self) {
+        self.count += 1;
+    }
+
+    /// How many since it was said last, when it is to be said.
+    pub(super) fn to_say(&mut self, now: Instant) -> Option<u64> {
+        let is_due = self.said.is_none_or(|said| now.saturating_duration_since(said) >= MINUTE);
+        if self.count == 0 || !is_due {
+            return None;
+        }
+        self.said = Some(now);
+        Some(std::mem::take(&mut self.count))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_others_delete_is_summed_up_once_a_minute() {
+        let begun = Instant::now();
+        let mut deleted = Deleted::default();
+        assert_eq!(deleted.to_say(begun), None);
+        (0..3).for_each(|_| deleted.note());
+        assert_eq!(deleted.to_say(begun), Some(3), "the first at once");
+        (0..5).for_each(|_| deleted.note());
+        assert_eq!(deleted.to_say(begun + MINUTE / 2), None);
+        assert_eq!(deleted.to_say(begun + MINUTE), Some(5));
+        assert_eq!(deleted.to_say(begun + MINUTE * 3), None, "it has ended");
+    }
 
     #[test]
     fn what_is_too_much_for_a_second_is_summed_up_at_its_end() {
