@@ -177,7 +177,7 @@ pub fn question(view: &View) -> Question {
     }
 }
 
-/// Asks for each source that a limit has to bear, at most [`SOURCES`], those first that are nearest
+/// Asks for each source that a limit has to bear, at most `SOURCES`, those first that are nearest
 /// to their limit. A question that failed is handed to `failed`.
 ///
 /// # Errors
