@@ -413,7 +413,7 @@ mod watched {
         world.keeper.rely_on_ends(true);
         world.close(4100);
         let (mut deeds, now) = (Deeds::default(), world.now);
-        let told = [4100, 4101, 9999].map(|port| Cookie(port));
+        let told = [4100, 4101, 9999].map(Cookie);
         world.keeper.ended(&told, now, &mut deeds).unwrap();
         assert_eq!(deeds.done, [(ActionKind::Release, 4100)]);
         assert_eq!(world.state(4101), Some(TcpState::CloseWait));
