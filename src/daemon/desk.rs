@@ -206,7 +206,7 @@ impl<'p> Desk<'p> {
     /// Once a second: of which log lines there were too many to write each.
     pub(super) fn sum_up(&mut self) {
         let now = Instant::now();
-        if let Some(entries) = self.deleted.to_say(now) {
+        if let Some(entries) = self.deleted.take_due(now) {
             tracing::warn!(
                 entries,
                 "somebody else deletes entries of open connections: conntrack -D or -F, a program, \

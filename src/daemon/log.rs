@@ -72,7 +72,7 @@ impl Deleted {
     }
 
     /// How many since it was said last, when it is to be said.
-    pub(super) fn to_say(&mut self, now: Instant) -> Option<u64> {
+    pub(super) fn take_due(&mut self, now: Instant) -> Option<u64> {
         let is_due = self.said.is_none_or(|said| now.saturating_duration_since(said) >= MINUTE);
         if self.count == 0 || !is_due {
             return None;
@@ -90,13 +90,13 @@ mod tests {
     fn what_others_delete_is_summed_up_once_a_minute() {
         let begun = Instant::now();
         let mut deleted = Deleted::default();
-        assert_eq!(deleted.to_say(begun), None);
+        assert_eq!(deleted.take_due(begun), None);
         (0..3).for_each(|_| deleted.note());
-        assert_eq!(deleted.to_say(begun), Some(3), "the first at once");
+        assert_eq!(deleted.take_due(begun), Some(3), "the first at once");
         (0..5).for_each(|_| deleted.note());
-        assert_eq!(deleted.to_say(begun + MINUTE / 2), None);
-        assert_eq!(deleted.to_say(begun + MINUTE), Some(5));
-        assert_eq!(deleted.to_say(begun + MINUTE * 3), None, "it has ended");
+        assert_eq!(deleted.take_due(begun + MINUTE / 2), None);
+        assert_eq!(deleted.take_due(begun + MINUTE), Some(5));
+        assert_eq!(deleted.take_due(begun + MINUTE * 3), None, "it has ended");
     }
 
     #[test]
