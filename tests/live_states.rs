@@ -1,6 +1,8 @@
 //! Sockets that an application holds in other states than ESTABLISHED and CLOSE_WAIT: the server has
 //! sent its FIN first (a lingering close, an answer of HTTP/1.0) and still reads.
 
+#![allow(clippy::indexing_slicing)]
+
 mod lab;
 #[path = "lab/scene.rs"]
 mod scene;
@@ -8,8 +10,8 @@ mod scene;
 use std::thread;
 use std::time::Duration;
 
-use lab::{RawConn, wait_for};
-use scene::{LIMIT, Limiter, SOON, Scene};
+use lab::{Lab, RawConn, wait_for};
+use scene::{CLIENT, CTKEEP, LIMIT, Limiter, PORT, SOON, Scene};
 
 const BRISK: [&str; 2] = ["--sweep-interval", "100ms"];
 /// Time for several sweeps.
@@ -109,6 +111,40 @@ fn the_ordinary_end_of_a_lingering_close_is_not_disturbed() {
     scene.server.close_all();
     thread::sleep(SWEPT);
     assert_eq!(scene.admitted(), LIMIT, "{:#?}", scene.lab.entries());
+}
+
+/// TCP Fast Open: a connection is accepted, and costs its slot, before its handshake ends. Bursts of an
+/// RST in the window for each, which TCP answers by a challenge and conntrack believes, and then as
+/// many SYNs with data as the limit: how many sockets there are after each.
+fn opened_fast(guard: bool) -> Option<Vec<usize>> {
+    // Servers are fast, need no cookie, and all listeners are (`TFO_SERVER_*` in net/tcp.h).
+    const FAST: &str = "1538";
+    let lab = Lab::new()?;
+    lab.connlimit(PORT, 3);
+    lab.server.sysctl("net/ipv4/tcp_fastopen", FAST);
+    let mut server = lab.serve("0.0.0.0:80");
+    let peer = lab.peer(CLIENT);
+    drop(lab.peer("198.51.100.8").hold(PORT, 1));
+    let daemon = guard.then(|| lab.daemon(CTKEEP, &["--port", "80"]));
+    let mut held: Vec<RawConn> = Vec::new();
+    let burst = |_| {
+        held.iter().for_each(|conn| conn.rst(6));
+        held.extend((0..LIMIT).map(|_| peer.syn_with_data(PORT, b"GET / HTTP/1.0\r\n\r\n")));
+        thread::sleep(Duration::from_millis(20));
+        lab.sockets("syn-recv")
+    };
+    let counts: Vec<_> = (0..10).map(burst).collect();
+    assert!(server.held() > LIMIT, "the application has not got them: {counts:?}");
+    eprintln!("guarded: {}, {counts:?}", daemon.is_some());
+    Some(counts)
+}
+
+#[test]
+fn a_connection_that_was_opened_fast_keeps_its_place_before_its_handshake_ends() {
+    let Some(without) = opened_fast(false) else { return };
+    assert!(without[9] > without[5] && without[9] > 4 * LIMIT, "the stock kernel resists");
+    let Some(with) = opened_fast(true) else { return };
+    assert!(with[9] == with[5] && with[9] <= 4 * LIMIT, "{with:?}, without {without:?}");
 }
 
 /// What the application has closed is the kernel's, as ever.

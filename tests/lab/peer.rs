@@ -156,6 +156,18 @@ impl Peer {
 
     /// The same from a port that was used before.
     pub fn syn_from(&self, own_port: u16, port: u16) -> RawConn {
+        self.syn_with(own_port, port, &[])
+    }
+
+    /// A SYN from a new port that brings data along (TCP Fast Open without a cookie).
+    pub fn syn_with_data(&self, port: u16, data: &[u8]) -> RawConn {
+        let mut conn = self.syn_with(self.next_port.fetch_add(1, Ordering::Relaxed), port, data);
+        let length = u32::try_from(data.len()).expect("a small segment");
+        conn.next_seq = conn.next_seq.wrapping_add(length);
+        conn
+    }
+
+    fn syn_with(&self, own_port: u16, port: u16, data: &[u8]) -> RawConn {
         // Far from both ends of the sequence space, and different for every connection.
         let seq = 0x1000_0000 + (u32::from(own_port) << 8);
         let conn = RawConn {
@@ -167,7 +179,7 @@ impl Peer {
             fin_seq: None,
             seen: Seen::default(),
         };
-        conn.transmit(SYN, seq, 0, &[]);
+        conn.transmit(SYN, seq, 0, data);
         conn
     }
 
