@@ -75,6 +75,11 @@ impl<T: Transport> Conntrack<T> {
         Self { connection: Connection::new(transport) }
     }
 
+    /// Has `alive` called at each datagram of an answer: a dump of millions takes its time.
+    pub fn on_answer(&mut self, alive: impl Fn() + Send + 'static) {
+        self.connection.on_answer(alive);
+    }
+
     /// Size of the table.
     ///
     /// # Errors

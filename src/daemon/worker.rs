@@ -170,6 +170,9 @@ impl Guard {
         let share = GuardMetrics::new(&control.metrics, &self.name());
         let mut worker = Worker::open(settings, members.as_ref(), share)?;
         worker.claim = claim;
+        // A sweep of millions takes longer than the watchdog waits.
+        let alive = lead.clone();
+        worker.keeper.tables.conntrack.on_answer(move || alive.beat());
         if enforces {
             shield::remove_leftovers(&worker.desk.device);
         }

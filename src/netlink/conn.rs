@@ -1,5 +1,7 @@
 //! Requests and their answers over one [`Transport`].
 
+use std::fmt;
+
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NLMSG_NOOP,
     NLMSG_OVERRUN, NetlinkBuffer,
@@ -68,6 +70,15 @@ impl End {
     }
 }
 
+/// What is called at each datagram of an answer.
+struct OnAnswer(Box<dyn Fn() + Send>);
+
+impl fmt::Debug for OnAnswer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("OnAnswer")
+    }
+}
+
 /// A conversation with one kernel subsystem.
 #[derive(Debug)]
 pub struct Connection<T> {
@@ -76,12 +87,25 @@ pub struct Connection<T> {
     outgoing: Vec<u8>,
     incoming: Vec<u8>,
     interrupted_dumps: u64,
+    on_answer: Option<OnAnswer>,
 }
 
 impl<T: Transport> Connection<T> {
     /// A conversation over `transport`.
     pub fn new(transport: T) -> Self {
-        Self { transport, seq: 0, outgoing: Vec::new(), incoming: Vec::new(), interrupted_dumps: 0 }
+        Self {
+            transport,
+            seq: 0,
+            outgoing: Vec::new(),
+            incoming: Vec::new(),
+            interrupted_dumps: 0,
+            on_answer: None,
+        }
+    }
+
+    /// Has `alive` called at each datagram of an answer: a dump of millions takes its time.
+    pub fn on_answer(&mut self, alive: impl Fn() + Send + 'static) {
+        self.on_answer = Some(OnAnswer(Box::new(alive)));
     }
 
     /// The transport below.
@@ -236,6 +260,9 @@ impl<T: Transport> Connection<T> {
         self.transport
             .recv(&mut self.incoming)
             .map_err(|error| op.failed(receive_failure(error)))?;
+        if let Some(OnAnswer(alive)) = &self.on_answer {
+            alive();
+        }
         // One without content counts, too.
         let length = self.incoming.len().max(NLMSG_HDRLEN) as u64;
         *room = room.checked_sub(length).ok_or_else(|| op.malformed("it has no end"))?;

@@ -1,5 +1,8 @@
 //! Lists: whole, or an error.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
 use super::*;
 
 #[test]
@@ -11,6 +14,18 @@ fn a_dump_split_over_many_datagrams_is_whole_and_in_order() {
     replies.push(done(1, 0));
     let all = numbers(&mut connection(vec![datagrams(replies)])).unwrap();
     assert_eq!(all, (0..1000).collect::<Vec<_>>());
+}
+
+/// The watchdog waits half a minute at most, and a dump of millions takes longer.
+#[test]
+fn each_datagram_of_a_dump_is_a_sign_of_life() {
+    let replies: Vec<_> = (0..50).map(part).chain([done(1, 0)]).collect();
+    let mut connection = connection(vec![datagrams(replies)]);
+    let signs = Arc::new(AtomicU32::new(0));
+    let counted = signs.clone();
+    connection.on_answer(move || _ = counted.fetch_add(1, Ordering::Relaxed));
+    assert_eq!(numbers(&mut connection).unwrap().len(), 50);
+    assert_eq!(signs.load(Ordering::Relaxed), 51);
 }
 
 #[test]
