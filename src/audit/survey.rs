@@ -280,6 +280,32 @@ mod tests {
     }
 
     #[test]
+    fn where_nothing_is_tracked_nothing_is_missing() {
+        let views = [1, 2, 3].map(|port| view(port, Some(State::CloseWait), None));
+        let policy = Policy::default();
+        let scope = Scope { ports: [80].into() };
+        let (ledger, none) = (Ledger::new(Defence::Auto, 0), HashSet::new());
+        let survey = |views: &[View]| {
+            let snapshot = Snapshot::new(views.iter().copied());
+            let sweep = SweepResult {
+                snapshot: &snapshot,
+                scope: &scope,
+                policy: &policy,
+                ledger: &ledger,
+                repaired: &none,
+            };
+            let mut survey = Survey::of(sweep, Vec::new());
+            survey.make_sure(sweep, &snapshot);
+            let of = |class| survey.classes[&class].connections;
+            (of(Class::EntryMissing), of(Class::Untracked))
+        };
+        assert_eq!(survey(&views), (0, 3));
+        // The entry of a sibling shows that the port is tracked.
+        let tracked = view(4, Some(State::CloseWait), Some(TcpState::CloseWait));
+        assert_eq!(survey(&[views[0], tracked]), (1, 0));
+    }
+
+    #[test]
     fn listeners_of_one_port_add_up() {
         let listener = |backlog| Socket {
             state: State::Listen,
