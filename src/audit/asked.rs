@@ -105,6 +105,9 @@ impl<'r> Asker<'r> {
                 "its limit tells of what exceeds it (a log, a set), and would of a probe",
             );
         }
+        if view.entry.is_some_and(|entry| entry.orig.src.addr() != view.flow.dst.addr()) {
+            return cannot("its source is translated");
+        }
         if self.plays.of(view).is_synproxied {
             return cannot("SYNPROXY answers for it");
         }

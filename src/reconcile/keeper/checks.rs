@@ -210,13 +210,17 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         let own: Vec<_> = held.iter().filter(|socket| socket.remote.addr() == source).collect();
         let lookups: Vec<_> = own.iter().take(1).map(|socket| Lookup::from(*socket)).collect();
         let snapshot = self.tables.exactly(&lookups, &self.ledger)?;
-        Ok(snapshot.views.iter().next().map(|view| {
+        Ok(snapshot.views.iter().next().and_then(|view| {
             let entry = view.entry.filter(|entry| entry.reply == view.flow);
-            Question {
+            if entry.is_some_and(|entry| entry.orig.src.addr() != source) {
+                // The limit may know it by the address before its translation.
+                return None;
+            }
+            Some(Question {
                 client: source,
                 server: entry.map_or(view.flow.src, |entry| entry.orig.dst),
                 zone: entry.map_or(Zone::both(self.settings.policy.zone), |entry| entry.zone),
-            }
+            })
         }))
     }
 
