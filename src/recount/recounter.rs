@@ -45,7 +45,7 @@ enum Helper {
     /// Not wanted, or not to be had at the start.
     Absent,
     /// There.
-    Open(Ingress),
+    Open(Box<Ingress>),
     /// Set down, stripped of its filters or deleted by others; made anew at the next use.
     Broken,
 }
@@ -130,7 +130,7 @@ impl Recounter {
         // Without the filter a rule that rejects would answer the client.
         if mode != Mode::Loopback && this.can_seal() {
             match Ingress::open(name) {
-                Ok(ingress) => this.helper = Helper::Open(ingress),
+                Ok(ingress) => this.helper = Helper::Open(Box::new(ingress)),
                 Err(error) if mode == Mode::Ingress => return Err(missing(error)),
                 Err(error) => this.shortfalls.push(error.to_string()),
             }
@@ -141,7 +141,7 @@ impl Recounter {
     /// Finds out how this kernel's limits count again.
     fn try_recipes(&mut self) {
         let ingress = match &self.helper {
-            Helper::Open(ingress) => Some(ingress),
+            Helper::Open(ingress) => Some(ingress.as_ref()),
             Helper::Absent | Helper::Broken => None,
         };
         let loopback = self.loopback.then_some(&self.raw);
@@ -247,7 +247,7 @@ impl Recounter {
         }
         if let Helper::Broken = self.helper {
             self.remembered.clear();
-            self.helper = Helper::Open(Ingress::open(&self.name)?);
+            self.helper = Helper::Open(Box::new(Ingress::open(&self.name)?));
         }
         Ok(())
     }
