@@ -403,7 +403,10 @@ fn a_filter_in_place_of_a_link_is_taken_away_by_the_next_start() {
 fn decisions_are_counted() {
     let Some(lab) = lab() else { return };
     let _server = lab.serve("0.0.0.0:80");
-    let daemon = shielded(&lab);
+    // What it takes to look into containers is kept besides, where that is wanted.
+    let args =
+        ["--port", "80", "--shield", "on", "--metrics-listen", METRICS, "--containers", "off"];
+    let daemon = lab.daemon(CTKEEP, &args);
     assert_eq!(capabilities(daemon.pid(), "CapEff"), kernel::kept_under_the_shield());
     let peer = lab.peer(SOURCE);
     let mut conns = peer.hold(80, 4);

@@ -49,9 +49,6 @@ impl Class {
         if cell.guarded && evidence.untracked.contains(&view.flow) {
             return Self::Untracked;
         }
-        if cell.guarded && evidence.untracked.contains(&view.flow) {
-            return Self::Untracked;
-        }
         let reversed = matches!(cell.entry, Some((Direction::Reversed, _)));
         match decide(Cell { held: false, ..cell }) {
             Verdict::Act(ActionKind::Reinsert, _) => Self::EntryMissing,

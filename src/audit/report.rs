@@ -111,6 +111,13 @@ impl Seen {
         ledger.note(&snapshot);
         tables.play(&mut snapshot, &ledger);
         make_sure(&mut tables, &mut snapshot, &scope, policy, &ledger)?;
+        // What another namespace has, and nothing of it has come by here, is none of this table's.
+        let evidence = &snapshot.evidence;
+        snapshot.views.retain(|view| {
+            let cell = cell(view, evidence, &scope, policy, &ledger);
+            !tables.sockets.is_of_member(view.flow.src.addr())
+                || Class::of(view, cell, evidence) != Class::Untracked
+        });
         let sockets = snapshot.views.iter().filter_map(|view| view.socket);
         let owners = Owners::look(sockets, &listeners);
         let behind = snapshot.views.iter().map(|view| view.flow.src.addr());

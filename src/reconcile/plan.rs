@@ -298,10 +298,6 @@ pub fn verdict(
     if cell.guarded && !policy.force && evidence.untracked.contains(&view.flow) {
         return Verdict::Leave(Rest::Untracked);
     }
-    // Conntrack may have picked it up at a packet that the rules do not name.
-    if cell.guarded && evidence.untracked.contains(&view.flow) {
-        return Verdict::Leave(Rest::Untracked);
-    }
     match (decide(cell), cell.entry) {
         // Beyond the table: what the operator or an attack has switched on.
         (Verdict::Leave(Rest::OverCount), _)

@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 
@@ -22,6 +22,10 @@ use crate::sockdiag::{Cookie, Lookup, Socket};
 
 /// Sources that are asked for at the start, for each limit.
 const SAMPLES: usize = 4;
+/// What happens at the start shows itself by then.
+const AT_START: Duration = Duration::from_millis(500);
+/// For so long after an event that called for something, or a change of rules, nothing is asked.
+pub(super) const QUIET: Duration = Duration::from_secs(1);
 /// Room of a sample that is counted at most: each probe in it takes a place for some milliseconds.
 const MOST: u32 = 64;
 
@@ -50,13 +54,21 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             let samples = all.into_iter().take(SAMPLES);
             self.checks.sample(samples.map(|(_, source)| (rule.clone(), source)));
         }
+        self.no_questions_for(AT_START, now);
         self.timers.hasten(Timer::Check, now);
         Ok(())
     }
 
     /// Whether there is something to ask.
-    pub fn check_is_due(&self, now: Instant) -> bool {
+    pub fn check_is_due(&mut self, now: Instant) -> bool {
+        self.put_off_checks(self.quiet);
         self.timers.is_due(Timer::Check, now)
+    }
+
+    /// Questions take milliseconds in which no event is read: nothing is asked while there are any,
+    /// nor while rules change.
+    pub(super) fn no_questions_for(&mut self, pause: Duration, now: Instant) {
+        self.quiet = self.quiet.max(now + pause);
     }
 
     /// When there is something to ask next.

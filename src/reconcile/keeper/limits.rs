@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use super::checks::QUIET;
 use super::{Keeper, PART, Trigger, Witness};
 use crate::error::Result;
 use crate::firewall::lists::Anew;
@@ -16,6 +17,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         if anew.is_empty() {
             return;
         }
+        self.no_questions_for(QUIET, at);
         self.uncounted.add(anew);
         self.rules_changed.get_or_insert(since);
         self.timers.hasten(Timer::Recount, at);

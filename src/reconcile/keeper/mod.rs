@@ -197,6 +197,8 @@ pub struct Keeper<T: Transport = KernelSocket, R: Recount = Recounter> {
     /// When the first change of rules became known that has not been followed.
     rules_changed: Option<Instant>,
     random: fn() -> u64,
+    /// Nothing is asked of limits before.
+    quiet: Instant,
 }
 
 impl<T: Transport, R: Recount> Keeper<T, R> {
@@ -246,6 +248,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             checks: Checks::default(),
             rules_changed: None,
             random,
+            quiet: now,
         })
     }
 
@@ -381,6 +384,9 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             |action: &Action| action.view.socket.filter(|socket| socket.state != State::CloseWait);
         let lookups = confirmed.actions().iter().filter_map(open).map(|it| Lookup::from(&it));
         let lookups: Vec<_> = lookups.collect();
+        if !confirmed.actions().is_empty() {
+            self.no_questions_for(checks::QUIET, now);
+        }
         self.defer(Timer::OpenLook, OPEN_LOOK, lookups, since, now);
         confirmed.retain(|action| open(action).is_none());
         self.carry_out(confirmed, Trigger::Event, since, now, witness)
