@@ -142,27 +142,12 @@ impl<T: Transport> Conntrack<T> {
     /// A broken conversation or a refusal. An unanswered question is never `None`.
     pub fn get(&mut self, keys: &[(FourTuple, Zone)]) -> Result<Vec<Option<Entry>>> {
         let requests: Vec<_> = keys.iter().map(|(flow, zone)| request::get(*flow, *zone)).collect();
-        // The outer `None`: not answered yet.
-        let mut answers: Vec<Option<Option<Entry>>> = vec![None; keys.len()];
-        let outcomes = self.connection.look_up(&requests, |index, frame| {
-            let op = requests.get(index).map_or(Op::new("conntrack get"), |request| request.op);
+        self.connection.find(&requests, "an entry", |index, op, frame| {
             let entry = decode::entry(frame.payload).map_err(|error| op.malformed(error))?;
-            if let (Some((flow, _)), Some(answer)) = (keys.get(index), answers.get_mut(index)) {
-                *answer = Some(entry.filter(|entry| entry.orig == *flow || entry.reply == *flow));
-            }
-            Ok(())
-        })?;
-        outcomes
-            .into_iter()
-            .zip(answers)
-            .zip(&requests)
-            .map(|((outcome, answer), request)| match (outcome, answer) {
-                (Ok(()), Some(entry)) => Ok(entry),
-                (Ok(()), None) => Err(request.op.malformed("acknowledged without an entry")),
-                (Err(error), _) if error.is_absent() => Ok(None),
-                (Err(error), _) => Err(explain(error)),
-            })
-            .collect()
+            Ok(entry.filter(|entry| {
+                keys.get(index).is_some_and(|(flow, _)| entry.orig == *flow || entry.reply == *flow)
+            }))
+        })
     }
 
     /// Makes changes, many in one send, and returns one result for each, in order.

@@ -179,6 +179,40 @@ impl<T: Transport> Connection<T> {
         self.exchange(requests, End::Answer, answer)
     }
 
+    /// As [`Connection::look_up`], with what `read` makes of each answer; `None` where what was asked
+    /// for, `what`, is absent, or something else came in its place.
+    ///
+    /// # Errors
+    /// As [`Connection::batch`], and any other refusal. An unanswered question is never `None`.
+    pub fn find<V>(
+        &mut self,
+        requests: &[Request],
+        what: &str,
+        mut read: impl FnMut(usize, Op, Frame<'_>) -> Result<Option<V>>,
+    ) -> Result<Vec<Option<V>>> {
+        // The outer `None`: not answered yet.
+        let mut answers: Vec<Option<Option<V>>> = requests.iter().map(|_| None).collect();
+        let outcomes = self.look_up(requests, |index, frame| {
+            if let (Some(request), Some(answer)) = (requests.get(index), answers.get_mut(index)) {
+                *answer = Some(read(index, request.op, frame)?);
+            }
+            Ok(())
+        })?;
+        outcomes
+            .into_iter()
+            .zip(answers)
+            .zip(requests)
+            .map(|((outcome, answer), request)| match (outcome, answer) {
+                (Ok(()), Some(value)) => Ok(value),
+                (Ok(()), None) => {
+                    Err(request.op.malformed(format_args!("acknowledged without {what}")))
+                }
+                (Err(error), _) if error.is_absent() => Ok(None),
+                (Err(error), _) => Err(error),
+            })
+            .collect()
+    }
+
     fn exchange(
         &mut self,
         requests: &[Request],

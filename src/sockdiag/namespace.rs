@@ -74,16 +74,13 @@ impl<T: Transport> Sockets<T> {
         openers: &mut [Option<Opener>],
     ) -> Result<()> {
         let requests: Vec<_> = lookups.iter().map(request::info).collect();
-        let outcomes = self.connection.look_up(&requests, |index, frame| {
-            let op = requests.get(index).map_or(Op::new("socket look-up"), |r| r.op);
+        let found = self.connection.find(&requests, "a socket", |index, op, frame| {
             let opener = decode::opener(frame).map_err(|error| op.malformed(error))?;
-            if let (Some(asked), Some(slot)) = (lookups.get(index), openers.get_mut(index)) {
-                *slot = slot.or(opener.filter(|(flow, _)| *flow == asked.flow).map(|it| it.1));
-            }
-            Ok(())
+            let is_it = |flow| lookups.get(index).is_some_and(|asked| asked.flow == flow);
+            Ok(opener.filter(|(flow, _)| is_it(*flow)).map(|(_, opener)| opener))
         })?;
-        let mut refused = outcomes.into_iter().filter_map(|outcome| outcome.err());
-        refused.find(|error| !error.is_absent()).map_or(Ok(()), Err)
+        openers.iter_mut().zip(found).for_each(|(slot, opener)| *slot = slot.or(opener));
+        Ok(())
     }
 }
 
@@ -109,30 +106,11 @@ fn lookup_in<T: Transport>(
     lookups: &[Lookup],
 ) -> Result<Vec<Option<Socket>>> {
     let requests: Vec<_> = lookups.iter().map(request::lookup).collect();
-    // The outer `None`: not answered yet.
-    let mut answers: Vec<Option<Option<Socket>>> = vec![None; lookups.len()];
-    let outcomes = connection.look_up(&requests, |index, frame| {
-        let op = requests.get(index).map_or(Op::new("socket look-up"), |r| r.op);
+    connection.find(&requests, "a socket", |index, op, frame| {
         let socket = decode::socket(frame).map_err(|error| op.malformed(error))?;
-        if let (Some(asked), Some(answer)) = (lookups.get(index), answers.get_mut(index)) {
-            *answer = Some(
-                socket
-                    .filter(|socket| socket.state != State::Listen && socket.flow() == asked.flow),
-            );
-        }
-        Ok(())
-    })?;
-    outcomes
-        .into_iter()
-        .zip(answers)
-        .zip(&requests)
-        .map(|((outcome, answer), request)| match (outcome, answer) {
-            (Ok(()), Some(socket)) => Ok(socket),
-            (Ok(()), None) => Err(request.op.malformed("acknowledged without a socket")),
-            (Err(error), _) if error.is_absent() => Ok(None),
-            (Err(error), _) => Err(error),
-        })
-        .collect()
+        let is_it = |flow| lookups.get(index).is_some_and(|asked| asked.flow == flow);
+        Ok(socket.filter(|socket| socket.state != State::Listen && is_it(socket.flow())))
+    })
 }
 
 fn module_missing(op: Op) -> Error {
