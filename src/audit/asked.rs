@@ -12,11 +12,11 @@ use crate::conntrack::Zone;
 use crate::error::{Cause, Error, Op, Result};
 use crate::firewall::Ruleset;
 use crate::firewall::limits::{LimitRule, Limiter};
-use crate::reconcile::deciding::limit_of;
+use crate::reconcile::deciding::{limit_of, question};
 use crate::reconcile::ledger::Ledger;
 use crate::reconcile::observe::Tables;
 use crate::reconcile::snapshot::View;
-use crate::recount::{Question, Recounter, Room, Step, Trace};
+use crate::recount::{Recounter, Room, Step, Trace};
 use crate::sockdiag::Lookup;
 
 /// More room than this is not counted: each probe in it takes a place from an honest SYN for some
@@ -112,7 +112,7 @@ impl<'r> Asker<'r> {
             return cannot("SYNPROXY answers for it");
         }
         let most = tightest.limit.saturating_add(1).min(MOST);
-        let room = self.recounter.room(question(view), most, now)?;
+        let room = self.recounter.room(question(view, Zone::default()), most, now)?;
         Ok(match room {
             Room::For { more, trace } => {
                 let (limit, decides) = self.deciding(view, &met, &trace);
@@ -167,16 +167,6 @@ impl<'r> Asker<'r> {
         let place = step.rule.and_then(of_handle).and_then(|rule| self.rules.place(at, rule));
         let what = if step.rule.is_some() { "a rule" } else { "policy" };
         place.unwrap_or_else(|| format!("{} {} {} {what}", chain.family, chain.table, chain.name))
-    }
-}
-
-/// Whether one more connection like this one would be let in: what is asked.
-pub fn question(view: &View) -> Question {
-    let entry = view.entry.filter(|entry| entry.reply == view.flow);
-    Question {
-        client: view.flow.dst.addr(),
-        server: entry.map_or(view.flow.src, |entry| entry.orig.dst),
-        zone: entry.map_or(Zone::default(), |entry| entry.zone),
     }
 }
 

@@ -2,11 +2,13 @@
 
 use std::time::Instant;
 
-use crate::audit::asked::{DEVICE, question};
+use crate::audit::asked::DEVICE;
 use crate::audit::finding::Finding;
 use crate::audit::report::Seen;
 use crate::audit::sources::{Plays, loads};
+use crate::conntrack::Zone;
 use crate::error::Result;
+use crate::reconcile::deciding::question;
 use crate::reconcile::policy::Policy;
 use crate::recount::{Mode, Recounter, Through};
 
@@ -47,7 +49,7 @@ fn try_ask(policy: &Policy, now: Instant) -> Result<Finding> {
         let Some(view) = of_load.find(|view| plays.met(view).iter().any(is_it)) else { continue };
         let (source, place) = (view.flow.dst.addr(), rule.place());
         let most = load.limit.saturating_add(1).min(MOST);
-        return Ok(match recounter.try_through(question(&view), most, now) {
+        return Ok(match recounter.try_through(question(&view, Zone::default()), most, now) {
             Ok(Through::Counted { route, seal: None }) => Finding::ok(
                 ID,
                 format!(

@@ -1,8 +1,20 @@
-//! Which limit stopped a probe, as its trace shows. Pure.
+//! What limits are asked, and which one stopped a probe, as its trace shows. Pure.
 
+use super::snapshot::View;
+use crate::conntrack::Zone;
 use crate::firewall::Outcome;
 use crate::firewall::limits::LimitRule;
-use crate::recount::{Step, Trace};
+use crate::recount::{Question, Step, Trace};
+
+/// Whether one more connection like this one would be let in; in `zone` where no entry tells.
+pub fn question(view: &View, zone: Zone) -> Question {
+    let entry = view.entry.filter(|entry| entry.reply == view.flow);
+    Question {
+        client: view.flow.dst.addr(),
+        server: entry.map_or(view.flow.src, |entry| entry.orig.dst),
+        zone: entry.map_or(zone, |entry| entry.zone),
+    }
+}
 
 /// The one of these limits, which the probe may have met, that let it in no further; `None` where
 /// another rule did, or none that the kernel reports (iptables-legacy).

@@ -177,9 +177,9 @@ impl Recounter {
     pub fn ask(&mut self, question: Question, now: Instant) -> Result<Asked> {
         let way = self.way_of(question, now)?;
         self.asking()?.await_forgotten(question.client, now);
-        let port = self.unused_ports(&way, 1)?;
+        let port = self.unused_port_by(&way)?;
         self.asking()?.tracer.read()?;
-        if self.probe(&way, port.first().copied().unwrap_or(EPHEMERAL.start))? {
+        if self.probe(&way, port)? {
             return Ok(Asked::LetIn);
         }
         self.asking()?.tracer.read().map(Asked::Stopped)
@@ -266,7 +266,11 @@ impl Recounter {
     /// One that no entry has.
     pub(super) fn unused_port(&mut self, question: Question, now: Instant) -> Result<u16> {
         let way = self.way_of(question, now)?;
-        let ports = self.unused_ports(&way, 1)?;
+        self.unused_port_by(&way)
+    }
+
+    fn unused_port_by(&mut self, way: &Way) -> Result<u16> {
+        let ports = self.unused_ports(way, 1)?;
         Ok(ports.first().copied().unwrap_or(EPHEMERAL.start))
     }
 

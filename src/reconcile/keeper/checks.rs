@@ -14,7 +14,7 @@ use crate::firewall::lists::{Anew, Loss};
 use crate::netlink::Transport;
 use crate::reconcile::apply::Outcome;
 use crate::reconcile::checks::{Checked, Counted, net};
-use crate::reconcile::deciding::limit_of;
+use crate::reconcile::deciding::{limit_of, question};
 use crate::reconcile::plan::Action;
 use crate::reconcile::timers::Timer;
 use crate::recount::{Asked, Question, Recount, Room};
@@ -171,17 +171,6 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         Ok(withheld)
     }
 
-    fn guarded(&mut self) -> Result<Vec<Socket>> {
-        let policy = &self.settings.policy;
-        let mut sockets = self.tables.sockets.sockets(policy.states)?;
-        sockets.retain(|socket| {
-            policy.guards(socket)
-                && socket.takes_a_slot()
-                && self.scope.contains(policy, socket.flow())
-        });
-        Ok(sockets)
-    }
-
     /// The limit that this source has reached, with what it counts; `None` where there is none.
     fn tightest(
         &self,
@@ -224,15 +213,9 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         let snapshot = self.tables.exactly(&lookups, &self.ledger)?;
         Ok(snapshot.views.iter().next().and_then(|view| {
             let entry = view.entry.filter(|entry| entry.reply == view.flow);
-            if entry.is_some_and(|entry| entry.orig.src.addr() != source) {
-                // The limit may know it by the address before its translation.
-                return None;
-            }
-            Some(Question {
-                client: source,
-                server: entry.map_or(view.flow.src, |entry| entry.orig.dst),
-                zone: entry.map_or(Zone::both(self.settings.policy.zone), |entry| entry.zone),
-            })
+            // The limit may know it by the address before its translation.
+            let is_translated = entry.is_some_and(|entry| entry.orig.src.addr() != source);
+            (!is_translated).then(|| question(&view, Zone::both(self.settings.policy.zone)))
         }))
     }
 

@@ -42,13 +42,8 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
     }
 
     fn try_recount(&mut self, now: Instant, witness: &mut impl Witness) -> Result<()> {
-        let settings = self.settings.clone();
         if !self.uncounted.is_waiting() && self.uncounted.is_new() {
-            let mut sockets = self.tables.sockets.sockets(settings.policy.states)?;
-            let policy = &settings.policy;
-            sockets.retain(|socket| {
-                policy.guards(socket) && self.scope.contains(policy, socket.flow())
-            });
+            let sockets = self.guarded()?;
             let ledger = &mut self.ledger;
             self.uncounted.find(&sockets, |socket, loss| ledger.set_uncounted(socket, loss));
         }

@@ -161,10 +161,8 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             plan_for(snapshot.views.iter(), evidence, &self.scope, policy, &self.ledger);
         repairs.actions.retain(|action| action.kind != ActionKind::Extend);
         let (scope, ledger) = (&self.scope, &self.ledger);
-        let mut confirmed = confirm(&mut self.tables, &repairs, evidence, scope, policy, ledger)?;
-        confirmed.retain(|action| {
-            action.kind != ActionKind::Release || ledger.holds_flow(action.view.flow)
-        });
+        let confirmed = confirm(&mut self.tables, &repairs, evidence, scope, policy, ledger)?;
+        let confirmed = self.but_releases_of_others(confirmed);
         self.carry_out(confirmed, Trigger::Sweep, now, now, witness)
     }
 

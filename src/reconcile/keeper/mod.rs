@@ -445,15 +445,27 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         self.tables
     }
 
+    /// The guarded sockets, as a dump shows them.
+    fn guarded(&mut self) -> Result<Vec<Socket>> {
+        let policy = &self.settings.policy;
+        let mut sockets = self.tables.sockets.sockets(policy.states)?;
+        sockets
+            .retain(|socket| policy.guards(socket) && self.scope.contains(policy, socket.flow()));
+        Ok(sockets)
+    }
+
     /// What exact look-ups call for.
-    ///
-    /// What is not held is not given back by them alone: the device of its socket is a guess, and
-    /// the entry can be one that another ctkeep holds for sockets of its own. The deep sweep knows.
     fn confirmed(&self, snapshot: &Exact) -> Confirmed {
         let (policy, ledger) = (&self.settings.policy, &self.ledger);
-        let mut confirmed = Confirmed::new(snapshot, &self.scope, policy, ledger);
+        self.but_releases_of_others(Confirmed::new(snapshot, &self.scope, policy, ledger))
+    }
+
+    /// What is not held is not given back by exact look-ups alone: the device of its socket is a
+    /// guess, and the entry can be one that another ctkeep holds for sockets of its own. The deep
+    /// sweep knows.
+    fn but_releases_of_others(&self, mut confirmed: Confirmed) -> Confirmed {
         confirmed.retain(|action| {
-            action.kind != ActionKind::Release || ledger.holds_flow(action.view.flow)
+            action.kind != ActionKind::Release || self.ledger.holds_flow(action.view.flow)
         });
         confirmed
     }
