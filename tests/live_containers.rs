@@ -137,6 +137,8 @@ fn a_new_container_is_guarded_at_once_and_one_that_ends_is_let_go() {
         lines.sort();
         lines
     };
+    // What questions to limits take is opened with the first, and stays.
+    wait_for("a question", SOON, || daemon.log().contains("source=198.51.100.99"));
     let open = descriptors(daemon.pid());
     let (before, actions) = (kept(), daemon.log().matches("198.51.100.99:").count());
     for (round, source) in ["198.51.100.7", "198.51.100.8", "198.51.100.9"].iter().enumerate() {
