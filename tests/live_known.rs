@@ -7,7 +7,7 @@ use std::thread;
 use std::time::Duration;
 
 use lab::rules::{CONNLIMIT, INPUT, chain, input};
-use lab::{Lab, RawConn, wait_for};
+use lab::{Lab, Peer, RawConn, wait_for};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_ctkeep");
 const CLIENT: &str = "198.51.100.7";
@@ -45,6 +45,18 @@ fn evict(lab: &Lab, conns: &[RawConn]) {
         !conns.iter().any(|conn| lab.entry_state(conn).is_some_and(|state| state != "CLOSE"))
     });
     thread::sleep(Duration::from_millis(1500));
+}
+
+/// Half-closed connections, two beyond the limit, and none of them on its list.
+fn five_held(lab: &Lab, peer: &Peer) -> Vec<RawConn> {
+    let mut conns = peer.hold(80, LIMIT);
+    conns.iter_mut().for_each(|conn| lab.half_close(conn));
+    evict(lab, &conns);
+    let mut more = peer.hold(80, 2);
+    more.iter_mut().for_each(|conn| lab.half_close(conn));
+    conns.append(&mut more);
+    evict(lab, &conns);
+    conns
 }
 
 /// One SYN a second, so that no rate but the limit refuses it.
@@ -165,13 +177,7 @@ fn under_a_rule_that_bans_our_packets_never_exceed_the_count() {
     ban(&lab);
     let _server = lab.serve("[::]:80");
     let peer = lab.peer(CLIENT);
-    let mut conns = peer.hold(80, LIMIT);
-    conns.iter_mut().for_each(|conn| lab.half_close(conn));
-    evict(&lab, &conns);
-    let mut more = peer.hold(80, 2);
-    more.iter_mut().for_each(|conn| lab.half_close(conn));
-    conns.append(&mut more);
-    evict(&lab, &conns);
+    let conns = five_held(&lab, &peer);
     let banned = || lab.server.output("nft list set inet fw banned").contains("elements");
     assert!(!banned(), "before");
     let daemon = lab.daemon(PROGRAM, &["--deep-interval", "1s", "--shield", "off"]);
@@ -200,13 +206,7 @@ fn under_a_rule_that_drops_everything_open_is_counted() {
     lab.server.feed("nft -f -", &chain(INPUT, rule));
     let _server = lab.serve("[::]:80");
     let peer = lab.peer(CLIENT);
-    let mut conns = peer.hold(80, LIMIT);
-    conns.iter_mut().for_each(|conn| lab.half_close(conn));
-    evict(&lab, &conns);
-    let mut more = peer.hold(80, 2);
-    more.iter_mut().for_each(|conn| lab.half_close(conn));
-    conns.append(&mut more);
-    evict(&lab, &conns);
+    let conns = five_held(&lab, &peer);
     let _daemon = lab.daemon(PROGRAM, &["--shield", "off"]);
     wait_for("repairs", SOON, || conns.iter().all(|conn| lab.is_alive(conn)));
     thread::sleep(Duration::from_secs(1));

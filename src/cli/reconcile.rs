@@ -93,21 +93,9 @@ pub(super) fn run(args: &Reconcile) -> Result<Exit> {
 /// One deep sweep, and how many open connections it left alone for want of evidence.
 fn pass(args: &Reconcile, policy: &Policy) -> Result<(Done, usize)> {
     let now = Instant::now();
-    let mode = if args.dry_run { Mode::Off } else { args.recount };
-    let recounting = Recounting::by(Recounter::open(mode, DEVICE, now)?);
-    let settings = Settings {
-        policy: policy.clone(),
-        sweep_interval: Duration::ZERO,
-        deep_interval: Duration::ZERO,
-        dry_run: args.dry_run,
-    };
-    let (mut tables, defence) = (Tables::open()?, Defence::Auto);
-    containers::join(&mut tables.sockets)?;
     let lists = Lists::read(None).unwrap_or_default();
-    tables.tracking = lists.tracking().map(Arc::new);
-    let mut keeper = Keeper::new(tables, recounting, settings, defence, now, random::bits)?;
+    let mut keeper = keeper(policy, args.recount, args.dry_run, &lists, now)?;
     let mut done = Done::default();
-    know_limits(&mut keeper, &lists);
     let sweep = keeper.sweep(Depth::Deep, now, &mut done)?;
     make_sure(&mut keeper, &mut done)?;
     done.outcomes.sort_by_key(|outcome| outcome.action.view.flow);
@@ -119,10 +107,31 @@ fn pass(args: &Reconcile, policy: &Policy) -> Result<(Done, usize)> {
     Ok((done, sweep.snapshot.views.iter().filter(is_untracked).count()))
 }
 
-/// The limits that count sockets of this namespace.
-pub(super) fn know_limits(keeper: &mut Keeper, lists: &Lists) {
+/// What makes one pass in the namespace of the calling thread: it knows its containers, and the limits
+/// that count its own sockets.
+pub(super) fn keeper(
+    policy: &Policy,
+    recount: Mode,
+    dry_run: bool,
+    lists: &Lists,
+    now: Instant,
+) -> Result<Keeper> {
+    let mode = if dry_run { Mode::Off } else { recount };
+    let recounting = Recounting::by(Recounter::open(mode, DEVICE, now)?);
+    let settings = Settings {
+        policy: policy.clone(),
+        sweep_interval: Duration::ZERO,
+        deep_interval: Duration::ZERO,
+        dry_run,
+    };
+    let mut tables = Tables::open()?;
+    containers::join(&mut tables.sockets)?;
+    tables.tracking = lists.tracking().map(Arc::new);
+    let defence = Defence::Auto;
+    let mut keeper = Keeper::new(tables, recounting, settings, defence, now, random::bits)?;
     let is_of_here = |rule: &&LimitRule| matches!(rule.hook, Hook::Prerouting | Hook::Input);
     keeper.know_limits(lists.limits().filter(is_of_here).cloned());
+    Ok(keeper)
 }
 
 /// Asks the limits that are reached whether they count what was shown to them, and shows them again

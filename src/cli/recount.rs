@@ -2,31 +2,25 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use serde_json::json;
 
 use super::Exit;
 use super::args::{Format, Recount};
 use super::output::{self, Rows};
-use super::reconcile::{DEVICE, Done, action_json, know_limits, make_sure};
+use super::reconcile::{Done, action_json, keeper, make_sure};
 use crate::audit::arrivals::arrivals;
 use crate::audit::asked::Asker;
-use crate::containers;
 use crate::error::Result;
 use crate::firewall::limits::{LimitRule, Limiter};
 use crate::firewall::lists::{Anew, Lists, Loss};
 use crate::firewall::{Hook, Ruleset};
-use crate::host::random;
 use crate::reconcile::apply::Outcome;
-use crate::reconcile::keeper::{Depth, Keeper, Recounting, Settings};
-use crate::reconcile::observe::Tables;
+use crate::reconcile::keeper::Depth;
 use crate::reconcile::policy::Policy;
-use crate::reconcile::pressure::Defence;
 use crate::reconcile::snapshot::View;
 use crate::reconcile::uncounted;
-use crate::recount::Recounter;
 
 /// Sources whose limits are asked at the end, a tenth of a second each.
 const SOURCES: usize = 100;
@@ -90,18 +84,7 @@ fn pass(args: &Recount, policy: &Policy) -> Result<(Done, Vec<LimitRule>, Vec<St
     if limits.is_empty() {
         return Ok((done, limits, lists.unread().to_vec()));
     }
-    let recounter = if args.dry_run { None } else { Recounter::open(args.recount, DEVICE, now)? };
-    let settings = Settings {
-        policy: policy.clone(),
-        sweep_interval: Duration::ZERO,
-        deep_interval: Duration::ZERO,
-        dry_run: args.dry_run,
-    };
-    let (mut tables, recounting) = (Tables::open()?, Recounting::by(recounter));
-    containers::join(&mut tables.sockets)?;
-    tables.tracking = lists.tracking().map(Arc::new);
-    let mut keeper = Keeper::new(tables, recounting, settings, Defence::Auto, now, random::bits)?;
-    know_limits(&mut keeper, &lists);
+    let mut keeper = keeper(policy, args.recount, args.dry_run, &lists, now)?;
     keeper.sweep(Depth::Deep, now, &mut done)?;
     let anew = limits.iter().map(|rule| Anew { rule: rule.clone(), loss: Loss::Unknown });
     keeper.limits_lost(anew.collect(), now, now);

@@ -25,8 +25,6 @@ const MOST: usize = 4096;
 pub struct Found {
     /// The inode of each namespace behind this one, and a path that leads to it.
     pub behind: BTreeMap<u64, PathBuf>,
-    /// Processes whose namespace could not be read: privileges are missing.
-    pub unread: usize,
     /// There were more than are guarded.
     pub too_many: bool,
 }
@@ -43,7 +41,7 @@ pub fn behind() -> Result<Found> {
     }
     let mut numbers = Numbers::open()?;
     let mut candidates = named();
-    found.unread = of_processes(&mut candidates);
+    of_processes(&mut candidates);
     if let Some((_, own)) = Namespace::Own.identity() {
         candidates.remove(&own);
     }
@@ -71,34 +69,24 @@ pub(super) fn named() -> BTreeMap<u64, PathBuf> {
     files.filter_map(|file| namespace(file.path())).collect()
 }
 
-/// Adds the namespaces of all processes; returns of how many it could not be read.
-fn of_processes(all: &mut BTreeMap<u64, PathBuf>) -> usize {
-    let Ok(processes) = fs::read_dir("/proc") else { return 0 };
-    let mut unread = 0;
+/// Adds the namespaces of all processes that may be looked into.
+fn of_processes(all: &mut BTreeMap<u64, PathBuf>) {
+    let Ok(processes) = fs::read_dir("/proc") else { return };
     for process in processes.flatten() {
         let name = process.file_name();
         if !name.to_str().is_some_and(|name| name.bytes().all(|byte| byte.is_ascii_digit())) {
             continue;
         }
         let path = process.path().join("ns/net");
-        match inode(&path) {
-            Ok(Some(id)) => drop(all.entry(id).or_insert(path)),
-            Ok(None) => {}
-            Err(()) => unread += 1,
+        if let Some(id) = inode(&path) {
+            all.entry(id).or_insert(path);
         }
     }
-    unread
 }
 
-/// The inode that the link of a process names. A process that has just ended has none; one that may
-/// not be looked into is an error.
-fn inode(path: &Path) -> std::result::Result<Option<u64>, ()> {
-    match fs::read_link(path) {
-        Ok(link) => {
-            let number = |text: &str| text.strip_prefix("net:[")?.strip_suffix(']')?.parse().ok();
-            Ok(link.to_str().and_then(number))
-        }
-        Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => Err(()),
-        Err(_) => Ok(None),
-    }
+/// The inode that the link of a process names. A process that has just ended has none, nor has one
+/// that may not be looked into.
+fn inode(path: &Path) -> Option<u64> {
+    let link = fs::read_link(path).ok()?;
+    link.to_str()?.strip_prefix("net:[")?.strip_suffix(']')?.parse().ok()
 }

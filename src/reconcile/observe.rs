@@ -63,14 +63,7 @@ impl Tables<KernelSocket> {
     /// # Errors
     /// A missing privilege or module, named.
     pub fn open() -> Result<Self> {
-        Self::with(SockDiag::open()?, vec![Routes::open()?])
-    }
-
-    /// Opens the conntrack table of the calling thread's namespace beside these sockets.
-    ///
-    /// # Errors
-    /// As [`Tables::open`].
-    pub fn with(mut sockets: SockDiag, homes: Vec<Routes>) -> Result<Self> {
+        let (mut sockets, homes) = (SockDiag::open()?, vec![Routes::open()?]);
         let conntrack = Conntrack::open()?;
         sockets.probe()?;
         Ok(Self { conntrack, sockets, homes, tracking: None })
