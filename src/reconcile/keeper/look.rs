@@ -107,10 +107,10 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             self.ledger.look_at_sources(&sources, now);
         }
         if self.looks.is_empty() && self.is_dump_due(now) {
-            self.dumps = self.dumps.saturating_sub(1);
-            self.next_dump = now + self.settings.sweep_interval * UNTOLD;
             let policy = &self.settings.policy;
             let dump = self.tables.half_closed(&self.scope, policy, &self.ledger)?;
+            self.dumps = self.dumps.saturating_sub(1);
+            self.next_dump = now + self.settings.sweep_interval * UNTOLD;
             self.looks = self.ledger.compare(&dump, self.ends_are_told);
             let half_closed = dump.into_iter().filter(|it| it.state == State::CloseWait);
             witness.seen(&self.scope.ports, Some(&half_closed.collect::<Vec<_>>()));
