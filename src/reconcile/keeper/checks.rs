@@ -147,6 +147,10 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         }
         let shown: HashSet<_> = wanted.iter().map(|socket| socket.cookie).collect();
         let sockets = self.guarded()?;
+        // A list has what is ending until its entry is given back.
+        let open: HashSet<_> = sockets.iter().map(|socket| socket.cookie).collect();
+        let held = self.ledger.held().filter(|held| !open.contains(&held.cookie));
+        let ending: Vec<_> = held.map(|held| held.lookup.flow).collect();
         for rule in self.checks.telling() {
             let limit = usize::try_from(rule.limit.count).unwrap_or(usize::MAX);
             let mut places: HashMap<IpNet, usize> = HashMap::new();
@@ -156,6 +160,11 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
                     !shown.contains(&socket.cookie) && self.ledger.uncounted(socket).is_none();
                 if let Some(net) = net(rule, socket.remote.addr()) {
                     *places.entry(net).or_default() += usize::from(is_counted);
+                }
+            }
+            for flow in ending.iter().filter(|it| rule.covers(it.dst.addr(), it.src.port())) {
+                if let Some(net) = net(rule, flow.dst.addr()) {
+                    *places.entry(net).or_default() += 1;
                 }
             }
             for socket in wanted.iter().filter(of_rule) {

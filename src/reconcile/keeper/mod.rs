@@ -485,13 +485,6 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         if self.may_not_insert(now) {
             confirmed.retain(|action| action.kind != ActionKind::Reinsert);
         }
-        // A list lets go of what has ended at its next look: until then one more would be too many,
-        // and a limit that bans would ban. The next sweep shows what is left out here.
-        let ending = confirmed.actions().iter().filter(|it| it.kind == ActionKind::Release);
-        let ending: HashSet<_> = ending.map(|action| action.view.flow.dst.addr()).collect();
-        confirmed.retain(|action| {
-            action.kind != ActionKind::Recount || !ending.contains(&action.view.flow.dst.addr())
-        });
         if confirmed.actions().is_empty() {
             return Ok(());
         }
