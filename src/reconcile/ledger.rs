@@ -8,6 +8,7 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use super::agenda::Agenda;
+use super::evidence::Ways;
 use super::pressure::{Defence, Pressure};
 use super::snapshot::Snapshot;
 use crate::conntrack::{Entry, EntryKey, Tcp, TcpState, Zone};
@@ -51,6 +52,7 @@ pub struct Ledger {
     changes: u64,
     pressure: Pressure,
     tracked: HashSet<u16>,
+    ways: Ways,
     zones: BTreeSet<Zone>,
 }
 
@@ -276,6 +278,11 @@ impl Ledger {
         self.tracked.contains(&port)
     }
 
+    /// How packets got to local endpoints when the whole tables were last looked at.
+    pub fn ways(&self) -> &Ways {
+        &self.ways
+    }
+
     /// Looks for entries in this zone, too.
     pub fn know_zone(&mut self, zone: Zone) {
         self.zones.insert(zone);
@@ -442,6 +449,11 @@ impl Ledger {
     /// Ports of which some connection has an entry now; replaces what was known.
     pub fn set_tracked(&mut self, ports: HashSet<u16>) {
         self.tracked = ports;
+    }
+
+    /// How packets get to local endpoints now; replaces what was known.
+    pub fn set_ways(&mut self, ways: Ways) {
+        self.ways = ways;
     }
 
     /// Answers for `entry` from now on.

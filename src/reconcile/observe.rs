@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use std::ops::Deref;
 use std::sync::Arc;
 
+use super::evidence::Way;
 use super::ledger::Ledger;
 use super::policy::{Policy, Scope};
 use super::snapshot::{Direction, Kept, Snapshot, View, Views};
@@ -124,7 +125,9 @@ impl<T: Transport> Tables<T> {
         if !aside.is_empty() {
             views.retain(|view| !aside.contains(&view.flow));
         }
-        Ok(Snapshot::of(views))
+        let mut snapshot = Snapshot::of(views);
+        snapshot.evidence.behind = self.behind(&snapshot);
+        Ok(snapshot)
     }
 
     /// The sockets of the scope that one side has closed: one dump, of nothing else.
@@ -173,9 +176,21 @@ impl<T: Transport> Tables<T> {
             };
             snapshot = Snapshot::new(snapshot.views.iter().map(set_aside));
         }
+        snapshot.evidence.behind = self.behind(&snapshot);
         snapshot.evidence.opened_here = self.opened_here(&snapshot, ledger)?;
         self.play(&mut snapshot, ledger);
         Ok(Exact(snapshot))
+    }
+
+    /// Local addresses of other namespaces that have a connection whose entry does not show how its
+    /// packets get there.
+    fn behind(&self, snapshot: &Snapshot) -> HashSet<IpAddr> {
+        let shows = |view: &View| view.entry.is_some_and(|entry| entry.reply == view.flow);
+        let hidden = snapshot.views.iter().filter(|view| !shows(view));
+        hidden
+            .map(|view| view.flow.src.addr())
+            .filter(|it| self.sockets.is_of_member(*it))
+            .collect()
     }
 
     /// Goes by these rules from now on.
@@ -191,9 +206,13 @@ impl<T: Transport> Tables<T> {
         let dark = || snapshot.views.iter().filter(|view| is_dark(view, ledger));
         let opened = dark().map(|view| {
             let of_entry = view.entry.filter(|entry| entry.reply == view.flow);
-            let asked = of_entry.map(|entry| entry.orig.dst).or(evidence.translated_from(&view));
             let FourTuple { src, dst } = view.flow;
-            Opened { peer: dst, asked: asked.unwrap_or(src), socket: src }
+            let asked = of_entry.map(|entry| entry.orig.dst);
+            let asked = asked.unwrap_or_else(|| match evidence.way(&view, ledger.ways()) {
+                Some(Way::Translated(first, _)) => first,
+                _ => src,
+            });
+            Opened { peer: dst, asked, socket: src }
         });
         let untracked = dark().zip(tracking.of_each(opened));
         let untracked = untracked.filter(|(_, tracked)| *tracked != Some(true));

@@ -6,7 +6,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use super::evidence::Evidence;
+use super::evidence::{Evidence, Way};
 use super::ledger::Ledger;
 use super::policy::{Policy, Scope};
 use super::snapshot::{Direction, Snapshot, View};
@@ -395,7 +395,7 @@ pub fn cell(
         }),
         held,
         tracked: seen.is_some()
-            || !evidence.is_translated_somehow(view)
+            || evidence.way(view, ledger.ways()) != Some(Way::Various)
                 && (policy.force
                     || evidence.tracked.contains(&view.flow.src.port())
                     || ledger.is_tracked(view.flow.src.port())),
@@ -409,12 +409,14 @@ fn template(view: &View, evidence: &Evidence, policy: &Policy, ledger: &Ledger) 
     view.entry.filter(right_way).or(last.filter(right_way)).unwrap_or_else(|| {
         // A reversed entry tells its zone; else the zone that siblings are in, if it is one; else
         // the one that the administrator names.
-        let zone = view.entry.map(|entry| entry.zone).or_else(|| evidence.zone());
+        let (first, siblings) = match evidence.way(view, ledger.ways()) {
+            Some(Way::Direct(zone)) => (view.flow.src, Some(zone)),
+            Some(Way::Translated(first, zone)) => (first, Some(zone)),
+            Some(Way::Various) | None => (view.flow.src, evidence.zone()),
+        };
+        let zone = view.entry.map(|entry| entry.zone).or(siblings);
         let zone = zone.unwrap_or(Zone::both(policy.zone));
-        let plain = Entry::plain(view.flow.inverse(), zone);
-        match evidence.translated_from(view) {
-            Some(first) => Entry { orig: FourTuple::new(view.flow.dst, first), ..plain },
-            None => plain,
-        }
+        let orig = FourTuple::new(view.flow.dst, first);
+        Entry { orig, ..Entry::plain(view.flow.inverse(), zone) }
     })
 }

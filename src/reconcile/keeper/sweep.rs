@@ -111,6 +111,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
                 self.repair(&snapshot, now, witness)?;
                 if !self.back_off.rests(now) {
                     self.ledger.set_tracked(snapshot.evidence.tracked.clone());
+                    self.ledger.set_ways(snapshot.evidence.ways.clone());
                 }
                 snapshot
             }
