@@ -128,6 +128,7 @@ fn a_faulty_file_is_named_with_line_and_column() {
         ("exempt = \"198.51.100.0/33\"\n", "1:1", "'198.51.100.0/33'"),
         ("port = 80\nport = 443\n", "2:1", "duplicate"),
         ("config = \"other.toml\"\n", "1:1", "'config'"),
+        ("ask = true\n", "1:1", "'ask'"),
         ("lease = \"60s\n", "1:13", ""),
     ];
     for (text, place, words) in cases {

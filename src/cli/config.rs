@@ -14,6 +14,11 @@ use toml::de::{DeTable, DeValue};
 use super::args::Cli;
 use crate::error::Error;
 
+/// What is said on the command line only: a question to a limit is a packet, and a file names no other
+/// file.
+pub(super) const NEVER_IN_FILE: [&str; 6] =
+    ["ask", "config", "conntrack", "help", "sockets", "version"];
+
 /// Why there are no arguments to work with.
 pub(super) enum Failure {
     /// Clap's own message, on the command line's behalf.
@@ -99,11 +104,11 @@ fn owner(cli: &Command, name: &str, key: &str) -> Option<Command> {
     commands.into_iter().find(|command| argument(command, key).is_some()).cloned()
 }
 
-/// The identifier of the argument `--key`; a file cannot name another file.
+/// The identifier of the argument `--key`, where a file may have it.
 fn argument<'a>(command: &'a Command, key: &str) -> Option<&'a str> {
     command
         .get_arguments()
-        .find(|argument| argument.get_long() == Some(key) && key != "config")
+        .find(|argument| argument.get_long() == Some(key) && !NEVER_IN_FILE.contains(&key))
         .map(|argument| argument.get_id().as_str())
 }
 

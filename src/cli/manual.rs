@@ -6,11 +6,9 @@ use clap::{Arg, ArgAction, Command, CommandFactory};
 
 use super::Exit;
 use super::args::{Cli, Completions, Man, Page};
+use super::config::NEVER_IN_FILE;
 use super::output;
 use crate::error::{Op, Result};
-
-/// What is said on the command line only.
-const NEVER_IN_FILE: [&str; 6] = ["ask", "config", "conntrack", "help", "sockets", "version"];
 
 pub(super) fn completions(args: &Completions) -> Result<Exit> {
     let mut out = Vec::new();
