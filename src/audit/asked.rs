@@ -9,6 +9,7 @@ use super::arrivals::Arrivals;
 use super::report::Seen;
 use super::sources::{Load, Met, Plays, loads};
 use crate::conntrack::Zone;
+use crate::containers;
 use crate::error::{Cause, Error, Op, Result};
 use crate::firewall::Ruleset;
 use crate::firewall::limits::{LimitRule, Limiter};
@@ -195,6 +196,8 @@ pub fn ask_for_sources(
     let mut answers: Vec<Answered> = Vec::new();
     let mut asker = Asker::open(&seen.rules, &seen.limiter, &seen.arrivals, now)?;
     let mut tables = Tables::open()?;
+    // Those whose sockets the look had.
+    containers::join(&mut tables.sockets)?;
     for load in loads.iter().take(SOURCES) {
         let Some(views) = of_load.get(&(load.rule, load.net)) else { continue };
         let is_answered = |one: &Answered| one.rule == load.rule && one.answer.net == load.net;
