@@ -8,20 +8,15 @@ use super::Exit;
 use super::args::{Doctor, Format};
 use super::output;
 use crate::audit::finding::Verdict;
-use crate::doctor::{ask, examine};
+use crate::doctor::examine;
 use crate::error::Result;
 
 pub(super) fn run(args: &Doctor) -> Result<Exit> {
     let policy = args.scope.policy();
     #[allow(clippy::disallowed_methods, reason = "a command may read the clock")]
     let clock = SystemTime::now();
-    let diagnosis = args.scope.namespace()?.run(|| {
-        let mut diagnosis = examine(&policy, Instant::now(), clock);
-        if args.ask && !diagnosis.is_unavailable {
-            diagnosis.findings.push(ask(&policy, Instant::now()));
-        }
-        Ok(diagnosis)
-    })?;
+    let diagnosis =
+        args.scope.namespace()?.run(|| Ok(examine(&policy, args.ask, Instant::now(), clock)))?;
     match args.output.format {
         Format::Json => output::line(&json!({"schema": 1, "findings": diagnosis.findings}))?,
         Format::Table => {

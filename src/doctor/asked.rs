@@ -9,7 +9,6 @@ use crate::audit::sources::{Plays, loads};
 use crate::conntrack::Zone;
 use crate::error::Result;
 use crate::reconcile::deciding::question;
-use crate::reconcile::policy::Policy;
 use crate::recount::{Mode, Recounter, Through};
 
 /// Sources that are tried until one has room for a trial.
@@ -20,15 +19,14 @@ const MOST: u32 = 512;
 const ID: &str = "recount-asked";
 
 /// Tries a recount for a source that has connections, in the namespace of the calling thread.
-pub fn ask(policy: &Policy, now: Instant) -> Finding {
-    match try_ask(policy, now) {
+pub(super) fn ask(seen: &Seen, now: Instant) -> Finding {
+    match try_ask(seen, now) {
         Ok(finding) => finding,
         Err(error) => Finding::warn(ID, format!("not tried: {error}"), ""),
     }
 }
 
-fn try_ask(policy: &Policy, now: Instant) -> Result<Finding> {
-    let (seen, _) = Seen::look("", policy)?;
+fn try_ask(seen: &Seen, now: Instant) -> Result<Finding> {
     let mut plays = Plays::new(&seen.limiter, &seen.rules).arriving(&seen.arrivals);
     let views = || seen.snapshot.views.iter().filter(|view| !view.is_outgoing());
     let mut loads = loads(views(), &mut plays);

@@ -11,7 +11,6 @@ use std::time::{Duration, Instant, SystemTime};
 
 use netlink_sys::protocols::NETLINK_NETFILTER;
 
-pub use self::asked::ask;
 use self::trial::Trial;
 use self::unit::Unit;
 use crate::audit::figures::Figures;
@@ -44,10 +43,11 @@ pub struct Diagnosis {
     pub is_unavailable: bool,
 }
 
-/// Examines the namespace that the calling thread is in.
+/// Examines the namespace that the calling thread is in; with `ask` a recount is tried through its own
+/// rules.
 ///
 /// `clock` is the same moment as `now`.
-pub fn examine(policy: &Policy, now: Instant, clock: SystemTime) -> Diagnosis {
+pub fn examine(policy: &Policy, ask: bool, now: Instant, clock: SystemTime) -> Diagnosis {
     let mut findings = vec![kernel(&release())];
     findings.extend(privileges());
     let (seen, scope) = match Seen::look("", policy) {
@@ -59,6 +59,7 @@ pub fn examine(policy: &Policy, now: Instant, clock: SystemTime) -> Diagnosis {
     };
     let limiter = seen.limiter.clone();
     findings.extend(seen.figures.iter().filter_map(|figures| lease(policy.lease, figures)));
+    let asked = ask.then(|| asked::ask(&seen, now));
     let request = Request { limit: None, mask: None, mask6: None, now: clock };
     findings.extend(found(Report::of(seen, &scope, policy, request)));
     let trial = try_recount(now);
@@ -71,6 +72,7 @@ pub fn examine(policy: &Policy, now: Instant, clock: SystemTime) -> Diagnosis {
     let is_unavailable = findings
         .iter()
         .any(|finding| finding.verdict == Verdict::Bad && MISSING.contains(&finding.id));
+    findings.extend(asked.filter(|_| !is_unavailable));
     Diagnosis { findings, is_unavailable }
 }
 
