@@ -17,7 +17,7 @@ use ctkeep::Op;
 use ctkeep::conntrack::{Change, Conntrack, Entry, Filter, Insert, Status, TcpState, Zone};
 use ctkeep::flow::{AF_INET, Endpoint, FourTuple};
 use ctkeep::netlink::{KernelSocket, Transport};
-use ctkeep::reconcile::keeper::{Acted, Depth, Keeper, Recounting, Settings, Trigger, Witness};
+use ctkeep::reconcile::keeper::{Acted, Depth, Keeper, Settings, Trigger, Witness};
 use ctkeep::reconcile::observe::Tables;
 use ctkeep::reconcile::plan::Action;
 use ctkeep::reconcile::policy::{Policy, Scope};
@@ -160,8 +160,7 @@ impl Bench {
         };
         let now = Instant::now();
         let recounter = Recounter::open(Mode::Auto, "ctbench0", now).expect("recount");
-        let recounting = Recounting::by(recounter);
-        let keeper = Keeper::new(tables, recounting, settings, Defence::Auto, now, || 0);
+        let keeper = Keeper::new(tables, recounter, settings, Defence::Auto, now, || 0);
         Self { keeper: keeper.expect("keeper"), entries, sockets }
     }
 

@@ -19,7 +19,7 @@ use ctkeep::firewall::{Key, Ruleset, nft_chains};
 use ctkeep::flow::{Endpoint, FourTuple};
 use ctkeep::netlink::{Connection, Request, Transport};
 use ctkeep::reconcile::apply::Outcome;
-use ctkeep::reconcile::keeper::{Acted, Depth, Keeper, Recounting, Settings, Trigger, Witness};
+use ctkeep::reconcile::keeper::{Acted, Depth, Keeper, Settings, Trigger, Witness};
 use ctkeep::reconcile::plan::Action;
 use ctkeep::reconcile::policy::Policy;
 use ctkeep::reconcile::pressure::Defence;
@@ -327,8 +327,8 @@ impl World {
             deep_interval: Duration::from_secs(30),
             dry_run: false,
         };
-        let (recounting, defence, now) = (Recounting::by(None), Defence::Auto, Instant::now());
-        let keeper = Keeper::new(tables, recounting, settings, defence, now, || 0).unwrap();
+        let (recounter, defence, now) = (None, Defence::Auto, Instant::now());
+        let keeper = Keeper::new(tables, recounter, settings, defence, now, || 0).unwrap();
         Self { host, keeper, wire, now }
     }
 

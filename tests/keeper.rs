@@ -11,29 +11,23 @@ use std::cell::Cell;
 use std::collections::HashSet;
 use std::io;
 use std::rc::Rc;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use ctkeep::conntrack::{Conntrack, Entry, TcpState, Zone};
+use ctkeep::conntrack::{Entry, TcpState, Zone};
 use ctkeep::flow::FourTuple;
 use ctkeep::netlink::Transport;
-use ctkeep::reconcile::keeper::{
-    Acted, Depth, Keeper, Recounting, Settings, Sweep, Trigger, Witness,
-};
+use ctkeep::reconcile::keeper::{Acted, Depth, Keeper, Settings, Sweep, Trigger, Witness};
 use ctkeep::reconcile::plan::{Action, ActionKind};
 use ctkeep::reconcile::policy::Policy;
 use ctkeep::reconcile::pressure::Defence;
-use ctkeep::recount::Recounter;
 use ctkeep::sockdiag::{Cookie, Socket, State};
 use ctkeep::watch::Suspect;
 use played::host::{Host, Shared};
-use played::{Played, entry, flow, obliging, requests, socket};
+use played::{Played, entry, flow, requests, socket};
 
 const SECOND: Duration = Duration::from_secs(1);
 const SWEEP: Duration = SECOND;
 const DEEP: Duration = Duration::from_secs(30);
-const EPERM: i32 = 1;
 const ENOMEM: i32 = 12;
 
 /// The kernel, which fails at will.
@@ -96,11 +90,6 @@ struct World {
 impl World {
     /// With connections of these ports of the peer, opened and in agreement.
     fn with(ports: std::ops::Range<u16>) -> Self {
-        Self::by(ports, Recounting::by(None))
-    }
-
-    /// The same, counted again by this.
-    fn by(ports: std::ops::Range<u16>, recounting: Recounting<Recounter>) -> Self {
         let mut sockets = vec![socket("0.0.0.0:80", "0.0.0.0:0", State::Listen, 1)];
         sockets.extend(ports.clone().map(|port| {
             let local = of(port);
@@ -123,7 +112,7 @@ impl World {
             dry_run: false,
         };
         let now = Instant::now();
-        let keeper = Keeper::new(tables, recounting, settings, Defence::Auto, now, || 150).unwrap();
+        let keeper = Keeper::new(tables, None, settings, Defence::Auto, now, || 150).unwrap();
         Self { host, keeper, deep_fails, now }
     }
 
@@ -618,30 +607,16 @@ mod a_failing_kernel {
     }
 }
 
-mod a_recounter_that_cannot_be_opened {
+mod a_question_to_a_limit {
     use super::*;
 
     #[test]
-    fn keeps_no_repair_from_being_made_in_place_and_is_tried_again() {
-        let count = Arc::new(AtomicU32::new(0));
-        let tries = count.clone();
-        let opener = move |_| {
-            tries.fetch_add(1, Ordering::Relaxed);
-            let refused = Conntrack::new(obliging(|_| Err(EPERM))).size();
-            Err(refused.unwrap_err())
-        };
-        let mut world = World::by(4000..4003, Recounting::later(Box::new(opener)));
-        world.sweep(Depth::Deep);
-        for tried in 1..3 {
-            world.fin(4000);
-            world.rst(4000);
-            let mut deeds = Deeds::default();
-            let swept = world.keeper.sweep(Depth::Shallow, world.now, &mut deeds);
-            assert!(swept.is_err_and(|error| error.is_missing_privilege()));
-            assert_eq!(deeds.done, [(ActionKind::Revive, 4000)]);
-            assert_eq!(world.state(4000), Some(TcpState::CloseWait));
-            assert_eq!(count.load(Ordering::Relaxed), tried);
-        }
+    fn waits_for_what_the_last_one_has_cost_whatever_is_shown_meanwhile() {
+        let mut world = World::with(4000..4003);
+        world.keeper.no_questions_before(world.now + SECOND * 10);
+        world.keeper.doubt_limits(world.now).unwrap();
+        assert!(!world.keeper.check_is_due(world.now + SECOND * 9));
+        assert!(world.keeper.check_is_due(world.now + SECOND * 10));
     }
 }
 

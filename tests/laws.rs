@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use ctkeep::conntrack::{Entry, TcpState};
 use ctkeep::flow::FourTuple;
 use ctkeep::netlink::Transport;
-use ctkeep::reconcile::keeper::{Acted, Depth, Keeper, Recounting, Settings, Trigger, Witness};
+use ctkeep::reconcile::keeper::{Acted, Depth, Keeper, Settings, Trigger, Witness};
 use ctkeep::reconcile::observe::Tables;
 use ctkeep::reconcile::plan::Action;
 use ctkeep::reconcile::policy::Policy;
@@ -207,8 +207,8 @@ fn keeper(
         deep_interval: Duration::from_secs(30),
         dry_run: false,
     };
-    let recounting = Recounting::by(Some(model.counting(instance)));
-    let mut keeper = Keeper::new(tables, recounting, settings, Defence::Auto, now, || 0).unwrap();
+    let recounter = Some(model.counting(instance));
+    let mut keeper = Keeper::new(tables, recounter, settings, Defence::Auto, now, || 0).unwrap();
     keeper.maximum = model.host.borrow().maximum.map(|maximum| maximum as u64);
     keeper
 }

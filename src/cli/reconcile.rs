@@ -19,7 +19,7 @@ use crate::firewall::lists::Lists;
 use crate::host::random;
 use crate::reconcile::apply::Outcome;
 use crate::reconcile::checks::{Checked, Counted};
-use crate::reconcile::keeper::{Acted, Depth, Keeper, Recounting, Settings, Trigger, Witness};
+use crate::reconcile::keeper::{Acted, Depth, Keeper, Settings, Trigger, Witness};
 use crate::reconcile::observe::Tables;
 use crate::reconcile::plan::{Action, Rest, Verdict, verdict};
 use crate::reconcile::policy::Policy;
@@ -117,7 +117,7 @@ pub(super) fn keeper(
     now: Instant,
 ) -> Result<Keeper> {
     let mode = if dry_run { Mode::Off } else { recount };
-    let recounting = Recounting::by(Recounter::open(mode, DEVICE, now)?);
+    let recounter = Recounter::open(mode, DEVICE, now)?;
     let settings = Settings {
         policy: policy.clone(),
         sweep_interval: Duration::ZERO,
@@ -128,7 +128,7 @@ pub(super) fn keeper(
     containers::join(&mut tables.sockets)?;
     tables.tracking = lists.tracking().map(Arc::new);
     let defence = Defence::Auto;
-    let mut keeper = Keeper::new(tables, recounting, settings, defence, now, random::bits)?;
+    let mut keeper = Keeper::new(tables, recounter, settings, defence, now, random::bits)?;
     let is_of_here = |rule: &&LimitRule| matches!(rule.hook, Hook::Prerouting | Hook::Input);
     keeper.know_limits(lists.limits().filter(is_of_here).cloned());
     Ok(keeper)

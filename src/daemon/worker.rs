@@ -29,7 +29,7 @@ use crate::firewall::Ruleset;
 use crate::host::netns::Namespace;
 use crate::host::{instance, random, sysctl};
 use crate::metrics::{GuardMetrics, OWN, instant_of};
-use crate::reconcile::keeper::{Depth, Keeper, Recounting, Sweep};
+use crate::reconcile::keeper::{Depth, Keeper, Sweep};
 use crate::reconcile::ledger::Held;
 use crate::reconcile::observe::Tables;
 use crate::recount::{Mode, Recount, Recounter};
@@ -302,13 +302,12 @@ impl<'p> Worker<'p> {
         let (device, now) = (settings.device.clone(), Instant::now());
         let recounter = open_recounter(&settings, &device, now)?;
         let is_available = recounter.as_ref().is_none_or(|it| !it.ways().is_empty());
-        let recounting = Recounting::by(recounter);
         let mut tables = Tables::open()?;
         if let Some(members) = members {
             members.begin(&mut tables.sockets);
         }
         let (rules, defence) = (settings.keeper(), settings.defence);
-        let mut keeper = Keeper::new(tables, recounting, rules, defence, now, random::bits)?;
+        let mut keeper = Keeper::new(tables, recounter, rules, defence, now, random::bits)?;
         keeper.idle_timeout = kernel_timeout(TcpState::Established);
         // Before the first dump, so that nothing happens unseen between the two.
         let desk = Desk::open(settings, device, &keeper.scope().ports, share)?;
@@ -464,7 +463,7 @@ impl<'p> Worker<'p> {
         let worked = cpu_time();
         let checked = self.keeper.check(began, &mut self.desk);
         let cost = cpu_time().saturating_sub(worked);
-        self.keeper.put_off_checks(Instant::now() + cost * CHECKS);
+        self.keeper.no_questions_before(Instant::now() + cost * CHECKS);
         self.desk.uncounted(self.keeper.ledger().uncounted_sockets());
         checked
     }

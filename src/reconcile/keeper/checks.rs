@@ -54,33 +54,28 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             let samples = all.into_iter().take(SAMPLES);
             self.checks.sample(samples.map(|(_, source)| (rule.clone(), source)));
         }
-        self.no_questions_for(AT_START, now);
+        self.no_questions_before(now + AT_START);
         self.timers.hasten(Timer::Check, now);
         Ok(())
     }
 
     /// Whether there is something to ask.
     pub fn check_is_due(&mut self, now: Instant) -> bool {
-        self.put_off_checks(self.quiet);
+        if let Some(due) = self.timers.due(Timer::Check) {
+            self.timers.set(Timer::Check, due.max(self.quiet));
+        }
         self.timers.is_due(Timer::Check, now)
     }
 
     /// Questions take milliseconds in which no event is read: nothing is asked while there are any,
-    /// nor while rules change.
-    pub(super) fn no_questions_for(&mut self, pause: Duration, now: Instant) {
-        self.quiet = self.quiet.max(now + pause);
+    /// nor while rules change, nor beyond what questions may cost.
+    pub fn no_questions_before(&mut self, at: Instant) {
+        self.quiet = self.quiet.max(at);
     }
 
     /// When there is something to ask next.
     pub fn next_check(&self) -> Option<Instant> {
         self.timers.due(Timer::Check)
-    }
-
-    /// Nothing is asked before `at`.
-    pub fn put_off_checks(&mut self, at: Instant) {
-        if let Some(due) = self.timers.due(Timer::Check) {
-            self.timers.set(Timer::Check, due.max(at));
-        }
     }
 
     /// Asks for some of the sources whose connections were shown to limits. What is not counted is
@@ -207,7 +202,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         now: Instant,
     ) -> Result<Counted> {
         let Some(question) = self.question(source, held)? else { return Ok(Counted::Unknown) };
-        let Some(recounter) = &mut self.recounting.recounter else { return Ok(Counted::Unknown) };
+        let Some(recounter) = &mut self.recounter else { return Ok(Counted::Unknown) };
         Ok(match recounter.ask(question, now)? {
             Some(Asked::LetIn) => Counted::No,
             Some(Asked::Stopped(trace)) if limit_of(&trace, &[rule]).is_some() => Counted::Yes,
@@ -254,8 +249,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             return Ok(());
         }
         let Some(question) = self.question(source, &before)? else { return Ok(()) };
-        self.recounting.open(now)?;
-        let Some(recounter) = &mut self.recounting.recounter else { return Ok(()) };
+        let Some(recounter) = &mut self.recounter else { return Ok(()) };
         // One more than there should be is enough to know.
         let asked = recounter.room(question, room.saturating_add(1), now)?;
         let lacks = matches!(asked, Some(Room::AtLeast(_)));

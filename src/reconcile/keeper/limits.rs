@@ -17,7 +17,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         if anew.is_empty() {
             return;
         }
-        self.no_questions_for(QUIET, at);
+        self.no_questions_before(at + QUIET);
         self.uncounted.add(anew);
         self.rules_changed.get_or_insert(since);
         self.timers.hasten(Timer::Recount, at);

@@ -83,36 +83,6 @@ impl Trigger {
     }
 }
 
-/// Opens what makes the limiter count; `None` where nothing is to.
-pub type Opener<R> = Box<dyn FnMut(Instant) -> Result<Option<R>> + Send>;
-
-/// What makes the limiter count: nothing, something, or something that is opened at the first repair
-/// that needs it.
-pub struct Recounting<R> {
-    recounter: Option<R>,
-    opener: Option<Opener<R>>,
-}
-
-impl<R> Recounting<R> {
-    /// By this; by nothing, repairs are made in place.
-    pub fn by(recounter: Option<R>) -> Self {
-        Self { recounter, opener: None }
-    }
-
-    /// By what `opener` opens at the first repair that needs it.
-    pub fn later(opener: Opener<R>) -> Self {
-        Self { recounter: None, opener: Some(opener) }
-    }
-
-    fn open(&mut self, now: Instant) -> Result<()> {
-        if let Some(opener) = &mut self.opener {
-            self.recounter = opener(now)?;
-            self.opener = None;
-        }
-        Ok(())
-    }
-}
-
 /// Repairs that were carried out together.
 #[derive(Debug)]
 pub struct Acted {
@@ -158,7 +128,8 @@ pub struct Keeper<T: Transport = KernelSocket, R: Recount = Recounter> {
     /// The kernel's timeout of an ESTABLISHED entry, which idle connections are given before they are
     /// forgotten; `None` leaves them to the kernel.
     pub idle_timeout: Option<Duration>,
-    recounting: Recounting<R>,
+    /// What makes the limiter count; without it repairs are made in place.
+    recounter: Option<R>,
     settings: Arc<Settings>,
     scope: Scope,
     /// Ports that had a listener in this run and may still have connections.
@@ -209,7 +180,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
     /// The kernel refused to list its listeners.
     pub fn new(
         mut tables: Tables<T>,
-        recounting: Recounting<R>,
+        recounter: Option<R>,
         settings: Settings,
         defence: Defence,
         now: Instant,
@@ -223,7 +194,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             tables,
             maximum: None,
             idle_timeout: None,
-            recounting,
+            recounter,
             settings: Arc::new(settings),
             scope,
             former_listeners: HashSet::new(),
@@ -385,7 +356,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         let lookups = confirmed.actions().iter().filter_map(open).map(|it| Lookup::from(&it));
         let lookups: Vec<_> = lookups.collect();
         if !confirmed.actions().is_empty() {
-            self.no_questions_for(checks::QUIET, now);
+            self.no_questions_before(now + checks::QUIET);
         }
         self.defer(Timer::OpenLook, OPEN_LOOK, lookups, since, now);
         confirmed.retain(|action| open(action).is_none());
@@ -493,13 +464,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             witness.planned(confirmed.actions(), trigger);
             return Ok(());
         }
-        // What cannot be opened keeps no repair from being made in place.
-        let opened = if confirmed.actions().iter().any(|action| action.kind.needs_recount()) {
-            self.recounting.open(now)
-        } else {
-            Ok(())
-        };
-        if self.recounting.recounter.is_none() {
+        if self.recounter.is_none() {
             confirmed.retain(|action| action.kind != ActionKind::Recount);
         }
         let withheld = self.withheld(confirmed.actions())?;
@@ -510,7 +475,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         let mut in_place = confirmed.clone();
         in_place.retain(is_withheld);
         confirmed.retain(|action| !is_withheld(action));
-        let recounter = &mut self.recounting.recounter;
+        let recounter = &mut self.recounter;
         let (tables, ledger) = (&mut self.tables, &mut self.ledger);
         let policy = &settings.policy;
         let applied =
@@ -535,7 +500,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         self.note_shown(&outcomes, now);
         self.attend_repaired(&outcomes, now);
         witness.acted(Acted { outcomes, trigger, since, table_full });
-        opened
+        Ok(())
     }
 
     /// Repairs that were broken off: an entry may be back, and look well, of which no limit has been

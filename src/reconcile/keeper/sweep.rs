@@ -117,7 +117,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             }
         };
         let held = self.ledger.held().map(|held| held.orig);
-        let narrowed = self.recounting.recounter.as_mut().map(|it| it.narrow_notrack(held, now));
+        let narrowed = self.recounter.as_mut().map(|it| it.narrow_notrack(held, now));
         let (table, maximum, transition) = self.weigh(now)?;
         self.schedule(depth, &snapshot, &listening, now);
         let notrack = narrowed.and_then(Result::err);
@@ -152,7 +152,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
     }
 
     fn look_at_everything(&mut self, now: Instant) -> Result<Snapshot> {
-        if let Some(recounter) = &mut self.recounting.recounter {
+        if let Some(recounter) = &mut self.recounter {
             recounter.refresh(now);
         }
         let policy = &self.settings.policy;
