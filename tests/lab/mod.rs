@@ -182,6 +182,13 @@ impl Lab {
         Peer::new(&self.client, source, destination, &self.next_port)
     }
 
+    /// One that talks to another address.
+    pub fn peer_to(&self, source: &str, destination: &str) -> Peer {
+        let [source, destination] =
+            [source, destination].map(|address| address.parse().expect("an address"));
+        Peer::new(&self.client, source, destination, &self.next_port)
+    }
+
     /// A client on the server's own link, at an address that has a meaning there alone.
     pub fn link_local_peer(&self) -> Peer {
         let [server, peer] = [1, 7].map(|last| Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, last));
