@@ -20,6 +20,7 @@
 //! - [`reconcile`]: observe, plan (pure), confirm by exact look-up, apply; the ledger of what is
 //!   held.
 //! - [`audit`]: the report of one look. [`doctor`]: whether this host is set up so that limits work.
+//! - [`kill`]: closes sockets that the administrator names.
 //! - [`metrics`]: what the daemon publishes, and how.
 //! - [`daemon`] and [`cli`]: a worker for each namespace, and the commands.
 
@@ -33,6 +34,7 @@ mod error;
 pub mod firewall;
 pub mod flow;
 pub mod host;
+pub mod kill;
 pub mod metrics;
 pub mod netlink;
 pub mod nftables;

@@ -17,14 +17,14 @@ const LAYERS: [&[&str]; 11] = [
     &["firewall", "watch", "shield", "recount", "containers"],
     &["reconcile"],
     &["audit"],
-    &["doctor"],
+    &["doctor", "kill"],
     &["metrics"],
     &["daemon"],
     &["cli"],
 ];
 
 /// Values and decisions: no clock, no I/O, no log.
-const PURE: [&str; 21] = [
+const PURE: [&str; 23] = [
     "flow.rs",
     "audit/survey.rs",
     "conntrack/decode.rs",
@@ -40,7 +40,9 @@ const PURE: [&str; 21] = [
     "firewall/set.rs",
     "firewall/value.rs",
     "firewall/xt.rs",
+    "kill/choose.rs",
     "sockdiag/decode.rs",
+    "sockdiag/silence.rs",
     "sockdiag/socket.rs",
     "reconcile/ledger.rs",
     "reconcile/plan.rs",

@@ -14,7 +14,7 @@ use crate::firewall::packet::Syn;
 use crate::firewall::play::{Certainty, Counts, Hit, LimitAt, Played, Player};
 use crate::flow::Endpoint;
 use crate::reconcile::snapshot::View;
-use crate::sockdiag::State;
+use crate::sockdiag::{Socket, State};
 
 /// One source network.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -297,9 +297,34 @@ type Group = (LimitAt, Option<Vec<u8>>, Option<IpAddr>);
 
 /// What each limit has to bear, group by group: connections that it counts together.
 pub fn loads(views: impl IntoIterator<Item = View>, plays: &mut Plays<'_>) -> Vec<Load> {
+    let mut all: Vec<_> = gather(views, plays, |_, _| {}).into_values().collect();
+    all.sort_by_key(|load| (load.rule, Reverse(load.held_for_sure), Reverse(load.held), load.net));
+    all
+}
+
+/// What bears more than its limit allows, with the sockets that are counted together for sure.
+pub fn overloads(
+    views: impl IntoIterator<Item = View>,
+    plays: &mut Plays<'_>,
+) -> Vec<(Load, Vec<Socket>)> {
+    let mut sockets: HashMap<Group, Vec<Socket>> = HashMap::new();
+    let groups = gather(views, plays, |group, view| {
+        sockets.entry(group.clone()).or_default().extend(view.socket);
+    });
+    let over = groups.into_iter().filter(|(_, load)| load.is_over() == Some(true));
+    over.map(|(group, load)| (load, sockets.remove(&group).unwrap_or_default())).collect()
+}
+
+/// The groups of connections that limits count together; `note` is told each socket that is counted
+/// for sure.
+fn gather(
+    views: impl IntoIterator<Item = View>,
+    plays: &mut Plays<'_>,
+    mut note: impl FnMut(&Group, &View),
+) -> HashMap<Group, Load> {
     let mut groups: HashMap<Group, Load> = HashMap::new();
     if plays.limiter.rules.is_empty() {
-        return Vec::new();
+        return groups;
     }
     for view in views.into_iter().filter(|view| !view.is_outgoing()) {
         let (is_open, is_counted) = (is_open(&view), view.is_counted());
@@ -315,7 +340,12 @@ pub fn loads(views: impl IntoIterator<Item = View>, plays: &mut Plays<'_>) -> Ve
             let peer = view.flow.dst.addr();
             // Where it cannot be told what is counted together, it is at least one source.
             let apart = hit.group.is_none().then_some(peer);
-            let load = groups.entry((hit.list, hit.group.clone(), apart)).or_insert_with(|| Load {
+            let group = (hit.list, hit.group.clone(), apart);
+            let is_sure = hit.certainty > Certainty::Perhaps && apart.is_none();
+            if is_open && is_sure {
+                note(&group, &view);
+            }
+            let load = groups.entry(group).or_insert_with(|| Load {
                 rule: index,
                 net: plays.net(index, &view),
                 limit: hit.limit.count,
@@ -323,15 +353,12 @@ pub fn loads(views: impl IntoIterator<Item = View>, plays: &mut Plays<'_>) -> Ve
                 held_for_sure: 0,
                 counted: 0,
             });
-            let is_sure = hit.certainty > Certainty::Perhaps && apart.is_none();
             load.held += usize::from(is_open);
             load.held_for_sure += usize::from(is_open && is_sure);
             load.counted += usize::from(is_counted);
         }
     }
-    let mut all: Vec<_> = groups.into_values().collect();
-    all.sort_by_key(|load| (load.rule, Reverse(load.held_for_sure), Reverse(load.held), load.net));
-    all
+    groups
 }
 
 fn is_open(view: &View) -> bool {

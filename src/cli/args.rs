@@ -1,5 +1,7 @@
 //! What can be typed. Clap only: what it means is said where it is used.
 
+mod kill;
+
 use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::num::NonZeroU32;
@@ -19,6 +21,8 @@ use crate::reconcile::pressure::{Defence, Level};
 use crate::recount::Mode;
 use crate::sockdiag::State;
 use crate::watch::EventSource;
+
+pub(super) use kill::Kill;
 
 /// Keeps half-closed TCP connections counted: makes conntrack, and with it connlimit and
 /// `ct count`, follow the kernel's sockets.
@@ -47,6 +51,8 @@ pub(super) enum Command {
     Explain(Explain),
     /// Examine whether this host is set up so that limits work; changes nothing
     Doctor(Doctor),
+    /// Close sockets by state, age, source, port, process or container; prints which, unless --yes
+    Kill(Kill),
     /// Check a configuration file as run reads it; changes nothing
     Check(Check),
     /// Write a completion script for a shell to stdout
@@ -388,14 +394,7 @@ impl Scope {
 
     /// The namespaces that they name, in order, each spelling once; they need not exist.
     pub(super) fn named(&self) -> Vec<Namespace> {
-        let mut all = Vec::new();
-        for name in &self.netns {
-            let namespace = Namespace::Named(name.clone());
-            if !all.contains(&namespace) {
-                all.push(namespace);
-            }
-        }
-        all
+        named(&self.netns)
     }
 
     /// The namespaces to look at, each once and each known to exist: those that they name, else the
@@ -404,17 +403,7 @@ impl Scope {
     /// # Errors
     /// One of them does not exist: a usage error.
     pub(super) fn namespaces(&self) -> Result<Vec<Namespace>> {
-        let mut all: Vec<Namespace> = Vec::new();
-        for namespace in self.named() {
-            namespace.check()?;
-            if all.iter().all(|other| other.identity() != namespace.identity()) {
-                all.push(namespace);
-            }
-        }
-        if all.is_empty() {
-            all.push(Namespace::Own);
-        }
-        Ok(all)
+        namespaces(&self.netns)
     }
 
     /// The one namespace of a command that looks at one.
@@ -428,6 +417,31 @@ impl Scope {
             _ => Err(Error::usage("--netns", "this command looks at one namespace at a time")),
         }
     }
+}
+
+fn named(names: &[String]) -> Vec<Namespace> {
+    let mut all = Vec::new();
+    for name in names {
+        let namespace = Namespace::Named(name.clone());
+        if !all.contains(&namespace) {
+            all.push(namespace);
+        }
+    }
+    all
+}
+
+fn namespaces(names: &[String]) -> Result<Vec<Namespace>> {
+    let mut all: Vec<Namespace> = Vec::new();
+    for namespace in named(names) {
+        namespace.check()?;
+        if all.iter().all(|other| other.identity() != namespace.identity()) {
+            all.push(namespace);
+        }
+    }
+    if all.is_empty() {
+        all.push(Namespace::Own);
+    }
+    Ok(all)
 }
 
 /// States in which an application can still have the socket.

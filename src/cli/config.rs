@@ -99,7 +99,8 @@ fn flags(text: &str, path: &Path, name: &str, typed: &ArgMatches) -> Result<Vec<
 
 /// The subcommand that has `--key`: `name` if it does, else any.
 fn owner(cli: &Command, name: &str, key: &str) -> Option<Command> {
-    let mut commands: Vec<_> = cli.get_subcommands().collect();
+    let reads_file = |command: &&Command| command.get_arguments().any(|it| it.get_id() == "config");
+    let mut commands: Vec<_> = cli.get_subcommands().filter(reads_file).collect();
     commands.sort_by_key(|command| command.get_name() != name);
     commands.into_iter().find(|command| argument(command, key).is_some()).cloned()
 }

@@ -5,6 +5,7 @@ mod audit;
 mod config;
 mod doctor;
 mod explain;
+mod kill;
 mod log;
 mod manual;
 pub mod output;
@@ -101,6 +102,7 @@ fn dispatch(command: Command) -> Result<Exit> {
         Command::Run(args) => run::run(args),
         Command::Explain(args) => explain::run(&args),
         Command::Doctor(args) => doctor::run(&args),
+        Command::Kill(args) => kill::run(&args),
         Command::Check(args) => run::check(&args),
         Command::Completions(args) => manual::completions(&args),
         Command::Man(args) => manual::man(&args),

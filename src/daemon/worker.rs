@@ -493,7 +493,10 @@ impl<'p> Worker<'p> {
             is_whole: shield.is_whole(),
         });
         let containers = self.members.map(Members::are_looked_for);
-        instance::answer(claim, self.keeper.held().map(age), shield.as_ref(), containers);
+        let half_closed = self.desk.share.half_closed_since();
+        let half_closed = half_closed.map(|(cookie, since)| (cookie.0, (now - since).as_secs()));
+        let held = self.keeper.held().map(age);
+        instance::answer(claim, held, half_closed, shield.as_ref(), containers);
     }
 
     fn take_events(&mut self, now: Instant) -> Result<()> {

@@ -94,12 +94,16 @@ pub struct Shielded {
 pub struct Told {
     /// For each socket cookie the seconds that it has been held.
     pub ages: HashMap<u64, u64>,
+    /// For each socket cookie the seconds that it is known to be half-closed.
+    pub half_closed: HashMap<u64, u64>,
     /// Its shield, where it is up.
     pub shield: Option<Shielded>,
     /// Whether it looks at the sockets of containers, where it says so.
     pub containers: Option<bool>,
 }
 
+/// A line that says for how long a socket has been half-closed begins with this.
+const HALF_CLOSED: &str = "half-closed";
 /// The line that says whether containers are looked at.
 const CONTAINERS: &str = "containers";
 const YES: &str = "yes";
@@ -113,6 +117,7 @@ const PARTLY: &str = "partly";
 pub fn answer(
     listener: &UnixListener,
     ages: impl Iterator<Item = (u64, u64)>,
+    half_closed: impl Iterator<Item = (u64, u64)>,
     shield: Option<&Shielded>,
     containers: Option<bool>,
 ) {
@@ -121,6 +126,7 @@ pub fn answer(
         return;
     }
     let mut text: String = ages.map(|(cookie, age)| format!("{cookie:x} {age}\n")).collect();
+    text.extend(half_closed.map(|(cookie, age)| format!("{HALF_CLOSED} {cookie:x} {age}\n")));
     if let Some(shield) = shield {
         let how = if shield.is_whole { WHOLE } else { PARTLY };
         let ports: Vec<_> = shield.ports.iter().map(u16::to_string).collect();
@@ -180,14 +186,18 @@ fn told(text: &str) -> Told {
                 told.shield = Some(Shielded { ports, is_whole: how == Some(WHOLE) });
             }
             (Some(CONTAINERS), how) => told.containers = Some(how == Some(YES)),
-            (Some(cookie), Some(age)) => {
-                let age = u64::from_str_radix(cookie, 16).ok().zip(age.parse().ok());
-                told.ages.extend(age);
+            (Some(HALF_CLOSED), Some(cookie)) => {
+                told.half_closed.extend(words.next().and_then(|age| age_of(cookie, age)));
             }
+            (Some(cookie), Some(age)) => told.ages.extend(age_of(cookie, age)),
             _ => {}
         }
     }
     told
+}
+
+fn age_of(cookie: &str, age: &str) -> Option<(u64, u64)> {
+    u64::from_str_radix(cookie, 16).ok().zip(age.parse().ok())
 }
 
 /// Whether the other end belongs to root, to the same user, or to somebody who may change the
@@ -215,7 +225,8 @@ mod tests {
     #[test]
     fn an_answer_is_read_line_by_line() {
         let shield = Some(Shielded { ports: [80, 443].into(), is_whole: true });
-        let told = told("1f 20\nshield whole 80 443\ncontainers yes\nnonsense\n");
-        assert_eq!(told, Told { ages: [(31, 20)].into(), shield, containers: Some(true) });
+        let text = "1f 20\nhalf-closed 20 7\nshield whole 80 443\ncontainers yes\nnonsense\n";
+        let (ages, half_closed) = ([(31, 20)].into(), [(32, 7)].into());
+        assert_eq!(told(text), Told { ages, half_closed, shield, containers: Some(true) });
     }
 }

@@ -523,6 +523,11 @@ impl GuardMetrics {
         }
     }
 
+    /// Since when each half-closed socket is known to be so.
+    pub fn half_closed_since(&self) -> impl Iterator<Item = (Cookie, Instant)> + '_ {
+        self.half_closed.iter().map(|(cookie, since)| (*cookie, *since))
+    }
+
     /// A round of work has failed.
     pub fn failed(&self, error: &Error) {
         self.metrics.counts.add(Count::SweepErrors, &[], 1);

@@ -1,16 +1,22 @@
 //! Reads `struct inet_diag_msg`.
 
+use std::time::Duration;
+
 use netlink_packet_core::{DecodeError, Parseable};
 use netlink_packet_sock_diag::inet::nlas::Nla;
 use netlink_packet_sock_diag::inet::{InetResponse, InetResponseHeader};
 
 use super::opener::{Octets, Opener};
 use super::request::{SOCK_DIAG_BY_FAMILY, TCPDIAG_GETSOCK};
+use super::silence::Silence;
 use super::socket::{Cookie, Socket, State};
 use crate::flow::{Endpoint, FourTuple};
 use crate::netlink::Frame;
 
 /// Offsets in `struct tcp_info`.
+const TCPI_LAST_DATA_SENT: usize = 44;
+const TCPI_LAST_DATA_RECV: usize = 52;
+const TCPI_LAST_ACK_RECV: usize = 56;
 const TCPI_BYTES_ACKED: usize = 120;
 const TCPI_NOTSENT_BYTES: usize = 144;
 const TCPI_BYTES_SENT: usize = 200;
@@ -35,13 +41,7 @@ pub(super) fn socket(frame: Frame<'_>) -> Result<Option<Socket>, DecodeError> {
 /// Another message type, or one too short.
 pub(super) fn opener(frame: Frame<'_>) -> Result<Option<(FourTuple, Opener)>, DecodeError> {
     let Some(socket) = socket(frame)? else { return Ok(None) };
-    let response = InetResponse::parse(frame.payload)?;
-    let info = response.nlas.iter().find_map(|nla| match nla {
-        Nla::TcpInfo(info) => Some(info),
-        _ => None,
-    });
-    // Later kernels have longer ones.
-    let octets = info.and_then(|info| {
+    let octets = tcp_info(frame)?.and_then(|info| {
         let u64_at = |at: usize| info.get(at..at + 8)?.try_into().ok().map(u64::from_ne_bytes);
         let u32_at = |at: usize| info.get(at..at + 4)?.try_into().ok().map(u32::from_ne_bytes);
         Some(Octets {
@@ -54,6 +54,39 @@ pub(super) fn opener(frame: Frame<'_>) -> Result<Option<(FourTuple, Opener)>, De
     });
     let opener = octets.and_then(|octets| Opener::of(socket.state, octets));
     Ok(opener.map(|opener| (socket.flow(), opener)))
+}
+
+/// The socket in a message, and for how long it has been silent, where TCP says so.
+///
+/// # Errors
+/// Another message type, or one too short.
+pub(super) fn silence(
+    frame: Frame<'_>,
+) -> Result<Option<(FourTuple, (Socket, Option<Silence>))>, DecodeError> {
+    let Some(socket) = socket(frame)?.filter(|socket| socket.state != State::Listen) else {
+        return Ok(None);
+    };
+    let silence = tcp_info(frame)?.and_then(|info| {
+        let time_at = |at: usize| {
+            let millis = info.get(at..at + 4)?.try_into().ok().map(u32::from_ne_bytes)?;
+            Some(Duration::from_millis(millis.into()))
+        };
+        Some(Silence {
+            sent: time_at(TCPI_LAST_DATA_SENT)?,
+            received: time_at(TCPI_LAST_DATA_RECV)?,
+            acked: time_at(TCPI_LAST_ACK_RECV)?,
+        })
+    });
+    Ok(Some((socket.flow(), (socket, silence))))
+}
+
+/// `struct tcp_info` of a message; later kernels have longer ones.
+fn tcp_info(frame: Frame<'_>) -> Result<Option<Vec<u8>>, DecodeError> {
+    let response = InetResponse::parse(frame.payload)?;
+    Ok(response.nlas.into_iter().find_map(|nla| match nla {
+        Nla::TcpInfo(info) => Some(info),
+        _ => None,
+    }))
 }
 
 fn from_header(header: &InetResponseHeader) -> Option<Socket> {

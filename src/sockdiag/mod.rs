@@ -9,6 +9,7 @@ mod members;
 mod namespace;
 mod opener;
 mod request;
+mod silence;
 mod socket;
 
 use std::collections::HashSet;
@@ -23,6 +24,7 @@ use crate::flow::FourTuple;
 use crate::netlink::{KernelSocket, Transport};
 
 pub use opener::Opener;
+pub use silence::Silence;
 pub use socket::{Cookie, Socket, State, States, UnknownState};
 
 /// Asks the kernel about TCP sockets of one network namespace, and of others that share its conntrack
@@ -141,6 +143,42 @@ impl<T: Transport> SockDiag<T> {
         self.own.openers(lookups, &mut openers)?;
         self.members.ask(lookups, &mut openers, Sockets::openers)?;
         Ok(openers)
+    }
+
+    /// Exactly these connections as [`SockDiag::lookup`], with what TCP knows of their silence.
+    ///
+    /// # Errors
+    /// As [`SockDiag::lookup`].
+    pub fn silences(
+        &mut self,
+        lookups: &[Lookup],
+    ) -> Result<Vec<Option<(Socket, Option<Silence>)>>> {
+        let mut silences = vec![None; lookups.len()];
+        self.own.silences(lookups, &mut silences)?;
+        self.members.ask(lookups, &mut silences, Sockets::silences)?;
+        Ok(silences)
+    }
+
+    /// Closes exactly this socket (`ss -K`): the kernel compares the cookie, so another one that has
+    /// taken its tuple meanwhile is left alone. False where it is gone already.
+    ///
+    /// Its process gets ECONNABORTED. The peer gets an RST, unless both sides have said FIN
+    /// (`tcp_abort()`). Equivalent: `ss -K`.
+    ///
+    /// # Errors
+    /// The kernel refused, or cannot: it was built without `CONFIG_INET_DIAG_DESTROY`.
+    pub fn destroy(&mut self, socket: &Socket) -> Result<bool> {
+        if self.own.destroy(socket)? {
+            return Ok(true);
+        }
+        let mut closed = [None];
+        self.members.ask(&[Lookup::from(socket)], &mut closed, |sockets, _, closed| {
+            if sockets.destroy(socket)? {
+                closed.fill(Some(()));
+            }
+            Ok(())
+        })?;
+        Ok(closed == [Some(())])
     }
 
     /// Proves that the kernel answers `tcp_diag` requests at all.

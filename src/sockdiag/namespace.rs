@@ -2,11 +2,13 @@
 
 use std::collections::BTreeSet;
 
+use netlink_packet_core::DecodeError;
 use nix::errno::Errno;
 
-use super::{Lookup, Opener, Socket, State, States, decode, request};
+use super::{Lookup, Opener, Silence, Socket, State, States, decode, request};
 use crate::error::{Cause, Error, Op, Result};
-use crate::netlink::{Connection, Transport};
+use crate::flow::FourTuple;
+use crate::netlink::{Connection, Frame, Transport};
 
 /// Devices that absent connections are asked for with, one by one: some VRFs or VLANs, as a rule
 /// none. Beyond them the newest are kept.
@@ -73,14 +75,51 @@ impl<T: Transport> Sockets<T> {
         lookups: &[Lookup],
         openers: &mut [Option<Opener>],
     ) -> Result<()> {
+        self.info(lookups, openers, decode::opener)
+    }
+
+    /// Looks those of these connections up that have not been found yet, with what TCP knows of
+    /// their silence.
+    pub(super) fn silences(
+        &mut self,
+        lookups: &[Lookup],
+        silences: &mut [Option<(Socket, Option<Silence>)>],
+    ) -> Result<()> {
+        self.info(lookups, silences, decode::silence)
+    }
+
+    /// Looks connections up by what `read` makes of a message with TCP's own figures.
+    fn info<A: Copy>(
+        &mut self,
+        lookups: &[Lookup],
+        answers: &mut [Option<A>],
+        read: impl Fn(Frame<'_>) -> std::result::Result<Option<(FourTuple, A)>, DecodeError>,
+    ) -> Result<()> {
         let requests: Vec<_> = lookups.iter().map(request::info).collect();
         let found = self.connection.find(&requests, "a socket", |index, op, frame| {
-            let opener = decode::opener(frame).map_err(|error| op.malformed(error))?;
+            let answer = read(frame).map_err(|error| op.malformed(error))?;
             let is_it = |flow| lookups.get(index).is_some_and(|asked| asked.flow == flow);
-            Ok(opener.filter(|(flow, _)| is_it(*flow)).map(|(_, opener)| opener))
+            Ok(answer.filter(|(flow, _)| is_it(*flow)).map(|(_, answer)| answer))
         })?;
-        openers.iter_mut().zip(found).for_each(|(slot, opener)| *slot = slot.or(opener));
+        answers.iter_mut().zip(found).for_each(|(slot, answer)| *slot = slot.or(answer));
         Ok(())
+    }
+
+    /// Closes a socket; false where it is not here, or another one has its tuple.
+    pub(super) fn destroy(&mut self, socket: &Socket) -> Result<bool> {
+        let request = request::destroy(socket);
+        match self.connection.execute(&request) {
+            Ok(()) => Ok(true),
+            Err(error) => match error.errno() {
+                Some(Errno::ENOENT | Errno::ESTALE) => Ok(false),
+                Some(Errno::EOPNOTSUPP) => Err(request.op.failed(Cause::Unavailable(
+                    "this kernel closes no sockets on demand (EOPNOTSUPP): it was built without \
+                     CONFIG_INET_DIAG_DESTROY"
+                        .to_owned(),
+                ))),
+                _ => Err(error),
+            },
+        }
     }
 }
 

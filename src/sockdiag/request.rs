@@ -3,7 +3,7 @@
 use netlink_packet_core::Emitable;
 use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, SocketId, StateFlags};
 
-use super::{Lookup, States};
+use super::{Lookup, Socket, States};
 use crate::error::Op;
 use crate::netlink::Request;
 
@@ -12,6 +12,8 @@ use crate::netlink::Request;
 pub(super) const TCPDIAG_GETSOCK: u16 = 18;
 /// `SOCK_DIAG_BY_FAMILY`.
 pub(super) const SOCK_DIAG_BY_FAMILY: u16 = 20;
+/// `SOCK_DESTROY`, since Linux 4.5.
+const SOCK_DESTROY: u16 = 21;
 /// `struct inet_diag_req`: its length, and where `idiag_states` is in it.
 const INET_DIAG_REQ_LEN: usize = 60;
 const IDIAG_STATES: usize = 52;
@@ -39,7 +41,18 @@ pub(super) fn info(lookup: &Lookup) -> Request {
     one(lookup, ExtensionFlags::INFO)
 }
 
+/// Closes this socket, and no other that has its tuple by now: the kernel compares the cookie.
+pub(super) fn destroy(socket: &Socket) -> Request {
+    let cookie = socket.cookie.0.to_ne_bytes();
+    let op = Op::on("close socket", socket.flow());
+    Request { op, kind: SOCK_DESTROY, ..named(&socket.into(), ExtensionFlags::empty(), cookie) }
+}
+
 fn one(lookup: &Lookup, extensions: ExtensionFlags) -> Request {
+    named(lookup, extensions, NO_COOKIE)
+}
+
+fn named(lookup: &Lookup, extensions: ExtensionFlags, cookie: [u8; 8]) -> Request {
     let flow = lookup.flow;
     let id = SocketId {
         source_port: flow.src.port(),
@@ -47,7 +60,7 @@ fn one(lookup: &Lookup, extensions: ExtensionFlags) -> Request {
         source_address: flow.src.addr(),
         destination_address: flow.dst.addr(),
         interface_id: lookup.interface,
-        cookie: NO_COOKIE,
+        cookie,
     };
     let message = InetRequest {
         family: flow.family(),

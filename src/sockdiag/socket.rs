@@ -169,6 +169,9 @@ impl FromStr for State {
 pub struct States(u32);
 
 impl States {
+    /// None at all.
+    pub const NONE: Self = Self(0);
+
     /// The mask as `sock_diag` takes it: bit n stands for state n.
     pub fn mask(self) -> u32 {
         self.0

@@ -265,3 +265,33 @@ fn no_look_ups_are_no_send() {
     let mut diag = SockDiag::new(script(|_| panic!("a send")));
     assert_eq!(diag.lookup(&[]).unwrap(), []);
 }
+
+/// A kernel that answers the request to close a socket so.
+fn closing(answer: Result<(), i32>) -> ctkeep::Result<bool> {
+    const SOCK_DESTROY: u16 = 21;
+    let wanted = close_wait(PEER, 7);
+    let mut diag = SockDiag::new(obliging(move |request| {
+        assert_eq!((request.kind, request.flags & NLM_F_ACK), (SOCK_DESTROY, NLM_F_ACK));
+        // `inet_diag_req_v2`: the cookie ends it, so no other socket of the tuple is meant.
+        assert_eq!(request.body[48..56], 7_u64.to_ne_bytes());
+        answer.map(|()| vec![])
+    }));
+    diag.destroy(&wanted)
+}
+
+#[test]
+fn a_socket_is_closed_by_its_cookie_and_gone_where_another_has_its_tuple() {
+    const ESTALE: i32 = 116;
+    assert!(closing(Ok(())).unwrap());
+    assert!(!closing(Err(ENOENT)).unwrap());
+    assert!(!closing(Err(ESTALE)).unwrap());
+    let error = closing(Err(EPERM)).unwrap_err();
+    assert!(error.is_missing_privilege(), "{error}");
+}
+
+#[test]
+fn a_kernel_that_closes_no_sockets_is_unavailable_and_the_option_is_named() {
+    let error = closing(Err(EOPNOTSUPP)).unwrap_err();
+    assert!(error.is_unavailable(), "{error}");
+    assert!(error.to_string().contains("CONFIG_INET_DIAG_DESTROY"), "{error}");
+}
