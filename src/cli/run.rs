@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::args::{Check, Command, Run};
 use super::{Exit, output};
-use crate::daemon::{self, Publishing, Settings};
+use crate::daemon::{self, Foundation, Live, Settings};
 use crate::error::{Error, Result};
 use crate::reconcile::policy::Policy;
 
@@ -49,26 +49,28 @@ fn settings(args: Run) -> Result<Settings> {
     let own_port = own.map(|listen| listen.port());
     let policy = Policy { reap: args.reap, own_port, ..args.scope.policy() };
     Ok(Settings {
-        policy,
-        recount: args.recount,
-        device: args.device,
-        shield: args.shield,
-        shield_mark: args.shield_mark,
-        events: args.events,
-        follow_rules: args.follow_rules,
-        nflog_group: args.nflog_group,
-        sweep_interval: args.sweep_interval,
-        deep_interval: args.deep_interval,
-        on_exit: args.on_exit,
-        dry_run: args.dry_run,
-        namespaces: args.scope.named(),
-        containers: args.containers,
-        defence: args.defence,
-        realtime: args.realtime,
-        publishing: Publishing {
-            listen: args.metrics_listen.0,
-            textfile: args.metrics_textfile,
-            addresses: args.status_addresses,
+        foundation: Foundation {
+            recount: args.recount,
+            device: args.device,
+            events: args.events,
+            follow_rules: args.follow_rules,
+            nflog_group: args.nflog_group,
+            shield: args.shield,
+            shield_mark: args.shield_mark,
+            dry_run: args.dry_run,
+            defence: args.defence,
+            realtime: args.realtime,
+            metrics_listen: args.metrics_listen.0,
+        },
+        live: Live {
+            policy,
+            sweep_interval: args.sweep_interval,
+            deep_interval: args.deep_interval,
+            on_exit: args.on_exit,
+            namespaces: args.scope.named(),
+            containers: args.containers,
+            metrics_textfile: args.metrics_textfile,
+            status_addresses: args.status_addresses,
         },
     })
 }

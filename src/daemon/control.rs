@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::Settings;
+use super::{Foundation, Live, Settings};
 use crate::error::{Op, Result};
 use crate::host::netns::Namespace;
 use crate::metrics::Metrics;
@@ -18,26 +18,33 @@ pub(super) struct Control {
     pub(super) metrics: Arc<Metrics>,
     /// Which namespace the own one is: workers are elsewhere.
     pub(super) own: Option<(u64, u64)>,
-    settings: Mutex<Arc<Settings>>,
+    /// What was set up at the start.
+    pub(super) foundation: Arc<Foundation>,
+    live: Mutex<Arc<Live>>,
 }
 
 impl Control {
     pub(super) fn new(settings: Settings) -> Self {
-        let metrics = Metrics::new(settings.dry_run);
-        metrics.show_addresses(settings.publishing.addresses);
-        let own = Namespace::Own.identity();
-        Self { metrics: Arc::new(metrics), own, settings: Mutex::new(Arc::new(settings)) }
+        let Settings { foundation, live } = settings;
+        let metrics = Metrics::new(foundation.dry_run);
+        metrics.show_addresses(live.status_addresses);
+        Self {
+            metrics: Arc::new(metrics),
+            own: Namespace::Own.identity(),
+            foundation: Arc::new(foundation),
+            live: Mutex::new(Arc::new(live)),
+        }
     }
 
     /// The settings in force.
-    pub(super) fn settings(&self) -> Arc<Settings> {
-        self.settings.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    pub(super) fn live(&self) -> Arc<Live> {
+        self.live.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Puts other settings in force; workers take them up at their next turn.
-    pub(super) fn replace(&self, settings: Settings) {
-        self.metrics.show_addresses(settings.publishing.addresses);
-        *self.settings.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(settings);
+    pub(super) fn replace(&self, live: Live) {
+        self.metrics.show_addresses(live.status_addresses);
+        *self.live.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(live);
     }
 }
 

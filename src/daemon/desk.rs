@@ -4,8 +4,9 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Instant;
 
+use super::control::Control;
 use super::log::{Deleted, Lines, line};
-use super::{Settings, ShieldMode};
+use super::{Foundation, Live, ShieldMode};
 use crate::error::Result;
 use crate::firewall::lists::Anew;
 use crate::metrics::{EventType, GuardMetrics};
@@ -19,8 +20,8 @@ use crate::sockdiag::Socket;
 use crate::watch::{Drained, Events, Wanted, nflog};
 
 pub(super) struct Desk<'p> {
-    pub(super) settings: Arc<Settings>,
-    pub(super) device: String,
+    pub(super) foundation: Arc<Foundation>,
+    pub(super) live: Arc<Live>,
     pub(super) events: Events,
     /// The event source has failed and is to be opened anew.
     events_failed: bool,
@@ -33,15 +34,17 @@ pub(super) struct Desk<'p> {
 impl<'p> Desk<'p> {
     /// Opens the event source for these ports.
     pub(super) fn open(
-        settings: Arc<Settings>,
-        device: String,
+        control: &Control,
+        live: Arc<Live>,
         ports: &HashSet<u16>,
         share: GuardMetrics,
     ) -> Result<Self> {
-        let events = Events::open(wanted(&settings, &watch_name(&device), ports))?;
+        let foundation = control.foundation.clone();
+        let name = watch_name(&foundation.device);
+        let events = Events::open(wanted(&foundation, &live, &name, ports))?;
         let this = Self {
-            settings,
-            device,
+            foundation,
+            live,
             events,
             events_failed: false,
             shield: None,
@@ -54,10 +57,10 @@ impl<'p> Desk<'p> {
     }
 
     /// Works by these settings from now on.
-    pub(super) fn apply_settings(&mut self, settings: Arc<Settings>, ports: &HashSet<u16>) {
-        let before = std::mem::replace(&mut self.settings, settings);
+    pub(super) fn apply_settings(&mut self, live: Arc<Live>, ports: &HashSet<u16>) {
+        let before = std::mem::replace(&mut self.live, live);
         // What is remembered of closing connections goes by it.
-        self.events_failed |= before.sweep_interval != self.settings.sweep_interval;
+        self.events_failed |= before.sweep_interval != self.live.sweep_interval;
         self.reopen_events(ports);
     }
 
@@ -70,8 +73,8 @@ impl<'p> Desk<'p> {
         }
         // The old one first: a group has one owner.
         let was_off = matches!(std::mem::replace(&mut self.events, Events::Off), Events::Off);
-        let name = watch_name(&self.device);
-        match Events::open(wanted(&self.settings, &name, ports)) {
+        let name = watch_name(&self.foundation.device);
+        match Events::open(wanted(&self.foundation, &self.live, &name, ports)) {
             Ok(events) => {
                 self.events = events;
                 self.events_failed = false;
@@ -113,13 +116,13 @@ impl<'p> Desk<'p> {
         program: &'p mut Program,
         ports: &HashSet<u16>,
     ) -> Result<()> {
-        let mark = self.settings.shield_mark;
-        match Shield::raise(program, &self.device, mark, ports) {
+        let mark = self.foundation.shield_mark;
+        match Shield::raise(program, &self.foundation.device, mark, ports) {
             Ok(shield) => {
                 tracing::info!(devices = shield.devices(), mark, "shield raised");
                 self.shield = Some(shield);
             }
-            Err(error) if self.settings.shield == ShieldMode::On => return Err(error),
+            Err(error) if self.foundation.shield == ShieldMode::On => return Err(error),
             Err(error) => tracing::warn!(%error, "no shield, repairing alone"),
         }
         Ok(())
@@ -139,7 +142,7 @@ impl<'p> Desk<'p> {
 
     /// Publishes what the shield has decided, and whether it is missing where it can be raised.
     pub(super) fn publish_shield(&self, can_be_raised: bool) {
-        let is_wanted = can_be_raised && self.settings.shield != ShieldMode::Off;
+        let is_wanted = can_be_raised && self.foundation.shield != ShieldMode::Off;
         let is_whole = self.shield.as_ref().is_some_and(|shield| !shield.is_refused());
         self.share.shield_missing(is_wanted && !is_whole);
         match self.shield.as_ref().map(|shield| (shield.devices(), shield.counts())) {
@@ -185,7 +188,7 @@ impl<'p> Desk<'p> {
             );
         }
         tracing::debug!(depth = ?sweep.depth, took = ?sweep.began.elapsed(), "swept");
-        self.share.swept(ledger, sweep.began, self.settings.sweep_interval);
+        self.share.swept(ledger, sweep.began, self.live.sweep_interval);
     }
 
     /// Logs what has been done since the start.
@@ -342,12 +345,17 @@ fn watch_name(device: &str) -> String {
     format!("{device}-watch")
 }
 
-fn wanted<'a>(settings: &Settings, name: &'a str, ports: &'a HashSet<u16>) -> Wanted<'a> {
+fn wanted<'a>(
+    foundation: &Foundation,
+    live: &Live,
+    name: &'a str,
+    ports: &'a HashSet<u16>,
+) -> Wanted<'a> {
     Wanted {
-        source: settings.events,
+        source: foundation.events,
         name,
-        group: settings.nflog_group,
+        group: foundation.nflog_group,
         ports,
-        memory: settings.sweep_interval,
+        memory: live.sweep_interval,
     }
 }

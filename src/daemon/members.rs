@@ -209,7 +209,7 @@ impl Finder {
 
     /// Those that are there now, by their inodes.
     fn wanted(&self) -> BTreeMap<u64, Namespace> {
-        let named = self.control.settings().namespaces.clone();
+        let named = self.control.live().namespaces.clone();
         let named = named.into_iter();
         let mut wanted = self.found.clone();
         wanted.extend(named.filter_map(|it| Some((it.identity()?.1, it))));
@@ -257,7 +257,7 @@ impl Finder {
 
     /// Whether containers are wanted and can be looked into; says once why not.
     fn may_look(&mut self) -> bool {
-        if !self.control.settings().containers {
+        if !self.control.live().containers {
             return false;
         }
         !*self.is_refused.get_or_insert_with(|| {

@@ -9,12 +9,12 @@ mod log;
 mod members;
 mod rules;
 mod service;
+mod settings;
 mod survey;
 mod worker;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
@@ -29,137 +29,17 @@ use self::aside::Aside;
 use self::control::{Control, Lead};
 use self::members::{Finder, Members};
 use self::service::Service;
+pub use self::settings::{Foundation, Live, OnExit, Settings, ShieldMode};
 use self::worker::Guard;
 use crate::error::{Cause, Op, Result};
 use crate::host::netns::Namespace;
-use crate::host::privileges::{self, Capability};
+use crate::host::privileges;
 use crate::metrics::history::STEP;
 use crate::metrics::{Metrics, OWN, http, textfile};
-use crate::reconcile::keeper;
-use crate::reconcile::policy::Policy;
-use crate::reconcile::pressure::Defence;
-use crate::recount;
 use crate::shield::Program;
-use crate::watch::EventSource;
-
-/// What happens to held entries at the end.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum OnExit {
-    /// They live out their lease.
-    #[default]
-    Keep,
-    /// They get the timeout that the kernel would have given them.
-    Release,
-}
-
-/// Whether FINs and RSTs that TCP does not act on are kept from conntrack.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum ShieldMode {
-    /// Where the kernel allows it.
-    Auto,
-    /// Or not at all.
-    On,
-    /// They are not.
-    #[default]
-    Off,
-}
-
-/// Everything that the daemon is told.
-#[derive(Clone, Debug)]
-pub struct Settings {
-    /// Scope and lease.
-    pub policy: Policy,
-    /// How the limiter is made to count again.
-    pub recount: recount::Mode,
-    /// Name of the helper device and of the nftables table.
-    pub device: String,
-    /// Event source.
-    pub events: EventSource,
-    /// Whether changes of the firewall's rules are followed.
-    pub follow_rules: bool,
-    /// NFLOG group of the source `nflog`.
-    pub nflog_group: u16,
-    /// Shield.
-    pub shield: ShieldMode,
-    /// The bit of the packet mark that the shield works with.
-    pub shield_mark: u32,
-    /// From sweep to sweep over half-closed sockets.
-    pub sweep_interval: Duration,
-    /// From sweep to sweep over every socket of the scope.
-    pub deep_interval: Duration,
-    /// What happens to held entries at the end.
-    pub on_exit: OnExit,
-    /// Observe, count and log; change nothing.
-    pub dry_run: bool,
-    /// Namespaces to guard beside the own one: each on its own, and its connections in the own table.
-    pub namespaces: Vec<Namespace>,
-    /// Whether the connections of containers in the own table are guarded, without naming them.
-    pub containers: bool,
-    /// Defence level.
-    pub defence: Defence,
-    /// Whether workers run with real-time priority.
-    pub realtime: bool,
-    /// Where metrics go.
-    pub publishing: Publishing,
-}
-
-/// Where metrics go.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Publishing {
-    /// Where they and the status page are served.
-    pub listen: Option<SocketAddr>,
-    /// The file that they are written to.
-    pub textfile: Option<PathBuf>,
-    /// Whether the status page names peers.
-    pub addresses: bool,
-}
 
 /// From one write of the textfile to the next.
 const WRITE: Duration = Duration::from_secs(5);
-
-impl Settings {
-    /// What the keeper goes by.
-    fn keeper(&self) -> keeper::Settings {
-        keeper::Settings {
-            policy: self.policy.clone(),
-            sweep_interval: self.sweep_interval,
-            deep_interval: self.deep_interval,
-            dry_run: self.dry_run,
-        }
-    }
-
-    /// What the daemon must be permitted as long as it runs.
-    fn privileges(&self, programs: &Programs) -> Vec<Capability> {
-        let mut all = vec![Capability::CAP_NET_ADMIN, Capability::CAP_NET_RAW];
-        if programs.values().any(Program::needs_bpf_for_good) {
-            all.push(Capability::CAP_BPF);
-        }
-        if self.containers || !self.namespaces.is_empty() {
-            // To find them and to enter them whenever they come back, by paths such as
-            // /proc/PID/ns/net or below a user's own directory.
-            all.extend(privileges::ELSEWHERE);
-        }
-        if self.realtime {
-            all.push(Capability::CAP_SYS_NICE);
-        }
-        all
-    }
-
-    /// Whether everything that is set up once at the start is the same.
-    fn same_foundation(&self, other: &Self) -> bool {
-        self.events == other.events
-            && self.nflog_group == other.nflog_group
-            && self.follow_rules == other.follow_rules
-            && self.recount == other.recount
-            && self.shield == other.shield
-            && self.shield_mark == other.shield_mark
-            && self.device == other.device
-            && self.defence == other.defence
-            && self.realtime == other.realtime
-            && self.dry_run == other.dry_run
-            && self.publishing.listen == other.publishing.listen
-    }
-}
 
 /// Runs until SIGTERM, SIGINT, or the failure of a worker. SIGHUP takes `reload`'s settings, or
 /// keeps the old ones where it fails.
@@ -171,8 +51,9 @@ pub fn run(
     reload: impl Fn() -> Result<Settings> + Send + Sync + 'static,
 ) -> Result<()> {
     let programs = load_shields(&settings)?;
+    let needs_bpf = programs.values().any(Program::needs_bpf_for_good);
     // While this is the only thread: the others inherit what is left.
-    if let Err(error) = privileges::keep_only(&settings.privileges(&programs)) {
+    if let Err(error) = privileges::keep_only(&settings.privileges(needs_bpf)) {
         tracing::warn!(%error, "keeping privileges that are not needed");
     }
     // A namespace whose sockets are looked at takes a descriptor; the usual 1 024 are for select(2).
@@ -196,27 +77,23 @@ type Programs = HashMap<String, Program>;
 
 /// Loads the shields, as long as there is the privilege to.
 fn load_shields(settings: &Settings) -> Result<Programs> {
+    let Foundation { shield, shield_mark, dry_run, .. } = &settings.foundation;
     let mut programs = Programs::new();
-    if settings.shield == ShieldMode::Off {
+    if *shield == ShieldMode::Off {
         return Ok(programs);
     }
-    if settings.dry_run {
+    if *dry_run {
         tracing::info!("no shield: it would change what conntrack sees");
         return Ok(programs);
     }
-    for namespace in guarded(settings) {
-        match Program::load(settings.shield_mark) {
+    for namespace in settings.guarded() {
+        match Program::load(*shield_mark) {
             Ok(program) => drop(programs.insert(worker::name(&namespace), program)),
-            Err(error) if settings.shield == ShieldMode::On => return Err(error),
+            Err(error) if *shield == ShieldMode::On => return Err(error),
             Err(error) => tracing::warn!(%error, "no shield, repairing alone"),
         }
     }
     Ok(programs)
-}
-
-/// The namespaces whose own tables are guarded: always that which ctkeep was started in.
-fn guarded(settings: &Settings) -> impl Iterator<Item = Namespace> {
-    std::iter::once(Namespace::Own).chain(settings.namespaces.clone())
 }
 
 /// What a worker tells the runtime.
@@ -285,7 +162,7 @@ impl Team {
     /// Guards the namespaces that the settings name, and no others; the shields of a start are there
     /// for those that were named then.
     fn follow(&mut self, programs: &mut Programs) -> Result<()> {
-        let wanted: Vec<_> = self.control.settings().namespaces.clone();
+        let wanted: Vec<_> = self.control.live().namespaces.clone();
         let names: HashSet<_> = wanted.iter().map(worker::name).collect();
         for (name, lead) in &self.leads {
             if !names.contains(name) && ![OWN, FINDER].contains(&name.as_str()) {
@@ -325,13 +202,12 @@ where
     let mut interrupt = listen(SignalKind::interrupt())?;
     let mut hangup = listen(SignalKind::hangup())?;
 
-    let publishing = settings.publishing.clone();
-    let mut starting: HashSet<_> = guarded(&settings).map(|it| worker::name(&it)).collect();
+    let mut starting: HashSet<_> = settings.guarded().map(|it| worker::name(&it)).collect();
     let control = Arc::new(Control::new(settings));
-    if let Some(path) = &publishing.textfile {
+    if let Some(path) = &control.live().metrics_textfile {
         textfile::check(path)?;
     }
-    if let Some(address) = publishing.listen {
+    if let Some(address) = control.foundation.metrics_listen {
         tokio::spawn(http::serve(http::bind(address).await?, control.metrics.clone()));
     }
     let (news, mut inbox) = mpsc::unbounded_channel();
@@ -367,7 +243,7 @@ where
             }
             _ = step.tick() => control.metrics.sample(),
             _ = write.tick() => {
-                if let Some(path) = &control.settings().publishing.textfile {
+                if let Some(path) = &control.live().metrics_textfile {
                     writing.write(&control.metrics, path);
                 }
             }
@@ -433,19 +309,24 @@ impl Writing {
 
 /// Puts new settings in force where they can be without starting anew.
 fn take_up(control: &Control, new: Result<Settings>) {
-    let old = control.settings();
-    let well = new.as_ref().is_ok_and(|new| old.same_foundation(new));
-    control.metrics.reloaded(well);
-    match new {
-        Err(error) => tracing::error!(%error, "reload failed, keeping the old configuration"),
-        Ok(new) if !old.same_foundation(&new) => tracing::error!(
+    let new = match new {
+        Err(error) => {
+            control.metrics.reloaded(false);
+            tracing::error!(%error, "reload failed, keeping the old configuration");
+            return;
+        }
+        Ok(new) => new,
+    };
+    let changed = control.foundation.changed(&new.foundation);
+    control.metrics.reloaded(changed.is_empty());
+    if changed.is_empty() {
+        control.replace(new.live);
+        tracing::info!("configuration reloaded");
+    } else {
+        tracing::error!(
             "reload refused, keeping the old configuration: events, nflog group, \
              follow-rules, recount, shield, device, defence, realtime, dry-run and metrics-listen take a restart"
-        ),
-        Ok(new) => {
-            control.replace(new);
-            tracing::info!("configuration reloaded");
-        }
+        );
     }
 }
 

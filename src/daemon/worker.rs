@@ -21,7 +21,7 @@ use super::desk::Desk;
 use super::members::Members;
 use super::rules::Rules;
 use super::survey;
-use super::{OnExit, Publishing, Settings};
+use super::{Foundation, Live, OnExit};
 use crate::audit::survey::SweepResult;
 use crate::conntrack::TcpState;
 use crate::error::{Error, Op, Result};
@@ -136,8 +136,8 @@ impl Guard {
             return false;
         }
         let identity = self.namespace.identity();
-        let settings = self.control.settings();
-        let mut before = settings.namespaces.iter().take_while(|other| **other != self.namespace);
+        let live = self.control.live();
+        let mut before = live.namespaces.iter().take_while(|other| **other != self.namespace);
         identity == self.control.own || before.any(|other| other.identity() == identity)
     }
 
@@ -153,13 +153,12 @@ impl Guard {
         ready: &(dyn Fn() + Sync),
     ) -> Result<Ended> {
         let Self { namespace, lead, control, members } = self;
-        let settings = control.settings();
-        if settings.realtime {
+        if control.foundation.realtime {
             prefer_realtime();
         }
         let begun_with = namespace.identity();
         namespace.enter()?;
-        let enforces = !settings.dry_run;
+        let enforces = !control.foundation.dry_run;
         let claim = if enforces { instance::claim("ctkeep")? } else { None };
         if enforces && claim.is_none() {
             tracing::warn!(
@@ -168,13 +167,13 @@ impl Guard {
             );
         }
         let share = GuardMetrics::new(&control.metrics, &self.name());
-        let mut worker = Worker::open(settings, members.as_ref(), share)?;
+        let mut worker = Worker::open(control, members.as_ref(), share)?;
         worker.claim = claim;
         // A sweep of millions takes longer than the watchdog waits.
         let alive = lead.clone();
         worker.keeper.tables.conntrack.on_answer(move || alive.beat());
         if enforces {
-            shield::remove_leftovers(&worker.desk.device);
+            shield::remove_leftovers(&control.foundation.device);
         }
         if let Some(program) = program {
             worker.desk.raise_shield(program, &worker.keeper.scope().ports)?;
@@ -193,14 +192,14 @@ impl Guard {
             ports = worker.keeper.scope().ports.len(),
             held = worker.keeper.held().count(),
             namespaces = worker.keeper.tables.sockets.members().len(),
-            dry_run = worker.desk.settings.dry_run,
+            dry_run = !enforces,
             "ready"
         );
         ready();
         while !lead.is_stopping() {
             lead.beat();
             let ready = worker.wait(lead)?;
-            worker.apply_settings(control.settings());
+            worker.apply_settings(control.live());
             worker.turn(ready);
             if worker.is_due_to_check_namespaces() {
                 worker.desk.publish_shield(enforces);
@@ -294,27 +293,23 @@ struct Worker<'p> {
 }
 
 impl<'p> Worker<'p> {
-    fn open(
-        settings: Arc<Settings>,
-        members: Option<&'p Members>,
-        share: GuardMetrics,
-    ) -> Result<Self> {
-        let (device, now) = (settings.device.clone(), Instant::now());
-        let recounter = open_recounter(&settings, &device, now)?;
+    fn open(control: &Control, members: Option<&'p Members>, share: GuardMetrics) -> Result<Self> {
+        let (foundation, live, now) = (&control.foundation, control.live(), Instant::now());
+        let recounter = open_recounter(foundation, now)?;
         let is_available = recounter.as_ref().is_none_or(|it| !it.ways().is_empty());
         let mut tables = Tables::open()?;
         if let Some(members) = members {
             members.begin(&mut tables.sockets);
         }
-        let (rules, defence) = (settings.keeper(), settings.defence);
-        let mut keeper = Keeper::new(tables, recounter, rules, defence, now, random::bits)?;
+        let (settings, defence) = (live.keeper(foundation.dry_run), foundation.defence);
+        let mut keeper = Keeper::new(tables, recounter, settings, defence, now, random::bits)?;
         keeper.idle_timeout = kernel_timeout(TcpState::Established);
         // Before the first dump, so that nothing happens unseen between the two.
-        let desk = Desk::open(settings, device, &keeper.scope().ports, share)?;
+        let desk = Desk::open(control, live, &keeper.scope().ports, share)?;
         desk.share.recount_available(is_available);
         keeper.rely_on_events(desk.events.longest_unseen());
-        let rules = if desk.settings.follow_rules {
-            Some(Rules::follow(members.is_some(), &desk.device, now)?)
+        let rules = if foundation.follow_rules {
+            Some(Rules::follow(members.is_some(), &foundation.device, now)?)
         } else {
             None
         };
@@ -476,7 +471,7 @@ impl<'p> Worker<'p> {
         let worked = cpu_time();
         let sweep = self.keeper.sweep(Depth::Deep, Instant::now(), &mut self.desk)?;
         self.swept(&sweep, worked);
-        if self.rules.is_some() && !self.desk.settings.dry_run {
+        if self.rules.is_some() && !self.desk.foundation.dry_run {
             // A limit that was added while connections were open has none of them on its list.
             self.keeper.doubt_limits(Instant::now())?;
         }
@@ -573,8 +568,8 @@ impl<'p> Worker<'p> {
 
     /// Has figures taken of the whole tables, where somebody reads them.
     fn survey(&mut self, sweep: &Sweep) {
-        let Publishing { listen, textfile, .. } = &self.desk.settings.publishing;
-        if listen.is_none() && textfile.is_none() {
+        let Desk { foundation, live, .. } = &self.desk;
+        if foundation.metrics_listen.is_none() && live.metrics_textfile.is_none() {
             return;
         }
         let (tables, scope, policy, ledger) = self.keeper.parts();
@@ -589,19 +584,19 @@ impl<'p> Worker<'p> {
     }
 
     /// Works by these settings from now on.
-    fn apply_settings(&mut self, settings: Arc<Settings>) {
-        if Arc::ptr_eq(&settings, &self.desk.settings) {
+    fn apply_settings(&mut self, live: Arc<Live>) {
+        if Arc::ptr_eq(&live, &self.desk.live) {
             return;
         }
-        self.keeper.apply_settings(settings.keeper());
-        self.desk.apply_settings(settings, &self.keeper.scope().ports);
+        self.keeper.apply_settings(live.keeper(self.desk.foundation.dry_run));
+        self.desk.apply_settings(live, &self.keeper.scope().ports);
         self.keeper.rely_on_events(self.desk.events.longest_unseen());
     }
 
     /// Gives held entries back, if that is wanted; else they live out their lease.
     fn finish(&mut self) -> Result<()> {
         self.desk.say_done();
-        if self.desk.settings.on_exit == OnExit::Keep || self.desk.settings.dry_run {
+        if self.desk.live.on_exit == OnExit::Keep || self.desk.foundation.dry_run {
             return Ok(());
         }
         self.keeper.give_back(kernel_timeout)
@@ -609,11 +604,12 @@ impl<'p> Worker<'p> {
 }
 
 /// Makes what recount needs, and says what that is.
-fn open_recounter(settings: &Settings, device: &str, now: Instant) -> Result<Option<Recounter>> {
-    if settings.dry_run || settings.recount == Mode::Off {
+fn open_recounter(foundation: &Foundation, now: Instant) -> Result<Option<Recounter>> {
+    let Foundation { recount, device, dry_run, .. } = foundation;
+    if *dry_run || *recount == Mode::Off {
         return Ok(None);
     }
-    let recounter = Recounter::open(settings.recount, device, now)?;
+    let recounter = Recounter::open(*recount, device, now)?;
     for shortfall in recounter.iter().flat_map(Recounter::shortfalls) {
         tracing::warn!(reason = shortfall, "recount by less than wanted");
     }
