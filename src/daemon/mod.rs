@@ -5,19 +5,21 @@
 mod aside;
 mod control;
 mod desk;
+mod guard;
 mod log;
 mod members;
 mod rules;
 mod service;
 mod settings;
 mod survey;
+mod thread;
 mod worker;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::thread;
+use std::thread::Builder;
 use std::time::Duration;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -27,10 +29,10 @@ use tokio::time::interval;
 
 use self::aside::Aside;
 use self::control::{Control, Lead};
+use self::guard::Guard;
 use self::members::{Finder, Members};
 use self::service::Service;
 pub use self::settings::{Foundation, Live, OnExit, Settings, ShieldMode};
-use self::worker::Guard;
 use crate::error::{Cause, Op, Result};
 use crate::host::netns::Namespace;
 use crate::host::privileges;
@@ -88,7 +90,7 @@ fn load_shields(settings: &Settings) -> Result<Programs> {
     }
     for namespace in settings.guarded() {
         match Program::load(*shield_mark) {
-            Ok(program) => drop(programs.insert(worker::name(&namespace), program)),
+            Ok(program) => drop(programs.insert(guard::name(&namespace), program)),
             Err(error) if *shield == ShieldMode::On => return Err(error),
             Err(error) => tracing::warn!(%error, "no shield, repairing alone"),
         }
@@ -140,7 +142,7 @@ impl Team {
             let mut ending = Ending { name, news: news.clone(), result: None };
             ending.result = Some(work(&at_work, &news));
         };
-        let thread = thread::Builder::new().name("worker".to_owned()).spawn(thread);
+        let thread = Builder::new().name("worker".to_owned()).spawn(thread);
         thread.map(drop).map_err(|error| Op::new("start thread").io(error))
     }
 
@@ -150,7 +152,7 @@ impl Team {
         program: Option<Program>,
         members: Option<Members>,
     ) -> Result<()> {
-        let (name, lead) = (worker::name(&namespace), Arc::new(Lead::new()?));
+        let (name, lead) = (guard::name(&namespace), Arc::new(Lead::new()?));
         self.control.metrics.expect(&name);
         let guard = Guard { namespace, lead: lead.clone(), control: self.control.clone(), members };
         self.spawn(name.clone(), lead, move |_, news| {
@@ -163,14 +165,14 @@ impl Team {
     /// for those that were named then.
     fn follow(&mut self, programs: &mut Programs) -> Result<()> {
         let wanted: Vec<_> = self.control.live().namespaces.clone();
-        let names: HashSet<_> = wanted.iter().map(worker::name).collect();
+        let names: HashSet<_> = wanted.iter().map(guard::name).collect();
         for (name, lead) in &self.leads {
             if !names.contains(name) && ![OWN, FINDER].contains(&name.as_str()) {
                 lead.stop();
             }
         }
         for namespace in wanted {
-            let name = worker::name(&namespace);
+            let name = guard::name(&namespace);
             if !self.leads.contains_key(&name) {
                 let program = programs.remove(&name);
                 self.guard(namespace, program, None)?;
@@ -202,7 +204,7 @@ where
     let mut interrupt = listen(SignalKind::interrupt())?;
     let mut hangup = listen(SignalKind::hangup())?;
 
-    let mut starting: HashSet<_> = settings.guarded().map(|it| worker::name(&it)).collect();
+    let mut starting: HashSet<_> = settings.guarded().map(|it| guard::name(&it)).collect();
     let control = Arc::new(Control::new(settings));
     if let Some(path) = &control.live().metrics_textfile {
         textfile::check(path)?;

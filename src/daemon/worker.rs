@@ -5,257 +5,35 @@ use std::collections::HashMap;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
-use std::thread;
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, ppoll};
-use nix::time::{ClockId, clock_gettime};
-use thread_priority::{
-    RealtimeThreadSchedulePolicy, ThreadPriority, ThreadPriorityValue, ThreadSchedulePolicy,
-    set_thread_priority_and_policy, thread_native_id,
-};
+use nix::poll::{PollFd, PollFlags};
 
 use super::control::{Control, Lead};
 use super::desk::Desk;
 use super::members::Members;
 use super::rules::Rules;
 use super::survey;
+use super::thread::{cpu_time, wait_for};
 use super::{Foundation, Live, OnExit};
 use crate::audit::survey::SweepResult;
 use crate::conntrack::TcpState;
-use crate::error::{Error, Op, Result};
+use crate::error::{Error, Result};
 use crate::firewall::Ruleset;
-use crate::host::netns::Namespace;
 use crate::host::{instance, random, sysctl};
-use crate::metrics::{GuardMetrics, OWN, instant_of};
+use crate::metrics::{GuardMetrics, instant_of};
 use crate::reconcile::keeper::{Depth, Keeper, Sweep};
 use crate::reconcile::ledger::Held;
 use crate::reconcile::observe::Tables;
 use crate::recount::{Mode, Recount, Recounter};
-use crate::shield::{self, Program};
+use crate::shield;
 use crate::sockdiag::ends::Ends;
 
-/// How long to wait for a namespace that has vanished to come back, from look to look.
-const COME_BACK: Duration = Duration::from_secs(1);
+/// A worker has a turn at least so often, for its signs of life.
+const TURN: Duration = Duration::from_secs(1);
 
 /// Asking limits may cost this share of a core.
 const CHECKS: u32 = 20;
-
-/// Guards one conntrack table until told to stop. That of a namespace which is named is waited for,
-/// however often it comes and goes, and what fails there fails there alone.
-pub(super) struct Guard {
-    /// Where the table and the limiting rules are.
-    pub(super) namespace: Namespace,
-    /// Tells it to stop, and hears that it is alive.
-    pub(super) lead: Arc<Lead>,
-    pub(super) control: Arc<Control>,
-    /// For the own table: other namespaces whose connections are in it.
-    pub(super) members: Option<Members>,
-}
-
-/// From try to try at a namespace in which guarding fails, at first and at most.
-const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
-
-impl Guard {
-    /// `ready` is told after the first whole sweep, or where there is nothing to sweep.
-    pub(super) fn run(
-        &self,
-        mut program: Option<Program>,
-        ready: &(dyn Fn() + Sync),
-    ) -> Result<()> {
-        let Self { namespace, lead, .. } = self;
-        let span = tracing::info_span!("guard", netns = namespace.name());
-        let _entered = span.enter();
-        let (mut retry, mut is_missing) = (RETRY.0, false);
-        while !lead.is_stopping() {
-            let begun_with = namespace.identity();
-            if begun_with.is_none() || self.is_guarded_by_another() {
-                if !std::mem::replace(&mut is_missing, true) {
-                    self.say_missing(begun_with.is_some());
-                    ready();
-                }
-                lead.beat();
-                sleep(lead, COME_BACK)?;
-                continue;
-            }
-            is_missing = false;
-            let began = Instant::now();
-            // On a thread of its own, which would else keep a dead namespace alive.
-            let ended = thread::scope(|scope| {
-                let (span, program) = (&span, program.as_mut());
-                scope
-                    .spawn(move || span.in_scope(|| self.guard_present(program, ready)))
-                    .join()
-                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-            });
-            match ended {
-                Ok(Ended::Stopped) => {}
-                Err(error) if *namespace == Namespace::Own => return Err(error),
-                Err(error) if namespace.identity() == begun_with => {
-                    ready();
-                    retry = if began.elapsed() > RETRY.1 { RETRY.0 } else { retry };
-                    tracing::error!(%error, ?retry, "this namespace is not guarded");
-                    self.rest(retry)?;
-                    retry = (retry * 2).min(RETRY.1);
-                }
-                // Whatever failed, failed in a namespace that was on its way.
-                Ok(Ended::NamespaceChanged) | Err(_) => {
-                    tracing::warn!("a namespace has come or gone, starting anew");
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn say_missing(&self, is_double: bool) {
-        let name = self.name();
-        if is_double {
-            self.control.metrics.forget(&name);
-            tracing::info!("another name of a namespace that is guarded already");
-        } else {
-            self.control.metrics.expect(&name);
-            self.control.metrics.absent(&name);
-            tracing::warn!("no such namespace, waiting for it");
-        }
-    }
-
-    /// Waits, with signs of life.
-    fn rest(&self, time: Duration) -> Result<()> {
-        let until = Instant::now() + time;
-        while !self.lead.is_stopping() && Instant::now() < until {
-            self.lead.beat();
-            sleep(&self.lead, COME_BACK)?;
-        }
-        Ok(())
-    }
-
-    /// Whether its name is one more for the own namespace, or for one that is named before it.
-    fn is_guarded_by_another(&self) -> bool {
-        if self.namespace == Namespace::Own {
-            return false;
-        }
-        let identity = self.namespace.identity();
-        let live = self.control.live();
-        let mut before = live.namespaces.iter().take_while(|other| **other != self.namespace);
-        identity == self.control.own || before.any(|other| other.identity() == identity)
-    }
-
-    /// How metrics call it.
-    pub(super) fn name(&self) -> String {
-        name(&self.namespace)
-    }
-
-    /// Guards until the namespace goes.
-    fn guard_present(
-        &self,
-        program: Option<&mut Program>,
-        ready: &(dyn Fn() + Sync),
-    ) -> Result<Ended> {
-        let Self { namespace, lead, control, members } = self;
-        if control.foundation.realtime {
-            prefer_realtime();
-        }
-        let begun_with = namespace.identity();
-        namespace.enter()?;
-        let enforces = !control.foundation.dry_run;
-        let claim = if enforces { instance::claim("ctkeep")? } else { None };
-        if enforces && claim.is_none() {
-            tracing::warn!(
-                "the abstract socket \"ctkeep\" belongs to somebody who is no administrator \
-                 (ss -xlp): guarding all the same; a second instance would not be noticed"
-            );
-        }
-        let share = GuardMetrics::new(&control.metrics, &self.name());
-        let mut worker = Worker::open(control, members.as_ref(), share)?;
-        worker.claim = claim;
-        // A sweep of millions takes longer than the watchdog waits.
-        let alive = lead.clone();
-        worker.keeper.tables.conntrack.on_answer(move || alive.beat());
-        if enforces {
-            shield::remove_leftovers(&control.foundation.device);
-        }
-        if let Some(program) = program {
-            worker.desk.raise_shield(program, &worker.keeper.scope().ports)?;
-        }
-        while !lead.is_stopping() {
-            lead.beat();
-            match worker.sweep_first() {
-                Ok(()) => break,
-                Err(error) if error.is_unavailable() => return Err(error),
-                // A dump under churn, a moment without memory.
-                Err(error) => worker.note_failure(&error),
-            }
-            sleep(lead, COME_BACK)?;
-        }
-        tracing::info!(
-            ports = worker.keeper.scope().ports.len(),
-            held = worker.keeper.held().count(),
-            namespaces = worker.keeper.tables.sockets.members().len(),
-            dry_run = !enforces,
-            "ready"
-        );
-        ready();
-        while !lead.is_stopping() {
-            lead.beat();
-            let ready = worker.wait(lead)?;
-            worker.apply_settings(control.live());
-            worker.turn(ready);
-            if worker.is_due_to_check_namespaces() {
-                worker.desk.publish_shield(enforces);
-                let namespaces = worker.keeper.tables.sockets.members().len();
-                worker.desk.share.containers(namespaces);
-                if namespace.identity() != begun_with || self.is_guarded_by_another() {
-                    return Ok(Ended::NamespaceChanged);
-                }
-            }
-        }
-        worker.finish()?;
-        Ok(Ended::Stopped)
-    }
-}
-
-/// How metrics call the guard of a namespace.
-pub(super) fn name(namespace: &Namespace) -> String {
-    match namespace {
-        Namespace::Own => OWN.to_owned(),
-        Namespace::Named(name) => name.clone(),
-    }
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Ended {
-    Stopped,
-    NamespaceChanged,
-}
-
-/// Asks for SCHED_RR: bursts of traffic then do not put a repair off.
-fn prefer_realtime() {
-    let policy = ThreadSchedulePolicy::Realtime(RealtimeThreadSchedulePolicy::RoundRobin);
-    let lowest = ThreadPriorityValue::try_from(1_u8).map(ThreadPriority::Crossplatform);
-    let result = lowest.map_err(|error| error.to_string()).and_then(|priority| {
-        set_thread_priority_and_policy(thread_native_id(), priority, policy)
-            .map_err(|error| format!("{error:?}"))
-    });
-    match result {
-        Ok(()) => tracing::info!("real-time priority"),
-        Err(error) => tracing::warn!(error, "no real-time priority; it needs CAP_SYS_NICE"),
-    }
-}
-
-/// Sleeps for so long, or until told to stop.
-pub(super) fn sleep(lead: &Lead, time: Duration) -> Result<()> {
-    let mut fds = [PollFd::new(lead.as_fd(), PollFlags::POLLIN)];
-    wait_for(&mut fds, time)
-}
-
-/// Waits until one of these can be read, or for so long.
-pub(super) fn wait_for(fds: &mut [PollFd<'_>], time: Duration) -> Result<()> {
-    match ppoll(fds, Some(time.into()), None) {
-        Ok(_) | Err(Errno::EINTR) => Ok(()),
-        Err(errno) => Err(Op::new("wait for events").io(errno.into())),
-    }
-}
 
 /// Ends of sockets are read together: each socket of the namespace that ends is told, and a busy
 /// server would wake us for every connection.
@@ -263,7 +41,7 @@ const ENDS_REST: Duration = Duration::from_millis(20);
 
 /// What there is to read.
 #[derive(Clone, Copy, Debug)]
-struct Ready {
+pub(super) struct Ready {
     events: bool,
     devices: bool,
     question: bool,
@@ -272,9 +50,9 @@ struct Ready {
     ends: bool,
 }
 
-struct Worker<'p> {
-    keeper: Keeper,
-    desk: Desk<'p>,
+pub(super) struct Worker<'p> {
+    pub(super) keeper: Keeper,
+    pub(super) desk: Desk<'p>,
     /// The rules whose limits count these sockets, where they are followed.
     rules: Option<Rules>,
     /// Other namespaces whose connections are in this table.
@@ -286,14 +64,16 @@ struct Worker<'p> {
     /// This kernel does not tell them.
     ends_untold: bool,
     /// Where the audit asks.
-    claim: Option<UnixListener>,
+    pub(super) claim: Option<UnixListener>,
     sweep_failing: bool,
-    /// When the namespaces were last looked at.
-    checked: Instant,
 }
 
 impl<'p> Worker<'p> {
-    fn open(control: &Control, members: Option<&'p Members>, share: GuardMetrics) -> Result<Self> {
+    pub(super) fn open(
+        control: &Control,
+        members: Option<&'p Members>,
+        share: GuardMetrics,
+    ) -> Result<Self> {
         let (foundation, live, now) = (&control.foundation, control.live(), Instant::now());
         let recounter = open_recounter(foundation, now)?;
         let is_available = recounter.as_ref().is_none_or(|it| !it.ways().is_empty());
@@ -329,22 +109,11 @@ impl<'p> Worker<'p> {
             ends_untold,
             claim,
             sweep_failing,
-            checked: now,
         })
     }
 
-    /// Whether a second has passed since the last look at the namespaces.
-    fn is_due_to_check_namespaces(&mut self) -> bool {
-        let now = Instant::now();
-        let due = now - self.checked >= COME_BACK;
-        if due {
-            self.checked = now;
-        }
-        due
-    }
-
     /// Sleeps until there is something to do.
-    fn wait(&self, lead: &Lead) -> Result<Ready> {
+    pub(super) fn wait(&self, lead: &Lead) -> Result<Ready> {
         let now = Instant::now();
         let due = self.keeper.next_timeout().into_iter();
         let due = due.chain(self.rules.as_ref().and_then(Rules::next_timeout));
@@ -352,7 +121,7 @@ impl<'p> Worker<'p> {
         let due = due.chain(ends.map(|_| self.ends_rest).filter(|rest| *rest > now)).min();
         let due = due.map(|due| due.saturating_duration_since(now));
         // Signs of life and the namespaces want a turn now and then.
-        let time = due.unwrap_or(COME_BACK).min(COME_BACK);
+        let time = due.unwrap_or(TURN).min(TURN);
         let [events, packets] = self.desk.events.fds();
         let sources = [
             Some(lead.as_fd()),
@@ -378,7 +147,7 @@ impl<'p> Worker<'p> {
 
     /// One turn of the loop. What fails is tried again, be it refused: the kernel has granted all of
     /// it at the start.
-    fn turn(&mut self, ready: Ready) {
+    pub(super) fn turn(&mut self, ready: Ready) {
         let done = self.try_turn(ready);
         self.desk.sum_up();
         match done {
@@ -387,7 +156,7 @@ impl<'p> Worker<'p> {
         }
     }
 
-    fn note_failure(&mut self, error: &Error) {
+    pub(super) fn note_failure(&mut self, error: &Error) {
         if !self.sweep_failing {
             tracing::warn!(%error, "sweep failed, will be repeated");
         }
@@ -464,7 +233,7 @@ impl<'p> Worker<'p> {
     }
 
     /// The deep sweep of the start: what comes before it is not guarded.
-    fn sweep_first(&mut self) -> Result<()> {
+    pub(super) fn sweep_first(&mut self) -> Result<()> {
         if let Some(rules) = &self.rules {
             self.keeper.know_limits(rules.limits().cloned());
         }
@@ -584,7 +353,7 @@ impl<'p> Worker<'p> {
     }
 
     /// Works by these settings from now on.
-    fn apply_settings(&mut self, live: Arc<Live>) {
+    pub(super) fn apply_settings(&mut self, live: Arc<Live>) {
         if Arc::ptr_eq(&live, &self.desk.live) {
             return;
         }
@@ -594,7 +363,7 @@ impl<'p> Worker<'p> {
     }
 
     /// Gives held entries back, if that is wanted; else they live out their lease.
-    fn finish(&mut self) -> Result<()> {
+    pub(super) fn finish(&mut self) -> Result<()> {
         self.desk.say_done();
         if self.desk.live.on_exit == OnExit::Keep || self.desk.foundation.dry_run {
             return Ok(());
@@ -621,11 +390,6 @@ fn open_recounter(foundation: &Foundation, now: Instant) -> Result<Option<Recoun
         "opened"
     );
     Ok(recounter)
-}
-
-/// What this thread has cost so far: waiting, and being stopped, cost nothing.
-pub(super) fn cpu_time() -> Duration {
-    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
 }
 
 /// The timeout that the kernel itself gives an entry in this state.
