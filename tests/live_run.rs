@@ -71,6 +71,10 @@ fn a_reload_takes_a_port_in_and_a_broken_file_takes_none_away() {
     let conns = fool(&lab, &peer, 81);
     await_repair(&lab, &peer, 81, &conns, "after the reload");
 
+    fs::write(&path, "port = [80, 81]\nevents = \"off\"\ndefence = \"1\"\n").expect("a file");
+    hang_up(daemon.pid());
+    wait_for("the refusal", SOON, || daemon.logged("a change of events, defence takes a restart"));
+
     fs::write(&path, "port = [80, 81]\nsweep-interval = \"soon\"\n").expect("a file");
     hang_up(daemon.pid());
     wait_for("the refusal", SOON, || daemon.logged("sweep-interval"));

@@ -326,8 +326,8 @@ fn take_up(control: &Control, new: Result<Settings>) {
         tracing::info!("configuration reloaded");
     } else {
         tracing::error!(
-            "reload refused, keeping the old configuration: events, nflog group, \
-             follow-rules, recount, shield, device, defence, realtime, dry-run and metrics-listen take a restart"
+            "reload refused, keeping the old configuration: a change of {} takes a restart",
+            changed.join(", ")
         );
     }
 }
