@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::control::{Control, Lead};
 use super::members::Members;
-use super::thread::{prefer_realtime, sleep};
+use super::threads::{prefer_realtime, sleep};
 use super::worker::Worker;
 use crate::error::Result;
 use crate::host::instance;

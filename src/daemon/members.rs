@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags};
 
 use super::control::{Control, Lead, Wake};
-use super::thread;
+use super::threads;
 use crate::containers::{Member, find};
 use crate::error::Result;
 use crate::host::netns::Namespace;
@@ -157,11 +157,11 @@ impl Finder {
     fn wait(&mut self, lead: &Lead) -> Result<()> {
         let now = Instant::now();
         if now < self.restless {
-            return thread::sleep(lead, SOON);
+            return threads::sleep(lead, SOON);
         }
         let mut fds =
             [lead.as_fd(), self.devices.as_fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
-        thread::wait_for(&mut fds, LOOK)?;
+        threads::wait_for(&mut fds, LOOK)?;
         let has_changed = self.devices.changes().is_ok_and(|it| it.any || it.unknown);
         if has_changed {
             self.restless = Instant::now() + RESTLESS;
@@ -236,7 +236,7 @@ impl Finder {
         if !(has_lost || is_late || now < self.restless) || now < self.free_at {
             return;
         }
-        let worked = thread::cpu_time();
+        let worked = threads::cpu_time();
         match find::behind() {
             Ok(found) => {
                 if found.too_many && !std::mem::replace(&mut self.has_said_too_many, true) {
@@ -252,7 +252,7 @@ impl Finder {
             Err(error) => tracing::debug!(%error, "containers are not looked for"),
         }
         self.scanned = Some(now);
-        self.free_at = now + thread::cpu_time().saturating_sub(worked) * SHARE;
+        self.free_at = now + threads::cpu_time().saturating_sub(worked) * SHARE;
     }
 
     /// Whether containers are wanted and can be looked into; says once why not.

@@ -12,14 +12,14 @@ mod rules;
 mod service;
 mod settings;
 mod survey;
-mod thread;
+mod threads;
 mod worker;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::thread::Builder;
+use std::thread;
 use std::time::Duration;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -142,7 +142,7 @@ impl Team {
             let mut ending = Ending { name, news: news.clone(), result: None };
             ending.result = Some(work(&at_work, &news));
         };
-        let thread = Builder::new().name("worker".to_owned()).spawn(thread);
+        let thread = thread::Builder::new().name("worker".to_owned()).spawn(thread);
         thread.map(drop).map_err(|error| Op::new("start thread").io(error))
     }
 

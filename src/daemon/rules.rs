@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::thread::cpu_time;
+use super::threads::cpu_time;
 use crate::error::Result;
 use crate::firewall::Hook;
 use crate::firewall::limits::LimitRule;

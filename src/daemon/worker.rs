@@ -14,7 +14,7 @@ use super::desk::Desk;
 use super::members::Members;
 use super::rules::Rules;
 use super::survey;
-use super::thread::{cpu_time, wait_for};
+use super::threads::{cpu_time, wait_for};
 use super::{Foundation, Live, OnExit};
 use crate::audit::survey::SweepResult;
 use crate::conntrack::TcpState;

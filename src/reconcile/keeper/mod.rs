@@ -8,14 +8,16 @@
 mod checks;
 mod limits;
 mod look;
+mod repair;
+mod suspects;
 mod sweep;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::apply::{Outcome, apply, believed};
+use super::apply::{Outcome, believed};
 use super::backoff::BackOff;
 use super::checks::{Checked, Checks};
 use super::confirm::Confirmed;
@@ -27,23 +29,13 @@ use super::pressure::Defence;
 use super::timers::{Timer, Timers};
 use super::uncounted::Uncounted;
 use crate::conntrack::{Change, TcpState, Zone};
-use crate::error::{Error, Result};
-use crate::firewall::lists::Loss;
-use crate::flow::FourTuple;
+use crate::error::Result;
 use crate::netlink::{KernelSocket, Transport};
-use crate::recount::{Notrack, Recount, Recounter};
+use crate::recount::{Recount, Recounter};
 use crate::sockdiag::{Cookie, Lookup, Socket, State};
-use crate::watch::Suspect;
 
+use suspects::Deferred;
 pub use sweep::{Depth, Sweep};
-
-/// The event of a packet can come before TCP has processed it, so a repaired connection is looked
-/// at again this much later.
-const SECOND_LOOK: Duration = Duration::from_millis(3);
-
-/// An ordinary RST closes the entry a moment before TCP closes the socket: what an event makes of an
-/// open connection is looked at again this much later, and only then acted upon.
-const OPEN_LOOK: Duration = Duration::from_micros(500);
 
 /// Connections that are planned for and repaired at once.
 const PART: usize = 1024;
@@ -109,14 +101,6 @@ pub trait Witness {
     fn checked(&mut self, checked: Checked) {
         drop(checked);
     }
-}
-
-/// Connections to look at, in a moment.
-#[derive(Clone, Debug, Default)]
-struct Deferred {
-    /// When the first of them became known.
-    since: Option<Instant>,
-    lookups: HashSet<Lookup>,
 }
 
 /// Keeps the entries of one conntrack table right.
@@ -272,97 +256,6 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         }
     }
 
-    /// Looks again, where that is due, at what was just repaired or seemed to need it: the socket may
-    /// be gone by now.
-    ///
-    /// # Errors
-    /// A conversation broke: the next sweep finds what was not repaired.
-    pub fn look_again(&mut self, now: Instant, witness: &mut impl Witness) -> Result<()> {
-        for timer in [Timer::SecondLook, Timer::OpenLook] {
-            if !self.timers.take(timer, now) {
-                continue;
-            }
-            let Deferred { since, lookups } = std::mem::take(self.deferred(timer));
-            let (since, lookups) = (since.unwrap_or(now), lookups.into_iter().collect::<Vec<_>>());
-            let looked = self.look_at(&lookups, since, now, witness);
-            if looked.is_err() {
-                self.defer(timer, self.settings.sweep_interval, lookups, since, now);
-            }
-            looked?;
-        }
-        Ok(())
-    }
-
-    fn look_at(
-        &mut self,
-        lookups: &[Lookup],
-        since: Instant,
-        now: Instant,
-        witness: &mut impl Witness,
-    ) -> Result<()> {
-        let snapshot = self.tables.exactly(lookups, &self.ledger)?;
-        self.ledger.settle(&snapshot);
-        let confirmed = self.confirmed(&snapshot);
-        self.carry_out(confirmed, Trigger::Event, since, now, witness)
-    }
-
-    /// What an event source has seen, by connections of the server. `since` is when the first of
-    /// them became known.
-    ///
-    /// # Errors
-    /// A conversation broke: the next sweep finds what was not repaired.
-    pub fn suspects(
-        &mut self,
-        suspects: HashMap<FourTuple, Suspect>,
-        since: Instant,
-        now: Instant,
-        witness: &mut impl Witness,
-    ) -> Result<()> {
-        let mut suspects = self.tables.as_their_sockets_see_them(suspects, &self.ledger)?;
-        suspects.retain(|flow, _| self.scope.contains(&self.settings.policy, *flow));
-        if suspects.is_empty() {
-            return Ok(());
-        }
-        // A held socket's device is known; any other's can be that of the packet.
-        let lookup = |suspect: &Suspect| Lookup {
-            flow: suspect.flow,
-            interface: self.ledger.interface(suspect.flow).unwrap_or(suspect.interface),
-        };
-        let lookups: Vec<_> = suspects.values().map(lookup).collect();
-        let snapshot = self.tables.exactly(&lookups, &self.ledger)?;
-        let recent: HashSet<_> =
-            self.second_look.lookups.iter().map(|lookup| lookup.flow).collect();
-        for view in snapshot.views.iter() {
-            let destroyed = suspects.get(&view.flow).map(|suspect| suspect.destroyed);
-            match (view.socket, destroyed) {
-                // A destroyed entry is known from its last event alone.
-                (Some(socket), Some(Some(entry))) if self.ledger.last_entry(&socket).is_none() => {
-                    self.ledger.remember(&socket, entry);
-                }
-                // Perhaps it closed the entry in the midst of its repair.
-                (Some(socket), Some(None))
-                    if recent.contains(&view.flow)
-                        && self.ledger.notrack(&socket) != Some(Notrack::FinsAndRsts) =>
-                {
-                    self.ledger.distrust(&socket);
-                }
-                _ => {}
-            }
-        }
-        self.hasten_deep_sweep(&snapshot);
-        let mut confirmed = self.confirmed(&snapshot);
-        let open =
-            |action: &Action| action.view.socket.filter(|socket| socket.state != State::CloseWait);
-        let lookups = confirmed.actions().iter().filter_map(open).map(|it| Lookup::from(&it));
-        let lookups: Vec<_> = lookups.collect();
-        if !confirmed.actions().is_empty() {
-            self.no_questions_before(now + checks::QUIET);
-        }
-        self.defer(Timer::OpenLook, OPEN_LOOK, lookups, since, now);
-        confirmed.retain(|action| open(action).is_none());
-        self.carry_out(confirmed, Trigger::Event, since, now, witness)
-    }
-
     /// Events were lost: everything must be looked at, at once.
     pub fn events_lost(&mut self, now: Instant) {
         self.timers.set(Timer::Deep, now);
@@ -439,143 +332,5 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             action.kind != ActionKind::Release || self.ledger.holds_flow(action.view.flow)
         });
         confirmed
-    }
-
-    /// Carries a plan out and arranges the second look.
-    fn carry_out(
-        &mut self,
-        mut confirmed: Confirmed,
-        trigger: Trigger,
-        since: Instant,
-        now: Instant,
-        witness: &mut impl Witness,
-    ) -> Result<()> {
-        for socket in confirmed.opened_here() {
-            self.ledger.remember_own(socket);
-        }
-        if self.may_not_insert(now) {
-            confirmed.retain(|action| action.kind != ActionKind::Reinsert);
-        }
-        if confirmed.actions().is_empty() {
-            return Ok(());
-        }
-        let settings = self.settings.clone();
-        if settings.dry_run {
-            witness.planned(confirmed.actions(), trigger);
-            return Ok(());
-        }
-        if self.recounter.is_none() {
-            confirmed.retain(|action| action.kind != ActionKind::Recount);
-        }
-        let withheld = self.withheld(confirmed.actions())?;
-        let is_withheld = |action: &Action| {
-            let socket = action.view.socket.filter(|_| action.kind.needs_recount());
-            socket.is_some_and(|socket| withheld.contains(&socket.cookie))
-        };
-        let mut in_place = confirmed.clone();
-        in_place.retain(is_withheld);
-        confirmed.retain(|action| !is_withheld(action));
-        let recounter = &mut self.recounter;
-        let (tables, ledger) = (&mut self.tables, &mut self.ledger);
-        let policy = &settings.policy;
-        let applied =
-            apply(tables, recounter, &confirmed, policy, ledger, now).and_then(|mut all| {
-                if !in_place.actions().is_empty() {
-                    all.extend(apply(tables, &mut None::<R>, &in_place, policy, ledger, now)?);
-                }
-                Ok(all)
-            });
-        self.note_not_shown(in_place.actions().iter());
-        let outcomes = match applied {
-            Ok(outcomes) => outcomes,
-            Err(error) => {
-                self.note_not_shown(confirmed.actions().iter());
-                return Err(error);
-            }
-        };
-        let table_full = self.note_full_table(&outcomes, now);
-        self.note_repairs(&outcomes, trigger, now);
-        let failed = outcomes.iter().filter(|outcome| outcome.result.is_err());
-        self.note_not_shown(failed.map(|outcome| &outcome.action));
-        self.note_shown(&outcomes, now);
-        self.attend_repaired(&outcomes, now);
-        witness.acted(Acted { outcomes, trigger, since, table_full });
-        Ok(())
-    }
-
-    /// Repairs that were broken off: an entry may be back, and look well, of which no limit has been
-    /// shown the connection.
-    fn note_not_shown<'a>(&mut self, actions: impl Iterator<Item = &'a Action>) {
-        let repairs = actions.filter(|action| action.kind.needs_recount());
-        for socket in repairs.filter_map(|action| action.view.socket) {
-            self.ledger.set_uncounted(&socket, Loss::Unknown);
-        }
-    }
-
-    /// Remembers what was repaired, against its source and for a second look.
-    fn note_repairs(&mut self, outcomes: &[Outcome], trigger: Trigger, now: Instant) {
-        let mut again = Vec::new();
-        let mut fooled_open = false;
-        for outcome in outcomes.iter().filter(|outcome| outcome.result.is_ok()) {
-            if outcome.action.kind.needs_recount()
-                && let Some(socket) = outcome.action.view.socket
-            {
-                // Forgetting (a flush, an idle timeout, an early drop) is nobody's offence.
-                if outcome.action.reason.is_fooled() {
-                    fooled_open |= socket.state == State::Established;
-                    let source = socket.remote.addr();
-                    let hardened = self.ledger.pressure().hardens(source);
-                    self.ledger.pressure_mut().repaired(source, now);
-                    if !hardened && self.ledger.pressure().hardens(source) {
-                        self.hardened.insert(source);
-                    }
-                }
-                again.push(Lookup::from(&socket));
-            }
-        }
-        if fooled_open && trigger == Trigger::Event {
-            self.hasten_deep();
-        }
-        self.defer(Timer::SecondLook, SECOND_LOOK, again, now, now);
-    }
-
-    fn note_full_table(&mut self, outcomes: &[Outcome], now: Instant) -> Option<Duration> {
-        let refused = |outcome: &Outcome| outcome.result.as_ref().is_err_and(Error::is_table_full);
-        if outcomes.iter().any(refused) {
-            return self.back_off.failed(now);
-        }
-        let is_inserted = |outcome: &Outcome| {
-            outcome.result.is_ok() && outcome.action.kind == ActionKind::Reinsert
-        };
-        if outcomes.iter().any(is_inserted) {
-            self.back_off.succeeded();
-        }
-        None
-    }
-
-    /// Adds to what waits for `timer`, which keeps its time.
-    fn defer(
-        &mut self,
-        timer: Timer,
-        delay: Duration,
-        lookups: Vec<Lookup>,
-        since: Instant,
-        now: Instant,
-    ) {
-        if lookups.is_empty() {
-            return;
-        }
-        self.timers.hasten(timer, now + delay);
-        let deferred = self.deferred(timer);
-        deferred.since.get_or_insert(since);
-        deferred.lookups.extend(lookups);
-    }
-
-    fn deferred(&mut self, timer: Timer) -> &mut Deferred {
-        if timer == Timer::OpenLook { &mut self.open_look } else { &mut self.second_look }
-    }
-
-    fn may_not_insert(&self, now: Instant) -> bool {
-        self.back_off.rests(now) || !self.ledger.pressure().allows_inserts()
     }
 }

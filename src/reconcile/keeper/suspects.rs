@@ -1,0 +1,145 @@
+//! What events name, looked at at once and again a moment later.
+
+use std::collections::{HashMap, HashSet};
+use std::time::{Duration, Instant};
+
+use super::{Keeper, Trigger, Witness, checks};
+use crate::error::Result;
+use crate::flow::FourTuple;
+use crate::netlink::Transport;
+use crate::reconcile::plan::Action;
+use crate::reconcile::timers::Timer;
+use crate::recount::{Notrack, Recount};
+use crate::sockdiag::{Lookup, State};
+use crate::watch::Suspect;
+
+/// The event of a packet can come before TCP has processed it, so a repaired connection is looked
+/// at again this much later.
+pub(super) const SECOND_LOOK: Duration = Duration::from_millis(3);
+
+/// An ordinary RST closes the entry a moment before TCP closes the socket: what an event makes of an
+/// open connection is looked at again this much later, and only then acted upon.
+const OPEN_LOOK: Duration = Duration::from_micros(500);
+
+/// Connections to look at, in a moment.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Deferred {
+    /// When the first of them became known.
+    since: Option<Instant>,
+    pub(super) lookups: HashSet<Lookup>,
+}
+
+impl<T: Transport, R: Recount> Keeper<T, R> {
+    /// Looks again, where that is due, at what was just repaired or seemed to need it: the socket may
+    /// be gone by now.
+    ///
+    /// # Errors
+    /// A conversation broke: the next sweep finds what was not repaired.
+    pub fn look_again(&mut self, now: Instant, witness: &mut impl Witness) -> Result<()> {
+        for timer in [Timer::SecondLook, Timer::OpenLook] {
+            if !self.timers.take(timer, now) {
+                continue;
+            }
+            let Deferred { since, lookups } = std::mem::take(self.deferred(timer));
+            let (since, lookups) = (since.unwrap_or(now), lookups.into_iter().collect::<Vec<_>>());
+            let looked = self.look_at(&lookups, since, now, witness);
+            if looked.is_err() {
+                self.defer(timer, self.settings.sweep_interval, lookups, since, now);
+            }
+            looked?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn look_at(
+        &mut self,
+        lookups: &[Lookup],
+        since: Instant,
+        now: Instant,
+        witness: &mut impl Witness,
+    ) -> Result<()> {
+        let snapshot = self.tables.exactly(lookups, &self.ledger)?;
+        self.ledger.settle(&snapshot);
+        let confirmed = self.confirmed(&snapshot);
+        self.carry_out(confirmed, Trigger::Event, since, now, witness)
+    }
+
+    /// What an event source has seen, by connections of the server. `since` is when the first of
+    /// them became known.
+    ///
+    /// # Errors
+    /// A conversation broke: the next sweep finds what was not repaired.
+    pub fn suspects(
+        &mut self,
+        suspects: HashMap<FourTuple, Suspect>,
+        since: Instant,
+        now: Instant,
+        witness: &mut impl Witness,
+    ) -> Result<()> {
+        let mut suspects = self.tables.as_their_sockets_see_them(suspects, &self.ledger)?;
+        suspects.retain(|flow, _| self.scope.contains(&self.settings.policy, *flow));
+        if suspects.is_empty() {
+            return Ok(());
+        }
+        // A held socket's device is known; any other's can be that of the packet.
+        let lookup = |suspect: &Suspect| Lookup {
+            flow: suspect.flow,
+            interface: self.ledger.interface(suspect.flow).unwrap_or(suspect.interface),
+        };
+        let lookups: Vec<_> = suspects.values().map(lookup).collect();
+        let snapshot = self.tables.exactly(&lookups, &self.ledger)?;
+        let recent: HashSet<_> =
+            self.second_look.lookups.iter().map(|lookup| lookup.flow).collect();
+        for view in snapshot.views.iter() {
+            let destroyed = suspects.get(&view.flow).map(|suspect| suspect.destroyed);
+            match (view.socket, destroyed) {
+                // A destroyed entry is known from its last event alone.
+                (Some(socket), Some(Some(entry))) if self.ledger.last_entry(&socket).is_none() => {
+                    self.ledger.remember(&socket, entry);
+                }
+                // Perhaps it closed the entry in the midst of its repair.
+                (Some(socket), Some(None))
+                    if recent.contains(&view.flow)
+                        && self.ledger.notrack(&socket) != Some(Notrack::FinsAndRsts) =>
+                {
+                    self.ledger.distrust(&socket);
+                }
+                _ => {}
+            }
+        }
+        self.hasten_deep_sweep(&snapshot);
+        let mut confirmed = self.confirmed(&snapshot);
+        let open =
+            |action: &Action| action.view.socket.filter(|socket| socket.state != State::CloseWait);
+        let lookups = confirmed.actions().iter().filter_map(open).map(|it| Lookup::from(&it));
+        let lookups: Vec<_> = lookups.collect();
+        if !confirmed.actions().is_empty() {
+            self.no_questions_before(now + checks::QUIET);
+        }
+        self.defer(Timer::OpenLook, OPEN_LOOK, lookups, since, now);
+        confirmed.retain(|action| open(action).is_none());
+        self.carry_out(confirmed, Trigger::Event, since, now, witness)
+    }
+
+    /// Adds to what waits for `timer`, which keeps its time.
+    pub(super) fn defer(
+        &mut self,
+        timer: Timer,
+        delay: Duration,
+        lookups: Vec<Lookup>,
+        since: Instant,
+        now: Instant,
+    ) {
+        if lookups.is_empty() {
+            return;
+        }
+        self.timers.hasten(timer, now + delay);
+        let deferred = self.deferred(timer);
+        deferred.since.get_or_insert(since);
+        deferred.lookups.extend(lookups);
+    }
+
+    pub(super) fn deferred(&mut self, timer: Timer) -> &mut Deferred {
+        if timer == Timer::OpenLook { &mut self.open_look } else { &mut self.second_look }
+    }
+}
