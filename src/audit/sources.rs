@@ -331,17 +331,22 @@ fn gather(
         if !is_open && !is_counted {
             continue;
         }
-        for hit in &plays.of(&view).hits {
+        let played = plays.of(&view);
+        // A list without room, and one that loses what is not tracked, measure nobody.
+        let hits = || played.hits.iter().filter(|hit| hit.counts == Counts::Yes);
+        for (at, hit) in hits().enumerate() {
             let Some(index) = plays.rule(hit, &view) else { continue };
-            // A list without room, and one that loses what is not tracked, measure nobody.
-            if hit.counts != Counts::Yes {
+            // By two rules of one list a socket is no second socket.
+            let is_same = |other: &&Hit| (other.list, &other.group) == (hit.list, &hit.group);
+            if hits().take(at).any(|other| is_same(&other)) {
                 continue;
             }
+            let certainty = hits().filter(is_same).map(|hit| hit.certainty).max();
             let peer = view.flow.dst.addr();
             // Where it cannot be told what is counted together, it is at least one source.
             let apart = hit.group.is_none().then_some(peer);
             let group = (hit.list, hit.group.clone(), apart);
-            let is_sure = hit.certainty > Certainty::Perhaps && apart.is_none();
+            let is_sure = certainty > Some(Certainty::Perhaps) && apart.is_none();
             if is_open && is_sure {
                 note(&group, &view);
             }

@@ -1,9 +1,6 @@
 //! The questions that xt matches ask, whether they come from a blob or from a saved text. Pure.
 
-use std::net::IpAddr;
 use std::sync::Arc;
-
-use ipnet::IpNet;
 
 use super::packet::{native, padded};
 use super::set::{Element, Set};
@@ -59,20 +56,6 @@ pub(super) fn ports(value: Operand, ranges: &[(u16, u16)], is: bool) -> Test {
     };
     let set = Set::new("", ranges.iter().map(element).collect(), None);
     Test::In { values: vec![value], set: Arc::new(set), is }
-}
-
-/// An address of a network.
-pub(super) fn network(side: Side, net: IpNet, is: bool) -> Test {
-    let value = side.address(net.addr().is_ipv4());
-    let number = |addr: IpAddr| match addr {
-        IpAddr::V4(addr) => u128::from(addr.to_bits()),
-        IpAddr::V6(addr) => addr.to_bits(),
-    };
-    let mask = number(net.netmask());
-    let with = Bits::number(number(net.addr()) & mask, value.length);
-    let whole = usize::from(net.prefix_len()) == 8 * usize::try_from(value.length).unwrap_or(0);
-    let value = if whole { value } else { value.masked(mask) };
-    Test::equals(value, with).not_if(!is)
 }
 
 /// An address between two.

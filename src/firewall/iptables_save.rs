@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use super::ask::{self, Side, asks};
 use super::rule::{Counting, Threshold};
-use super::value::{Field, Operand};
+use super::value::{Bits, Field, Operand};
 use super::{Base, Chain, Family, Hook, Outcome, Rule, Step, Test, xt};
 
 /// The chains in saved rules of `family`; lines that it does not know are passed over.
@@ -146,8 +146,9 @@ impl<'w> Line<'w> {
             }
             "-s" | "-d" => {
                 let side = if word == "-s" { Side::Source } else { Side::Destination };
-                let test = self.next().parse().ok().map(|net| ask::network(side, net, is));
-                self.ask(test);
+                let value = side.address(self.ipv4);
+                let test = network(value, self.next());
+                self.ask(test.map(|test| test.not_if(!is)));
             }
             "-o" => {
                 self.next();
@@ -233,6 +234,15 @@ impl<'w> Line<'w> {
                 let ranges = ports(self.next());
                 self.ask(Some(ask::ports(Operand::plain(field, 2), &ranges, is)));
             }
+            ("conntrack", "--ctorigsrc" | "--ctorigdst") => {
+                let field = match word {
+                    "--ctorigsrc" => Field::CtSource(true),
+                    _ => Field::CtDestination(true),
+                };
+                let length = if self.ipv4 { 4 } else { 16 };
+                let test = network(Operand::plain(field, length), self.next());
+                self.ask(test.map(|test| test.not_if(!is)));
+            }
             ("addrtype", "--src-type" | "--dst-type") => {
                 let side = if word == "--src-type" { Side::Source } else { Side::Destination };
                 let kinds = address_types(self.next());
@@ -259,7 +269,8 @@ impl<'w> Line<'w> {
                     self.ask(Some(Test::Never));
                 }
             }
-            ("recent", "--set") => self.asked.push("recent"),
+            // Setting always matches.
+            ("recent", "--set") if is => self.asked.push("recent"),
             _ => return false,
         }
         true
@@ -317,6 +328,23 @@ fn protocol(name: &str) -> u8 {
         "udplite" => 136,
         other => other.parse().unwrap_or(u8::MAX),
     }
+}
+
+/// `192.0.2.0/24`, `192.0.2.0/255.255.255.0`, or with a mask that is no prefix.
+fn network(value: Operand, text: &str) -> Option<Test> {
+    let (addr, mask) = text.split_once('/').unwrap_or((text, ""));
+    let with = Bits::of(&bytes(addr)?);
+    let all = Bits::number(u128::MAX, value.length).value()?;
+    let mask = match mask.parse::<u32>() {
+        _ if mask.is_empty() => all,
+        Ok(prefix) => all & !all.checked_shr(prefix).unwrap_or(0),
+        Err(_) => Bits::of(&bytes(mask)?).value()?,
+    };
+    if with.length() != value.length {
+        return None;
+    }
+    let value = if mask == all { value } else { value.masked(mask) };
+    Some(Test::equals(value, with.masked(mask, 0)))
 }
 
 fn ports(list: &str) -> Vec<(u16, u16)> {

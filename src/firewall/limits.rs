@@ -403,7 +403,11 @@ impl<'r> Walk<'_, 'r, '_> {
                     return matches == *path && limited.is_none() && *outcome == Outcome::Return
                         || matches == *path && matches!(outcome, Outcome::Goto(_));
                 }
-                Step::Remove(_) | Step::SetMark(_) | Step::SetCtMark(_) | Step::Log => {}
+                Step::Remove(_)
+                | Step::SetMark(_)
+                | Step::SetCtMark(_)
+                | Step::Write(_)
+                | Step::Log => {}
             }
         }
         false

@@ -243,7 +243,7 @@ impl<T: Transport> Machine<'_, T> {
         let name = expression.text(NFTA_EXPR_NAME).unwrap_or_default();
         let data = expression.nest(NFTA_EXPR_DATA).unwrap_or(Attributes(&[]));
         match name.as_str() {
-            "payload" => self.load(data.number(NFTA_PAYLOAD_DREG), payload(data)),
+            "payload" => self.payload(data),
             "meta" => self.meta(data),
             "ct" => self.ct(data),
             "fib" => self.load(data.number(NFTA_FIB_DREG), fib(data)),
@@ -275,13 +275,16 @@ impl<T: Transport> Machine<'_, T> {
             "limit" | "quota" => self.ask(Test::Rate(name)),
             "log" => self.steps.push(Step::Log),
             "counter" | "dup" | "last" | "tproxy" | "flow_offload" => {}
-            // A socket look-up, a route, an option: they load a value, all in attribute 1.
-            _ => {
-                self.load(data.number(NFTA_META_DREG), unknown(4));
-                if !LOADS.contains(&name.as_str()) {
-                    self.ask(Test::Unclear(name));
+            _ => match LOADS.iter().find(|(known, _)| *known == name) {
+                Some((_, register)) => self.load_anything(data.number(*register)),
+                None => {
+                    self.registers.clear();
+                    // It looks into a tunnel, and loads what it finds there.
+                    if name != "inner" {
+                        self.ask(Test::Unclear(name));
+                    }
                 }
-            }
+            },
         }
         Ok(())
     }
@@ -301,6 +304,19 @@ impl<T: Transport> Machine<'_, T> {
         self.registers
             .retain(|at, old| *at >= end || at.saturating_add(old.length.div_ceil(4)) <= first);
         self.registers.insert(first, value);
+    }
+
+    /// A value that cannot be told, of any length.
+    fn load_anything(&mut self, destination: Option<u32>) {
+        let Some(first) = destination.map(slot) else { return };
+        self.registers.retain(|at, old| at.saturating_add(old.length.div_ceil(4)) <= first);
+    }
+
+    fn payload(&mut self, data: Attributes<'_>) {
+        match data.number(NFTA_PAYLOAD_SREG) {
+            Some(_) => self.steps.push(Step::Write(payload(data))),
+            None => self.load(data.number(NFTA_PAYLOAD_DREG), payload(data)),
+        }
     }
 
     /// The value in the registers from `register` on, `length` bytes.
@@ -343,7 +359,7 @@ impl<T: Transport> Machine<'_, T> {
             Some(NFT_META_L4PROTO) => Operand::plain(Field::L4Proto, 1),
             // PACKET_HOST: what is for this host, or routed by it.
             Some(NFT_META_PKTTYPE) => Operand::plain(Field::Constant(0), 1),
-            _ => unknown(4),
+            _ => return self.load_anything(data.number(NFTA_META_DREG)),
         };
         self.load(data.number(NFTA_META_DREG), value);
     }
@@ -370,7 +386,7 @@ impl<T: Transport> Machine<'_, T> {
             Some(NFT_CT_DST_IP) => Operand::plain(Field::CtDestination(original), 4),
             Some(NFT_CT_SRC_IP6) => Operand::plain(Field::CtSource(original), 16),
             Some(NFT_CT_DST_IP6) => Operand::plain(Field::CtDestination(original), 16),
-            _ => unknown(4),
+            _ => return self.load_anything(data.number(NFTA_CT_DREG)),
         };
         self.load(data.number(NFTA_CT_DREG), value);
     }
@@ -395,7 +411,13 @@ impl<T: Transport> Machine<'_, T> {
     fn byteorder(&mut self, data: Attributes<'_>) {
         let length = data.number(NFTA_BYTEORDER_LEN).unwrap_or(4);
         let mut value = self.value(data.number(NFTA_BYTEORDER_SREG), length);
-        let is_whole = data.number(NFTA_BYTEORDER_SIZE) == Some(length);
+        let size = data.number(NFTA_BYTEORDER_SIZE);
+        let is_in_place = data.number(NFTA_BYTEORDER_SREG) == data.number(NFTA_BYTEORDER_DREG);
+        // nft has it for protocols of one byte in ranges: the kernel turns whole words alone.
+        if length == 1 && size != Some(1) && is_in_place {
+            return;
+        }
+        let is_whole = size == Some(length);
         let change = match cfg!(target_endian = "little") {
             true if is_whole => Change::Swap,
             true => Change::Lost,
@@ -553,9 +575,17 @@ fn used(object: &RawObject) -> Option<Step> {
     }
 }
 
-/// Expressions that load a value and ask nothing.
-const LOADS: [&str; 9] =
-    ["exthdr", "hash", "numgen", "osf", "rt", "socket", "tunnel", "xfrm", "inner"];
+/// Expressions that load a value and ask nothing, each with the attribute of its register.
+const LOADS: [(&str, u16); 8] = [
+    ("exthdr", NFTA_EXTHDR_DREG),
+    ("hash", NFTA_HASH_DREG),
+    ("numgen", NFTA_NG_DREG),
+    ("osf", NFTA_OSF_DREG),
+    ("rt", NFTA_RT_DREG),
+    ("socket", NFTA_SOCKET_DREG),
+    ("tunnel", NFTA_TUNNEL_DREG),
+    ("xfrm", NFTA_XFRM_DREG),
+];
 
 fn unknown(length: u32) -> Operand {
     Operand::plain(Field::Unknown, length)

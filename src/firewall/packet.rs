@@ -89,6 +89,8 @@ pub struct Packet<'s> {
     pub mark: Bits,
     /// The mark of its entry.
     pub ct_mark: Bits,
+    /// Bytes of its headers that rules have made others, by where they begin.
+    pub written: Vec<(Field, u32)>,
 }
 
 impl<'s> Packet<'s> {
@@ -101,6 +103,7 @@ impl<'s> Packet<'s> {
             is_tracked: Some(true),
             mark: Bits::unknown(4),
             ct_mark: Bits::number(0, 4),
+            written: Vec::new(),
         }
     }
 
@@ -115,6 +118,9 @@ impl<'s> Packet<'s> {
 
     /// Some bytes of it, or of what the kernel knows of it.
     pub fn field(&self, field: Field, length: u32) -> Bits {
+        if self.is_written(field, length) {
+            return Bits::unknown(length);
+        }
         let is_ipv4 = self.syn.source.is_ipv4();
         let by_family = |ipv4, ipv6| Bits::number(if is_ipv4 { ipv4 } else { ipv6 }, length);
         // Where one direction mirrors the other.
@@ -161,6 +167,20 @@ impl<'s> Packet<'s> {
             Field::Constant(value) => Bits::number(value, length),
             _ => Bits::unknown(length),
         }
+    }
+
+    /// Whether a rule has written to these bytes, or to what they come from.
+    fn is_written(&self, field: Field, length: u32) -> bool {
+        let meets = |from: u32, size: u32, at: u32| {
+            from < at.saturating_add(length) && at < from.saturating_add(size)
+        };
+        self.written.iter().any(|(written, size)| match (*written, field) {
+            (Field::Ip(from), Field::Ip(at)) | (Field::Tcp(from), Field::Tcp(at)) => {
+                meets(from, *size, at)
+            }
+            (_, Field::DestinationType | Field::SourceType) => true,
+            (_, other) => other.is_of_entry() && other != Field::CtMark,
+        })
     }
 
     /// State bits and which of them are known.

@@ -153,7 +153,8 @@ impl<'r> Player<'r> {
             for step in chain.rules.iter().flat_map(|rule| &rule.steps) {
                 let (is_telling, targets) = match step {
                     Step::Count(_) | Step::Add(_) | Step::Remove(_) => (true, Vec::new()),
-                    Step::SetMark(_) | Step::SetCtMark(_) | Step::Notrack => (true, Vec::new()),
+                    Step::SetMark(_) | Step::SetCtMark(_) => (true, Vec::new()),
+                    Step::Write(_) | Step::Notrack => (true, Vec::new()),
                     Step::Verdict(outcome) => (*outcome == Outcome::Synproxy, vec![outcome]),
                     Step::Test(Test::In { set, .. }) => (has_limits(set), Vec::new()),
                     Step::Map(_, set) => {
@@ -481,6 +482,10 @@ impl<'r> Run<'_, 'r, '_, '_> {
                 Step::SetCtMark(value) => {
                     let bits = self.set_to(value.as_ref(), reach.and(passed));
                     self.packet.ct_mark = bits;
+                    Answer::Yes
+                }
+                Step::Write(bytes) => {
+                    self.packet.written.push((bytes.field, bytes.length));
                     Answer::Yes
                 }
                 Step::Notrack => {

@@ -140,6 +140,8 @@ pub enum Step {
     SetMark(Option<Operand>),
     /// The same for the entry's mark.
     SetCtMark(Option<Operand>),
+    /// These bytes of its headers become others.
+    Write(Operand),
     /// Not tracked.
     Notrack,
     /// Written to a log.

@@ -95,6 +95,15 @@ pub(crate) const NFT_REG32_00: u32 = 8;
 pub(crate) const NFTA_IMMEDIATE_DREG: u16 = 1;
 pub(crate) const NFTA_IMMEDIATE_DATA: u16 = 2;
 
+pub(crate) const NFTA_EXTHDR_DREG: u16 = 1;
+pub(crate) const NFTA_HASH_DREG: u16 = 2;
+pub(crate) const NFTA_NG_DREG: u16 = 1;
+pub(crate) const NFTA_OSF_DREG: u16 = 1;
+pub(crate) const NFTA_RT_DREG: u16 = 1;
+pub(crate) const NFTA_SOCKET_DREG: u16 = 2;
+pub(crate) const NFTA_TUNNEL_DREG: u16 = 2;
+pub(crate) const NFTA_XFRM_DREG: u16 = 1;
+
 pub(crate) const NFTA_META_DREG: u16 = 1;
 pub(crate) const NFTA_META_KEY: u16 = 2;
 pub(crate) const NFTA_META_SREG: u16 = 3;
@@ -129,6 +138,7 @@ pub(crate) const NFTA_PAYLOAD_DREG: u16 = 1;
 pub(crate) const NFTA_PAYLOAD_BASE: u16 = 2;
 pub(crate) const NFTA_PAYLOAD_OFFSET: u16 = 3;
 pub(crate) const NFTA_PAYLOAD_LEN: u16 = 4;
+pub(crate) const NFTA_PAYLOAD_SREG: u16 = 5;
 pub(crate) const NFT_PAYLOAD_NETWORK_HEADER: u32 = 1;
 pub(crate) const NFT_PAYLOAD_TRANSPORT_HEADER: u32 = 2;
 
