@@ -36,6 +36,11 @@ test: test-tools
 	$(CARGO) test --locked --no-run
 	$(AS_ROOT) $(CARGO) test --locked
 
+# Thousands of random rule sets, played and tried on the running kernel; CTKEEP_RULE_SETS says how many.
+play-test:
+	$(CARGO) test --locked --no-run --test play_rules
+	$(AS_ROOT) $(CARGO) test --locked --test play_rules -- --ignored --nocapture thousands
+
 # The core of the live tests on other kernels, in QEMU.
 test-kernels: shield-tools kernel-tools
 	CARGO="$(CARGO)" tests/kernels/run.sh $(KERNELS)

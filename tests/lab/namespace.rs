@@ -129,7 +129,8 @@ impl Namespace {
         self.try_feed(line, "")
     }
 
-    pub(super) fn try_feed(&self, line: &str, input: &str) -> Result<String, String> {
+    /// The same; an error where the command fails.
+    pub fn try_feed(&self, line: &str, input: &str) -> Result<String, String> {
         let output = self.execute(line, input).map_err(|error| format!("{line}: {error}"))?;
         if output.status.success() {
             Ok(String::from_utf8_lossy(&output.stdout).into_owned())

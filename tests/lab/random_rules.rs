@@ -5,6 +5,8 @@
 use std::fmt::Write;
 use std::net::Ipv4Addr;
 
+use crate::vocabulary;
+
 /// The server's addresses.
 pub const SERVERS: [Ipv4Addr; 2] = [Ipv4Addr::new(192, 0, 2, 1), Ipv4Addr::new(192, 0, 2, 2)];
 /// Its ports.
@@ -65,7 +67,7 @@ impl Random {
 fn nft_match(random: &mut Random) -> String {
     let (source, other, port, not) =
         (random.source(), random.source(), random.port(), random.not());
-    match random.below(36) {
+    match random.below(44) {
         0 | 1 => format!("ip saddr {not}{source}"),
         2 => format!("ip saddr {not}198.51.100.128/25"),
         3 => format!("ip saddr {not}203.0.113.0-203.0.113.{}", random.below(64)),
@@ -100,7 +102,8 @@ fn nft_match(random: &mut Random) -> String {
         32 => format!("fib daddr type {not}local"),
         33 => format!("meta mark {not}0x{}", 1 + random.below(3)),
         34 => format!("iifname . ip saddr {not}{{ \"eth0\" . {source}, \"lo\" . {other} }}"),
-        _ => "ip protocol tcp".to_owned(),
+        35 => "ip protocol tcp".to_owned(),
+        _ => random.one(vocabulary::NFT_TOLD).to_owned(),
     }
 }
 
@@ -262,7 +265,7 @@ fn rules(random: &mut Random, text: &mut String, last: usize, chain: usize) {
 fn xt_match(random: &mut Random) -> String {
     let not = if random.chance(25) { "! " } else { "" };
     let (source, port) = (random.source(), random.port());
-    match random.below(22) {
+    match random.below(27) {
         0 | 1 => format!("{not}-s {source}/32"),
         2 => format!("{not}-s 198.51.100.128/25"),
         3 => format!("{not}-d {}/32", SERVERS[random.below(2)]),
@@ -282,7 +285,8 @@ fn xt_match(random: &mut Random) -> String {
         18 => format!("-m addrtype {not}--dst-type LOCAL"),
         19 => format!("-p tcp -m conntrack {not}--ctorigdstport {port} --ctdir ORIGINAL"),
         20 => format!("-m mark {not}--mark 0x{}", 1 + random.below(3)),
-        _ => "-m state --state NEW".to_owned(),
+        21 => "-m state --state NEW".to_owned(),
+        _ => random.one(vocabulary::XT_TOLD).to_owned(),
     }
 }
 
