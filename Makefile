@@ -28,8 +28,8 @@ all:
 
 # Shows in under a minute what ctkeep is for.
 demo: tools
-	$(CARGO) build --locked --bin ctkeep --example demo
-	CTKEEP=$(CURDIR)/target/debug/ctkeep $(AS_ROOT) target/debug/examples/demo
+	$(CARGO) build --locked --profile demo --features demo --bin ctkeep --bin ctkeep-demo
+	$(AS_ROOT) $(TARGET)/demo/ctkeep-demo
 
 # Everything: unit, golden bytes, conversations, plan table, command line, live kernel.
 test: test-tools
@@ -56,7 +56,7 @@ docker-test:
 
 check: cargo-deny
 	$(CARGO) fmt --check
-	$(CARGO) clippy --locked --all-targets -- -D warnings
+	$(CARGO) clippy --locked --all-targets --features demo -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items
 	$(CARGO) deny --log-level error check bans licenses sources
 

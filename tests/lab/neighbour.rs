@@ -75,15 +75,13 @@ impl Lab {
 }
 
 fn compiled() -> Vec<u8> {
-    let folder = tempfile::tempdir().expect("a folder");
-    let object = folder.path().join("neighbour.o");
     let headers = format!("/usr/include/{}-linux-gnu", std::env::consts::ARCH);
-    let status = Command::new("clang")
-        .args(["-target", "bpf", "-O2", "-g", "-isystem", &headers, "-c", SOURCE, "-o"])
-        .arg(&object)
-        .status();
-    assert!(status.expect("clang").success(), "neighbour.bpf.c");
-    std::fs::read(&object).expect("an object")
+    let output = Command::new("clang")
+        .args(["-target", "bpf", "-O2", "-g", "-isystem", &headers, "-c", SOURCE, "-o", "-"])
+        .output()
+        .expect("clang");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    output.stdout
 }
 
 /// The programs at a device's ingress, in order; of a kernel before TCX, its filters.

@@ -176,16 +176,16 @@ fn explain(step: &str) {
     println!("    {step}");
 }
 
-/// The program beside this one, `target/release/ctkeep`, or the one that `CTKEEP` names.
+/// The program beside this one, or the one that `CTKEEP` names.
 fn ctkeep() -> Result<String, String> {
     let beside = || {
         let own = std::env::current_exe().ok()?;
-        Some(own.parent()?.parent()?.join("ctkeep"))
+        Some(own.parent()?.join("ctkeep"))
     };
     let path = std::env::var_os("CTKEEP").map(PathBuf::from).or_else(beside);
     let path = path.filter(|path| path.exists());
     path.map(|path| path.display().to_string())
-        .ok_or_else(|| "no ctkeep beside this program: run `cargo build --release` first".into())
+        .ok_or_else(|| "no ctkeep beside this program: run `make demo`".into())
 }
 
 /// A user namespace of one's own is enough to make network namespaces, where the kernel allows it.
