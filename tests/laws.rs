@@ -283,7 +283,7 @@ impl World {
     /// ctkeep ends without a word, and begins anew.
     fn crash(&mut self) {
         let tables = self.keepers.remove(0).into_tables();
-        self.model.drop_notracks(0);
+        self.model.drop_hidden(0);
         self.line.fails.set(None);
         self.keepers.insert(0, keeper(tables, &self.model, 0, self.now));
     }
@@ -292,7 +292,7 @@ impl World {
     fn second(&mut self) {
         if self.keepers.len() > 1 {
             self.keepers.truncate(1);
-            self.model.drop_notracks(1);
+            self.model.drop_hidden(1);
             return;
         }
         self.line.fails.set(None);

@@ -173,8 +173,8 @@ impl<'p> Desk<'p> {
 
     /// Logs and publishes a sweep that ended well.
     pub(super) fn swept(&mut self, sweep: &Sweep, ledger: &Ledger) {
-        if let Some(error) = &sweep.notrack {
-            tracing::warn!(%error, "notrack sets stay as they are for now");
+        if let Some(error) = &sweep.hidden {
+            tracing::warn!(%error, "hidden tuples stay as they are for now");
         }
         self.share.table(sweep.table, sweep.maximum);
         if let Some(change) = &sweep.transition {

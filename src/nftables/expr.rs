@@ -6,6 +6,9 @@ use netlink_packet_core::DefaultNla;
 use super::uapi::*;
 use crate::netlink::attribute::{nested, nla, text, word};
 
+/// Offset of the checksum in a TCP header.
+const TCP_CHECKSUM: u32 = 16;
+
 /// One step of a rule.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Expr {
@@ -45,6 +48,21 @@ pub enum Expr {
     },
     /// Keep only these bits of what was loaded.
     Mask(Vec<u8>),
+    /// Keep only these bits of what was loaded, and turn those over.
+    Change {
+        /// Bits that stay.
+        keep: Vec<u8>,
+        /// Bits that become their opposite, as they are then.
+        flip: Vec<u8>,
+    },
+    /// Write what was loaded into the TCP header, at an even offset, and mend the checksum.
+    /// `@th,offset,length set`
+    StoreTcp {
+        /// Bytes from its start.
+        offset: u32,
+        /// How many.
+        length: u32,
+    },
     /// Go on only if what was loaded equals this.
     Equals(Vec<u8>),
     /// Go on only if what was loaded differs from this.
@@ -130,14 +148,17 @@ impl Expr {
                 ];
                 ("payload", data)
             }
-            Self::Mask(mask) => (
-                "bitwise",
+            Self::Mask(mask) => ("bitwise", bitwise(mask, &vec![0; mask.len()])),
+            Self::Change { keep, flip } => ("bitwise", bitwise(keep, flip)),
+            Self::StoreTcp { offset, length } => (
+                "payload",
                 vec![
-                    word(NFTA_BITWISE_SREG, NFT_REG32_00),
-                    word(NFTA_BITWISE_DREG, NFT_REG32_00),
-                    word(NFTA_BITWISE_LEN, u32::try_from(mask.len()).unwrap_or(0)),
-                    value(NFTA_BITWISE_MASK, mask),
-                    value(NFTA_BITWISE_XOR, &vec![0; mask.len()]),
+                    word(NFTA_PAYLOAD_SREG, NFT_REG32_00),
+                    word(NFTA_PAYLOAD_BASE, NFT_PAYLOAD_TRANSPORT_HEADER),
+                    word(NFTA_PAYLOAD_OFFSET, *offset),
+                    word(NFTA_PAYLOAD_LEN, *length),
+                    word(NFTA_PAYLOAD_CSUM_TYPE, NFT_PAYLOAD_CSUM_INET),
+                    word(NFTA_PAYLOAD_CSUM_OFFSET, TCP_CHECKSUM),
                 ],
             ),
             Self::Equals(bytes) => ("cmp", compare(NFT_CMP_EQ, bytes)),
@@ -182,6 +203,16 @@ impl Expr {
         };
         nested(NFTA_LIST_ELEM, &[text(NFTA_EXPR_NAME, name), nested(NFTA_EXPR_DATA, &data)])
     }
+}
+
+fn bitwise(mask: &[u8], xor: &[u8]) -> Vec<DefaultNla> {
+    vec![
+        word(NFTA_BITWISE_SREG, NFT_REG32_00),
+        word(NFTA_BITWISE_DREG, NFT_REG32_00),
+        word(NFTA_BITWISE_LEN, u32::try_from(mask.len()).unwrap_or(0)),
+        value(NFTA_BITWISE_MASK, mask),
+        value(NFTA_BITWISE_XOR, xor),
+    ]
 }
 
 fn meta(key: u32) -> Vec<DefaultNla> {

@@ -3,6 +3,7 @@
 
 pub mod dump;
 mod expr;
+pub(crate) mod hidden;
 pub(crate) mod key;
 mod table;
 pub(crate) mod uapi;

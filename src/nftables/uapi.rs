@@ -139,6 +139,9 @@ pub(crate) const NFTA_PAYLOAD_BASE: u16 = 2;
 pub(crate) const NFTA_PAYLOAD_OFFSET: u16 = 3;
 pub(crate) const NFTA_PAYLOAD_LEN: u16 = 4;
 pub(crate) const NFTA_PAYLOAD_SREG: u16 = 5;
+pub(crate) const NFTA_PAYLOAD_CSUM_TYPE: u16 = 6;
+pub(crate) const NFTA_PAYLOAD_CSUM_OFFSET: u16 = 7;
+pub(crate) const NFT_PAYLOAD_CSUM_INET: u32 = 1;
 pub(crate) const NFT_PAYLOAD_NETWORK_HEADER: u32 = 1;
 pub(crate) const NFT_PAYLOAD_TRANSPORT_HEADER: u32 = 2;
 

@@ -10,16 +10,21 @@ use super::observe::Tables;
 use super::plan::{Action, ActionKind, Reason};
 use super::policy::Policy;
 use super::pressure::client_of;
-use crate::conntrack::{Change, Insert, Status, TcpState};
+use crate::conntrack::{Change, Entry, Insert, Status, TcpState};
 use crate::error::{Cause, Error, Op, Result};
 use crate::flow::FourTuple;
 use crate::netlink::Transport;
-use crate::recount::{self, Notrack, Recipe, Recount, Route};
+use crate::recount::{self, Hidden, Recipe, Recount, Route};
 use crate::sockdiag::{Socket, State};
 
 /// So many repairs are under way at once: between an insert and its last step an entry is not
 /// assured, and that should be short.
 const CHUNK: usize = 128;
+
+/// A connection is shown to the limits so often at most, where its entry has become assured before
+/// its nudge was seen to have passed. A server answers a stray packet twice in a second
+/// (`net.ipv4.tcp_invalid_ratelimit`).
+const SHOWN: u32 = 3;
 
 /// What a stray RST would leave a dead connection (`nf_conntrack_tcp_timeout_close`).
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -51,23 +56,23 @@ pub fn apply<T: Transport, R: Recount>(
     now: Instant,
 ) -> Result<Vec<Outcome>> {
     let mut outcomes = Vec::with_capacity(confirmed.actions().len());
-    let notracks = notracks(confirmed.actions(), ledger);
-    let wanted = |actions: &[Action], notracks: &[Option<Notrack>], wanted: Notrack| -> Vec<_> {
-        let both = actions.iter().zip(notracks);
-        let of_kind = both.filter(|(_, notrack)| **notrack == Some(wanted));
+    let hidden = hiding(confirmed.actions(), ledger);
+    let wanted = |actions: &[Action], hidden: &[Option<Hidden>], wanted: Hidden| -> Vec<_> {
+        let both = actions.iter().zip(hidden);
+        let of_kind = both.filter(|(_, hidden)| **hidden == Some(wanted));
         of_kind.map(|(action, _)| (action.template.orig, wanted)).collect()
     };
-    for (actions, notracks) in confirmed.actions().chunks(CHUNK).zip(notracks.chunks(CHUNK)) {
-        let mut raised = raise(recounter, &wanted(actions, notracks, Notrack::FinsAndRsts), now);
-        apply_chunk(tables, recounter, actions, notracks, policy, &mut outcomes, now)?;
+    for (actions, hidden) in confirmed.actions().chunks(CHUNK).zip(hidden.chunks(CHUNK)) {
+        let mut raised = raise(recounter, &wanted(actions, hidden, Hidden::FinsAndRsts), now);
+        apply_chunk(tables, recounter, actions, hidden, policy, &mut outcomes, now)?;
         // The first repair of a connection does not wait for it.
-        raised = raised.and(raise(recounter, &wanted(actions, notracks, Notrack::Fins), now));
+        raised = raised.and(raise(recounter, &wanted(actions, hidden, Hidden::Fins), now));
         // The repair itself is done; that it may be undone again is told like a failed seal.
         if let (Err(error), Some(outcome)) = (raised, outcomes.last_mut()) {
             outcome.seal = Some(Err(error));
         }
     }
-    for (outcome, notrack) in outcomes.iter().zip(notracks) {
+    for (outcome, hidden) in outcomes.iter().zip(hidden) {
         if outcome.result.is_err() {
             continue;
         }
@@ -82,8 +87,8 @@ pub fn apply<T: Transport, R: Recount>(
             (ActionKind::Extend, _) if matches!(outcome.action.reason, Reason::EntryIdle(_)) => {}
             (_, Some(socket)) => {
                 ledger.hold(socket, template, now);
-                if let Some(notrack) = notrack {
-                    ledger.set_notrack(&socket, notrack);
+                if let Some(hidden) = hidden {
+                    ledger.set_hidden(&socket, hidden);
                 }
             }
             (_, None) => {}
@@ -94,17 +99,17 @@ pub fn apply<T: Transport, R: Recount>(
 
 fn raise<R: Recount>(
     recounter: &mut Option<R>,
-    wanted: &[(FourTuple, Notrack)],
+    wanted: &[(FourTuple, Hidden)],
     now: Instant,
 ) -> Result<()> {
-    recounter.as_mut().map_or(Ok(()), |recounter| recounter.notrack(wanted, now))
+    recounter.as_mut().map_or(Ok(()), |recounter| recounter.hide(wanted, now))
 }
 
-/// What of the peers of these actions is kept from conntrack, in their order.
+/// What of the peers of these actions is hidden from conntrack, in their order.
 ///
 /// Whoever fools conntrack once may be the victim of a lossy line, and one of its RSTs may yet be
 /// an honest one. Who does it again past a seal, or from several ports, is neither.
-fn notracks(actions: &[Action], ledger: &Ledger) -> Vec<Option<Notrack>> {
+fn hiding(actions: &[Action], ledger: &Ledger) -> Vec<Option<Hidden>> {
     let mut repairs: HashMap<IpAddr, u32> = HashMap::new();
     for action in actions.iter().filter(|action| action.reason.is_fooled()) {
         *repairs.entry(client_of(action.view.flow.dst.addr())).or_default() += 1;
@@ -115,17 +120,13 @@ fn notracks(actions: &[Action], ledger: &Ledger) -> Vec<Option<Notrack>> {
             let socket = action.view.socket?;
             let source = action.view.flow.dst.addr();
             let more = repairs.get(&client_of(source)).copied().unwrap_or(0);
-            let again =
-                ledger.notrack(&socket).is_some() || ledger.pressure().offends(source, more);
+            let again = ledger.hidden(&socket).is_some() || ledger.pressure().offends(source, more);
             let had_its_fin =
                 matches!(socket.state, State::CloseWait | State::LastAck | State::Closing);
             match action.kind {
-                _ if action.reason.is_fooled() && again => Some(Notrack::FinsAndRsts),
-                // The peer of an ESTABLISHED socket still needs its FIN to get through, also where
-                // rules drop what conntrack has not seen.
-                ActionKind::Revive | ActionKind::Reverse | ActionKind::Seal if had_its_fin => {
-                    Some(Notrack::Fins)
-                }
+                _ if action.reason.is_fooled() && again => Some(Hidden::FinsAndRsts),
+                _ if action.reason.is_fooled() => Some(Hidden::Fins),
+                ActionKind::Reverse | ActionKind::Seal if had_its_fin => Some(Hidden::Fins),
                 _ => None,
             }
         })
@@ -136,15 +137,15 @@ fn apply_chunk<T: Transport, R: Recount>(
     tables: &mut Tables<T>,
     recounter: &mut Option<R>,
     actions: &[Action],
-    notracks: &[Option<Notrack>],
+    hidden: &[Option<Hidden>],
     policy: &Policy,
     outcomes: &mut Vec<Outcome>,
     now: Instant,
 ) -> Result<()> {
     let ways: Vec<_> = actions
         .iter()
-        .zip(notracks)
-        .map(|(action, notrack)| way(action, *notrack, recounter.as_mut(), now))
+        .zip(hidden)
+        .map(|(action, hidden)| way(action, *hidden, recounter.as_mut(), now))
         .collect();
     // Before their nudge all of these are in the table, so they can go together.
     let together: Vec<_> = (actions.iter().zip(&ways).enumerate())
@@ -171,7 +172,22 @@ fn apply_chunk<T: Transport, R: Recount>(
         match (way, recounter.as_mut()) {
             (Way::Recount { way, seal }, Some(recounter)) if outcome.result.is_ok() => {
                 let nudged = match way.recipe {
-                    Recipe::Replace => recounter.nudge(entry, way.route, now),
+                    Recipe::Replace => {
+                        let mut nudged = recounter.nudge(entry, way.route, now);
+                        let mut tries = 1;
+                        while tries < SHOWN && nudged.is_ok() && is_assured(tables, entry)? {
+                            let replace = Change::Replace {
+                                old: entry.key(),
+                                id: None,
+                                new: unassured(action, seal, policy.lease),
+                            };
+                            let replaced = tables.conntrack.change(&[replace])?;
+                            outcome.result = replaced.into_iter().next().unwrap_or(Ok(()));
+                            nudged = recounter.nudge(entry, way.route, now);
+                            tries += 1;
+                        }
+                        nudged
+                    }
                     Recipe::Fresh => {
                         let [delete, insert] = fresh_steps(action, seal, policy.lease);
                         // Where nothing is to be deleted the nudge meets no entry either.
@@ -216,6 +232,20 @@ fn apply_chunk<T: Transport, R: Recount>(
     Ok(())
 }
 
+/// Whether packets of the connection have made its entry one that limits pass over, perhaps before
+/// the nudge: an answer of the server and an ACK, which what is hidden of the peer is to conntrack.
+fn is_assured<T: Transport>(tables: &mut Tables<T>, entry: &Entry) -> Result<bool> {
+    let found = tables.conntrack.get(&[(entry.orig, entry.zone)])?;
+    let status = found.into_iter().next().flatten().and_then(|entry| entry.status);
+    Ok(status.is_some_and(Status::is_assured))
+}
+
+/// An entry that limits add at the nudge.
+fn unassured(action: &Action, seal: bool, lease: Duration) -> Insert {
+    let state = held_as(action, seal);
+    Insert { like: action.template, state, status: Status::FRESH, timeout: timeout(action, lease) }
+}
+
 /// How a repair is done.
 #[derive(Debug)]
 enum Way {
@@ -243,7 +273,7 @@ impl Way {
 
 fn way(
     action: &Action,
-    notrack: Option<Notrack>,
+    hidden: Option<Hidden>,
     recounter: Option<&mut impl Recount>,
     now: Instant,
 ) -> Way {
@@ -252,7 +282,7 @@ fn way(
     };
     let entry = &action.template;
     let seal = action.kind == ActionKind::Revive
-        || notrack == Some(Notrack::FinsAndRsts)
+        || hidden == Some(Hidden::FinsAndRsts)
         || action.kind == ActionKind::Recount && is_held_as_established(action);
     match recounter.way(entry, now) {
         Err(error) => Way::InPlace { instead_of_recount: Some(error) },
@@ -407,17 +437,17 @@ mod tests {
         let mut ledger = Ledger::default();
         let action = revive(4000);
         let socket = action.view.socket.unwrap();
-        assert_eq!(notracks(&[action], &ledger), [Some(Notrack::Fins)]);
+        assert_eq!(hiding(&[action], &ledger), [Some(Hidden::Fins)]);
         ledger.hold(socket, action.template, Instant::now());
-        ledger.set_notrack(&socket, Notrack::Fins);
-        assert_eq!(notracks(&[action], &ledger), [Some(Notrack::FinsAndRsts)]);
+        ledger.set_hidden(&socket, Hidden::Fins);
+        assert_eq!(hiding(&[action], &ledger), [Some(Hidden::FinsAndRsts)]);
     }
 
     #[test]
     fn a_source_of_many_repairs_is_hidden_at_once() {
         let actions: Vec<_> = (4000..4003).map(revive).collect();
         let ledger = Ledger::default();
-        assert_eq!(notracks(&actions, &ledger), [Some(Notrack::FinsAndRsts); 3]);
-        assert_eq!(notracks(actions.get(..2).unwrap(), &ledger), [Some(Notrack::Fins); 2]);
+        assert_eq!(hiding(&actions, &ledger), [Some(Hidden::FinsAndRsts); 3]);
+        assert_eq!(hiding(actions.get(..2).unwrap(), &ledger), [Some(Hidden::Fins); 2]);
     }
 }

@@ -14,7 +14,7 @@ use super::snapshot::Snapshot;
 use crate::conntrack::{Entry, EntryKey, Tcp, TcpState, Zone};
 use crate::firewall::lists::Loss;
 use crate::flow::FourTuple;
-use crate::recount::Notrack;
+use crate::recount::Hidden;
 use crate::sockdiag::{Cookie, Lookup, Socket, State};
 
 /// An entry that ctkeep answers for.
@@ -29,7 +29,7 @@ pub struct Held {
     /// Since when it is held.
     pub since: Instant,
     /// What keeps it from being fooled again.
-    pub notrack: Option<Notrack>,
+    pub hidden: Option<Hidden>,
 }
 
 /// The memory of one network namespace.
@@ -75,7 +75,7 @@ struct Known {
 #[derive(Clone, Copy, Debug)]
 struct Hold {
     since: Instant,
-    notrack: Option<Notrack>,
+    hidden: Option<Hidden>,
 }
 
 /// What is given to entries of idle connections that the kernel would forget.
@@ -122,13 +122,13 @@ impl Known {
     }
 
     fn held(&self, cookie: Cookie) -> Option<Held> {
-        let Hold { since, notrack } = self.hold?;
+        let Hold { since, hidden } = self.hold?;
         let lookup = self.lookup();
         let orig = match &self.entry {
             Last::Plain(_) => self.flow.inverse(),
             Last::Other(entry) => entry.orig,
         };
-        Some(Held { cookie, lookup, orig, since, notrack })
+        Some(Held { cookie, lookup, orig, since, hidden })
     }
 }
 
@@ -206,15 +206,15 @@ impl Ledger {
     }
 
     /// What keeps the entry of this very socket from being fooled again.
-    pub fn notrack(&self, socket: &Socket) -> Option<Notrack> {
-        self.known(socket)?.hold?.notrack
+    pub fn hidden(&self, socket: &Socket) -> Option<Hidden> {
+        self.known(socket)?.hold?.hidden
     }
 
     /// Takes note that packets of this socket's peer are kept from conntrack; its entry is held.
-    pub(super) fn set_notrack(&mut self, socket: &Socket, notrack: Notrack) {
+    pub(super) fn set_hidden(&mut self, socket: &Socket, hidden: Hidden) {
         let known = self.known.get_mut(&socket.cookie);
         if let Some(hold) = known.and_then(|known| known.hold.as_mut()) {
-            hold.notrack = hold.notrack.max(Some(notrack));
+            hold.hidden = hold.hidden.max(Some(hidden));
         }
     }
 
@@ -468,7 +468,7 @@ impl Ledger {
         self.remember(&socket, entry);
         if let Some(known) = self.known.get_mut(&socket.cookie) {
             self.changes += u64::from(known.hold.is_none());
-            known.hold.get_or_insert(Hold { since: now, notrack: None });
+            known.hold.get_or_insert(Hold { since: now, hidden: None });
         }
     }
 

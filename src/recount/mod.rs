@@ -126,9 +126,9 @@ pub struct Way {
     pub recipe: Recipe,
 }
 
-/// Which packets of a peer conntrack no longer sees, so that they cannot fool it.
+/// Which packets of a peer conntrack takes for ACKs, so that they cannot fool it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Notrack {
+pub enum Hidden {
     /// FINs: they move even a sealed entry, and the socket has had its own.
     Fins,
     /// FINs and RSTs: of a peer that does it again. No honest stack does that.
@@ -164,19 +164,19 @@ pub trait Recount {
     /// There is no filter that keeps it on this host, or the send failed.
     fn seal(&mut self, entry: &Entry, now: Instant) -> Result<()>;
 
-    /// Keeps conntrack from seeing what could fool it again, of these tuples seen from the peer.
+    /// Hides from conntrack what could fool it again, of these tuples seen from the peer: it takes
+    /// these packets for ACKs, and TCP gets them as they came.
     ///
     /// # Errors
     /// The sets are full, or the kernel refuses.
-    fn notrack(&mut self, wanted: &[(FourTuple, Notrack)], now: Instant) -> Result<()>;
+    fn hide(&mut self, wanted: &[(FourTuple, Hidden)], now: Instant) -> Result<()>;
 
-    /// Keeps in the notrack sets only what is held, by its original tuples, and takes away what
+    /// Hides no more than what is held, by its original tuples, and takes away what
     /// nothing needs any longer.
     ///
     /// # Errors
     /// The kernel refuses; what could not be taken out is tried again at the next call.
-    fn narrow_notrack(&mut self, held: impl Iterator<Item = FourTuple>, now: Instant)
-    -> Result<()>;
+    fn narrow_hidden(&mut self, held: impl Iterator<Item = FourTuple>, now: Instant) -> Result<()>;
 
     /// Asks whether one more connection would be let in, by a probe; `None` where that cannot be
     /// asked.

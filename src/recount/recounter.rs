@@ -13,7 +13,7 @@ use super::packet::{self, Purpose, Shape, Silencer};
 use super::probe::Asking;
 use super::reply_filter::{Marks, ReplyFilter};
 use super::{
-    Asked, Mode, Notrack, Question, Recipe, Recount, Room, Route, Tried, Verdict, Way, trial,
+    Asked, Hidden, Mode, Question, Recipe, Recount, Room, Route, Tried, Verdict, Way, trial,
 };
 use crate::conntrack::Entry;
 use crate::error::{Cause, Error, Op, Result};
@@ -413,20 +413,16 @@ impl Recount for Recounter {
         }
     }
 
-    fn notrack(&mut self, wanted: &[(FourTuple, Notrack)], now: Instant) -> Result<()> {
+    fn hide(&mut self, wanted: &[(FourTuple, Hidden)], now: Instant) -> Result<()> {
         if wanted.is_empty() {
             return Ok(());
         }
-        self.raise_filter(now)?.map_or(Ok(()), |filter| filter.notrack(wanted))
+        self.raise_filter(now)?.map_or(Ok(()), |filter| filter.hide(wanted))
     }
 
-    fn narrow_notrack(
-        &mut self,
-        held: impl Iterator<Item = FourTuple>,
-        now: Instant,
-    ) -> Result<()> {
+    fn narrow_hidden(&mut self, held: impl Iterator<Item = FourTuple>, now: Instant) -> Result<()> {
         let Filter::Up { filter, used } = &mut self.filter else { return Ok(()) };
-        if filter.untracked().next().is_none() {
+        if filter.hidden().next().is_none() {
             if now.saturating_duration_since(*used) >= FILTER_REST {
                 self.filter = Filter::Down;
                 self.asking = None;
@@ -434,8 +430,8 @@ impl Recount for Recounter {
             return Ok(());
         }
         let held: HashSet<_> = held.collect();
-        let over: Vec<_> = filter.untracked().filter(|flow| !held.contains(flow)).collect();
-        filter.track_again(&over)
+        let over: Vec<_> = filter.hidden().filter(|flow| !held.contains(flow)).collect();
+        filter.show_again(&over)
     }
 
     fn ask(&mut self, question: Question, now: Instant) -> Result<Option<Asked>> {

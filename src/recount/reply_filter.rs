@@ -7,15 +7,16 @@
 //! A nudge that has passed all rules ends in the last chains of INPUT and FORWARD, before conntrack
 //! confirms an entry that it began, and before TCP.
 //!
-//! The same table holds the notrack sets: FINs, or FINs and RSTs, of certain tuples go past
-//! conntrack, on to TCP (docs/attack.md).
+//! The same table hides FINs, or FINs and RSTs, of certain tuples from conntrack: it sees ACKs, and
+//! TCP what came (docs/attack.md).
 
 use std::collections::HashMap;
 
-use super::Notrack;
+use super::Hidden;
 use crate::error::Result;
 use crate::flow::FourTuple;
 use crate::host::random;
+use crate::nftables::hidden::{self, Closing};
 use crate::nftables::{ChainSpec, Expr, Hook, SetSpec, Table, TableSpec, key};
 
 const IPPROTO_ICMP: u8 = 1;
@@ -32,20 +33,21 @@ const ICMP_QUOTE: u32 = 8;
 const IPV4_HEADER: u32 = 20;
 const IPV6_HEADER: u32 = 40;
 
-const FIN: u8 = 0x01;
-const FIN_OR_RST: u8 = 0x01 | 0x04;
 const NFPROTO_IPV4: u8 = 2;
 const NFPROTO_IPV6: u8 = 10;
 
-/// Sets of tuples that are not tracked, IPv4 and IPv6.
+/// Sets of tuples whose FINs are hidden, IPv4 and IPv6: all that are known here.
 const FINS: [&str; 2] = ["fins4", "fins6"];
-const ALL: [&str; 2] = ["all4", "all6"];
+/// Those among them whose RSTs are hidden too.
+const RSTS: [&str; 2] = ["rsts4", "rsts6"];
 
 /// Elements that are taken out at once.
 const TOGETHER: usize = 512;
 
 /// Before conntrack (-200) and before the raw table (-300).
 const BEFORE_CONNTRACK: i32 = -310;
+/// And before the shield: what both want to hide the first of them hides.
+const BEFORE_SHIELD: i32 = -311;
 /// Right after conntrack.
 const AFTER_CONNTRACK: i32 = -199;
 /// Behind all rules, and before conntrack confirms an entry (`INT_MAX`).
@@ -55,7 +57,7 @@ pub(super) const LAST: i32 = i32::MAX - 1;
 #[derive(Debug)]
 pub(super) struct ReplyFilter {
     table: Table,
-    notracks: HashMap<FourTuple, Notrack>,
+    hidden: HashMap<FourTuple, Hidden>,
 }
 
 /// Sequence numbers that tell our packets from everybody else's.
@@ -82,9 +84,9 @@ impl ReplyFilter {
     /// The kernel has no nf_tables, or another process owns a table of this name.
     pub(super) fn open(name: &str, marks: Marks) -> Result<Self> {
         let mut chains: Vec<_> = chains(marks).into();
-        chains.push(notrack());
+        chains.extend(hide_and_show());
         chains.extend(last(marks));
-        let sets = [FINS, ALL].into_iter().flat_map(|names| {
+        let sets = [FINS, RSTS].into_iter().flat_map(|names| {
             names.into_iter().zip([key::TUPLE_V4, key::TUPLE_V6]).map(|(name, key)| SetSpec {
                 name,
                 key,
@@ -94,50 +96,51 @@ impl ReplyFilter {
             })
         });
         let layout = TableSpec { sets: sets.collect(), chains };
-        Ok(Self { table: Table::create(name, &layout)?, notracks: HashMap::new() })
+        Ok(Self { table: Table::create(name, &layout)?, hidden: HashMap::new() })
     }
 
-    /// Keeps these tuples, seen from the peer, from conntrack at least so far.
-    pub(super) fn notrack(&mut self, wanted: &[(FourTuple, Notrack)]) -> Result<()> {
-        for (notrack, names) in [(Notrack::Fins, FINS), (Notrack::FinsAndRsts, ALL)] {
-            let mut new: Vec<_> = wanted
-                .iter()
-                .filter(|(flow, wanted)| {
-                    *wanted == notrack && self.notracks.get(flow) < Some(wanted)
-                })
-                .map(|(flow, _)| *flow)
-                .collect();
-            new.sort_unstable();
-            new.dedup();
-            self.change(names, &new, Table::add)?;
-            let old: Vec<_> =
-                new.iter().copied().filter(|flow| self.notracks.contains_key(flow)).collect();
-            self.notracks.extend(new.into_iter().map(|flow| (flow, notrack)));
-            self.change(FINS, &old, Table::remove)?;
+    /// Hides these tuples' packets, seen from the peer, at least so far.
+    pub(super) fn hide(&mut self, wanted: &[(FourTuple, Hidden)]) -> Result<()> {
+        let mut new = HashMap::new();
+        for (flow, hidden) in wanted.iter().filter(|(flow, it)| self.hidden.get(flow) < Some(it)) {
+            let most = new.entry(*flow).or_insert(*hidden);
+            *most = (*most).max(*hidden);
         }
+        let is_new = |flow: &&FourTuple| !self.hidden.contains_key(flow);
+        let fins: Vec<_> = new.keys().filter(is_new).copied().collect();
+        let of_both = new.iter().filter(|(_, hidden)| **hidden == Hidden::FinsAndRsts);
+        let rsts: Vec<_> = of_both.map(|(flow, _)| *flow).collect();
+        self.change(FINS, &fins, Table::add)?;
+        self.hidden.extend(fins.into_iter().map(|flow| (flow, Hidden::Fins)));
+        self.change(RSTS, &rsts, Table::add)?;
+        self.hidden.extend(rsts.into_iter().map(|flow| (flow, Hidden::FinsAndRsts)));
         Ok(())
     }
 
     /// Lets conntrack see these tuples again. What the kernel refuses stays in the sets, and in
-    /// [`Self::untracked`], for another try.
-    pub(super) fn track_again(&mut self, flows: &[FourTuple]) -> Result<()> {
+    /// [`Self::hidden`], for another try.
+    pub(super) fn show_again(&mut self, flows: &[FourTuple]) -> Result<()> {
         let mut result = Ok(());
-        for (notrack, names) in [(Notrack::Fins, FINS), (Notrack::FinsAndRsts, ALL)] {
+        // The RSTs first: a packet is turned into what it was by the set of FINs.
+        for (hidden, names) in [(Hidden::FinsAndRsts, RSTS), (Hidden::Fins, FINS)] {
             let old: Vec<_> = flows
                 .iter()
                 .copied()
-                .filter(|flow| self.notracks.get(flow) == Some(&notrack))
+                .filter(|flow| self.hidden.get(flow) == Some(&hidden))
                 .collect();
             for flows in old.chunks(TOGETHER) {
                 let removed = match self.change(names, flows, Table::remove) {
                     // One that is gone already refuses the whole chunk.
-                    Err(error) if error.is_absent() => self.track_each_again(names, flows),
+                    Err(error) if error.is_absent() => self.show_each(names, flows),
                     removed => removed,
                 };
                 match removed {
+                    Ok(()) if hidden == Hidden::FinsAndRsts => {
+                        self.hidden.extend(flows.iter().map(|flow| (*flow, Hidden::Fins)));
+                    }
                     Ok(()) => {
                         for flow in flows {
-                            self.notracks.remove(flow);
+                            self.hidden.remove(flow);
                         }
                     }
                     Err(error) => result = Err(error),
@@ -147,7 +150,7 @@ impl ReplyFilter {
         result
     }
 
-    fn track_each_again(&mut self, names: [&'static str; 2], flows: &[FourTuple]) -> Result<()> {
+    fn show_each(&mut self, names: [&'static str; 2], flows: &[FourTuple]) -> Result<()> {
         for flow in flows {
             match self.change(names, &[*flow], Table::remove) {
                 Err(error) if !error.is_absent() => return Err(error),
@@ -168,8 +171,8 @@ impl ReplyFilter {
     }
 
     /// The tuples in the sets.
-    pub(super) fn untracked(&self) -> impl Iterator<Item = FourTuple> {
-        self.notracks.keys().copied()
+    pub(super) fn hidden(&self) -> impl Iterator<Item = FourTuple> {
+        self.hidden.keys().copied()
     }
 
     fn change(
@@ -249,25 +252,30 @@ fn last(marks: Marks) -> [ChainSpec; 2] {
     })
 }
 
-/// Packets of these tuples go past conntrack, on to TCP. Never a SYN: a port that is used again
-/// must be seen.
-fn notrack() -> ChainSpec {
-    let flags = |mask: u8| [Expr::transport(TCP_FLAGS, 1), Expr::Mask(vec![mask])];
-    let mut rules = vec![
-        // First, and of whatever protocol: it is what most packets are.
-        [&flags(FIN_OR_RST)[..], &[Expr::Equals(vec![0]), Expr::Accept]].concat(),
-        vec![Expr::L4Proto, Expr::Differs(vec![IPPROTO_TCP]), Expr::Accept],
-    ];
+/// Packets of these tuples do not close their entries, and reach TCP as they came. Never a SYN: a
+/// port that is used again must be seen.
+fn hide_and_show() -> [ChainSpec; 2] {
+    let not_tcp = vec![Expr::L4Proto, Expr::Differs(vec![IPPROTO_TCP]), Expr::Accept];
+    // First, and of whatever protocol: it is what most packets are.
+    let mut hide = vec![hidden::ordinary(), not_tcp.clone()];
+    let mut show = vec![hidden::never_hidden(), not_tcp];
     let [fins4, fins6] = FINS;
-    let [all4, all6] = ALL;
-    for (family, fins, all, key) in
-        [(NFPROTO_IPV4, fins4, all4, key::load_v4()), (NFPROTO_IPV6, fins6, all6, key::load_v6())]
+    let [rsts4, rsts6] = RSTS;
+    for (family, fins, rsts, key) in
+        [(NFPROTO_IPV4, fins4, rsts4, key::load_v4()), (NFPROTO_IPV6, fins6, rsts6, key::load_v6())]
     {
         let of_family = [Expr::NfProto, Expr::Equals(vec![family])];
-        let past = |set| [Expr::In(set), Expr::NoTrack, Expr::Accept];
-        rules.push([&of_family[..], &key, &past(all)].concat());
-        let fin = [&flags(FIN)[..], &[Expr::Differs(vec![0])]].concat();
-        rules.push([&of_family[..], &fin, &key, &past(fins)].concat());
+        let found = |set| [&of_family[..], &key, &[Expr::In(set)]].concat();
+        for closing in Closing::ALL {
+            let set = if closing == Closing::Fin { fins } else { rsts };
+            hide.push(closing.hide(&found(set)));
+            show.push(closing.show(&found(fins)));
+        }
+        hide.push(hidden::without_reserved_bits(&found(fins)));
     }
-    ChainSpec { name: "untracked", hook: Hook::Prerouting, priority: BEFORE_CONNTRACK, rules }
+    let (hook, back) = hidden::BACK;
+    [
+        ChainSpec { name: "hide", hook, priority: BEFORE_SHIELD, rules: hide },
+        ChainSpec { name: "show", hook, priority: back, rules: show },
+    ]
 }

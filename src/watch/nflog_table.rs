@@ -1,6 +1,6 @@
 //! The table: which packets are logged, and when.
 //!
-//! The chain stands right behind conntrack (-199), before anything that can drop a packet that
+//! The chain stands right behind conntrack (-198), before anything that can drop a packet that
 //! conntrack has acted upon: mangle, IP's own checks, the filter rules, the socket. What is logged
 //! there is compared with the socket, so it does not matter who kept it from TCP.
 //!
@@ -25,8 +25,9 @@ const CLOSING6: &str = "closing6";
 /// Ports at which an RST waits to be sent.
 const RESET: &str = "hurried";
 
-/// Behind conntrack (-200), before mangle (-150).
-const PRIORITY: i32 = -199;
+/// Behind conntrack (-200) and where packets that were hidden from it are what they were again
+/// (-199), before mangle (-150).
+const PRIORITY: i32 = -198;
 
 /// RSTs that wait for each other at most.
 pub(super) const QUEUE: u16 = 64;

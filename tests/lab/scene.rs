@@ -68,6 +68,9 @@ impl Limiter {
                 ];
                 for rule in rules {
                     lab.server.run(&format!("iptables {rule}"));
+                    let mask = "--connlimit-mask 128 --connlimit-above";
+                    let rule = rule.replace("--connlimit-above", mask);
+                    lab.server.run(&format!("ip6tables {rule}"));
                 }
             }
             Self::Nothing => {}

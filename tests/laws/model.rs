@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use ctkeep::Result;
 use ctkeep::conntrack::{Entry, Status, Tcp, TcpState, Zone};
 use ctkeep::flow::{Endpoint, FourTuple};
-use ctkeep::recount::{Notrack, Recipe, Recount, Route, Way};
+use ctkeep::recount::{Hidden, Recipe, Recount, Route, Way};
 use ctkeep::sockdiag::{Socket, State};
 
 use crate::played::host::Shared;
@@ -65,7 +65,7 @@ struct Limiter {
     /// Entries that conntrack has seen a packet of the server for, after ctkeep put them there.
     sealed: HashSet<FourTuple>,
     /// Connections whose packets of a kind conntrack does not see, by which instance.
-    notracks: HashMap<(usize, FourTuple), Notrack>,
+    hidden: HashMap<(usize, FourTuple), Hidden>,
 }
 
 /// What ctkeep makes the limiter count by: the effect of its packets, which the live tests prove.
@@ -111,16 +111,16 @@ impl Recount for Counting {
         Ok(())
     }
 
-    fn notrack(&mut self, wanted: &[(FourTuple, Notrack)], _now: Instant) -> Result<()> {
-        for (orig, notrack) in wanted {
+    fn hide(&mut self, wanted: &[(FourTuple, Hidden)], _now: Instant) -> Result<()> {
+        for (orig, hidden) in wanted {
             let mut limiter = self.limiter.borrow_mut();
-            let now = limiter.notracks.entry((self.instance, *orig)).or_insert(*notrack);
-            *now = (*now).max(*notrack);
+            let now = limiter.hidden.entry((self.instance, *orig)).or_insert(*hidden);
+            *now = (*now).max(*hidden);
         }
         Ok(())
     }
 
-    fn narrow_notrack(
+    fn narrow_hidden(
         &mut self,
         held: impl Iterator<Item = FourTuple>,
         _now: Instant,
@@ -128,7 +128,7 @@ impl Recount for Counting {
         let held: HashSet<_> = held.collect();
         let own = self.instance;
         let mut limiter = self.limiter.borrow_mut();
-        limiter.notracks.retain(|(instance, orig), _| *instance != own || held.contains(orig));
+        limiter.hidden.retain(|(instance, orig), _| *instance != own || held.contains(orig));
         Ok(())
     }
 
@@ -145,10 +145,10 @@ impl Model {
         Counting { instance, host: self.host.clone(), limiter: self.limiter.clone() }
     }
 
-    fn notrack(&self, flow: FourTuple) -> Option<Notrack> {
+    fn hidden(&self, flow: FourTuple) -> Option<Hidden> {
         let limiter = self.limiter.borrow();
-        let of_it = limiter.notracks.iter().filter(|((_, orig), _)| *orig == flow.inverse());
-        of_it.map(|(_, notrack)| *notrack).max()
+        let of_it = limiter.hidden.iter().filter(|((_, orig), _)| *orig == flow.inverse());
+        of_it.map(|(_, hidden)| *hidden).max()
     }
 
     /// The connection of a peer's port, seen from the server.
@@ -263,7 +263,7 @@ impl Model {
             let socket = host.sockets.iter_mut().find(|s| s.flow() == flow).unwrap();
             socket.state = State::CloseWait;
         }
-        if self.notrack(flow).is_some() {
+        if self.hidden(flow).is_some() {
             return;
         }
         let next = match self.entry(flow).and_then(|entry| entry.state()) {
@@ -285,7 +285,7 @@ impl Model {
         if rst == Rst::Exact {
             self.host.borrow_mut().sockets.retain(|socket| socket.flow() != flow);
         }
-        if self.notrack(flow) == Some(Notrack::FinsAndRsts) {
+        if self.hidden(flow) == Some(Hidden::FinsAndRsts) {
             return;
         }
         let state = self.entry(flow).and_then(|entry| entry.state());
@@ -360,8 +360,8 @@ impl Model {
     }
 
     /// They belong to the process.
-    pub fn drop_notracks(&mut self, instance: usize) {
-        self.limiter.borrow_mut().notracks.retain(|(of, _), _| *of != instance);
+    pub fn drop_hidden(&mut self, instance: usize) {
+        self.limiter.borrow_mut().hidden.retain(|(of, _), _| *of != instance);
     }
 
     /// How many connections the server holds open for a source.

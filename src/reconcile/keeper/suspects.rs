@@ -9,7 +9,7 @@ use crate::flow::FourTuple;
 use crate::netlink::Transport;
 use crate::reconcile::plan::Action;
 use crate::reconcile::timers::Timer;
-use crate::recount::{Notrack, Recount};
+use crate::recount::{Hidden, Recount};
 use crate::sockdiag::{Lookup, State};
 use crate::watch::Suspect;
 
@@ -100,7 +100,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
                 // Perhaps it closed the entry in the midst of its repair.
                 (Some(socket), Some(None))
                     if recent.contains(&view.flow)
-                        && self.ledger.notrack(&socket) != Some(Notrack::FinsAndRsts) =>
+                        && self.ledger.hidden(&socket) != Some(Hidden::FinsAndRsts) =>
                 {
                     self.ledger.distrust(&socket);
                 }

@@ -40,8 +40,8 @@ pub struct Sweep {
     pub maximum: Option<u64>,
     /// The defence level has changed.
     pub transition: Option<Transition>,
-    /// Notrack sets could not be brought up to date; they are tried again at the next sweep.
-    pub notrack: Option<Error>,
+    /// The hidden tuples could not be brought up to date; they are tried again at the next sweep.
+    pub hidden: Option<Error>,
 }
 
 impl<T: Transport, R: Recount> Keeper<T, R> {
@@ -117,11 +117,11 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             }
         };
         let held = self.ledger.held().map(|held| held.orig);
-        let narrowed = self.recounter.as_mut().map(|it| it.narrow_notrack(held, now));
+        let narrowed = self.recounter.as_mut().map(|it| it.narrow_hidden(held, now));
         let (table, maximum, transition) = self.weigh(now)?;
         self.schedule(depth, &snapshot, &listening, now);
-        let notrack = narrowed.and_then(Result::err);
-        Ok(Sweep { depth, began: now, snapshot, table, maximum, transition, notrack })
+        let hidden = narrowed.and_then(Result::err);
+        Ok(Sweep { depth, began: now, snapshot, table, maximum, transition, hidden })
     }
 
     /// What a sweep has cost: `ended` is when it was done, `cost` the time of a processor that it
