@@ -640,7 +640,7 @@ mod ledger {
         let mut ledger = held(close_wait(1));
         ledger.remember(&close_wait(2), seen);
         ledger.remember(&close_wait(3), seen);
-        ledger.retain_seen(&HashSet::from([Cookie(3)]));
+        ledger.retain_seen(&HashSet::from([Cookie(3)]), Instant::now());
         assert!(ledger.last_entry(&close_wait(1)).is_some());
         assert!(ledger.last_entry(&close_wait(2)).is_none());
         assert!(ledger.last_entry(&close_wait(3)).is_some());

@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::IpAddr;
+use std::ops::Range;
 
 use super::classes::Class;
 use crate::conntrack::{Counters, TcpState};
@@ -62,6 +63,8 @@ pub struct Survey {
     pub kernel: Kernel,
     /// Connections to look up exactly.
     suspects: Vec<Lookup>,
+    /// Those whose sockets are in [`Survey::states`].
+    closing: HashSet<FourTuple>,
 }
 
 /// The listeners of one port together.
@@ -112,19 +115,29 @@ impl Survey {
         State::ALL.into_iter().filter(|state| !SWEPT.contains(state)).collect()
     }
 
-    /// The figures so far, with all sockets in [`Survey::states`].
-    pub fn of(sweep: SweepResult<'_>, others: Vec<Socket>) -> Self {
-        let (mut listeners, mut others): (Vec<_>, Vec<_>) =
-            others.into_iter().partition(|socket| socket.state == State::Listen);
+    /// The figures of all sockets in [`Survey::states`].
+    pub fn begin(sweep: SweepResult<'_>, others: &[Socket]) -> Self {
+        let (mut listeners, mut others): (Vec<Socket>, Vec<Socket>) =
+            others.iter().copied().partition(|socket| socket.state == State::Listen);
         others.retain(|socket| sweep.scope.contains(sweep.policy, socket.flow()));
         listeners.retain(|socket| sweep.scope.ports.contains(&socket.local.port()));
         let mut this = Self::default();
-        let swept = sweep.snapshot.views.iter().filter_map(|view| view.socket);
-        this.count_sockets(swept.chain(others.iter().chain(&listeners).copied()));
+        this.count_sockets(others.iter().chain(&listeners).copied());
         this.count_queues(&listeners);
-        this.count_sources(sweep);
-        this.compare(sweep, &others.iter().map(Socket::flow).collect());
+        this.closing = others.iter().map(Socket::flow).collect();
+        this.classes = Class::ALL.map(|class| (class, Found::default())).into();
+        this.classes.entry(Class::Agree).or_default().connections = sweep.snapshot.over;
         this
+    }
+
+    /// Adds those of some connections of the sweep, by their numbers.
+    pub fn take(&mut self, sweep: SweepResult<'_>, part: Range<usize>) {
+        let views = sweep.snapshot.views.part(part);
+        self.count_sockets(views.clone().filter_map(|view| view.socket));
+        for view in views {
+            self.count_source(&view, sweep);
+            self.compare(&view, sweep);
+        }
     }
 
     fn count_sockets(&mut self, all: impl Iterator<Item = Socket>) {
@@ -144,40 +157,34 @@ impl Survey {
         }
     }
 
-    fn count_sources(&mut self, sweep: SweepResult<'_>) {
-        for view in sweep.snapshot.views.iter() {
-            let state = view.socket.map(|socket| socket.state);
-            let is_open = view.socket.is_some_and(|socket| socket.takes_a_slot());
-            // The snapshot is older than the repair. What was repaired without a socket was given
-            // back.
-            let is_repaired = sweep.repaired.contains(&view.flow);
-            let is_counted = if is_repaired { is_open } else { view.is_counted() };
-            if is_open || is_counted {
-                let key = (view.flow.dst.addr(), view.flow.src.port());
-                let source = self.sources.entry(key).or_default();
-                source.open += u64::from(is_open);
-                source.half_closed += u64::from(state == Some(State::CloseWait));
-                source.counted += u64::from(is_counted);
-                source.uncounted += u64::from(is_open && !is_counted);
-            }
+    fn count_source(&mut self, view: &View, sweep: SweepResult<'_>) {
+        let state = view.socket.map(|socket| socket.state);
+        let is_open = view.socket.is_some_and(|socket| socket.takes_a_slot());
+        // The snapshot is older than the repair. What was repaired without a socket was given back.
+        let is_repaired = sweep.repaired.contains(&view.flow);
+        let is_counted = if is_repaired { is_open } else { view.is_counted() };
+        if is_open || is_counted {
+            let key = (view.flow.dst.addr(), view.flow.src.port());
+            let source = self.sources.entry(key).or_default();
+            source.open += u64::from(is_open);
+            source.half_closed += u64::from(state == Some(State::CloseWait));
+            source.counted += u64::from(is_counted);
+            source.uncounted += u64::from(is_open && !is_counted);
         }
     }
 
     /// Two dumps are taken at two moments, and the sweep has repaired since: what it leaves is to be
     /// looked up again.
-    fn compare(&mut self, sweep: SweepResult<'_>, closing: &HashSet<FourTuple>) {
-        self.classes = Class::ALL.map(|class| (class, Found::default())).into();
-        for view in sweep.snapshot.views.iter() {
-            let agrees = sweep.repaired.contains(&view.flow)
-                || view.socket.is_none() && closing.contains(&view.flow);
-            match if agrees { Class::Agree } else { class(&view, sweep.snapshot, sweep) } {
-                Class::Agree => self.note(Class::Agree, &view),
-                _ if self.suspects.len() < EXACT => self.suspects.push(Lookup {
-                    flow: view.flow,
-                    interface: view.socket.map_or(0, |socket| socket.interface),
-                }),
-                class => self.note(class, &view),
-            }
+    fn compare(&mut self, view: &View, sweep: SweepResult<'_>) {
+        let agrees = sweep.repaired.contains(&view.flow)
+            || view.socket.is_none() && self.closing.contains(&view.flow);
+        match if agrees { Class::Agree } else { class(view, sweep.snapshot, sweep) } {
+            Class::Agree => self.note(Class::Agree, view),
+            _ if self.suspects.len() < EXACT => self.suspects.push(Lookup {
+                flow: view.flow,
+                interface: view.socket.map_or(0, |socket| socket.interface),
+            }),
+            class => self.note(class, view),
         }
     }
 
@@ -259,7 +266,8 @@ mod tests {
             ledger: &ledger,
             repaired: &put_right,
         };
-        let mut survey = Survey::of(sweep, Vec::new());
+        let mut survey = Survey::begin(sweep, &[]);
+        survey.take(sweep, 0..usize::MAX);
         let source = (left.flow.dst.addr(), 80);
         let counts = SourceCounts { open: 3, half_closed: 3, counted: 2, uncounted: 1 };
         assert_eq!(survey.sources[&source], counts);
@@ -294,7 +302,8 @@ mod tests {
                 ledger: &ledger,
                 repaired: &none,
             };
-            let mut survey = Survey::of(sweep, Vec::new());
+            let mut survey = Survey::begin(sweep, &[]);
+            survey.take(sweep, 0..usize::MAX);
             survey.make_sure(sweep, &snapshot);
             let of = |class| survey.classes[&class].connections;
             (of(Class::EntryMissing), of(Class::Untracked))
@@ -322,7 +331,7 @@ mod tests {
             ledger: &Ledger::default(),
             repaired: &HashSet::new(),
         };
-        let survey = Survey::of(sweep, vec![listener(128), listener(511)]);
+        let survey = Survey::begin(sweep, &[listener(128), listener(511)]);
         assert_eq!(survey.queues[&80], Queue { waiting: 2, limit: 639 });
     }
 }

@@ -7,13 +7,13 @@ use std::time::Instant;
 use super::control::Control;
 use super::log::{Deleted, Lines, line};
 use super::{Foundation, Live, ShieldMode};
+use crate::audit::survey::{Survey, SweepResult};
 use crate::error::Result;
 use crate::firewall::lists::Anew;
 use crate::metrics::{EventType, GuardMetrics};
 use crate::reconcile::apply::Outcome;
 use crate::reconcile::checks::{Checked, Counted};
-use crate::reconcile::keeper::{Acted, Sweep, Trigger, Witness};
-use crate::reconcile::ledger::Ledger;
+use crate::reconcile::keeper::{Acted, Keeper, Shown, Sweep, Trigger, Witness};
 use crate::reconcile::plan::{Action, ActionKind, Reason};
 use crate::shield::{Program, Shield};
 use crate::sockdiag::Socket;
@@ -29,6 +29,8 @@ pub(super) struct Desk<'p> {
     pub(super) share: GuardMetrics,
     lines: Lines,
     deleted: Deleted,
+    /// The figures of the deep sweep under way.
+    pub(super) survey: Option<Survey>,
 }
 
 impl<'p> Desk<'p> {
@@ -51,6 +53,7 @@ impl<'p> Desk<'p> {
             share,
             lines: Lines::new(Instant::now()),
             deleted: Deleted::default(),
+            survey: None,
         };
         this.publish_receive_buffer();
         Ok(this)
@@ -172,7 +175,7 @@ impl<'p> Desk<'p> {
     }
 
     /// Logs and publishes a sweep that ended well.
-    pub(super) fn swept(&mut self, sweep: &Sweep, ledger: &Ledger) {
+    pub(super) fn swept(&mut self, sweep: &Sweep, keeper: &Keeper) {
         if let Some(error) = &sweep.hidden {
             tracing::warn!(%error, "hidden tuples stay as they are for now");
         }
@@ -188,7 +191,15 @@ impl<'p> Desk<'p> {
             );
         }
         tracing::debug!(depth = ?sweep.depth, took = ?sweep.began.elapsed(), "swept");
-        self.share.swept(ledger, sweep.began, self.live.sweep_interval);
+        self.share.swept(keeper.ledger(), sweep.began, self.live.sweep_interval);
+        if !keeper.is_sweeping_deep() {
+            self.share.forget_repaired();
+        }
+    }
+
+    /// Whether anybody reads figures.
+    pub(super) fn is_published(&self) -> bool {
+        self.foundation.metrics_listen.is_some() || self.live.metrics_textfile.is_some()
     }
 
     /// Logs what has been done since the start.
@@ -296,6 +307,21 @@ impl Witness for Desk<'_> {
             if let Some(Err(error)) = acted.outcomes.iter().find(full).map(|it| &it.result) {
                 tracing::warn!(%error, retry_in = ?rest, "conntrack table full");
             }
+        }
+    }
+
+    fn shown(&mut self, shown: Shown<'_>) {
+        if !self.is_published() {
+            return;
+        }
+        let Shown { whole, part, scope, policy, ledger } = shown;
+        let repaired = self.share.repaired();
+        let sweep = SweepResult { snapshot: &whole.snapshot, scope, policy, ledger, repaired };
+        if part.start == 0 {
+            self.survey = Some(Survey::begin(sweep, &whole.aside));
+        }
+        if let Some(survey) = &mut self.survey {
+            survey.take(sweep, part);
         }
     }
 

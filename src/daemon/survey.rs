@@ -6,15 +6,15 @@ use crate::host::sysctl;
 use crate::netlink::Transport;
 use crate::reconcile::observe::Tables;
 
-/// Lists the sockets that the sweep did not, makes sure of what it left, reads the settings.
+/// Makes sure of what the sweep left, reads the settings.
 ///
 /// # Errors
 /// The kernel refused, or an answer was lost.
-pub(super) fn survey<T: Transport>(
+pub(super) fn finish<T: Transport>(
     tables: &mut Tables<T>,
     sweep: SweepResult<'_>,
+    mut survey: Survey,
 ) -> Result<Survey> {
-    let mut survey = Survey::of(sweep, tables.sockets.sockets(Survey::states())?);
     let again = tables.exactly(survey.suspects(), sweep.ledger)?;
     survey.make_sure(sweep, &again);
     survey.kernel = Kernel {

@@ -12,11 +12,12 @@ use nix::poll::{PollFd, PollFlags};
 use super::control::{Control, Lead};
 use super::desk::Desk;
 use super::members::Members;
+use super::reader::Reader;
 use super::rules::Rules;
 use super::survey;
 use super::threads::{cpu_time, wait_for};
 use super::{Foundation, Live, OnExit};
-use crate::audit::survey::SweepResult;
+use crate::audit::survey::{Survey, SweepResult};
 use crate::conntrack::TcpState;
 use crate::error::{Error, Result};
 use crate::firewall::Ruleset;
@@ -27,6 +28,7 @@ use crate::reconcile::ledger::Held;
 use crate::reconcile::observe::Tables;
 use crate::recount::{Mode, Recount, Recounter};
 use crate::shield;
+use crate::sockdiag::States;
 use crate::sockdiag::ends::Ends;
 
 /// A worker has a turn at least so often, for its signs of life.
@@ -57,6 +59,10 @@ pub(super) struct Worker<'p> {
     rules: Option<Rules>,
     /// Other namespaces whose connections are in this table.
     members: Option<&'p Members>,
+    /// Reads whole tables for deep sweeps.
+    reader: Reader,
+    /// What the deep sweep under way has cost.
+    deep_cost: Duration,
     /// Ends of sockets, while entries are held.
     ends: Option<Ends>,
     /// They are read no sooner.
@@ -88,6 +94,8 @@ impl<'p> Worker<'p> {
         let desk = Desk::open(control, live, &keeper.scope().ports, share)?;
         desk.share.recount_available(is_available);
         keeper.rely_on_events(desk.events.longest_unseen());
+        keeper.read_beside();
+        let reader = Reader::open()?;
         let rules = if foundation.follow_rules {
             Some(Rules::follow(members.is_some(), &foundation.device, now)?)
         } else {
@@ -104,6 +112,8 @@ impl<'p> Worker<'p> {
             desk,
             rules,
             members,
+            reader,
+            deep_cost: Duration::ZERO,
             ends,
             ends_rest,
             ends_untold,
@@ -132,6 +142,7 @@ impl<'p> Worker<'p> {
             self.rules.as_ref().map(AsFd::as_fd),
             self.members.map(|members| members.wake.as_fd()),
             ends.filter(|_| self.ends_rest <= now).map(AsFd::as_fd),
+            Some(self.reader.wake.as_fd()),
         ];
         let mut fds: Vec<_> = sources
             .iter()
@@ -140,7 +151,7 @@ impl<'p> Worker<'p> {
             .collect();
         wait_for(&mut fds, time)?;
         let mut answers = fds.iter().map(|fd| fd.any() != Some(false));
-        let [_, events, packets, devices, question, rules, members, ends] =
+        let [_, events, packets, devices, question, rules, members, ends, _] =
             sources.map(|source| source.is_some() && answers.next() == Some(true));
         Ok(Ready { events: events || packets, devices, question, rules, members, ends })
     }
@@ -183,13 +194,32 @@ impl<'p> Worker<'p> {
             self.answer();
         }
         self.follow_rules(ready.rules)?;
-        let worked = cpu_time();
-        let swept = self.keeper.turn(Instant::now(), &mut self.desk)?;
-        if let Some(sweep) = swept {
-            self.swept(&sweep, worked);
-        }
+        self.sweep()?;
         self.follow_ends();
         self.check_limits()
+    }
+
+    /// Does what is due of sweeps, of a deep one a part.
+    fn sweep(&mut self) -> Result<()> {
+        let worked = cpu_time();
+        let was_deep = self.keeper.is_sweeping_deep();
+        if let Some((whole, cost)) = self.reader.take() {
+            self.deep_cost += cost;
+            self.keeper.has_read(whole, Instant::now(), &mut self.desk)?;
+        }
+        let swept = self.keeper.turn(Instant::now(), &mut self.desk)?;
+        if let Some(reading) = self.keeper.reading() {
+            self.deep_cost = Duration::ZERO;
+            self.reader.read(reading);
+        }
+        let cost = cpu_time().saturating_sub(worked);
+        self.deep_cost += if was_deep { cost } else { Duration::ZERO };
+        match swept {
+            Some(sweep) if sweep.is_beside => self.swept(&sweep, self.deep_cost),
+            Some(sweep) => self.swept(&sweep, cost),
+            None => {}
+        }
+        Ok(())
     }
 
     /// Hears of rules that change, and shows limits that have lost their lists what is open.
@@ -238,8 +268,9 @@ impl<'p> Worker<'p> {
             self.keeper.know_limits(rules.limits().cloned());
         }
         let worked = cpu_time();
+        self.list_for_survey();
         let sweep = self.keeper.sweep(Depth::Deep, Instant::now(), &mut self.desk)?;
-        self.swept(&sweep, worked);
+        self.swept(&sweep, cpu_time().saturating_sub(worked));
         if self.rules.is_some() && !self.desk.foundation.dry_run {
             // A limit that was added while connections were open has none of them on its list.
             self.keeper.doubt_limits(Instant::now())?;
@@ -321,8 +352,8 @@ impl<'p> Worker<'p> {
         self.keeper.rely_on_ends(is_alone && !self.ends_untold);
     }
 
-    /// Publishes a sweep that ended well; `worked` is what this thread had cost before it.
-    fn swept(&mut self, sweep: &Sweep, worked: Duration) {
+    /// Publishes a sweep that ended well, and what it has cost.
+    fn swept(&mut self, sweep: &Sweep, cost: Duration) {
         if self.desk.reopen_events(&self.keeper.scope().ports) {
             self.keeper.suspect_all();
             self.keeper.rely_on_events(self.desk.events.longest_unseen());
@@ -331,20 +362,17 @@ impl<'p> Worker<'p> {
             self.keeper.idle_timeout = kernel_timeout(TcpState::Established);
             self.survey(sweep);
         }
-        self.desk.swept(sweep, self.keeper.ledger());
-        self.keeper.took(sweep, Instant::now(), cpu_time().saturating_sub(worked));
+        self.desk.swept(sweep, &self.keeper);
+        self.keeper.took(sweep, Instant::now(), cost);
     }
 
     /// Has figures taken of the whole tables, where somebody reads them.
     fn survey(&mut self, sweep: &Sweep) {
-        let Desk { foundation, live, .. } = &self.desk;
-        if foundation.metrics_listen.is_none() && live.metrics_textfile.is_none() {
-            return;
-        }
+        let Some(survey) = self.desk.survey.take() else { return };
         let (tables, scope, policy, ledger) = self.keeper.parts();
         let repaired = self.desk.share.repaired();
         let seen = SweepResult { snapshot: &sweep.snapshot, scope, policy, ledger, repaired };
-        match survey::survey(tables, seen) {
+        match survey::finish(tables, seen, survey) {
             Ok(survey) => self.desk.share.surveyed(&survey),
             Err(error) => {
                 tracing::warn!(%error, "metrics of the whole tables stay as they were");
@@ -360,6 +388,13 @@ impl<'p> Worker<'p> {
         self.keeper.apply_settings(live.keeper(self.desk.foundation.dry_run));
         self.desk.apply_settings(live, &self.keeper.scope().ports);
         self.keeper.rely_on_events(self.desk.events.longest_unseen());
+        self.list_for_survey();
+    }
+
+    /// Has sockets listed that figures of the whole tables are taken of, where somebody reads them.
+    fn list_for_survey(&mut self) {
+        let states = if self.desk.is_published() { Survey::states() } else { States::default() };
+        self.keeper.list_besides(states);
     }
 
     /// Gives held entries back, if that is wanted; else they live out their lease.

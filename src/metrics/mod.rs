@@ -440,6 +440,11 @@ impl GuardMetrics {
         });
     }
 
+    /// A sweep that looked at the whole tables has ended.
+    pub fn forget_repaired(&mut self) {
+        self.repaired = HashSet::new();
+    }
+
     /// The connections that the sweep under way has put right.
     pub fn repaired(&self) -> &HashSet<FourTuple> {
         &self.repaired
@@ -464,7 +469,6 @@ impl GuardMetrics {
     /// A sweep that began then has ended well; the next comes after about `interval`.
     pub fn swept(&mut self, ledger: &Ledger, began: Instant, interval: Duration) {
         let now = Instant::now();
-        self.repaired = HashSet::new();
         let counts = &self.metrics.counts;
         counts.add(Count::Sweeps, &[], 1);
         counts.observe(Histogram::SweepDuration, &[], (now - began).as_secs_f64());

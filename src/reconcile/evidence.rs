@@ -29,6 +29,9 @@ pub struct Evidence {
     pub untracked: HashSet<FourTuple>,
 }
 
+/// What one entry shows: its local endpoint, its zone, and how packets get there.
+pub(super) type Shown = (Endpoint, Zone, Option<Way>);
+
 /// How packets get to local endpoints, by their entries.
 pub type Ways = HashMap<Endpoint, Way>;
 
@@ -59,27 +62,29 @@ impl Way {
 impl Evidence {
     /// What these connections show.
     pub fn of(views: &Views) -> Self {
-        let mut this = Self::default();
-        let mut last = None;
-        for view in views.iter() {
-            let Some(entry) = view.entry else { continue };
-            let local = view.flow.src;
-            let way = Way::of(&view, &entry);
-            // Most say what the one before them said.
-            let now = Some((local, entry.zone, way));
-            if std::mem::replace(&mut last, now) == now {
-                continue;
-            }
-            this.tracked.insert(local.port());
-            this.zones.insert(entry.zone);
-            if let Some(way) = way.filter(|_| this.ways.len() < ENDPOINTS) {
-                let all = this.ways.entry(local).or_insert(way);
-                if *all != way {
-                    *all = Way::Various;
-                }
+        let (mut this, mut last) = (Self::default(), None);
+        views.iter().for_each(|view| this.see(&view, &mut last));
+        this
+    }
+
+    /// One connection more; `last` is what the one before it showed.
+    pub(super) fn see(&mut self, view: &View, last: &mut Option<Shown>) {
+        let Some(entry) = view.entry else { return };
+        let local = view.flow.src;
+        let way = Way::of(view, &entry);
+        // Most say what the one before them said.
+        let now = Some((local, entry.zone, way));
+        if std::mem::replace(last, now) == now {
+            return;
+        }
+        self.tracked.insert(local.port());
+        self.zones.insert(entry.zone);
+        if let Some(way) = way.filter(|_| self.ways.len() < ENDPOINTS) {
+            let all = self.ways.entry(local).or_insert(way);
+            if *all != way {
+                *all = Way::Various;
             }
         }
-        this
     }
 
     /// The zone that all siblings are in, if it is one.

@@ -8,9 +8,9 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use super::agenda::Agenda;
-use super::evidence::Ways;
+use super::evidence::{Evidence, Ways};
 use super::pressure::{Defence, Pressure};
-use super::snapshot::Snapshot;
+use super::snapshot::{Snapshot, View};
 use crate::conntrack::{Entry, EntryKey, Tcp, TcpState, Zone};
 use crate::firewall::lists::Loss;
 use crate::flow::FourTuple;
@@ -298,8 +298,18 @@ impl Ledger {
     ///
     /// Of an ESTABLISHED connection only what a plain entry would get wrong: there are many.
     pub fn note(&mut self, snapshot: &Snapshot) {
-        self.zones.extend(snapshot.evidence.zones.iter().copied());
-        for view in snapshot.views.iter() {
+        self.note_zones(&snapshot.evidence);
+        self.note_views(snapshot.views.iter());
+    }
+
+    /// Looks for entries in the zones of these, too.
+    pub fn note_zones(&mut self, evidence: &Evidence) {
+        self.zones.extend(evidence.zones.iter().copied());
+    }
+
+    /// Takes note of these connections of a snapshot.
+    pub fn note_views(&mut self, views: impl Iterator<Item = View>) {
+        for view in views {
             if let (Some(socket), Some(entry)) = (view.socket, view.entry)
                 && (socket.state != State::Established && socket.takes_a_slot()
                     || !entry.is_plain())
@@ -433,15 +443,16 @@ impl Ledger {
         self.remember(socket, Entry { tcp, ..Entry::plain(socket.flow(), Zone::default()) });
     }
 
-    /// Forgets how the entries of sockets other than these looked.
-    pub fn retain_seen(&mut self, alive: &HashSet<Cookie>) {
+    /// Forgets how the entries of sockets other than these looked. What is watched may have come
+    /// since these were listed, or was skipped: it is looked at.
+    pub fn retain_seen(&mut self, alive: &HashSet<Cookie>, now: Instant) {
         let agenda = &mut self.agenda;
         self.known.retain(|cookie, known| {
-            let stays = known.hold.is_some() || alive.contains(cookie);
-            if !stays {
-                agenda.move_look(*cookie, known.look, None);
+            if known.look.is_some() && !alive.contains(cookie) {
+                agenda.move_look(*cookie, known.look, Some(now));
+                known.look = Some(now);
             }
-            stays
+            known.hold.is_some() || known.look.is_some() || alive.contains(cookie)
         });
         self.uncounted.retain(|cookie, _| alive.contains(cookie));
     }

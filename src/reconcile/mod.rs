@@ -21,3 +21,4 @@ pub mod snapshot;
 pub mod timers;
 mod translated;
 pub mod uncounted;
+pub mod whole;

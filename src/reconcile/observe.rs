@@ -1,7 +1,6 @@
-//! Reads both tables into a [`Snapshot`]: whole, or connection by connection.
+//! Reads both tables into a [`Snapshot`], connection by connection; [`super::whole`] reads them whole.
 
-use std::cmp::Reverse;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::net::IpAddr;
 use std::ops::Deref;
 use std::sync::Arc;
@@ -9,19 +8,15 @@ use std::sync::Arc;
 use super::evidence::Way;
 use super::ledger::Ledger;
 use super::policy::{Policy, Scope};
-use super::snapshot::{Direction, Kept, Snapshot, View, Views};
-use crate::conntrack::{Conntrack, Entry, Filter, Zone};
+use super::snapshot::{Snapshot, View};
+use crate::conntrack::{Conntrack, Entry, Zone};
 use crate::error::Result;
 use crate::firewall::Ruleset;
 use crate::firewall::tracking::{Opened, Tracking};
-use crate::flow::{AF_INET, AF_INET6, FourTuple};
+use crate::flow::FourTuple;
 use crate::netlink::{KernelSocket, Transport};
 use crate::rtnetlink::route::Routes;
-use crate::sockdiag::{Lookup, Opener, SockDiag, Socket, State, States};
-
-/// Up to this many ports the kernel filters a dump by port; each port costs two walks of the table
-/// for each family, and two ports cost more than to read all of 200 000 entries (benches/audit.rs).
-const FILTERED_PORTS: usize = 1;
+use crate::sockdiag::{Lookup, Opener, SockDiag, Socket, State};
 
 /// What exact look-ups have just shown, connection by connection: it may be acted upon.
 ///
@@ -83,53 +78,6 @@ impl<T: Transport> Tables<T> {
         Ok(policy.scope(&listeners))
     }
 
-    /// Every connection of the scope that ends in one of our namespaces and has a socket in one of
-    /// `states`, an entry, or both.
-    ///
-    /// Dumps of two tables at two moments: a disagreement in it is only a suspicion.
-    ///
-    /// # Errors
-    /// The kernel refused, or an answer was lost.
-    pub fn whole(&mut self, scope: &Scope, policy: &Policy, states: States) -> Result<Snapshot> {
-        let mut parts = Vec::new();
-        for filter in filters(scope) {
-            for family in [AF_INET, AF_INET6] {
-                parts.push(self.conntrack.entries(
-                    family,
-                    filter,
-                    |part: &mut Vec<_>, entry| {
-                        if places(entry, scope, policy) != [None; 2] {
-                            part.push(Kept::from(entry));
-                        }
-                    },
-                )?);
-            }
-        }
-        let entries = parts.iter().flatten().map(Kept::entry);
-        let mut views = put_together(entries, self.sockets.sockets(states)?, scope, policy);
-        // The sockets of connections that end elsewhere are not missing here.
-        let mut asked = HashSet::new();
-        let mut elsewhere = HashSet::new();
-        let mut last = None;
-        for addr in views.iter().filter(|v| v.socket.is_none()).map(|v| v.flow.src.addr()) {
-            let is_new = last.replace(addr) != Some(addr) && asked.insert(addr);
-            if is_new && !self.sockets.is_of_member(addr) && !is_home(&mut self.homes, addr)? {
-                elsewhere.insert(addr);
-            }
-        }
-        if !elsewhere.is_empty() {
-            let is_here = |view: &View| !elsewhere.contains(&view.flow.src.addr());
-            views.retain(|view| view.socket.is_some() || is_here(view));
-        }
-        let aside = self.bridged(views.iter())?;
-        if !aside.is_empty() {
-            views.retain(|view| !aside.contains(&view.flow));
-        }
-        let mut snapshot = Snapshot::of(views);
-        snapshot.evidence.behind = self.behind(&snapshot);
-        Ok(snapshot)
-    }
-
     /// The sockets of the scope that one side has closed: one dump, of nothing else.
     ///
     /// # Errors
@@ -184,7 +132,7 @@ impl<T: Transport> Tables<T> {
 
     /// Local addresses of other namespaces that have a connection whose entry does not show how its
     /// packets get there.
-    fn behind(&self, snapshot: &Snapshot) -> HashSet<IpAddr> {
+    pub(super) fn behind(&self, snapshot: &Snapshot) -> HashSet<IpAddr> {
         let shows = |view: &View| view.entry.is_some_and(|entry| entry.reply == view.flow);
         let hidden = snapshot.views.iter().filter(|view| !shows(view));
         hidden
@@ -264,59 +212,6 @@ impl<T: Transport> Tables<T> {
     }
 }
 
-/// Puts the entries and the sockets of the scope together: first the connections that have a
-/// socket, as the sockets come, then the others in their own order.
-pub fn join(
-    entries: impl IntoIterator<Item = Entry>,
-    sockets: impl IntoIterator<Item = Socket>,
-    scope: &Scope,
-    policy: &Policy,
-) -> Snapshot {
-    Snapshot::of(put_together(entries, sockets, scope, policy))
-}
-
-fn put_together(
-    entries: impl IntoIterator<Item = Entry>,
-    sockets: impl IntoIterator<Item = Socket>,
-    scope: &Scope,
-    policy: &Policy,
-) -> Views {
-    let mut views: Views = sockets
-        .into_iter()
-        .filter(|socket| scope.contains(policy, socket.flow()))
-        .map(|socket| View { flow: socket.flow(), socket: Some(socket), entry: None })
-        .collect();
-    let mut by_flow: HashMap<FourTuple, usize> = HashMap::with_capacity(views.len());
-    for (index, view) in views.iter().enumerate() {
-        by_flow.entry(view.flow).or_insert(index);
-    }
-    let mut orphans = Views::default();
-    for entry in entries {
-        let mut is_orphan = true;
-        let places = places(&entry, scope, policy).into_iter().flatten();
-        for flow in places.clone() {
-            if let Some((index, view)) = by_flow.get(&flow).and_then(|i| Some((*i, views.get(*i)?)))
-            {
-                is_orphan = false;
-                if view.entry.is_none_or(|kept| rank(flow, &kept) < rank(flow, &entry)) {
-                    views.set(index, View { entry: Some(entry), ..view });
-                }
-            }
-        }
-        if is_orphan {
-            let alone = |flow| View { flow, socket: None, entry: Some(entry) };
-            orphans.extend(places.map(alone));
-        }
-    }
-    drop(by_flow);
-    // In the order of the connections, and the one of two that a limiter counts first.
-    let worth = |view: &View| view.entry.map(|entry| rank(view.flow, &entry));
-    orphans.sort_by_key(|view| (view.flow, Reverse(worth(view))));
-    orphans.dedup();
-    views.append(orphans);
-    views
-}
-
 /// Whether no entry shows, or has shown, how a socket's connection began.
 fn is_dark(view: &View, ledger: &Ledger) -> bool {
     let tells_nothing = |entry: Entry| entry.is_picked_up();
@@ -325,37 +220,4 @@ fn is_dark(view: &View, ledger: &Ledger) -> bool {
             && view.entry.is_none_or(tells_nothing)
             && ledger.last_entry(&socket).is_none_or(tells_nothing)
     })
-}
-
-fn is_home<T: Transport>(homes: &mut [Routes<T>], addr: IpAddr) -> Result<bool> {
-    for home in homes.iter_mut() {
-        if home.is_local(addr)? {
-            return Ok(true);
-        }
-    }
-    Ok(homes.is_empty())
-}
-
-fn filters(scope: &Scope) -> Vec<Filter> {
-    if scope.ports.len() > FILTERED_PORTS {
-        return vec![Filter::Tcp];
-    }
-    scope
-        .ports
-        .iter()
-        .flat_map(|port| [Filter::AnsweredFrom(*port), Filter::BegunFrom(*port)])
-        .collect()
-}
-
-/// The connections of the scope, seen from the server, that an entry can belong to: by its answers,
-/// or, reversed, by its first packet. Both when the peer's port is in scope too.
-fn places(entry: &Entry, scope: &Scope, policy: &Policy) -> [Option<FourTuple>; 2] {
-    [entry.reply, entry.orig].map(|flow| scope.contains(policy, flow).then_some(flow))
-}
-
-/// Where two zones have an entry of one connection: the one that a limiter counts is worth most.
-fn rank(flow: FourTuple, entry: &Entry) -> (bool, bool) {
-    let view = View { flow, socket: None, entry: Some(*entry) };
-    let right_way = matches!(view.entry_side(), Some((Direction::FromPeer, _)));
-    (right_way, view.is_counted())
 }

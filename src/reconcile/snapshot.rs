@@ -1,5 +1,6 @@
 //! What both tables say about each connection, as plain values.
 
+use std::ops::Range;
 use std::time::Duration;
 
 use super::evidence::Evidence;
@@ -62,6 +63,13 @@ impl View {
         matches!(self.entry_side(), Some((Direction::Outgoing, _)))
     }
 
+    /// Whether nothing is left of the connection but an entry that no limiter counts.
+    pub fn is_over(&self) -> bool {
+        let is_closed =
+            matches!(self.entry_side(), Some((Direction::FromPeer, state)) if !state.is_counted());
+        self.socket.is_none() && is_closed
+    }
+
     /// Whether a limiter counts the entry for the peer.
     pub fn is_counted(&self) -> bool {
         matches!(self.entry_side(), Some((Direction::FromPeer, state)) if state.is_counted())
@@ -79,27 +87,6 @@ enum Packed {
     Open(Socket, Option<PackedEntry>),
     /// No socket.
     Alone(FourTuple, Option<PackedEntry>),
-}
-
-/// An entry as a whole table of them is kept: a plain one takes less than half of an [`Entry`],
-/// which it becomes when it is looked at.
-#[derive(Clone, Debug)]
-pub struct Kept {
-    reply: FourTuple,
-    entry: PackedEntry,
-}
-
-impl Kept {
-    /// The entry.
-    pub fn entry(&self) -> Entry {
-        self.entry.entry(self.reply)
-    }
-}
-
-impl From<&Entry> for Kept {
-    fn from(entry: &Entry) -> Self {
-        Self { reply: entry.reply, entry: PackedEntry::new(entry.reply, entry) }
-    }
 }
 
 /// An entry, beside the flow that its connection has in a view.
@@ -131,6 +118,12 @@ impl Views {
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
+    }
+
+    /// Some of the connections, by their numbers.
+    pub fn part(&self, range: Range<usize>) -> impl ExactSizeIterator<Item = View> + Clone {
+        let end = range.end.min(self.0.len());
+        self.0.get(range.start.min(end)..end).unwrap_or_default().iter().map(Packed::view)
     }
 
     /// The one with this number.
@@ -230,6 +223,8 @@ impl PackedEntry {
 pub struct Snapshot {
     /// The connections.
     pub views: Views,
+    /// How many more there were that are over, where only their number is kept.
+    pub over: u64,
     /// What they show of each other.
     pub evidence: Evidence,
 }
@@ -242,7 +237,7 @@ impl Snapshot {
 
     pub(super) fn of(views: Views) -> Self {
         let evidence = Evidence::of(&views);
-        Self { views, evidence }
+        Self { views, over: 0, evidence }
     }
 }
 
@@ -291,7 +286,6 @@ mod tests {
                 let view = View { flow, socket, entry };
                 assert_eq!(Views::from_iter([view]).iter().collect::<Vec<_>>(), [view]);
             }
-            assert_eq!(entry.as_ref().map(|entry| Kept::from(entry).entry()), entry);
         }
     }
 }

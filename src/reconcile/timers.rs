@@ -13,6 +13,8 @@ pub enum Timer {
     SecondLook,
     /// Showing limits that have lost their lists what is open.
     Recount,
+    /// The next part of a deep sweep.
+    Part,
     /// The looks of a sweep that are left.
     Look,
     /// The first look that may act at connections without FIN that conntrack believes closed.
@@ -74,9 +76,14 @@ impl Timers {
         is_due
     }
 
-    /// The first moment at which anything is due.
-    pub fn next(&self) -> Option<Instant> {
-        self.due.iter().flatten().min().copied()
+    /// The first moment at which anything is due, other than this.
+    pub fn next_but(&self, not_now: Option<Timer>) -> Option<Instant> {
+        let others = self
+            .due
+            .iter()
+            .enumerate()
+            .filter(|(at, _)| not_now.is_none_or(|it| it as usize != *at));
+        others.filter_map(|(_, due)| *due).min()
     }
 
     /// The work of `timer` has failed: it is due again after `first`, and after twice as long with
@@ -134,14 +141,14 @@ mod tests {
         let begun = Instant::now();
         let second = Duration::from_secs(1);
         let mut timers = Timers::default();
-        assert_eq!(timers.next(), None);
+        assert_eq!(timers.next_but(None), None);
         timers.set(Timer::Deep, begun + second * 30);
         timers.set(Timer::Shallow, begun + second);
         timers.hasten(Timer::Deep, begun + second * 40);
         assert_eq!(timers.due(Timer::Deep), Some(begun + second * 30));
-        assert_eq!(timers.next(), Some(begun + second));
+        assert_eq!(timers.next_but(None), Some(begun + second));
         assert!(timers.take(Timer::Shallow, begun + second));
         assert!(!timers.take(Timer::Shallow, begun + second));
-        assert_eq!(timers.next(), Some(begun + second * 30));
+        assert_eq!(timers.next_but(None), Some(begun + second * 30));
     }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
+use std::ops::Range;
 
 use super::namespace::Sockets;
 use super::{Lookup, Socket, State, States};
@@ -62,10 +63,19 @@ impl<T: Transport> Members<T> {
         self.homes.contains_key(&addr)
     }
 
-    /// The sockets of all in these states.
-    pub(super) fn sockets(&mut self, states: States) -> Result<Vec<Socket>> {
+    pub(super) fn addresses(&self) -> impl Iterator<Item = IpAddr> + '_ {
+        self.homes.keys().copied()
+    }
+
+    pub(super) fn know(&mut self, addresses: HashSet<IpAddr>) {
+        self.homes = addresses.into_iter().map(|addr| (addr, Vec::new())).collect();
+    }
+
+    /// The sockets in these states, of some members by their numbers.
+    pub(super) fn sockets(&mut self, states: States, part: Range<usize>) -> Result<Vec<Socket>> {
         let mut all = Vec::new();
-        for member in &mut self.all {
+        let some = part.start.min(self.all.len())..part.end.min(self.all.len());
+        for member in self.all.get_mut(some).unwrap_or_default() {
             let found = member.list(states)?;
             learn(&mut self.homes, member.id, &found);
             all.extend(found);

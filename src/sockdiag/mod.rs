@@ -14,6 +14,7 @@ mod socket;
 
 use std::collections::HashSet;
 use std::net::IpAddr;
+use std::ops::Range;
 
 use netlink_sys::protocols::NETLINK_SOCK_DIAG;
 
@@ -85,6 +86,28 @@ impl<T: Transport> SockDiag<T> {
         self.members.ids()
     }
 
+    /// The addresses that they are known to have.
+    pub fn addresses_of_members(&self) -> HashSet<IpAddr> {
+        self.members.addresses().collect()
+    }
+
+    /// Takes these for the addresses of other namespaces, which others ask about.
+    pub fn know_addresses(&mut self, addresses: HashSet<IpAddr>) {
+        self.members.know(addresses);
+    }
+
+    /// The sockets of some of them, by their numbers.
+    ///
+    /// # Errors
+    /// As [`SockDiag::sockets`].
+    pub fn sockets_of_members(
+        &mut self,
+        states: States,
+        part: Range<usize>,
+    ) -> Result<Vec<Socket>> {
+        self.members.sockets(states, part)
+    }
+
     /// Whether one of the other namespaces is known to have this address.
     pub fn is_of_member(&self, addr: IpAddr) -> bool {
         self.members.have(addr)
@@ -98,7 +121,7 @@ impl<T: Transport> SockDiag<T> {
     /// The kernel refused, or a message was lost or malformed.
     pub fn sockets(&mut self, states: States) -> Result<Vec<Socket>> {
         let own = self.own.dump(states)?;
-        Ok(each_once(own, self.members.sockets(states)?))
+        Ok(each_once(own, self.members.sockets(states, 0..usize::MAX)?))
     }
 
     /// The same as of late: of other namespaces only some are listed at one call, in turn, and of the

@@ -9,9 +9,9 @@ use crate::audit::processes::Owners;
 use crate::audit::report::Seen;
 use crate::conntrack::Entry;
 use crate::flow::FourTuple;
-use crate::reconcile::observe::join;
 use crate::reconcile::policy::{Policy, Scope};
 use crate::reconcile::snapshot::{Direction, View};
+use crate::reconcile::whole::join;
 use crate::sockdiag::{Socket, State};
 
 /// The host that two texts come from.

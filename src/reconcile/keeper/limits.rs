@@ -3,7 +3,8 @@
 use std::time::Instant;
 
 use super::checks::QUIET;
-use super::{Keeper, PART, Trigger, Witness};
+use super::deep::PART;
+use super::{Keeper, Trigger, Witness};
 use crate::error::Result;
 use crate::firewall::lists::Anew;
 use crate::netlink::Transport;

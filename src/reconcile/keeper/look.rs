@@ -151,7 +151,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         self.ledger.note(&snapshot);
         self.ledger.settle(&snapshot);
         self.hasten_deep_sweep(&snapshot);
-        self.attend(&snapshot, now);
+        self.attend(snapshot.views.iter(), now);
         let mut extensions = self.confirmed(&snapshot);
         extensions.retain(|action| action.kind == ActionKind::Extend);
         self.carry_out(extensions, Trigger::Sweep, now, now, witness)?;
@@ -185,8 +185,8 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
     }
 
     /// Says when each of these connections is looked at next, where it is one to be watched.
-    pub(super) fn attend(&mut self, snapshot: &Snapshot, now: Instant) {
-        for view in snapshot.views.iter() {
+    pub(super) fn attend(&mut self, views: impl Iterator<Item = View>, now: Instant) {
+        for view in views {
             match view.socket {
                 Some(socket) => {
                     let is_half_closed = socket.state != State::Established

@@ -6,6 +6,7 @@
 //! tests play the kernel and the time.
 
 mod checks;
+mod deep;
 mod limits;
 mod look;
 mod repair;
@@ -17,6 +18,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use self::deep::Deep;
 use super::apply::{Outcome, believed};
 use super::backoff::BackOff;
 use super::checks::{Checked, Checks};
@@ -32,13 +34,11 @@ use crate::conntrack::{Change, TcpState, Zone};
 use crate::error::Result;
 use crate::netlink::{KernelSocket, Transport};
 use crate::recount::{Recount, Recounter};
-use crate::sockdiag::{Cookie, Lookup, Socket, State};
+use crate::sockdiag::{Cookie, Lookup, Socket, State, States};
 
+pub use deep::Shown;
 use suspects::Deferred;
 pub use sweep::{Depth, Sweep};
-
-/// Connections that are planned for and repaired at once.
-const PART: usize = 1024;
 
 /// What the keeper goes by.
 #[derive(Clone, Debug)]
@@ -97,6 +97,10 @@ pub trait Witness {
     fn acted(&mut self, acted: Acted);
     /// In a dry run: what would have been carried out.
     fn planned(&mut self, actions: &[Action], trigger: Trigger);
+    /// Connections of a deep sweep have been worked through.
+    fn shown(&mut self, shown: Shown<'_>) {
+        let Shown { .. } = shown;
+    }
     /// A limit was asked whether it counts what was shown to it.
     fn checked(&mut self, checked: Checked) {
         drop(checked);
@@ -124,6 +128,14 @@ pub struct Keeper<T: Transport = KernelSocket, R: Recount = Recounter> {
     soonest_deep: Instant,
     /// When the last deep sweep began.
     last_deep: Option<Instant>,
+    /// The one under way.
+    deep: Deep,
+    /// Others read the tables for it.
+    is_read_beside: bool,
+    /// Another one is wanted since.
+    is_deep_owed: bool,
+    /// Sockets in these states are listed for the witness besides.
+    aside: States,
     /// How long a watched connection may go without a look.
     longest_unseen: Duration,
     /// The ends of sockets are told.
@@ -186,6 +198,10 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             timers,
             soonest_deep: now,
             last_deep: None,
+            deep: Deep::default(),
+            is_read_beside: false,
+            is_deep_owed: false,
+            aside: States::default(),
             longest_unseen: Duration::ZERO,
             ends_are_told: false,
             dumps: look::DUMPS,
@@ -231,12 +247,17 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
 
     /// When there is something to do next.
     pub fn next_timeout(&self) -> Option<Instant> {
-        self.timers.next()
+        let not_now = self.is_sweeping_deep().then_some(Timer::Deep);
+        self.timers.next_but(not_now)
     }
 
     /// Whether a sweep is due.
     pub fn sweep_is_due(&self, now: Instant) -> bool {
-        self.timers.is_due(Timer::Shallow, now) || self.timers.is_due(Timer::Deep, now)
+        self.timers.is_due(Timer::Shallow, now) || self.deep_is_due(now)
+    }
+
+    fn deep_is_due(&self, now: Instant) -> bool {
+        self.timers.is_due(Timer::Deep, now) && !self.is_sweeping_deep()
     }
 
     /// Does what is due.
@@ -245,10 +266,14 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
     /// A conversation broke; the work that failed is due again by the rule of its timer.
     pub fn turn(&mut self, now: Instant, witness: &mut impl Witness) -> Result<Option<Sweep>> {
         self.look_again(now, witness)?;
-        if self.timers.is_due(Timer::Deep, now) {
-            self.sweep_in_parts(Depth::Deep, now, witness).map(Some)
+        if self.deep_is_due(now) && self.is_read_beside {
+            self.begin_deep(now).map(|()| None)
+        } else if self.deep_is_due(now) {
+            self.sweep_deep(now, witness).map(Some)
         } else if self.timers.is_due(Timer::Shallow, now) {
-            self.sweep_in_parts(Depth::Shallow, now, witness).map(Some)
+            self.sweep_shallow(now, witness).map(Some)
+        } else if self.timers.is_due(Timer::Part, now) {
+            self.go_on_deep(now, witness)
         } else if self.timers.is_due(Timer::Look, now) {
             self.look_on(now, witness).map(|()| None)
         } else {

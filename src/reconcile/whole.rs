@@ -1,0 +1,252 @@
+//! Reads both tables whole, and puts them together while they are read: of millions of entries only
+//! those of the scope take room.
+
+use std::cmp::Reverse;
+use std::collections::{HashMap, HashSet};
+use std::net::IpAddr;
+
+use super::evidence::{Evidence, Shown};
+use super::observe::Tables;
+use super::policy::{Policy, Scope};
+use super::snapshot::{Direction, Snapshot, View, Views};
+use crate::conntrack::{Entry, Filter};
+use crate::error::Result;
+use crate::flow::{AF_INET, AF_INET6, FourTuple};
+use crate::netlink::Transport;
+use crate::rtnetlink::route::Routes;
+use crate::sockdiag::{Cookie, Socket, State, States};
+
+/// Up to this many ports the kernel filters a dump by port; each port costs two walks of the table
+/// for each family, and two ports cost more than to read all of 200 000 entries (benches/audit.rs).
+const FILTERED_PORTS: usize = 1;
+
+/// What is kept of connections that are over: no socket, and an entry that no limiter counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Over {
+    /// Each of them.
+    Each,
+    /// Their number: on a busy server most entries are in TIME_WAIT.
+    Number,
+}
+
+/// What a deep sweep is to read.
+#[derive(Clone, Debug)]
+pub struct Reading {
+    /// The ports.
+    pub scope: Scope,
+    /// Whose connections.
+    pub policy: Policy,
+    /// States of sockets that are listed besides.
+    pub aside: States,
+    /// Open sockets of other namespaces.
+    pub of_members: Vec<Socket>,
+    /// Addresses of theirs.
+    pub theirs: HashSet<IpAddr>,
+}
+
+/// Both tables, as a deep sweep wants them.
+#[derive(Debug, Default)]
+pub struct Whole {
+    /// The connections.
+    pub snapshot: Snapshot,
+    /// The sockets among them.
+    pub cookies: HashSet<Cookie>,
+    /// Those of them that the peer has half-closed.
+    pub half_closed: Vec<Socket>,
+    /// Sockets that were to be listed besides.
+    pub aside: Vec<Socket>,
+}
+
+impl<T: Transport> Tables<T> {
+    /// Every connection of the scope that ends in one of our namespaces and has a socket in one of
+    /// `states`, an entry, or both.
+    ///
+    /// Dumps of two tables at two moments: a disagreement in it is only a suspicion.
+    ///
+    /// # Errors
+    /// The kernel refused, or an answer was lost.
+    pub fn whole(&mut self, scope: &Scope, policy: &Policy, states: States) -> Result<Snapshot> {
+        let sockets = self.sockets.sockets(states)?;
+        self.with_entries(sockets, scope, policy, Over::Each)
+    }
+
+    /// What a deep sweep wants. It may be read by other sockets than those of the sweep.
+    ///
+    /// # Errors
+    /// As [`Tables::whole`].
+    pub fn read(&mut self, reading: Reading) -> Result<Whole> {
+        let Reading { scope, policy, aside, of_members, theirs } = reading;
+        if self.sockets.members().len() == 0 {
+            self.sockets.know_addresses(theirs);
+        }
+        let mut sockets = self.sockets.sockets(States::open())?;
+        sockets.extend(of_members);
+        let snapshot = self.with_entries(sockets, &scope, &policy, Over::Number)?;
+        let sockets = || snapshot.views.iter().filter_map(|view| view.socket);
+        let cookies = sockets().map(|socket| socket.cookie).collect();
+        let half_closed = sockets().filter(|socket| socket.state == State::CloseWait).collect();
+        let aside =
+            if aside == States::default() { Vec::new() } else { self.sockets.sockets(aside)? };
+        Ok(Whole { snapshot, cookies, half_closed, aside })
+    }
+
+    /// These sockets and all entries of the scope.
+    fn with_entries(
+        &mut self,
+        sockets: Vec<Socket>,
+        scope: &Scope,
+        policy: &Policy,
+        over: Over,
+    ) -> Result<Snapshot> {
+        let mut joined = Joined::of(sockets, scope, policy, over);
+        let mut homes = HashMap::new();
+        let mut refused = None;
+        let Self { conntrack, sockets: diag, homes: routes, .. } = self;
+        // The sockets of connections that end elsewhere are not missing here.
+        let mut is_here = |flow: FourTuple| {
+            let addr = flow.src.addr();
+            *homes.entry(addr).or_insert_with(|| {
+                diag.is_of_member(addr)
+                    || is_home(routes, addr).unwrap_or_else(|error| {
+                        refused.get_or_insert(error);
+                        true
+                    })
+            })
+        };
+        for filter in filters(scope) {
+            for family in [AF_INET, AF_INET6] {
+                conntrack.entries(family, filter, |(), entry| joined.take(entry, &mut is_here))?;
+            }
+        }
+        if let Some(error) = refused {
+            return Err(error);
+        }
+        let mut snapshot = joined.end();
+        let aside = self.bridged(snapshot.views.iter())?;
+        if !aside.is_empty() {
+            snapshot.views.retain(|view| !aside.contains(&view.flow));
+        }
+        snapshot.evidence.behind = self.behind(&snapshot);
+        Ok(snapshot)
+    }
+}
+
+/// Puts the entries and the sockets of the scope together: first the connections that have a
+/// socket, as the sockets come, then the others in their own order.
+pub fn join(
+    entries: impl IntoIterator<Item = Entry>,
+    sockets: impl IntoIterator<Item = Socket>,
+    scope: &Scope,
+    policy: &Policy,
+) -> Snapshot {
+    let mut joined = Joined::of(sockets, scope, policy, Over::Each);
+    for entry in entries {
+        joined.take(&entry, |_| true);
+    }
+    joined.end()
+}
+
+/// Both tables, while entries come.
+struct Joined<'a> {
+    scope: &'a Scope,
+    policy: &'a Policy,
+    over: Over,
+    /// Those with sockets.
+    views: Views,
+    by_flow: HashMap<FourTuple, usize>,
+    orphans: Views,
+    /// Of what is over: how many, and what they show of their siblings.
+    number: u64,
+    evidence: Evidence,
+    last: Option<Shown>,
+}
+
+impl<'a> Joined<'a> {
+    fn of(
+        sockets: impl IntoIterator<Item = Socket>,
+        scope: &'a Scope,
+        policy: &'a Policy,
+        over: Over,
+    ) -> Self {
+        let views: Views = sockets
+            .into_iter()
+            .filter(|socket| scope.contains(policy, socket.flow()))
+            .map(|socket| View { flow: socket.flow(), socket: Some(socket), entry: None })
+            .collect();
+        let mut by_flow = HashMap::with_capacity(views.len());
+        for (index, view) in views.iter().enumerate() {
+            by_flow.entry(view.flow).or_insert(index);
+        }
+        let (orphans, evidence) = (Views::default(), Evidence::default());
+        Self { scope, policy, over, views, by_flow, orphans, number: 0, evidence, last: None }
+    }
+
+    /// One entry more; `is_here` is asked about connections without a socket.
+    fn take(&mut self, entry: &Entry, mut is_here: impl FnMut(FourTuple) -> bool) {
+        let places = places(entry, self.scope, self.policy);
+        let mut is_orphan = true;
+        for flow in places.into_iter().flatten() {
+            let index = self.by_flow.get(&flow).copied();
+            if let Some((index, view)) = index.and_then(|it| Some((it, self.views.get(it)?))) {
+                is_orphan = false;
+                if view.entry.is_none_or(|kept| rank(flow, &kept) < rank(flow, entry)) {
+                    self.views.set(index, View { entry: Some(*entry), ..view });
+                }
+            }
+        }
+        for flow in places.into_iter().flatten().filter(|flow| is_orphan && is_here(*flow)) {
+            let alone = View { flow, socket: None, entry: Some(*entry) };
+            if self.over == Over::Number && alone.is_over() {
+                self.evidence.see(&alone, &mut self.last);
+                self.number += 1;
+            } else {
+                self.orphans.extend([alone]);
+            }
+        }
+    }
+
+    fn end(self) -> Snapshot {
+        let Self { mut views, mut orphans, number, mut evidence, mut last, by_flow, .. } = self;
+        drop(by_flow);
+        // In the order of the connections, and the one of two that a limiter counts first.
+        let worth = |view: &View| view.entry.map(|entry| rank(view.flow, &entry));
+        orphans.sort_by_key(|view| (view.flow, Reverse(worth(view))));
+        orphans.dedup();
+        views.append(orphans);
+        views.iter().for_each(|view| evidence.see(&view, &mut last));
+        Snapshot { views, over: number, evidence }
+    }
+}
+
+fn is_home<T: Transport>(homes: &mut [Routes<T>], addr: IpAddr) -> Result<bool> {
+    for home in homes.iter_mut() {
+        if home.is_local(addr)? {
+            return Ok(true);
+        }
+    }
+    Ok(homes.is_empty())
+}
+
+fn filters(scope: &Scope) -> Vec<Filter> {
+    if scope.ports.len() > FILTERED_PORTS {
+        return vec![Filter::Tcp];
+    }
+    scope
+        .ports
+        .iter()
+        .flat_map(|port| [Filter::AnsweredFrom(*port), Filter::BegunFrom(*port)])
+        .collect()
+}
+
+/// The connections of the scope, seen from the server, that an entry can belong to: by its answers,
+/// or, reversed, by its first packet. Both when the peer's port is in scope too.
+fn places(entry: &Entry, scope: &Scope, policy: &Policy) -> [Option<FourTuple>; 2] {
+    [entry.reply, entry.orig].map(|flow| scope.contains(policy, flow).then_some(flow))
+}
+
+/// Where two zones have an entry of one connection: the one that a limiter counts is worth most.
+fn rank(flow: FourTuple, entry: &Entry) -> (bool, bool) {
+    let view = View { flow, socket: None, entry: Some(*entry) };
+    let right_way = matches!(view.entry_side(), Some((Direction::FromPeer, _)));
+    (right_way, view.is_counted())
+}
