@@ -278,7 +278,8 @@ fn host() -> Host {
         entry(peer(4005), TcpState::CloseWait, 5),
         entry(peer(4006), TcpState::LastAck, 20),
         outgoing_entry(peer(4007), TcpState::CloseWait, 50),
-        entry(elsewhere, TcpState::Close, 9),
+        // Dialled from a port on which nothing listens.
+        outgoing_entry(elsewhere, TcpState::Close, 9),
         // A former life held it; its socket is gone.
         ours(entry(peer(4008), TcpState::CloseWait, 50)),
         entry(peer(4009), TcpState::Established, 4000),

@@ -43,7 +43,8 @@ pub(super) fn run(args: &Explain) -> Result<Exit> {
         let flow = translated.map_or(flow, |entry| entry.reply);
         let rules = Ruleset::read();
         tables.follow_tracking(&rules);
-        let scope = tables.scope(&policy)?;
+        let mut scope = tables.scope(&policy)?;
+        scope.ports.extend(tables.served_without_listener(&scope, &policy)?);
         // Siblings of the same port tell whether it is tracked, and in which zones.
         let mut siblings = scope.clone();
         siblings.ports = std::iter::once(flow.src.port()).collect();

@@ -17,6 +17,7 @@ pub mod observe;
 pub mod plan;
 pub mod policy;
 pub mod pressure;
+mod served;
 pub mod snapshot;
 pub mod timers;
 mod translated;

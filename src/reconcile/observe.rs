@@ -185,7 +185,7 @@ impl<T: Transport> Tables<T> {
     }
 
     /// The entries of these connections, in every zone that is known.
-    fn entries_of(
+    pub(super) fn entries_of(
         &mut self,
         connections: &[Lookup],
         ledger: &Ledger,

@@ -182,7 +182,10 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         now: Instant,
         random: fn() -> u64,
     ) -> Result<Self> {
-        let scope = tables.scope(&settings.policy)?;
+        let mut scope = tables.scope(&settings.policy)?;
+        // Of a listener that ended before this life began.
+        let former_listeners = tables.served_without_listener(&scope, &settings.policy)?;
+        scope.ports.extend(&former_listeners);
         let ledger = Ledger::new(defence, settings.policy.zone);
         let mut timers = Timers::default();
         timers.set(Timer::Deep, now);
@@ -193,7 +196,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             recounter,
             settings: Arc::new(settings),
             scope,
-            former_listeners: HashSet::new(),
+            former_listeners,
             ledger,
             timers,
             soonest_deep: now,
