@@ -1,14 +1,16 @@
 //! Judges figures and rules. Pure: the thresholds stand here and in docs/doctor.md.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use ipnet::IpNet;
 
 use super::asked::Answered;
 use super::figures::{Table, Tcp};
 use super::finding::Finding;
+use super::fronts::Front;
 use crate::firewall::limits::{EarlierAccept, LimitRule, Limiter};
 use crate::firewall::{Hook, Ports};
+use crate::sockdiag::Socket;
 
 /// A table this full, in percent, is worth a look.
 const FULL_WARN: u64 = 80;
@@ -34,6 +36,13 @@ fn larger(maximum: Option<u64>) -> String {
 /// The conntrack table and its settings.
 pub fn conntrack(figures: &Table) -> Vec<Finding> {
     let mut all = vec![fill(figures)];
+    if figures.tcp_loose.is_none() && figures.events.is_none() {
+        all.push(Finding::warn(
+            "settings-unread",
+            "the settings of conntrack cannot be read",
+            "show /proc/sys/net/netfilter to this container, if only to read",
+        ));
+    }
     if figures.drop > 0 {
         all.push(Finding::warn(
             "table-dropped",
@@ -242,7 +251,9 @@ pub fn syn(figures: &Tcp, syn_recv: u64) -> Vec<Finding> {
             "no SYN cookies: a SYN flood fills the backlog",
             "sysctl -w net.ipv4.tcp_syncookies=1",
         ),
-        _ => Finding::ok("syncookies-off", "SYN cookies are on"),
+        Some(_) => Finding::ok("syncookies-off", "SYN cookies are on"),
+        // A container may have no /proc/sys.
+        None => Finding::ok("syncookies-off", "net.ipv4.tcp_syncookies cannot be read"),
     });
     if let Some(backlog) = figures.max_syn_backlog {
         let what = format!("{syn_recv} handshakes wait, backlog {backlog}");
@@ -361,6 +372,31 @@ pub fn lacking(answered: &Answered, rule: &str) -> Option<Finding> {
         format!("{whose}: {held} sockets, the list of {rule} has {listed}: it lets {more} more in"),
         "ctkeep recount shows the limit what is open; ctkeep run keeps it so",
     ))
+}
+
+/// A port whose clients a limit takes for one.
+pub fn clients_as_one(front: Front) -> Finding {
+    let Front { port, from, connections, is_gateway } = front;
+    let whose = if is_gateway { "the gateway" } else { "an address of this host" };
+    Finding::warn(
+        "clients-as-one",
+        format!("all {connections} connections to port {port} come from {from}, {whose}"),
+        "a limit for each client takes them for one: limit where the clients' own addresses are \
+         seen, before the proxy (docker-proxy, rootlessport, slirp4netns) or router",
+    )
+}
+
+/// Connections that outlive their listener; `open` has the local port of each.
+pub fn listener_gone(listeners: &[Socket], open: impl Iterator<Item = u16>) -> Option<Finding> {
+    let listening: HashSet<u16> = listeners.iter().map(|it| it.local.port()).collect();
+    let mut counts: BTreeMap<u16, usize> = BTreeMap::new();
+    for port in open.filter(|port| !listening.contains(port)) {
+        *counts.entry(port).or_default() += 1;
+    }
+    let ports = counts.iter().map(|(port, open)| format!("{port} ({open} open sockets)"));
+    let ports = ports.collect::<Vec<_>>().join(", ");
+    (!counts.is_empty())
+        .then(|| Finding::ok("listener-gone", format!("nothing listens any more on port {ports}")))
 }
 
 /// Open connections that conntrack does not look at; `ports` has the local port of each.

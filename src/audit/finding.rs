@@ -5,7 +5,7 @@ use std::fmt;
 use serde::Serialize;
 
 /// Every identifier there is; docs/doctor.md has a section for each.
-pub const IDENTIFIERS: [&str; 44] = [
+pub const IDENTIFIERS: [&str; 47] = [
     "kernel",
     "privilege-net-admin",
     "privilege-net-raw",
@@ -14,6 +14,7 @@ pub const IDENTIFIERS: [&str; 44] = [
     "table-full",
     "table-dropped",
     "buckets-few",
+    "settings-unread",
     "loose-pickup",
     "conntrack-events",
     "close-wait-timeout",
@@ -33,6 +34,8 @@ pub const IDENTIFIERS: [&str; 44] = [
     "untracked",
     "source-over-limit",
     "limit-lacking",
+    "clients-as-one",
+    "listener-gone",
     "syncookies-off",
     "syn-backlog",
     "syncookies-sent",

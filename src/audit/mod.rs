@@ -7,6 +7,7 @@ pub mod classes;
 pub mod cover;
 pub mod figures;
 pub mod finding;
+pub mod fronts;
 pub mod layers;
 pub mod processes;
 pub mod report;

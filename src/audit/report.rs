@@ -15,6 +15,7 @@ use super::classes::Class;
 use super::cover::Cover;
 use super::figures::Figures;
 use super::finding::Verdict;
+use super::fronts::{Front, fronts};
 use super::layers::{Inputs, Layers};
 use super::processes::{Holder, Owners};
 use super::sources::{Listed, Measure, Plays, Source, loads, sources};
@@ -22,7 +23,7 @@ use crate::conntrack::TcpState;
 use crate::containers;
 use crate::error::Result;
 use crate::firewall::Ruleset;
-use crate::firewall::limits::Limiter;
+use crate::firewall::limits::{LimitRule, Limiter};
 use crate::flow::FourTuple;
 use crate::host::instance::{self, Told};
 use crate::reconcile::ledger::Ledger;
@@ -78,6 +79,8 @@ pub struct Seen {
     pub limiter: Limiter,
     /// By which devices clients come in, as far as the rules ask.
     pub arrivals: Arrivals,
+    /// Ports whose clients all come from one address.
+    pub fronts: Vec<Front>,
     /// Settings and counters, where the host is at hand.
     pub figures: Option<Figures>,
     /// Who has the sockets.
@@ -105,7 +108,8 @@ impl Seen {
         let rules = Ruleset::read();
         tables.follow_tracking(&rules);
         let listeners = tables.sockets.listeners()?;
-        let scope = policy.scope(&listeners);
+        let mut scope = policy.scope(&listeners);
+        scope.ports.extend(tables.served_without_listener(&scope, policy)?);
         let mut snapshot = tables.whole(&scope, policy, States::connected())?;
         let mut ledger = Ledger::new(Defence::Auto, policy.zone);
         ledger.note(&snapshot);
@@ -123,6 +127,7 @@ impl Seen {
         let behind = snapshot.views.iter().map(|view| view.flow.src.addr());
         let behind = behind.filter(|addr| tables.sockets.is_of_member(*addr)).collect();
         let arrivals = arrivals(&rules, snapshot.views.iter())?;
+        let fronts = fronts(snapshot.views.iter())?;
         let seen = Self {
             netns: if netns.is_empty() { own_namespace() } else { netns.to_owned() },
             kernel: nix::sys::utsname::uname()
@@ -134,6 +139,7 @@ impl Seen {
             limiter: Limiter::of(&rules),
             rules,
             arrivals,
+            fronts,
             figures: Some(Figures::read(&mut tables.conntrack)?),
             owners,
             told: Some(instance::ask("ctkeep")),
@@ -246,6 +252,19 @@ impl Report {
             seen.unseen,
             seen.told.as_ref().and_then(|told| told.containers),
         ));
+        let has_limit = |front: &Front| {
+            let by_source = |rule: &LimitRule| rule.source_prefix().is_some();
+            let covers = |rule: &LimitRule| rule.covers(front.from, front.port);
+            request.limit.is_some() || limiter.rules.iter().any(|it| by_source(it) && covers(it))
+        };
+        let fronts = seen.fronts.iter().copied().filter(has_limit);
+        layers.limiter.extend(fronts.map(checks::clients_as_one));
+        // A saved text may leave the listeners out.
+        if seen.figures.is_some() {
+            let open = |view: &View| view.socket.is_some_and(|socket| socket.takes_a_slot());
+            let open = snapshot.views.iter().filter(open).map(|view| view.flow.src.port());
+            layers.limiter.extend(checks::listener_gone(&seen.listeners, open));
+        }
         layers.limiter.extend(checks::untracked(untracked.map(|it| it.view.flow.src.port())));
         Self {
             limit: request.limit,

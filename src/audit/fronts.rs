@@ -1,0 +1,58 @@
+//! Ports whose clients all come from one address that stands before this namespace: its own, or its
+//! gateway. A proxy hands them on (docker-proxy, rootlessport, slirp4netns), or a router hides them.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use crate::error::Result;
+use crate::reconcile::snapshot::View;
+use crate::rtnetlink::route::{Destination, Routes};
+
+/// Fewer connections of one address say nothing.
+const SOME: usize = 3;
+/// Addresses of no network in use, by family: the way to them is that to everywhere (RFC 5737, 3849).
+const FAR: [&str; 2] = ["203.0.113.1", "2001:db8::1"];
+
+/// A port behind something that hides its clients.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Front {
+    /// The local port.
+    pub port: u16,
+    /// The address that all of them have.
+    pub from: IpAddr,
+    /// How many connections.
+    pub connections: usize,
+    /// It is the gateway's; else one of this host.
+    pub is_gateway: bool,
+}
+
+/// The ports of these connections that are so.
+///
+/// # Errors
+/// A broken conversation.
+pub fn fronts(views: impl Iterator<Item = View>) -> Result<Vec<Front>> {
+    let mut ports: BTreeMap<u16, Option<(IpAddr, usize)>> = BTreeMap::new();
+    let is_open = |view: &View| view.socket.is_some_and(|socket| socket.takes_a_slot());
+    for view in views.filter(|view| is_open(view) && !view.is_outgoing()) {
+        let from = view.flow.dst.addr();
+        let one = ports.entry(view.flow.src.port()).or_insert(Some((from, 0)));
+        *one = one.filter(|(known, _)| *known == from).map(|(known, count)| (known, count + 1));
+    }
+    let mut found = Vec::new();
+    let mut routes = Routes::open()?;
+    let some = ports.into_iter().filter_map(|(port, one)| Some((port, one?)));
+    for (port, (from, connections)) in some.filter(|(_, (_, count))| *count >= SOME) {
+        let far = FAR.iter().filter_map(|far| far.parse::<IpAddr>().ok());
+        let far = far.filter(|far| far.is_ipv4() == from.is_ipv4()).next();
+        let mut is_gateway = false;
+        if let Some(far) = far {
+            let way = routes.destination(far, None)?;
+            is_gateway =
+                matches!(way, Destination::Interface { gateway: Some(via), .. } if via == from);
+        }
+        if is_gateway || routes.is_local(from)? {
+            found.push(Front { port, from, connections, is_gateway });
+        }
+    }
+    Ok(found)
+}
