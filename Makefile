@@ -96,6 +96,9 @@ install: all
 	install -m 0644 docs/images/* $(DESTDIR)$(DOCDIR)/images
 	install -m 0644 etc/ctkeep.toml.example packaging/ctkeep.service.d/*.conf $(DESTDIR)$(DOCDIR)/examples
 	install -D -m 0644 packaging/prometheus/ctkeep.rules.yml $(DESTDIR)$(DATADIR)/prometheus/ctkeep.rules.yml
+	for file in fail2ban/ctkeep-overload.conf crowdsec/ctkeep-overload-parser.yaml crowdsec/ctkeep-overload-scenario.yaml; do \
+		install -D -m 0644 packaging/$$file $(DESTDIR)$(DATADIR)/$$file || exit 1; \
+	done
 	install -D -m 0644 packaging/grafana/ctkeep.json $(DESTDIR)$(DATADIR)/grafana/ctkeep.json
 	$(BUILD)/ctkeep man >$(DESTDIR)$(PREFIX)/share/man/man8/ctkeep.8
 	$(BUILD)/ctkeep man ctkeep.toml >$(DESTDIR)$(PREFIX)/share/man/man5/ctkeep.toml.5

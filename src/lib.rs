@@ -20,7 +20,7 @@
 //! - [`reconcile`]: observe, plan (pure), confirm by exact look-up, apply; the ledger of what is
 //!   held.
 //! - [`audit`]: the report of one look. [`doctor`]: whether this host is set up so that limits work.
-//! - [`kill`]: closes sockets that the administrator names.
+//! - [`overload`]: sets of sources that hold too much. [`kill`]: closes sockets that the administrator names.
 //! - [`metrics`]: what the daemon publishes, and how.
 //! - [`daemon`] and [`cli`]: a worker for each namespace, and the commands.
 
@@ -38,6 +38,7 @@ pub mod kill;
 pub mod metrics;
 pub mod netlink;
 pub mod nftables;
+pub mod overload;
 pub mod reconcile;
 pub mod recount;
 pub mod rtnetlink;

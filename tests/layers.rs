@@ -14,7 +14,7 @@ const LAYERS: [&[&str]; 11] = [
     &["error"],
     &["netlink"],
     &["conntrack", "sockdiag", "nftables", "rtnetlink", "host"],
-    &["firewall", "watch", "shield", "recount", "containers"],
+    &["firewall", "watch", "shield", "recount", "containers", "overload"],
     &["reconcile"],
     &["audit"],
     &["doctor", "kill"],

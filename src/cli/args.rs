@@ -1,6 +1,7 @@
 //! What can be typed. Clap only: what it means is said where it is used.
 
 mod kill;
+mod overload;
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
@@ -16,6 +17,7 @@ use crate::daemon::{OnExit, ShieldMode};
 use crate::error::{Error, Result};
 use crate::flow::Endpoint;
 use crate::host::netns::Namespace;
+use crate::overload::Overload;
 use crate::reconcile::policy::Policy;
 use crate::reconcile::pressure::{Defence, Level};
 use crate::recount::Mode;
@@ -315,6 +317,11 @@ pub(super) struct Run {
     /// Remove entries of the scope that no socket has backed for this long [default: never]
     #[arg(long, value_name = "TIME", value_parser = interval)]
     pub reap: Option<Duration>,
+
+    /// Put sources that hold more sockets than this into an nftables set, for rules of your own
+    /// (repeatable; [[overload]] in a file; docs/overload.md)
+    #[arg(long = "overload", value_name = "above=N [KEY=VALUE]...", value_parser = overload::overload)]
+    pub overloads: Vec<Overload>,
 
     /// Run the workers with real-time priority (SCHED_RR); needs CAP_SYS_NICE
     #[arg(long)]

@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 
 use clap::parser::ValueSource;
 use clap::{ArgAction, ArgMatches, Command, CommandFactory};
-use toml::de::{DeTable, DeValue};
+use toml::Spanned;
+use toml::de::{DeString, DeTable, DeValue};
 
 use super::args::Cli;
 use crate::error::Error;
@@ -135,6 +136,10 @@ fn written(command: &Command, key: &str, value: &DeValue<'_>) -> Option<Vec<Stri
         };
     }
     match value {
+        DeValue::Array(values) if values.iter().any(|it| it.get_ref().is_table()) => {
+            let values: Option<Vec<_>> = values.iter().map(|it| pairs(it.get_ref())).collect();
+            Some(values?.into_iter().map(|value| format!("--{key}={value}")).collect())
+        }
         DeValue::Array(values) => {
             let values: Option<Vec<_>> =
                 values.iter().map(|value| scalar(value.get_ref())).collect();
@@ -142,6 +147,21 @@ fn written(command: &Command, key: &str, value: &DeValue<'_>) -> Option<Vec<Stri
         }
         value => Some(vec![format!("--{key}={}", scalar(value)?)]),
     }
+}
+
+/// A table of `[[key]]` as one value: its pairs.
+fn pairs(value: &DeValue<'_>) -> Option<String> {
+    let pair = |(key, value): (&Spanned<DeString<'_>>, &Spanned<DeValue<'_>>)| {
+        let value = match value.get_ref() {
+            DeValue::Array(values) => {
+                let values: Option<Vec<_>> = values.iter().map(|it| scalar(it.get_ref())).collect();
+                values?.join(",")
+            }
+            value => scalar(value)?,
+        };
+        Some(format!("{}={value}", key.get_ref()))
+    };
+    value.as_table()?.iter().map(pair).collect::<Option<Vec<_>>>().map(|pairs| pairs.join(" "))
 }
 
 fn scalar(value: &DeValue<'_>) -> Option<String> {

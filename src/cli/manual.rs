@@ -10,6 +10,9 @@ use super::config::NEVER_IN_FILE;
 use super::output;
 use crate::error::{Op, Result};
 
+/// A list of tables: in the example they stand behind all keys.
+const OVERLOAD: &str = "overload";
+
 pub(super) fn completions(args: &Completions) -> Result<Exit> {
     let mut out = Vec::new();
     clap_complete::generate(args.shell, &mut Cli::command(), "ctkeep", &mut out);
@@ -82,6 +85,9 @@ fn example(out: &mut Vec<u8>) -> io::Result<()> {
     out.extend(include_str!("example.toml").bytes());
     for (commands, option) in options() {
         let key = option.get_long().unwrap_or_default();
+        if key == OVERLOAD {
+            continue;
+        }
         writeln!(out, "\n# {}", help(&option))?;
         if let Some(commands) = elsewhere(&commands) {
             writeln!(out, "# For {commands}.")?;
@@ -95,6 +101,7 @@ fn example(out: &mut Vec<u8>) -> io::Result<()> {
             }
         }
     }
+    out.extend(include_str!("overload.toml").bytes());
     Ok(())
 }
 

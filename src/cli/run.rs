@@ -69,6 +69,7 @@ fn settings(args: Run) -> Result<Settings> {
             on_exit: args.on_exit,
             namespaces: args.scope.named(),
             containers: args.containers,
+            overloads: args.overloads,
             metrics_textfile: args.metrics_textfile,
             status_addresses: args.status_addresses,
         },

@@ -8,6 +8,7 @@ mod desk;
 mod guard;
 mod log;
 mod members;
+mod overload;
 mod reader;
 mod rules;
 mod service;

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use crate::host::netns::Namespace;
 use crate::host::privileges::{self, Capability};
+use crate::overload::Overload;
 use crate::reconcile::keeper;
 use crate::reconcile::policy::Policy;
 use crate::reconcile::pressure::Defence;
@@ -85,6 +86,8 @@ pub struct Live {
     pub namespaces: Vec<Namespace>,
     /// Whether the connections of containers in the own table are guarded, without naming them.
     pub containers: bool,
+    /// Sources that hold too much, and the sets that they are put into.
+    pub overloads: Vec<Overload>,
     /// The file that metrics are written to.
     pub metrics_textfile: Option<PathBuf>,
     /// Whether the status page names peers.

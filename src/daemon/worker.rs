@@ -12,6 +12,7 @@ use nix::poll::{PollFd, PollFlags};
 use super::control::{Control, Lead};
 use super::desk::Desk;
 use super::members::Members;
+use super::overload::Overloads;
 use super::reader::Reader;
 use super::rules::Rules;
 use super::survey;
@@ -69,6 +70,7 @@ pub(super) struct Worker<'p> {
     ends_rest: Instant,
     /// This kernel does not tell them.
     ends_untold: bool,
+    overloads: Overloads,
     /// Where the audit asks.
     pub(super) claim: Option<UnixListener>,
     sweep_failing: bool,
@@ -107,6 +109,7 @@ impl<'p> Worker<'p> {
         }
         let (claim, sweep_failing) = (None, false);
         let (ends, ends_rest, ends_untold) = (None, now, false);
+        let overloads = Overloads::new(desk.live.clone(), desk.foundation.dry_run, now);
         Ok(Self {
             keeper,
             desk,
@@ -117,6 +120,7 @@ impl<'p> Worker<'p> {
             ends,
             ends_rest,
             ends_untold,
+            overloads,
             claim,
             sweep_failing,
         })
@@ -127,6 +131,7 @@ impl<'p> Worker<'p> {
         let now = Instant::now();
         let due = self.keeper.next_timeout().into_iter();
         let due = due.chain(self.rules.as_ref().and_then(Rules::next_timeout));
+        let due = due.chain(self.overloads.next_timeout());
         let ends = self.ends.as_ref();
         let due = due.chain(ends.map(|_| self.ends_rest).filter(|rest| *rest > now)).min();
         let due = due.map(|due| due.saturating_duration_since(now));
@@ -185,6 +190,7 @@ impl<'p> Worker<'p> {
             self.desk.update_shield(shield::Shield::follow_devices);
         }
         if ready.events {
+            self.overloads.hasten();
             self.take_events(began)?;
         }
         if ready.ends {
@@ -196,6 +202,8 @@ impl<'p> Worker<'p> {
         self.follow_rules(ready.rules)?;
         self.sweep()?;
         self.follow_ends();
+        let (tables, scope, policy, _) = self.keeper.parts();
+        self.overloads.turn(&mut tables.sockets, scope, policy, &self.desk.share)?;
         self.check_limits()
     }
 
@@ -386,6 +394,7 @@ impl<'p> Worker<'p> {
             return;
         }
         self.keeper.apply_settings(live.keeper(self.desk.foundation.dry_run));
+        self.overloads.apply_settings(live.clone(), &self.desk.share);
         self.desk.apply_settings(live, &self.keeper.scope().ports);
         self.keeper.rely_on_events(self.desk.events.longest_unseen());
         self.list_for_survey();

@@ -426,6 +426,11 @@ impl GuardMetrics {
         self.guard(|guard| guard.gauges.set(Gauge::Containers, &[], namespaces as f64));
     }
 
+    /// So many sources are in the sets of an overload.
+    pub fn overload_sources(&self, set: &str, sources: usize) {
+        self.guard(|guard| guard.gauges.set(Gauge::OverloadSources, &[set], sources as f64));
+    }
+
     /// The defence level has changed.
     pub fn defence_changed(&self, change: &Transition) {
         let direction = if change.to > change.from { "up" } else { "down" };

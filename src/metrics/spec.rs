@@ -69,6 +69,8 @@ const MODE: Label = label("mode", || vec!["enforce", "observe"]);
 const PORT: Label = label("port", Vec::new);
 const REASON: Label = label("reason", || Error::REASONS.to_vec());
 const ROUTE: Label = label("route", || ROUTES.to_vec());
+/// There when an overload is asked for.
+const SET: Label = label("set", Vec::new);
 const SOCKET: Label = label("socket", || BUFFERS.to_vec());
 const STATE: Label = label("state", || State::ALL.map(State::name).to_vec());
 const TABLE: Label = label("table", || TABLES.to_vec());
@@ -274,6 +276,10 @@ table! {
     ).by(&[PORT]);
     QueueLimit = row("ctkeep_listen_queue_limit", "Connections that may wait on this port.")
         .by(&[PORT]);
+    OverloadSources = row(
+        "ctkeep_overload_sources",
+        "Sources that hold too much and are in a set for it.",
+    ).by(&[SET]);
     ShieldDevices = row(
         "ctkeep_shield_devices",
         "Network devices that the shield is attached to.",

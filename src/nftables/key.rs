@@ -24,7 +24,7 @@ pub enum Field {
 
 impl Field {
     /// Bytes in a key, padded to whole registers where several fields make one.
-    const fn length(self) -> u32 {
+    pub(super) const fn length(self) -> u32 {
         match self {
             Self::InetService => 2,
             Self::Ipv4Addr | Self::IfaceIndex => 4,

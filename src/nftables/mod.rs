@@ -5,6 +5,7 @@ pub mod dump;
 mod expr;
 pub(crate) mod hidden;
 pub(crate) mod key;
+pub mod shared;
 mod table;
 pub(crate) mod uapi;
 

@@ -251,14 +251,7 @@ impl<T: Transport> Table<T> {
     }
 
     fn transact(&mut self, op: Op, messages: &[Request]) -> Result<()> {
-        let edge = |kind| Request {
-            op,
-            kind,
-            flags: 0,
-            body: header(0, NFNL_SUBSYS_NFTABLES),
-            joined: true,
-        };
-        let (begin, end) = (edge(NFNL_MSG_BATCH_BEGIN), edge(NFNL_MSG_BATCH_END));
+        let (begin, end) = edges(op);
         self.connection.transaction(&begin, messages, &end)
     }
 }
@@ -275,8 +268,25 @@ impl<T: Transport> Drop for Table<T> {
     }
 }
 
+/// What a transaction begins and ends with.
+pub(super) fn edges(op: Op) -> (Request, Request) {
+    let edge =
+        |kind| Request { op, kind, flags: 0, body: header(0, NFNL_SUBSYS_NFTABLES), joined: true };
+    (edge(NFNL_MSG_BATCH_BEGIN), edge(NFNL_MSG_BATCH_END))
+}
+
 fn message(op: Op, kind: u16, flags: u16, attributes: &[DefaultNla]) -> Request {
-    let mut body = header(NFPROTO_INET, 0);
+    message_of(op, NFPROTO_INET, kind, flags, attributes)
+}
+
+pub(super) fn message_of(
+    op: Op,
+    family: u8,
+    kind: u16,
+    flags: u16,
+    attributes: &[DefaultNla],
+) -> Request {
+    let mut body = header(family, 0);
     body.extend(emitted(attributes));
     Request { op, kind: NFNL_SUBSYS_NFTABLES << 8 | kind, flags, body, joined: true }
 }
