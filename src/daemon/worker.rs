@@ -42,6 +42,11 @@ const CHECKS: u32 = 20;
 /// server would wake us for every connection.
 const ENDS_REST: Duration = Duration::from_millis(20);
 
+/// Beyond so many a second they are not listened to for a while, and sweeps look for what has ended:
+/// the kernel makes and sends a message for each socket of the namespace, held or not, some 2 us.
+const ENDS: usize = 1000;
+const ENDS_PAUSE: Duration = Duration::from_secs(60);
+
 /// What there is to read.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Ready {
@@ -68,6 +73,10 @@ pub(super) struct Worker<'p> {
     ends: Option<Ends>,
     /// They are read no sooner.
     ends_rest: Instant,
+    /// How many were told since then.
+    ends_told: (Instant, usize),
+    /// There are too many to listen to before then.
+    ends_paused: Instant,
     /// This kernel does not tell them.
     ends_untold: bool,
     overloads: Overloads,
@@ -119,6 +128,8 @@ impl<'p> Worker<'p> {
             deep_cost: Duration::ZERO,
             ends,
             ends_rest,
+            ends_told: (now, 0),
+            ends_paused: now,
             ends_untold,
             overloads,
             claim,
@@ -336,12 +347,22 @@ impl<'p> Worker<'p> {
         }
         let now = Instant::now();
         self.ends_rest = now + ENDS_REST;
+        let (since, told) = &mut self.ends_told;
+        if now.saturating_duration_since(*since) >= TURN {
+            (*since, *told) = (now, 0);
+        }
+        *told += ended.len();
+        if *told > ENDS {
+            self.ends = None;
+            self.ends_paused = now + ENDS_PAUSE;
+        }
         self.keeper.ended(&ended, now, &mut self.desk)
     }
 
     /// Listens to the ends of sockets while entries are held, where they are told.
     fn follow_ends(&mut self) {
-        let is_wanted = self.keeper.ledger().holds_any() && !self.ends_untold;
+        let is_paused = Instant::now() < self.ends_paused;
+        let is_wanted = self.keeper.ledger().holds_any() && !self.ends_untold && !is_paused;
         if !is_wanted {
             self.ends = None;
         } else if self.ends.is_none() {
@@ -357,7 +378,7 @@ impl<'p> Worker<'p> {
             }
         }
         let is_alone = self.keeper.tables.sockets.members().len() == 0;
-        self.keeper.rely_on_ends(is_alone && !self.ends_untold);
+        self.keeper.rely_on_ends(is_alone && !self.ends_untold && !is_paused);
     }
 
     /// Publishes a sweep that ended well, and what it has cost.
