@@ -10,10 +10,10 @@ use std::time::Duration;
 use lab::{Namespace, wait_for};
 use scene::{CLIENT, Limiter, Scene};
 
-/// All tables of ours are up: the watch, the shield (where the kernel allows), the reply filter.
+/// All tables of ours are up: the watch, the shield, the reply filter.
 fn guarded() -> Option<Scene> {
     let mut scene = Scene::with_source(Limiter::NftSet, CLIENT)?;
-    scene.guard(&["--shield", "auto"]);
+    scene.guard(&["--shield", "on"]);
     // Entries that somebody takes away make a repair, and with it the table of the reply filter.
     scene.half_closed();
     scene.lab.server.run("conntrack -D -p tcp --dport 80");

@@ -298,7 +298,8 @@ pub(super) struct Run {
           action = ArgAction::Set)]
     pub containers: bool,
 
-    /// Keep FINs and RSTs that TCP would not act on from conntrack: off, where possible, or on
+    /// Keep FINs and RSTs that TCP would not act on from conntrack: off, while under attack and
+    /// where possible (auto), or always (on)
     #[arg(long, value_name = "WHEN", default_value = "off", value_parser = shield())]
     pub shield: ShieldMode,
 

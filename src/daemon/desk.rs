@@ -15,6 +15,7 @@ use crate::reconcile::apply::Outcome;
 use crate::reconcile::checks::{Checked, Counted};
 use crate::reconcile::keeper::{Acted, Keeper, Shown, Sweep, Trigger, Witness};
 use crate::reconcile::plan::{Action, ActionKind, Reason};
+use crate::reconcile::pressure::Level;
 use crate::shield::{Program, Shield};
 use crate::sockdiag::Socket;
 use crate::watch::{Drained, Events, Wanted, nflog};
@@ -26,6 +27,8 @@ pub(super) struct Desk<'p> {
     /// The event source has failed and is to be opened anew.
     events_failed: bool,
     pub(super) shield: Option<Shield<'p>>,
+    /// It is to be up.
+    shield_is_wanted: bool,
     pub(super) share: GuardMetrics,
     lines: Lines,
     deleted: Deleted,
@@ -50,6 +53,7 @@ impl<'p> Desk<'p> {
             events,
             events_failed: false,
             shield: None,
+            shield_is_wanted: false,
             share,
             lines: Lines::new(Instant::now()),
             deleted: Deleted::default(),
@@ -113,22 +117,59 @@ impl<'p> Desk<'p> {
         }
     }
 
-    /// Keeps from conntrack what would fool it, before the first look at what it knows.
-    pub(super) fn raise_shield(
+    /// Keeps from conntrack what would fool it, before the first look at what it knows; by itself
+    /// only where the defence level says so.
+    pub(super) fn open_shield(
         &mut self,
         program: &'p mut Program,
         ports: &HashSet<u16>,
+        level: Level,
     ) -> Result<()> {
         let mark = self.foundation.shield_mark;
-        match Shield::raise(program, &self.foundation.device, mark, ports) {
-            Ok(shield) => {
+        self.shield_is_wanted = self.foundation.shield == ShieldMode::On || level > Level::Calm;
+        let is_wanted = self.shield_is_wanted;
+        let opened = Shield::open(program, &self.foundation.device, mark, ports);
+        let raised = opened.and_then(|mut shield| {
+            if is_wanted {
+                shield.raise()?;
+            }
+            Ok(shield)
+        });
+        match raised {
+            Ok(shield) if is_wanted => {
                 tracing::info!(devices = shield.devices(), mark, "shield raised");
+                self.shield = Some(shield);
+            }
+            Ok(shield) => {
+                tracing::info!(mark, "shield ready, to be raised with the defence level");
                 self.shield = Some(shield);
             }
             Err(error) if self.foundation.shield == ShieldMode::On => return Err(error),
             Err(error) => tracing::warn!(%error, "no shield, repairing alone"),
         }
         Ok(())
+    }
+
+    /// Raises the shield with the defence level, and lowers it with that, where it goes by itself.
+    pub(super) fn follow_level(&mut self, level: Level) {
+        if self.foundation.shield != ShieldMode::Auto {
+            return;
+        }
+        self.shield_is_wanted = level > Level::Calm;
+        let Some(is_up) = self.shield.as_ref().map(Shield::is_up) else { return };
+        if self.shield_is_wanted && !is_up {
+            self.update_shield(|shield| {
+                shield.raise()?;
+                tracing::info!(devices = shield.devices(), "shield raised");
+                Ok(())
+            });
+        } else if is_up && !self.shield_is_wanted {
+            self.update_shield(|shield| {
+                shield.lower();
+                tracing::info!("shield lowered");
+                Ok(())
+            });
+        }
     }
 
     /// What fails about the shield is tried again, and never stands in the way of a repair.
@@ -145,8 +186,14 @@ impl<'p> Desk<'p> {
 
     /// Publishes what the shield has decided, and whether it is missing where it can be raised.
     pub(super) fn publish_shield(&self, can_be_raised: bool) {
-        let is_wanted = can_be_raised && self.foundation.shield != ShieldMode::Off;
-        let is_whole = self.shield.as_ref().is_some_and(|shield| !shield.is_refused());
+        let is_wanted = can_be_raised
+            && match self.foundation.shield {
+                ShieldMode::Off => false,
+                // One that could not even be made ready is missing in peace, too.
+                ShieldMode::Auto => self.shield_is_wanted || self.shield.is_none(),
+                ShieldMode::On => true,
+            };
+        let is_whole = self.shield.as_ref().is_some_and(|it| it.is_up() && !it.is_refused());
         self.share.shield_missing(is_wanted && !is_whole);
         match self.shield.as_ref().map(|shield| (shield.devices(), shield.counts())) {
             Some((devices, Ok(counts))) => self.share.shield(devices, counts),

@@ -152,7 +152,8 @@ impl Guard {
             shield::remove_leftovers(&control.foundation.device);
         }
         if let Some(program) = program {
-            worker.desk.raise_shield(program, &worker.keeper.scope().ports)?;
+            let level = worker.keeper.ledger().pressure().level();
+            worker.desk.open_shield(program, &worker.keeper.scope().ports, level)?;
         }
         while !lead.is_stopping() {
             lead.beat();

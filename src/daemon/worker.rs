@@ -233,6 +233,7 @@ impl<'p> Worker<'p> {
         }
         let cost = cpu_time().saturating_sub(worked);
         self.deep_cost += if was_deep { cost } else { Duration::ZERO };
+        self.desk.follow_level(self.keeper.ledger().pressure().level());
         match swept {
             Some(sweep) if sweep.is_beside => self.swept(&sweep, self.deep_cost),
             Some(sweep) => self.swept(&sweep, cost),
@@ -302,7 +303,8 @@ impl<'p> Worker<'p> {
         let Some(claim) = &self.claim else { return };
         let now = Instant::now();
         let age = |held: Held| (held.cookie.0, (now - held.since).as_secs());
-        let shield = self.desk.shield.as_ref().map(|shield| instance::Shielded {
+        let shield = self.desk.shield.as_ref().filter(|shield| shield.is_up());
+        let shield = shield.map(|shield| instance::Shielded {
             ports: self.keeper.scope().ports.clone(),
             is_whole: shield.is_whole(),
         });

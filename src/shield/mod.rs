@@ -48,7 +48,8 @@ const DRAIN: usize = 1024;
 #[derive(Debug)]
 pub(crate) struct Shield<'p> {
     program: &'p mut Program,
-    table: Table,
+    /// While it is up.
+    table: Option<Table>,
     /// Our own helper device: nothing comes in by it but what recount sends.
     own: String,
     mark: u32,
@@ -63,29 +64,26 @@ pub(crate) struct Shield<'p> {
 }
 
 impl<'p> Shield<'p> {
-    /// Raises it over these local ports in the network namespace of the calling thread, at every
-    /// device that TCP packets come in by but for `own`, which gives the table its name.
+    /// One over these local ports in the network namespace of the calling thread, for every device
+    /// that TCP packets come in by but for `own`, which gives the table its name. It is down: a
+    /// program that is loaded and not attached costs nothing.
     ///
     /// # Errors
-    /// nf_tables is missing, or another process owns a table of this name. A device that refuses
-    /// the program is a log line.
-    pub(crate) fn raise(
+    /// The kernel refuses to say which devices come and go.
+    pub(crate) fn open(
         program: &'p mut Program,
         own: &str,
         mark: u32,
         ports: &HashSet<u16>,
     ) -> Result<Self> {
         let op = Op::new("watch network devices");
-        let name = table_name(own);
-        // The table first: nobody else is to see a mark.
-        let table = Table::create(&name, &layout::layout(mark, Vec::new()))?;
         let monitor = KernelSocket::open(op, NETLINK_ROUTE)?;
         monitor.set_non_blocking().map_err(|error| op.io(error))?;
         monitor.join(RTNLGRP_LINK).map_err(|error| op.io(error))?;
         program.set_ports(ports)?;
-        let mut this = Self {
+        Ok(Self {
             program,
-            table,
+            table: None,
             own: own.to_owned(),
             mark,
             monitor,
@@ -95,9 +93,36 @@ impl<'p> Shield<'p> {
             refused: HashSet::new(),
             left_out: BTreeSet::new(),
             is_stale: true,
-        };
-        this.attach_all()?;
-        Ok(this)
+        })
+    }
+
+    /// Whether it is up.
+    pub(crate) fn is_up(&self) -> bool {
+        self.table.is_some()
+    }
+
+    /// Puts the program at every device.
+    ///
+    /// # Errors
+    /// nf_tables is missing, or another process owns a table of this name. A device that refuses
+    /// the program is a log line.
+    pub(crate) fn raise(&mut self) -> Result<()> {
+        if self.table.is_none() {
+            // The table first: nobody else is to see a mark.
+            let layout = layout::layout(self.mark, Vec::new());
+            self.table = Some(Table::create(&table_name(&self.own), &layout)?);
+        }
+        self.attach_all()
+    }
+
+    /// Takes it off all devices.
+    pub(crate) fn lower(&mut self) {
+        // The program before the table, for the same reason.
+        for (_, attached) in std::mem::take(&mut self.attached).into_values() {
+            self.program.detach(attached);
+        }
+        self.refused.clear();
+        self.table = None;
     }
 
     /// Guards exactly these local ports from now on, and makes sure that the table is still there.
@@ -152,6 +177,7 @@ impl<'p> Shield<'p> {
     }
 
     fn attach_all(&mut self) -> Result<()> {
+        let Some(table) = &mut self.table else { return Ok(()) };
         let (wanted, left_out) = wanted(links()?, &self.own, bridges_filter());
         for device in left_out.difference(&self.left_out) {
             tracing::warn!(device, "no shield in this bridge or VRF, repairing alone");
@@ -164,7 +190,7 @@ impl<'p> Shield<'p> {
         for index in gone {
             if let Some((device, attached)) = self.attached.remove(&index) {
                 self.program.detach(attached);
-                self.table.remove(layout::DEVICES, &[layout::device_key(index)])?;
+                table.remove(layout::DEVICES, &[layout::device_key(index)])?;
                 tracing::info!(device, "shield taken off");
             }
         }
@@ -174,14 +200,14 @@ impl<'p> Shield<'p> {
                 continue;
             }
             // In the set before the first packet can be marked.
-            self.table.add(layout::DEVICES, &[layout::device_key(index)])?;
+            table.add(layout::DEVICES, &[layout::device_key(index)])?;
             match self.program.attach(&device) {
                 Ok(attached) => {
                     tracing::info!(device, how = attached.how(), "shield attached");
                     self.attached.insert(index, (device, attached));
                 }
                 Err(error) => {
-                    self.table.remove(layout::DEVICES, &[layout::device_key(index)])?;
+                    table.remove(layout::DEVICES, &[layout::device_key(index)])?;
                     if self.refused.insert(index) {
                         tracing::warn!(device, %error, "no shield at this device");
                     }
@@ -194,13 +220,14 @@ impl<'p> Shield<'p> {
 
     /// Before 5.12 tables have no owner, and anybody's `nft flush ruleset` takes ours.
     fn confirm_table(&mut self) -> Result<()> {
+        let Some(table) = &mut self.table else { return Ok(()) };
         let devices: Vec<_> =
             self.attached.keys().map(|index| layout::device_key(*index)).collect();
-        if devices.is_empty() || self.table.add(layout::DEVICES, &devices).is_ok() {
+        if devices.is_empty() || table.add(layout::DEVICES, &devices).is_ok() {
             return Ok(());
         }
         tracing::warn!("the table of the shield is gone, making it anew");
-        self.table.rebuild(&layout::layout(self.mark, devices))
+        table.rebuild(&layout::layout(self.mark, devices))
     }
 }
 
@@ -212,10 +239,7 @@ impl AsFd for Shield<'_> {
 
 impl Drop for Shield<'_> {
     fn drop(&mut self) {
-        // The program before the table: nobody else is to see a mark.
-        for (_, attached) in std::mem::take(&mut self.attached).into_values() {
-            self.program.detach(attached);
-        }
+        self.lower();
     }
 }
 
