@@ -22,7 +22,7 @@ use ctkeep::reconcile::observe::Tables;
 use ctkeep::reconcile::plan::Action;
 use ctkeep::reconcile::policy::{Policy, Scope};
 use ctkeep::reconcile::pressure::Defence;
-use ctkeep::reconcile::whole::Reading;
+use ctkeep::reconcile::whole::{By, Reading};
 use ctkeep::recount::{Mode, Recounter};
 use ctkeep::sockdiag::{Lookup, SockDiag, Socket, State, States};
 use netlink_sys::protocols::{NETLINK_NETFILTER, NETLINK_SOCK_DIAG};
@@ -348,6 +348,7 @@ impl Bench {
             busy.push(report::ms(report::cpu() - used));
             let (begun, used) = (Instant::now(), report::cpu());
             let reading = Reading {
+                by: By::Dump,
                 scope: Scope { ports: [80, 81].into() },
                 policy: policy.clone(),
                 aside: States::default(),

@@ -21,7 +21,7 @@ use ctkeep::reconcile::observe::Tables;
 use ctkeep::reconcile::plan::{Action, ActionKind};
 use ctkeep::reconcile::policy::Policy;
 use ctkeep::reconcile::pressure::Defence;
-use ctkeep::reconcile::whole::{Reading, Whole};
+use ctkeep::reconcile::whole::{By, Reading, Whole};
 use ctkeep::sockdiag::{Cookie, Socket, State};
 use ctkeep::watch::Suspect;
 use played::host::{Host, Shared};
@@ -494,7 +494,7 @@ mod beside {
                 if let Some(reading) = self.keeper.reading() {
                     return reading;
                 }
-                assert!(self.now < begun + DEEP + SECOND);
+                assert!(self.now < begun + SECOND * 1000);
             }
         }
 
@@ -597,6 +597,37 @@ mod beside {
         let begun = world.now;
         world.reading();
         assert!(world.now <= begun + SECOND, "a tenth of a core");
+    }
+
+    #[test]
+    fn where_dumps_are_dear_sockets_are_looked_up_between_them() {
+        let (mut world, mut reader) = world();
+        world.set(4700, TcpState::Close, 10);
+        let begun = world.now;
+        let (mut dumps, mut looks) = (0, Vec::new());
+        while world.now < begun + SECOND * 2000 {
+            let reading = world.reading();
+            let is_dump = reading.by == By::Dump;
+            let whole = reader.read(reading);
+            world.has_read(whole).unwrap();
+            let ended = loop {
+                if let Some(sweep) = world.turn().0.unwrap().filter(|sweep| sweep.is_beside) {
+                    break sweep;
+                }
+            };
+            assert_eq!(world.state(4700), Some(TcpState::Established));
+            // Two million entries, and two hundred thousand sockets.
+            let cost = if is_dump { SECOND * 4 } else { SECOND };
+            world.now += cost;
+            world.keeper.took(&ended, world.now, cost);
+            dumps += usize::from(is_dump);
+            looks.push(world.now);
+        }
+        assert_eq!(dumps, 3, "one in eight hundred seconds");
+        let longest = looks.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap();
+        assert!(longest <= SECOND * 300, "{longest:?}");
+        // With the dumps a hundredth of a core in the end.
+        assert!(looks.len() - dumps <= 11, "{looks:?}");
     }
 
     #[test]

@@ -104,7 +104,7 @@ impl<T: Transport> Tables<T> {
     /// # Errors
     /// A broken conversation. An unanswered question never looks like an absent socket.
     pub fn exactly(&mut self, lookups: &[Lookup], ledger: &Ledger) -> Result<Exact> {
-        let entries = self.entries_of(lookups, ledger)?;
+        let entries = self.entries_of(lookups, ledger.zones())?;
         let sockets = self.sockets.lookup(lookups)?;
         // What is in TIME_WAIT is over: the kernel only remembers its tuple.
         let is_there = |socket: &Socket| socket.state != State::TimeWait;
@@ -184,14 +184,14 @@ impl<T: Transport> Tables<T> {
         Ok(here.map(|(lookup, _)| lookup.flow).collect())
     }
 
-    /// The entries of these connections, in every zone that is known.
+    /// The entries of these connections, in these zones.
     pub(super) fn entries_of(
         &mut self,
         connections: &[Lookup],
-        ledger: &Ledger,
+        zones: impl IntoIterator<Item = Zone>,
     ) -> Result<Vec<Option<Entry>>> {
         let mut found: Vec<Option<Entry>> = vec![None; connections.len()];
-        for zone in ledger.zones() {
+        for zone in zones {
             let missing: Vec<usize> = found
                 .iter()
                 .enumerate()

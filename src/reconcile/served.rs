@@ -51,7 +51,7 @@ impl<T: Transport> Tables<T> {
             return Ok(HashSet::new());
         }
         let nothing = Ledger::new(super::pressure::Defence::Auto, policy.zone);
-        let entries = self.entries_of(&lookups, &nothing)?;
+        let entries = self.entries_of(&lookups, nothing.zones())?;
         let openers = self.sockets.openers(&lookups)?;
         let each = sockets.iter().zip(entries).zip(openers);
         let came_in = each.filter(|((socket, entry), opener)| match entry {

@@ -15,7 +15,7 @@ use crate::reconcile::plan::{ActionKind, plan_for};
 use crate::reconcile::policy::{Policy, Scope};
 use crate::reconcile::snapshot::Snapshot;
 use crate::reconcile::timers::Timer;
-use crate::reconcile::whole::{Reading, Whole};
+use crate::reconcile::whole::{By, Reading, Whole};
 use crate::recount::Recount;
 use crate::sockdiag::{Socket, States};
 
@@ -171,7 +171,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
     /// All of a deep sweep, at once.
     pub(super) fn sweep_deep(&mut self, now: Instant, witness: &mut impl Witness) -> Result<Sweep> {
         self.begin_deep(now)?;
-        let reading = self.to_be_read(Vec::new());
+        let reading = self.to_be_read(By::Dump, Vec::new());
         let whole = self.tables.read(reading);
         let taken = whole.and_then(|whole| self.take_up(whole, now, false, now, witness));
         self.or_fail(taken, now)?;
@@ -206,14 +206,20 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             self.deep = Deep::Listing { began, next: part.end, found };
             self.timers.set(Timer::Part, now);
         } else {
-            self.deep = Deep::Reading { began, reading: Some(Box::new(self.to_be_read(found))) };
+            let by = match now < self.soonest_dump {
+                true => By::LookUps(self.ledger.zones().collect()),
+                false => By::Dump,
+            };
+            let reading = self.to_be_read(by, found);
+            self.deep = Deep::Reading { began, reading: Some(Box::new(reading)) };
             self.timers.clear(Timer::Part);
         }
         Ok(())
     }
 
-    fn to_be_read(&self, of_members: Vec<Socket>) -> Reading {
+    fn to_be_read(&self, by: By, of_members: Vec<Socket>) -> Reading {
         Reading {
+            by,
             scope: self.scope.clone(),
             policy: self.settings.policy.clone(),
             aside: self.aside,
@@ -244,7 +250,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             whole.cookies.extend(sockets.map(|socket| socket.cookie));
             views.extend(found);
         }
-        if let Some(grace) = self.settings.policy.reap {
+        if let Some(grace) = self.settings.policy.reap.filter(|_| !whole.lacks_orphans) {
             let orphans = whole.snapshot.views.iter().filter(|view| view.socket.is_none());
             let keys = orphans.filter_map(|view| view.entry).map(|entry| entry.key());
             self.ledger.note_orphans(keys, grace, now);
@@ -303,6 +309,8 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             work.next = 0;
             work.stage = match work.stage {
                 Stage::Keep if work.is_any_lost => Stage::BringBack,
+                // Figures of the whole tables stay as the last dump had them.
+                Stage::Keep | Stage::BringBack if work.whole.lacks_orphans => return Ok(false),
                 Stage::Keep | Stage::BringBack => Stage::Show,
                 Stage::Show => return Ok(false),
             };
@@ -338,6 +346,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
 
     fn end_deep(&mut self, work: Work, now: Instant) -> Result<Sweep> {
         let Work { began, listening, whole, is_beside, .. } = work;
+        self.was_dumped = !whole.lacks_orphans;
         // What the sweep before it learned is evidence to this one too: after a flush of the table
         // this one sees no entry.
         if !self.back_off.rests(now) {

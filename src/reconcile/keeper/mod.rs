@@ -134,6 +134,10 @@ pub struct Keeper<T: Transport = KernelSocket, R: Recount = Recounter> {
     is_read_beside: bool,
     /// Another one is wanted since.
     is_deep_owed: bool,
+    /// The last one has read the whole table.
+    was_dumped: bool,
+    /// No other one does before then.
+    soonest_dump: Instant,
     /// Sockets in these states are listed for the witness besides.
     aside: States,
     /// How long a watched connection may go without a look.
@@ -204,6 +208,8 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             deep: Deep::default(),
             is_read_beside: false,
             is_deep_owed: false,
+            was_dumped: false,
+            soonest_dump: now,
             aside: States::default(),
             longest_unseen: Duration::ZERO,
             ends_are_told: false,

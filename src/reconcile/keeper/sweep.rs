@@ -13,6 +13,10 @@ use crate::reconcile::timers::Timer;
 use crate::recount::Recount;
 use crate::sockdiag::{Socket, State};
 
+/// From one deep sweep that dumps the table to the next. Each connection is to be looked at once in
+/// five minutes, whatever the size of the table.
+const LONGEST_REST: Duration = Duration::from_secs(150);
+
 /// How far a sweep looks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Depth {
@@ -108,8 +112,9 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
     }
 
     /// What a sweep has cost: `ended` is when it was done, `cost` the time of a processor that it
-    /// took. Intervals count from its end, and a deep sweep never takes more than a hundredth of a
-    /// core.
+    /// took. Intervals count from its end, and deep sweeps never take more than a hundredth of a
+    /// core: where a dump of the table is too much for that, half of it is for dumps, and half for
+    /// sweeps between them that ask for the entry of each socket.
     pub fn took(&mut self, sweep: &Sweep, ended: Instant, cost: Duration) {
         let elapsed = ended.saturating_duration_since(sweep.began);
         if !sweep.is_beside {
@@ -119,8 +124,16 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             self.timers.delay(Timer::Deep, elapsed);
             // On suspicion a tenth of a core.
             self.soonest_deep = ended + cost * 9;
+            let rest = if !self.was_dumped {
+                cost * 200
+            } else if cost * 100 <= LONGEST_REST {
+                cost * 100
+            } else {
+                self.soonest_dump = ended + cost * 200;
+                Duration::ZERO
+            };
             let due = self.timers.due(Timer::Deep).unwrap_or(ended);
-            self.timers.set(Timer::Deep, due.max(ended + cost * 100));
+            self.timers.set(Timer::Deep, due.max(ended + rest));
             if std::mem::take(&mut self.is_deep_owed) {
                 self.hasten_deep();
             }
