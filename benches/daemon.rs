@@ -30,7 +30,7 @@ fn main() {
     lab::serve_if_asked();
     closes();
     storm();
-    memory();
+    holding();
 }
 
 /// Connections that end as they should must cost nothing.
@@ -202,23 +202,27 @@ fn held(lab: &Lab) -> usize {
     })
 }
 
-/// Resident memory with many held entries.
-fn memory() {
+/// What it costs to hold many entries, and how soon it notices what happens to them; the same with the
+/// version before, where `CTKEEP_BEFORE` names it.
+fn holding() {
     const PORTS: u16 = 6;
-    const STEPS: [(usize, f64); 2] = [(10_000, 20.0), (100_000, 80.0)];
+    const STEPS: [(usize, f64, f64); 2] = [(10_000, 20.0, 0.5), (100_000, 80.0, 3.0)];
+    /// On a port of their own, to be ended.
+    const ENDING: usize = 200;
     let Some(lab) = Lab::new() else { return };
     lab.connlimit(80, 100_000);
+    // Conntrack is not to see how they end.
+    lab.server.run("iptables -t raw -A OUTPUT -p tcp --sport 90 --tcp-flags RST RST -j NOTRACK");
     traffic::widen_ports(&lab);
     let sources = traffic::own_addresses(&lab, 100);
     // A process may have 20 000 descriptors.
     let mut servers: Vec<_> =
         (80..80 + PORTS).map(|port| (port, lab.serve(&format!("0.0.0.0:{port}")))).collect();
-    // A lease of which half is longer than what the kernel gives: every entry is due at once.
-    let daemon = lab.daemon(CTKEEP, &["--lease", "10m"]);
-    report::heading("Memory");
-    report::figure("RSS, nothing held", traffic::resident(daemon.pid()), "MB", Target::None);
+    let mut ending = lab.serve("0.0.0.0:90");
+    report::heading("Entries held");
+    let programs = [traffic::before(), Some(CTKEEP.to_owned())];
     let mut open = 0;
-    for (count, most) in STEPS {
+    for (count, memory, idle) in STEPS {
         let new = count - open;
         let share = new.div_ceil(servers.len());
         let mut left = new;
@@ -228,12 +232,93 @@ fn memory() {
             left -= now;
         }
         open = count;
-        assert!(holds_within(Duration::from_secs(60), || held(&lab) >= count), "{count} not held");
-        thread::sleep(Duration::from_secs(3));
-        let resident = traffic::resident(daemon.pid());
-        report::figure(&format!("RSS, {count} held"), resident, "MB", Target::AtMost(most));
-        let time = Duration::from_secs(3);
-        let (cpu, ()) = traffic::cpu_percent(daemon.pid(), || thread::sleep(time));
-        report::figure(&format!("CPU of ctkeep, {count} held, idle"), cpu, "%", Target::None);
+        for (program, name) in programs.iter().zip(["before, ", ""]) {
+            let Some(program) = program else { continue };
+            let is_judged = name.is_empty();
+            let bound = |most| if is_judged { Target::AtMost(most) } else { Target::None };
+            traffic::half_close(&lab, &mut ending, 90, &sources, ENDING);
+            release_all(&lab);
+            // A lease of which half is longer than what the kernel gives: every entry is due at once.
+            let daemon = lab.daemon(program, &["--lease", "10m"]);
+            let all = count + ENDING;
+            assert!(holds_within(Duration::from_secs(60), || held(&lab) >= all), "{all} not held");
+            thread::sleep(Duration::from_secs(3));
+            let resident = traffic::resident(daemon.pid());
+            report::figure(&format!("{name}RSS, {count} held"), resident, "MB", bound(memory));
+            let time = Duration::from_secs(10);
+            let (cpu, ()) = traffic::cpu_percent(daemon.pid(), || thread::sleep(time));
+            report::figure(&format!("{name}CPU, {count} held, idle"), cpu, "%", bound(idle));
+            let (p50, p99) = releases(&lab, &mut ending);
+            report::figure(&format!("{name}release, {count} held: p50"), p50, "ms", Target::None);
+            report::figure(&format!("{name}release, {count} held: p99"), p99, "ms", bound(50.0));
+            if count == 10_000 {
+                let (noticed, back) = loss(&lab, count);
+                let row = format!("{name}conntrack -F, {count} held: the first back");
+                report::figure(&row, noticed, "ms", bound(1200.0));
+                report::figure("  all of them back", back, "ms", bound(2500.0));
+            }
+            drop(daemon);
+        }
     }
+}
+
+/// Gives all entries what the kernel would.
+fn release_all(lab: &Lab) {
+    lab.server.within(|| {
+        let mut conntrack = Conntrack::open().expect("conntrack");
+        let keys = conntrack
+            .entries(AF_INET, Filter::Tcp, |all: &mut Vec<_>, entry| all.push(entry.key()))
+            .expect("dump");
+        let timeout = Duration::from_secs(170);
+        let changes: Vec<_> = keys.into_iter().map(|key| Change::Extend { key, timeout }).collect();
+        drop(conntrack.change(&changes).expect("changes"));
+    });
+}
+
+/// All sockets of port 90 end, and conntrack does not see how; milliseconds until half, and until 99
+/// of a hundred of their entries are given back.
+fn releases(lab: &Lab, server: &mut lab::Server) -> (f64, f64) {
+    lab.server.within(|| {
+        let mut conntrack = Conntrack::open().expect("conntrack");
+        let of_port = |all: &mut Vec<_>, entry: &Entry| {
+            if entry.reply.src.port() == 90 {
+                all.push((entry.orig, Zone::default()));
+            }
+        };
+        let mut keys = conntrack.entries(AF_INET, Filter::Tcp, of_port).expect("dump");
+        let begun = Instant::now();
+        server.reset_all();
+        let mut times = Vec::new();
+        while !keys.is_empty() && begun.elapsed() < Duration::from_secs(30) {
+            let entries = conntrack.get(&keys).expect("look-ups");
+            let at = report::ms(begun.elapsed());
+            let mut entries = entries.into_iter();
+            keys.retain(|_| {
+                let state = entries.next().flatten().and_then(|entry| entry.state());
+                let is_over = state.is_none_or(|state| !state.is_counted());
+                times.extend(is_over.then_some(at));
+                !is_over
+            });
+            thread::sleep(Duration::from_millis(1));
+        }
+        times.extend(keys.iter().map(|_| 30_000.0));
+        (report::median(&times), report::quantile(&times, 0.99))
+    })
+}
+
+/// Everything is flushed; milliseconds until the first entry is back, and until all are.
+fn loss(lab: &Lab, count: usize) -> (f64, f64) {
+    lab.server.within(|| {
+        let mut conntrack = Conntrack::open().expect("conntrack");
+        lab.server.run("conntrack -F");
+        let begun = Instant::now();
+        let mut until = |least: u32| {
+            while conntrack.size().expect("size").entries < least {
+                assert!(begun.elapsed() < Duration::from_secs(60), "{least} not back");
+                thread::sleep(Duration::from_millis(2));
+            }
+            report::ms(begun.elapsed())
+        };
+        (until(20), until(u32::try_from(count).expect("a count")))
+    })
 }

@@ -13,6 +13,7 @@ mod lab;
 mod report;
 mod traffic;
 
+use std::collections::HashSet;
 use std::io::{BufRead, BufReader, IoSliceMut, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{AsFd, AsRawFd};
@@ -22,6 +23,10 @@ use std::time::{Duration, Instant};
 
 use ctkeep::Op;
 use ctkeep::netlink::{Connection, KernelSocket, Request};
+use ctkeep::reconcile::observe::Tables;
+use ctkeep::reconcile::policy::{Policy, Scope};
+use ctkeep::reconcile::whole::{By, Reading};
+use ctkeep::sockdiag::States;
 use netlink_packet_core::{NLA_F_NESTED, NlasIterator};
 use netlink_sys::protocols::NETLINK_NETFILTER;
 use nix::errno::Errno;
@@ -49,6 +54,10 @@ const INNOCENT: usize = 2;
 /// A repair that takes longer counts as lost.
 const PATIENCE: Duration = Duration::from_secs(1);
 
+/// Entries beside: a namespace has room for 262 144, unless the host gives it more.
+const ENTRIES: usize = 200_000;
+const READ: &str = "a table of 200 000 read without end, nflog";
+
 /// Scrapes of the metrics a second, on one connection.
 const SCRAPES: u32 = 1000;
 
@@ -62,6 +71,10 @@ struct Arm {
     one_source: bool,
     /// Metrics are read meanwhile.
     scraped: bool,
+    /// Whole tables are read meanwhile, without end.
+    read: bool,
+    /// The version before is measured.
+    before: bool,
     /// Without, a thread is woken and nothing else.
     args: Option<&'static [&'static str]>,
     targets: [Target; 2],
@@ -73,13 +86,16 @@ struct Arm {
 
 impl Arm {
     fn new(name: &'static str, churn: bool, args: &'static [&'static str], judged: bool) -> Self {
+        let half = if churn { 4.0 } else { 2.5 };
         let targets =
-            if judged { [Target::AtMost(40.0), Target::AtMost(150.0)] } else { [Target::None; 2] };
+            if judged { [Target::AtMost(half), Target::AtMost(1.5)] } else { [Target::None; 2] };
         Self {
             name,
             churn,
             one_source: false,
             scraped: false,
+            read: false,
+            before: false,
             args: Some(args),
             targets,
             repaired: Vec::new(),
@@ -102,15 +118,18 @@ fn main() {
         woken("idle, a thread woken by a pipe", false),
         Arm::new("idle, nflog", false, NFLOG, true),
         Arm { one_source: true, ..Arm::new("idle, nflog, one source", false, NFLOG, false) },
-        Arm { scraped: true, ..Arm::new("scraped, nflog", false, NFLOG, true) },
+        Arm { before: true, ..Arm::new("idle, nflog, the version before", false, NFLOG, false) },
+        Arm { scraped: true, ..Arm::new("scraped, nflog", false, NFLOG, false) },
+        Arm { read: true, ..Arm::new(READ, false, NFLOG, false) },
         Arm::new("idle, ctnetlink", false, &["--defence", "0", "--events", "ctnetlink"], false),
         woken("churn, a thread woken by a pipe", true),
         Arm::new("churn, nflog", true, NFLOG, true),
+        Arm { before: true, ..Arm::new("churn, nflog, the version before", true, NFLOG, false) },
         Arm::new(
             "churn, ctnetlink, real-time",
             true,
             &["--defence", "0", "--events", "ctnetlink", "--realtime"],
-            true,
+            false,
         ),
         Arm::new("churn, ctnetlink", true, &["--defence", "0", "--events", "ctnetlink"], false),
     ];
@@ -118,12 +137,20 @@ fn main() {
     let mut server = lab.serve("0.0.0.0:80");
     for _ in 0..PASSES {
         for arm in &mut arms {
-            let daemon = arm.args.map(|args| lab.daemon(CTKEEP, args));
+            let older = traffic::before();
+            let program = match (arm.before, &older) {
+                (false, _) => CTKEEP,
+                (true, Some(program)) => program,
+                (true, None) => continue,
+            };
+            let daemon = arm.args.map(|args| lab.daemon(program, args));
             let stop = AtomicBool::new(false);
             thread::scope(|scope| {
                 let churn = arm.churn.then(|| {
                     scope.spawn(|| lab.client.within(|| churn(&Exchange::new(&churned), &stop)))
                 });
+                let reading =
+                    arm.read.then(|| scope.spawn(|| lab.server.within(|| read_without_end(&stop))));
                 let scrapes =
                     arm.scraped.then(|| scope.spawn(|| lab.server.within(|| scrape(&stop))));
                 match &daemon {
@@ -131,7 +158,7 @@ fn main() {
                     None => arm.repaired.extend(wake_ups()),
                 }
                 stop.store(true, Ordering::Relaxed);
-                for beside in [churn, scrapes].into_iter().flatten() {
+                for beside in [churn, scrapes, reading].into_iter().flatten() {
                     arm.rate += beside.join().expect("other traffic") / PASSES as f64;
                 }
             });
@@ -146,16 +173,26 @@ fn main() {
             |latencies: &[f64]| [0.5, 0.99].map(|share| report::quantile(latencies, share));
         let [p50, p99] = quantiles(&arm.repaired);
         let [half, most] = arm.targets;
+        if arm.repaired.is_empty() {
+            continue;
+        }
         let name = match arm.rate {
             0.0 => arm.name.to_owned(),
             rate => format!("{} ({rate:.0}/s)", arm.name),
         };
-        report::figure(&format!("{name}: p50"), p50, "us", half);
-        report::figure(&format!("{name}: p99"), p99, "us", most);
+        let woken = arms.iter().find(|it| it.args.is_none() && it.churn == arm.churn);
+        let [bare_half, bare_most] = quantiles(&woken.expect("a bare wake-up").repaired);
+        report::ratio(&format!("{name}: p50"), p50, "us", p50 / bare_half, half);
+        report::ratio(&format!("{name}: p99"), p99, "us", p99 / bare_most, most);
+        if arm.read {
+            report::figure("  in the same: p99", p99, "us", Target::AtMost(5000.0));
+        }
         if arm.args.is_some() {
-            let [p50, p99] = quantiles(&arm.counted);
-            report::figure("  counted again: p50", p50, "us", Target::None);
-            report::figure("  counted again: p99", p99, "us", Target::None);
+            let [counted_half, counted_most] = quantiles(&arm.counted);
+            let bound = if arm.churn { Target::None } else { Target::AtMost(1.3) };
+            report::ratio("  counted again: p50", counted_half, "us", counted_half / p50, bound);
+            let ratio = counted_most / p99;
+            report::ratio("  counted again: p99", counted_most, "us", ratio, Target::None);
         }
         if arm.lost > 0 {
             let lost = f64::from(u32::try_from(arm.lost).unwrap_or(u32::MAX));
@@ -198,6 +235,29 @@ fn scrape(stop: &AtomicBool) -> f64 {
         count += 1;
         let due = begun + Duration::from_secs(1) / SCRAPES * u32::try_from(count).expect("few");
         thread::sleep(due.saturating_duration_since(Instant::now()));
+    }
+    report::rate(count, begun.elapsed())
+}
+
+/// Reads the sockets and all entries of a large table, again and again, as the thread of a deep sweep
+/// does now and then; how many times a second.
+fn read_without_end(stop: &AtomicBool) -> f64 {
+    let mut tables = Tables::open().expect("both tables");
+    traffic::fill(&mut tables.conntrack, ENTRIES);
+    // Two ports, so that the kernel does not filter.
+    let scope = Scope { ports: [80, 443].into() };
+    let (begun, mut count) = (Instant::now(), 0);
+    while !stop.load(Ordering::Relaxed) {
+        let reading = Reading {
+            by: By::Dump,
+            scope: scope.clone(),
+            policy: Policy::default(),
+            aside: States::default(),
+            of_members: Vec::new(),
+            theirs: HashSet::new(),
+        };
+        tables.read(reading).expect("a reading");
+        count += 1;
     }
     report::rate(count, begun.elapsed())
 }

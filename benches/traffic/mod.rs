@@ -8,6 +8,8 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use ctkeep::conntrack::{Change, Conntrack, Entry, Insert, Status, TcpState, Zone};
+use ctkeep::flow::{Endpoint, FourTuple};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::unistd::Pid;
@@ -19,6 +21,11 @@ use crate::report::{self, Target};
 
 /// The program that is measured.
 pub const CTKEEP: &str = env!("CARGO_BIN_EXE_ctkeep");
+
+/// An older one to measure beside it, where `CTKEEP_BEFORE` names its path.
+pub fn before() -> Option<String> {
+    std::env::var("CTKEEP_BEFORE").ok()
+}
 
 /// How a client ends its connection, or that it does not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,7 +51,11 @@ impl Ending {
 
     /// How much of what gets done without it must be left with it.
     pub fn target(self) -> Target {
-        Target::AtLeast(if self == Self::Keepalive { 0.98 } else { 0.95 })
+        Target::AtLeast(match self {
+            Self::Fin => 0.98,
+            Self::Rst => 0.97,
+            Self::Keepalive => 0.99,
+        })
     }
 }
 
@@ -295,6 +306,30 @@ pub fn half_close(lab: &Lab, server: &mut Server, port: u16, sources: &[Ipv4Addr
             server.held() >= begun + opened
         });
     }
+}
+
+/// Inserts entries of connections that do not end here.
+pub fn fill(conntrack: &mut Conntrack, count: usize) {
+    const PORTS: usize = 20_000;
+    let inserts: Vec<_> = (0..count)
+        .map(|number| {
+            let host = u32::try_from(number / PORTS).expect("a small number");
+            let source = Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 0, 0, 0)) + host);
+            let port = u16::try_from(PORTS + number % PORTS).expect("a port");
+            let flow = FourTuple::new(
+                Endpoint::new(source.into(), port),
+                Endpoint::new(Ipv4Addr::new(203, 0, 113, 9).into(), 443),
+            );
+            Change::Insert(Insert {
+                like: Entry::plain(flow, Zone::default()),
+                state: TcpState::Established,
+                status: Status::ASSURED,
+                timeout: Duration::from_secs(3_600),
+            })
+        })
+        .collect();
+    // Some may be there already.
+    drop(conntrack.change(&inserts).expect("inserts"));
 }
 
 /// Processor time that a process has used so far.
