@@ -19,7 +19,7 @@ use ctkeep::reconcile::evidence::Evidence;
 use ctkeep::reconcile::ledger::{Idle, Ledger};
 use ctkeep::reconcile::observe::Tables;
 use ctkeep::reconcile::plan::{
-    Action, ActionKind, Cell, Plan, Reason, Rest, Verdict, decide, plan,
+    Action, ActionKind, Cell, NoAction, Plan, Reason, Verdict, decide, plan,
 };
 use ctkeep::reconcile::policy::{Policy, Scope};
 use ctkeep::reconcile::snapshot::{Direction, Snapshot, View};
@@ -181,13 +181,13 @@ fn words(verdict: Verdict, cell: &Cell) -> String {
     match verdict {
         Verdict::Leave(rest) => {
             let rest = match rest {
-                Rest::Agree => "agree",
-                Rest::Handshake => "handshake",
-                Rest::Outgoing => "outgoing",
-                Rest::NotGuarded => "not-guarded",
-                Rest::Untracked => "untracked",
-                Rest::OverCount => "over-count",
-                Rest::Over => "over",
+                NoAction::Agree => "agree",
+                NoAction::Handshake => "handshake",
+                NoAction::Outgoing => "outgoing",
+                NoAction::NotGuarded => "not-guarded",
+                NoAction::Untracked => "untracked",
+                NoAction::OverCount => "over-count",
+                NoAction::Over => "over",
             };
             format!("leave {rest}")
         }
@@ -283,8 +283,8 @@ mod cells_of_connections {
         for (seconds, expected) in [
             (0, Verdict::Act(ActionKind::Extend, Reason::EntryExpiring)),
             (lease / 2 - 1, Verdict::Act(ActionKind::Extend, Reason::EntryExpiring)),
-            (lease / 2, Verdict::Leave(Rest::Agree)),
-            (lease, Verdict::Leave(Rest::Agree)),
+            (lease / 2, Verdict::Leave(NoAction::Agree)),
+            (lease, Verdict::Leave(NoAction::Agree)),
         ] {
             let entry = entry(server_to_peer(), TcpState::CloseWait, seconds);
             let verdict = verdict_of(Some(close_wait(1)), Some(entry), &Ledger::default());
@@ -298,7 +298,7 @@ mod cells_of_connections {
         let mut ledger = Ledger::default();
         ledger.set_idle(Some(Idle { below, timeout }));
         let extend = Verdict::Act(ActionKind::Extend, Reason::EntryIdle(timeout));
-        let agree = Verdict::Leave(Rest::Agree);
+        let agree = Verdict::Leave(NoAction::Agree);
         let entry_of = |seconds| entry(server_to_peer(), TcpState::Established, seconds);
         for (seconds, expected) in [(0, extend), (59, extend), (60, agree), (432_000, agree)] {
             let verdict = verdict_of(Some(established(1)), Some(entry_of(seconds)), &ledger);
@@ -310,8 +310,11 @@ mod cells_of_connections {
         assert_eq!(verdict_of(Some(established(1)), Some(entry_of(1)), &nobody), agree);
         let handshake = Socket { state: State::SynRecv, inode: 0, ..established(1) };
         let unguarded = verdict_of(Some(handshake), Some(entry_of(1)), &ledger);
-        assert_eq!(unguarded, Verdict::Leave(Rest::NotGuarded));
-        assert_eq!(verdict_of(None, Some(entry_of(1)), &ledger), Verdict::Leave(Rest::OverCount));
+        assert_eq!(unguarded, Verdict::Leave(NoAction::NotGuarded));
+        assert_eq!(
+            verdict_of(None, Some(entry_of(1)), &ledger),
+            Verdict::Leave(NoAction::OverCount)
+        );
         ledger.hold(established(1), entry_of(1), Instant::now());
         let held = verdict_of(Some(established(1)), Some(entry_of(1)), &ledger);
         assert_eq!(held, Verdict::Act(ActionKind::Extend, Reason::EntryExpiring));
@@ -346,19 +349,19 @@ mod cells_of_connections {
         let missing = Some(close_wait(1));
         let mut ledger = Ledger::default();
         let reinsert = Verdict::Act(ActionKind::Reinsert, Reason::EntryMissing);
-        assert_eq!(verdict_of(missing, None, &ledger), Verdict::Leave(Rest::Untracked));
+        assert_eq!(verdict_of(missing, None, &ledger), Verdict::Leave(NoAction::Untracked));
 
         // This connection had an entry.
         ledger.remember(&close_wait(1), entry(server_to_peer(), TcpState::CloseWait, 9));
         assert_eq!(verdict_of(missing, None, &ledger), reinsert);
         // Another one with the same tuple, which a younger socket does not inherit.
         let younger = Some(close_wait(2));
-        assert_eq!(verdict_of(younger, None, &ledger), Verdict::Leave(Rest::Untracked));
+        assert_eq!(verdict_of(younger, None, &ledger), Verdict::Leave(NoAction::Untracked));
 
         // Another connection of the port had one.
         let mut ledger = Ledger::default();
         ledger.set_tracked(HashSet::from([443]));
-        assert_eq!(verdict_of(missing, None, &ledger), Verdict::Leave(Rest::Untracked));
+        assert_eq!(verdict_of(missing, None, &ledger), Verdict::Leave(NoAction::Untracked));
         ledger.set_tracked(HashSet::from([80]));
         assert_eq!(verdict_of(missing, None, &ledger), reinsert);
 
@@ -398,7 +401,7 @@ mod cells_of_connections {
         let outgoing = outgoing_entry(server_to_peer(), TcpState::Established, 9);
         ledger.remember(&close_wait(1), outgoing);
         let verdict = verdict_of(Some(close_wait(1)), None, &ledger);
-        assert_eq!(verdict, Verdict::Leave(Rest::Outgoing));
+        assert_eq!(verdict, Verdict::Leave(NoAction::Outgoing));
     }
 
     /// With the flag that only ctkeep gives.
@@ -420,11 +423,14 @@ mod cells_of_connections {
             let fresh = Entry { status: Some(Status::FRESH), ..inserted(state, 60) };
             assert_eq!(verdict_of(Some(socket), Some(fresh), &nobody), recount);
             let whole = Entry { status: Some(Status::ASSURED), ..fresh };
-            assert_eq!(verdict_of(Some(socket), Some(whole), &nobody), Verdict::Leave(Rest::Agree));
+            assert_eq!(
+                verdict_of(Some(socket), Some(whole), &nobody),
+                Verdict::Leave(NoAction::Agree)
+            );
             let kernels =
                 Entry { status: Some(Status::FRESH), ..entry(server_to_peer(), state, 60) };
             let verdict = verdict_of(Some(socket), Some(kernels), &nobody);
-            assert_eq!(verdict, Verdict::Leave(Rest::Agree));
+            assert_eq!(verdict, Verdict::Leave(NoAction::Agree));
         }
     }
 
@@ -437,15 +443,15 @@ mod cells_of_connections {
         };
         let nobody = Ledger::default();
         let alive = of_a_handshake(TcpState::Established);
-        assert_eq!(verdict_of(None, Some(alive), &nobody), Verdict::Leave(Rest::OverCount));
-        let agree = Verdict::Leave(Rest::Agree);
+        assert_eq!(verdict_of(None, Some(alive), &nobody), Verdict::Leave(NoAction::OverCount));
+        let agree = Verdict::Leave(NoAction::Agree);
         assert_eq!(verdict_of(Some(established(1)), Some(alive), &nobody), agree);
         let half_closed = of_a_handshake(TcpState::CloseWait);
         assert_eq!(verdict_of(Some(close_wait(1)), Some(half_closed), &nobody), agree);
         // Of a connection that this host, or a container that is guarded, has opened.
         let outgoing = Entry { orig: alive.reply, reply: alive.orig, ..alive };
         let verdict = verdict_of(Some(established(1)), Some(outgoing), &nobody);
-        assert_eq!(verdict, Verdict::Leave(Rest::Outgoing));
+        assert_eq!(verdict, Verdict::Leave(NoAction::Outgoing));
     }
 
     #[test]
@@ -456,13 +462,13 @@ mod cells_of_connections {
             (inserted(TcpState::CloseWait, 50), release),
             (inserted(TcpState::Established, 50), release),
             // What the kernel itself or another program made is not ours to take away.
-            (entry(server_to_peer(), TcpState::CloseWait, 50), Verdict::Leave(Rest::OverCount)),
+            (entry(server_to_peer(), TcpState::CloseWait, 50), Verdict::Leave(NoAction::OverCount)),
             (
                 Entry {
                     tcp: reversed_entry(server_to_peer(), TcpState::CloseWait, 50).tcp,
                     ..entry(server_to_peer(), TcpState::CloseWait, 50)
                 },
-                Verdict::Leave(Rest::OverCount),
+                Verdict::Leave(NoAction::OverCount),
             ),
         ] {
             assert_eq!(verdict_of(None, Some(entry), &nobody), expected, "{entry:?}");
@@ -472,7 +478,7 @@ mod cells_of_connections {
     #[test]
     fn an_inserted_entry_that_a_packet_has_lengthened_is_brought_back_to_its_lease() {
         let extend = Verdict::Act(ActionKind::Extend, Reason::EntryExpiring);
-        let agree = Verdict::Leave(Rest::Agree);
+        let agree = Verdict::Leave(NoAction::Agree);
         let lease = policy().lease.as_secs();
         let kernels_own = entry(server_to_peer(), TcpState::Established, 432_000);
         for (socket, entry, expected) in [
@@ -498,7 +504,7 @@ mod cells_of_connections {
         assert_eq!(verdict_of(Some(close_wait(1)), Some(well), &ledger), revive);
         // Until it has been.
         ledger.hold(close_wait(1), well, Instant::now());
-        let agree = Verdict::Leave(Rest::Agree);
+        let agree = Verdict::Leave(NoAction::Agree);
         assert_eq!(verdict_of(Some(close_wait(1)), Some(well), &ledger), agree);
         // And never for a socket that is not held.
         ledger.distrust(&close_wait(2));
@@ -513,7 +519,7 @@ mod cells_of_connections {
         for state in [TcpState::SynSent, TcpState::SynRecv] {
             let handshake = entry(server_to_peer(), state, 60);
             let verdict = verdict_of(None, Some(handshake), &ledger);
-            assert_eq!(verdict, Verdict::Leave(Rest::Handshake), "{state}");
+            assert_eq!(verdict, Verdict::Leave(NoAction::Handshake), "{state}");
         }
     }
 

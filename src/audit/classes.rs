@@ -3,7 +3,7 @@
 use std::fmt;
 
 use crate::reconcile::evidence::Evidence;
-use crate::reconcile::plan::{ActionKind, Cell, Rest, Verdict, decide};
+use crate::reconcile::plan::{ActionKind, Cell, NoAction, Verdict, decide};
 use crate::reconcile::snapshot::{Direction, View};
 
 /// How the tables stand to each other about one connection.
@@ -55,12 +55,14 @@ impl Class {
             Verdict::Act(ActionKind::Revive, _) => Self::EntryClosed,
             Verdict::Act(ActionKind::Extend, _) => Self::EntryExpiring,
             Verdict::Act(ActionKind::Reverse, _) => Self::EntryReversed,
-            Verdict::Leave(Rest::NotGuarded) if reversed => Self::EntryReversed,
-            Verdict::Leave(Rest::OverCount) => Self::SocketMissing,
-            Verdict::Leave(Rest::Untracked) if evidence.tracked.contains(&view.flow.src.port()) => {
+            Verdict::Leave(NoAction::NotGuarded) if reversed => Self::EntryReversed,
+            Verdict::Leave(NoAction::OverCount) => Self::SocketMissing,
+            Verdict::Leave(NoAction::Untracked)
+                if evidence.tracked.contains(&view.flow.src.port()) =>
+            {
                 Self::EntryMissing
             }
-            Verdict::Leave(Rest::Untracked) => Self::Untracked,
+            Verdict::Leave(NoAction::Untracked) => Self::Untracked,
             Verdict::Act(
                 ActionKind::Recount | ActionKind::Release | ActionKind::Reap | ActionKind::Seal,
                 _,

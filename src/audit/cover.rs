@@ -7,7 +7,7 @@ use crate::reconcile::snapshot::View;
 
 /// How the shield stands to one connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Cover {
+pub enum Coverage {
     /// Conntrack sees of it what TCP acts on, and nothing else that could close the entry.
     Covered,
     /// It is, if it comes in by a device that the shield is at; it is not at all of them.
@@ -22,7 +22,7 @@ pub enum Cover {
     Loopback,
 }
 
-impl Cover {
+impl Coverage {
     /// The cover of a connection by what the daemon says of its shield.
     pub fn of(shield: Option<&Shielded>, view: &View) -> Self {
         match shield {
@@ -45,7 +45,7 @@ fn is_local(view: &View) -> bool {
     view.flow.dst.addr().is_loopback() || view.flow.dst.addr() == view.flow.src.addr()
 }
 
-impl fmt::Display for Cover {
+impl fmt::Display for Coverage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Covered => "covers it",
@@ -73,16 +73,16 @@ mod tests {
         let view = |flow, entry| View { flow, socket: None, entry };
         let shield = Shielded { ports: [80].into(), is_whole: true };
         let partly = Shielded { is_whole: false, ..shield.clone() };
-        let of = |view| Cover::of(Some(&shield), &view);
-        assert_eq!(of(view(plain, None)), Cover::Covered);
-        assert_eq!(Cover::of(Some(&partly), &view(plain, None)), Cover::PerhapsCovered);
-        assert_eq!(Cover::of(None, &view(plain, None)), Cover::NoShield);
-        assert_eq!(of(view(flow("192.0.2.1:81", "198.51.100.7:4000"), None)), Cover::OtherPort);
-        assert_eq!(of(view(flow("127.0.0.1:80", "127.0.0.1:4000"), None)), Cover::Loopback);
+        let of = |view| Coverage::of(Some(&shield), &view);
+        assert_eq!(of(view(plain, None)), Coverage::Covered);
+        assert_eq!(Coverage::of(Some(&partly), &view(plain, None)), Coverage::PerhapsCovered);
+        assert_eq!(Coverage::of(None, &view(plain, None)), Coverage::NoShield);
+        assert_eq!(of(view(flow("192.0.2.1:81", "198.51.100.7:4000"), None)), Coverage::OtherPort);
+        assert_eq!(of(view(flow("127.0.0.1:80", "127.0.0.1:4000"), None)), Coverage::Loopback);
         let redirected = Entry {
             reply: flow("192.0.2.1:8080", "198.51.100.7:4000"),
             ..Entry::plain(plain.inverse(), Zone::default())
         };
-        assert_eq!(of(view(plain, Some(redirected))), Cover::Translated);
+        assert_eq!(of(view(plain, Some(redirected))), Coverage::Translated);
     }
 }

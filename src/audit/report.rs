@@ -12,7 +12,7 @@ use super::arrivals::{Arrivals, arrivals};
 use super::asked::Answered;
 use super::checks;
 use super::classes::Class;
-use super::cover::Cover;
+use super::cover::Coverage;
 use super::figures::Figures;
 use super::finding::Verdict;
 use super::fronts::{Front, fronts};
@@ -25,7 +25,7 @@ use crate::error::Result;
 use crate::firewall::Ruleset;
 use crate::firewall::limits::{LimitRule, Limiter};
 use crate::flow::FourTuple;
-use crate::host::instance::{self, Told};
+use crate::host::instance::{self, DaemonStatus};
 use crate::reconcile::ledger::Ledger;
 use crate::reconcile::observe::Tables;
 use crate::reconcile::plan::cell;
@@ -57,7 +57,7 @@ pub struct Connection {
     /// Who holds the socket.
     pub holder: Option<Holder>,
     /// How the shield stands to it; `None` for saved tables.
-    pub cover: Option<Cover>,
+    pub cover: Option<Coverage>,
 }
 
 /// All that was seen in one look at one host, or read from files.
@@ -86,7 +86,7 @@ pub struct Seen {
     /// Who has the sockets.
     pub owners: Owners,
     /// What a running daemon tells of itself; `None` for saved tables.
-    pub told: Option<Told>,
+    pub told: Option<DaemonStatus>,
     /// What limits said; `None` where they were not asked.
     pub asked: Option<Vec<Answered>>,
     /// Local addresses of other namespaces whose sockets were looked at.
@@ -229,7 +229,7 @@ impl Report {
             .map(|view| Connection {
                 class: class(&view),
                 holder: holder(&view),
-                cover: seen.told.as_ref().map(|told| Cover::of(told.shield.as_ref(), &view)),
+                cover: seen.told.as_ref().map(|told| Coverage::of(told.shield.as_ref(), &view)),
                 view,
             })
             .collect();
@@ -396,7 +396,7 @@ fn connection_json(connection: &Connection) -> Value {
         "uid": socket.map(|socket| socket.uid),
         "recv_queue": socket.map(|socket| socket.recv_queue),
         "send_queue": socket.map(|socket| socket.send_queue),
-        "shielded": connection.cover.map(Cover::is_certain),
+        "shielded": connection.cover.map(Coverage::is_certain),
     })
 }
 

@@ -577,7 +577,7 @@ fn defence() -> impl TypedValueParser<Value = Defence> {
     PossibleValuesParser::new(["auto", "0", "1", "2"]).map(|name| match name.as_str() {
         "0" => Defence::Fixed(Level::Calm),
         "1" => Defence::Fixed(Level::Alert),
-        "2" => Defence::Fixed(Level::Siege),
+        "2" => Defence::Fixed(Level::Manual),
         _ => Defence::Auto,
     })
 }

@@ -11,7 +11,7 @@ use super::output;
 use crate::audit::arrivals::arrivals;
 use crate::audit::asked::{Answer, Asker};
 use crate::audit::classes::Class;
-use crate::audit::cover::Cover;
+use crate::audit::cover::Coverage;
 use crate::audit::processes::{Owner, Owners};
 use crate::audit::sources::{Met, Plays, loads};
 use crate::conntrack::{Entry, Zone};
@@ -91,7 +91,7 @@ pub(super) fn run(args: &Explain) -> Result<Exit> {
             Asker::open(&rules, &limiter, &arrivals, now)?.come_what_may().ask(&view, now)
         });
         let in_scope = scope.contains(&policy, flow);
-        let cover = Cover::of(daemon.shield.as_ref(), &view);
+        let cover = Coverage::of(daemon.shield.as_ref(), &view);
         Ok(Found {
             view,
             cell,
@@ -129,7 +129,7 @@ struct Found {
     /// The addresses were given the other way round.
     is_swapped: bool,
     owners: Owners,
-    cover: Cover,
+    cover: Coverage,
     limits: Vec<String>,
     /// What the limit said, or why it could not be asked; `None` where it was not.
     asked: Option<std::result::Result<Answer, String>>,

@@ -21,7 +21,7 @@ use crate::reconcile::apply::Outcome;
 use crate::reconcile::checks::{Checked, Counted};
 use crate::reconcile::keeper::{Acted, Depth, Keeper, Settings, Trigger, Witness};
 use crate::reconcile::observe::Tables;
-use crate::reconcile::plan::{Action, Rest, Verdict, verdict};
+use crate::reconcile::plan::{Action, NoAction, Verdict, verdict};
 use crate::reconcile::policy::Policy;
 use crate::reconcile::pressure::Defence;
 use crate::reconcile::snapshot::View;
@@ -102,7 +102,7 @@ fn pass(args: &Reconcile, policy: &Policy) -> Result<(Done, usize)> {
     done.planned.sort_by_key(|action| action.view.flow);
     let (_, scope, policy, ledger) = keeper.parts();
     let evidence = &sweep.snapshot.evidence;
-    let untracked = Verdict::Leave(Rest::Untracked);
+    let untracked = Verdict::Leave(NoAction::Untracked);
     let is_untracked = |view: &View| verdict(view, evidence, scope, policy, ledger) == untracked;
     Ok((done, sweep.snapshot.views.iter().filter(is_untracked).count()))
 }

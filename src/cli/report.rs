@@ -1,7 +1,7 @@
 //! The report of `ctkeep audit` as a text for people.
 
 use super::output::{Rows, coloured, table, with_advice};
-use crate::audit::cover::Cover;
+use crate::audit::cover::Coverage;
 use crate::audit::finding::{Finding, Verdict};
 use crate::audit::layers::{Application, Full, Layers, LimitFigures, Queue};
 use crate::audit::report::{Connection, Report};
@@ -30,7 +30,7 @@ pub fn text(report: &Report, all: bool, top: Option<usize>, no_header: bool) -> 
     let counts = if counts.is_empty() { "no connections".to_owned() } else { counts.join(", ") };
     let mut out = format!("{}\n{counts}\n", parts.join("\n"));
     let all = &report.connections;
-    let covered = all.iter().filter(|it| it.cover.is_some_and(Cover::is_certain)).count();
+    let covered = all.iter().filter(|it| it.cover.is_some_and(Coverage::is_certain)).count();
     if covered > 0 {
         out.push_str(&format!("{covered} of {} connections under the shield\n", all.len()));
     }

@@ -147,7 +147,7 @@ pub(super) fn counters(payload: &[u8], sum: &mut Counters) -> Decoded<()> {
 /// `false` where it is not of TCP.
 #[inline]
 fn tuple(nested: &[u8], flow: &mut Option<FourTuple>, zone: &mut u16) -> Decoded<bool> {
-    if let Some(usual) = usual_tuple(nested) {
+    if let Some(usual) = fast_tuple(nested) {
         *flow = Some(usual);
         return Ok(true);
     }
@@ -157,7 +157,7 @@ fn tuple(nested: &[u8], flow: &mut Option<FourTuple>, zone: &mut u16) -> Decoded
 /// A tuple of TCP over IPv4 without a zone, its attributes in the kernel's own order: told at a
 /// glance, where any other takes a walk. Word by word, for to gather the headers costs more.
 #[inline]
-fn usual_tuple(nested: &[u8]) -> Option<FourTuple> {
+fn fast_tuple(nested: &[u8]) -> Option<FourTuple> {
     let (&[ip, s, src, d, dst, proto, n, number, sp, src_port, dp, dst_port], []) =
         nested.as_chunks::<4>()
     else {
@@ -249,7 +249,7 @@ fn protoinfo(nested: &[u8]) -> Decoded<Option<Tcp>> {
     }
 }
 
-/// The state of TCP as [`usual_tuple`] reads a tuple.
+/// The state of TCP as [`fast_tuple`] reads a tuple.
 #[inline]
 fn usual_protoinfo(nested: &[u8]) -> Option<Tcp> {
     let (&[nest, s, state, w0, wscale0, w1, wscale1, f0, flags0, f1, flags1], []) =
@@ -486,9 +486,9 @@ mod tests {
 
         #[test]
         fn a_tuple_at_a_glance_is_what_the_walk_finds(nest in usual_tuple_nest(), damage in damage()) {
-            prop_assert!(usual_tuple(&nest).is_some());
+            prop_assert!(fast_tuple(&nest).is_some());
             let nest = damaged(&nest, damage);
-            if let Some(glance) = usual_tuple(&nest) {
+            if let Some(glance) = fast_tuple(&nest) {
                 let (mut walk, mut zone) = (None, 7);
                 prop_assert!(any_tuple(&nest, &mut walk, &mut zone).unwrap());
                 prop_assert_eq!((walk, zone), (Some(glance), 7));

@@ -51,7 +51,7 @@ impl Members {
         while let Ok(change) = changes.recv_timeout(FIRST_LOOK) {
             match change {
                 Change::Looked => break,
-                other => take_up(sockets, other),
+                other => apply_change(sockets, other),
             }
         }
     }
@@ -61,7 +61,7 @@ impl Members {
         self.wake.settle();
         let before = sockets.members().len();
         let changes = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
-        changes.try_iter().for_each(|change| take_up(sockets, change));
+        changes.try_iter().for_each(|change| apply_change(sockets, change));
         let now = sockets.members().len();
         if now != before {
             tracing::debug!(namespaces = now, "namespaces whose sockets are asked about");
@@ -69,7 +69,7 @@ impl Members {
     }
 }
 
-fn take_up(sockets: &mut SockDiag, change: Change) {
+fn apply_change(sockets: &mut SockDiag, change: Change) {
     match change {
         Change::Join(member) => sockets.join(member.id, member.sockets, member.addresses),
         Change::Leave(id) => sockets.leave(id),

@@ -236,7 +236,7 @@ where
                 read_again = !reading.start(move || reload());
             }
             new = reading.ended() => {
-                take_up(&control, new.and_then(|new| new));
+                apply_reload(&control, new.and_then(|new| new));
                 team.follow(&mut programs)?;
                 if read_again {
                     let reload = reload.clone();
@@ -312,7 +312,7 @@ impl Writing {
 }
 
 /// Puts new settings in force where they can be without starting anew.
-fn take_up(control: &Control, new: Result<Settings>) {
+fn apply_reload(control: &Control, new: Result<Settings>) {
     let new = match new {
         Err(error) => {
             control.metrics.reloaded(false);

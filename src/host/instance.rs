@@ -91,7 +91,7 @@ pub struct Shielded {
 
 /// What a daemon tells of itself.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Told {
+pub struct DaemonStatus {
     /// For each socket cookie the seconds that it has been held.
     pub ages: HashMap<u64, u64>,
     /// For each socket cookie the seconds that it is known to be half-closed.
@@ -112,7 +112,7 @@ const SHIELD: &str = "shield";
 const WHOLE: &str = "whole";
 const PARTLY: &str = "partly";
 
-/// Answers one question, where there is one: as [`Told`]. Whoever asks and does not read keeps
+/// Answers one question, where there is one: as [`DaemonStatus`]. Whoever asks and does not read keeps
 /// nobody waiting.
 pub fn answer(
     listener: &UnixListener,
@@ -145,7 +145,7 @@ pub fn answer(
 
 /// Asks the daemon that has claimed `name` in the network namespace of the calling thread; empty
 /// where there is none.
-pub fn ask(name: &str) -> Told {
+pub fn ask(name: &str) -> DaemonStatus {
     let began = Instant::now();
     let left = || PATIENCE.checked_sub(began.elapsed()).filter(|left| !left.is_zero());
     let stream = loop {
@@ -176,8 +176,8 @@ pub fn ask(name: &str) -> Told {
     told(&String::from_utf8_lossy(&text))
 }
 
-fn told(text: &str) -> Told {
-    let mut told = Told::default();
+fn told(text: &str) -> DaemonStatus {
+    let mut told = DaemonStatus::default();
     for line in text.lines() {
         let mut words = line.split(' ');
         match (words.next(), words.next()) {
@@ -227,6 +227,6 @@ mod tests {
         let shield = Some(Shielded { ports: [80, 443].into(), is_whole: true });
         let text = "1f 20\nhalf-closed 20 7\nshield whole 80 443\ncontainers yes\nnonsense\n";
         let (ages, half_closed) = ([(31, 20)].into(), [(32, 7)].into());
-        assert_eq!(told(text), Told { ages, half_closed, shield, containers: Some(true) });
+        assert_eq!(told(text), DaemonStatus { ages, half_closed, shield, containers: Some(true) });
     }
 }

@@ -25,7 +25,7 @@ pub(super) struct Sample {
 
 /// One action that was carried out.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Deed {
+pub(super) struct ActionRecord {
     pub at: SystemTime,
     pub kind: ActionKind,
     pub reason: Reason,
@@ -38,7 +38,7 @@ pub(super) struct Deed {
 #[derive(Clone, Debug, Default)]
 pub(super) struct History {
     pub samples: VecDeque<Sample>,
-    pub last: VecDeque<Deed>,
+    pub last: VecDeque<ActionRecord>,
     current: HashMap<(ActionKind, Reason), u64>,
 }
 
@@ -53,7 +53,7 @@ impl History {
         }
         self.last.truncate(LAST - 1);
         let flow = view.flow.inverse();
-        self.last.push_front(Deed { at: clock(), kind, reason, trigger, flow });
+        self.last.push_front(ActionRecord { at: clock(), kind, reason, trigger, flow });
     }
 
     /// Closes a sample.

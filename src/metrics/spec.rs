@@ -23,14 +23,14 @@ pub(super) const TABLES: [&str; 2] = ["sockets", "entries"];
 /// Connections of one source that are worth a figure of their own, as numbers and as label values.
 pub(super) const THRESHOLDS: [(u64, &str); 7] =
     [(10, "10"), (20, "20"), (50, "50"), (100, "100"), (200, "200"), (500, "500"), (1000, "1000")];
-/// Ways in which the kernel refuses or evicts entries.
+/// Arrivals in which the kernel refuses or evicts entries.
 pub(super) const DROPS: [&str; 4] = ["drop", "early_drop", "insert_failed", "chain_toolong"];
 /// Sockets whose receive buffer can overrun.
 pub(super) const BUFFERS: [&str; 2] = ["nflog", "ctnetlink"];
 /// Actions of the plan, and what a repair takes beside them.
 pub(super) const ACTIONS: [&str; 8] =
     ["extend", "revive", "reinsert", "reverse", "recount", "seal", "release", "reap"];
-/// Ways of a nudge.
+/// Arrivals of a nudge.
 pub(super) const ROUTES: [&str; 2] = ["ingress", "loopback"];
 
 /// Seconds. A repair by event takes some hundred microseconds; a sweep comes once a second.

@@ -145,7 +145,7 @@ fn apply_chunk<T: Transport, R: Recount>(
     let ways: Vec<_> = actions
         .iter()
         .zip(hidden)
-        .map(|(action, hidden)| way(action, *hidden, recounter.as_mut(), now))
+        .map(|(action, hidden)| method(action, *hidden, recounter.as_mut(), now))
         .collect();
     // Before their nudge all of these are in the table, so they can go together.
     let together: Vec<_> = (actions.iter().zip(&ways).enumerate())
@@ -170,7 +170,7 @@ fn apply_chunk<T: Transport, R: Recount>(
             outcome.result = results.next().unwrap_or(Ok(()));
         }
         match (way, recounter.as_mut()) {
-            (Way::Recount { way, seal }, Some(recounter)) if outcome.result.is_ok() => {
+            (Method::Recount { way, seal }, Some(recounter)) if outcome.result.is_ok() => {
                 let nudged = match way.recipe {
                     Recipe::Replace => {
                         let mut nudged = recounter.nudge(entry, way.route, now);
@@ -215,7 +215,7 @@ fn apply_chunk<T: Transport, R: Recount>(
                     }
                 }
             }
-            (Way::InPlace { instead_of_recount: Some(why) }, _) => {
+            (Method::InPlace { instead_of_recount: Some(why) }, _) => {
                 outcome.recount = Some(Err(why));
             }
             _ => {}
@@ -248,7 +248,7 @@ fn unassured(action: &Action, seal: bool, lease: Duration) -> Insert {
 
 /// How a repair is done.
 #[derive(Debug)]
-enum Way {
+enum Method {
     /// By changing the entry where it is; the limiter counts it if it still has it.
     InPlace {
         /// A recount was wanted, and this is why there is none.
@@ -264,34 +264,34 @@ enum Way {
     },
 }
 
-impl Way {
+impl Method {
     /// Whether the nudge must meet no entry: then no other one of the batch may wait for it.
     fn is_fresh(&self) -> bool {
         matches!(self, Self::Recount { way, .. } if way.recipe == Recipe::Fresh)
     }
 }
 
-fn way(
+fn method(
     action: &Action,
     hidden: Option<Hidden>,
     recounter: Option<&mut impl Recount>,
     now: Instant,
-) -> Way {
+) -> Method {
     let Some(recounter) = recounter.filter(|_| action.kind.needs_recount()) else {
-        return Way::InPlace { instead_of_recount: None };
+        return Method::InPlace { instead_of_recount: None };
     };
     let entry = &action.template;
     let seal = action.kind == ActionKind::Revive
         || hidden == Some(Hidden::FinsAndRsts)
         || action.kind == ActionKind::Recount && is_held_as_established(action);
     match recounter.way(entry, now) {
-        Err(error) => Way::InPlace { instead_of_recount: Some(error) },
+        Err(error) => Method::InPlace { instead_of_recount: Some(error) },
         Ok(_) if !recounter.admit(entry, now) => {
             let what = "nudged too often, repaired in place".to_owned();
             let error = Op::on("recount", entry.orig).failed(Cause::Limited(what));
-            Way::InPlace { instead_of_recount: Some(error) }
+            Method::InPlace { instead_of_recount: Some(error) }
         }
-        Ok(way) => Way::Recount { way, seal: seal && recounter.can_seal() },
+        Ok(way) => Method::Recount { way, seal: seal && recounter.can_seal() },
     }
 }
 
@@ -307,23 +307,23 @@ fn fresh_steps(action: &Action, seal: bool, lease: Duration) -> [Change; 2] {
 }
 
 /// The change that a repair begins with, and in place is.
-fn first_step(action: &Action, way: &Way, lease: Duration) -> Change {
+fn first_step(action: &Action, way: &Method, lease: Duration) -> Change {
     let (entry, lease) = (action.view.entry, timeout(action, lease));
     let key = entry.map_or(action.template.key(), |entry| entry.key());
     let id = entry.and_then(|entry| entry.id);
     let (status, sealed) = match way {
         // Unassured, so that the limiter adds it at the nudge.
-        Way::Recount { seal, .. } => (Status::FRESH, *seal),
-        Way::InPlace { .. } => (Status::ASSURED, false),
+        Method::Recount { seal, .. } => (Status::FRESH, *seal),
+        Method::InPlace { .. } => (Status::ASSURED, false),
     };
     let state = held_as(action, sealed);
     let insert = Insert { like: action.template, state, status, timeout: lease };
     match (action.kind, way) {
         // What cannot be recounted stays as it is.
-        (ActionKind::Extend, _) | (ActionKind::Recount, Way::InPlace { .. }) => {
+        (ActionKind::Extend, _) | (ActionKind::Recount, Method::InPlace { .. }) => {
             Change::Extend { key, timeout: lease }
         }
-        (ActionKind::Revive, Way::InPlace { .. }) => {
+        (ActionKind::Revive, Method::InPlace { .. }) => {
             Change::Update { key, state, status: Some(assured(action)), timeout: lease }
         }
         (ActionKind::Revive | ActionKind::Reverse | ActionKind::Recount, _) => {

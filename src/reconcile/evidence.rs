@@ -20,7 +20,7 @@ pub struct Evidence {
     /// Zones that entries of the scope were found in.
     pub zones: BTreeSet<Zone>,
     /// How packets get to each local endpoint.
-    pub ways: Ways,
+    pub arrivals: Arrivals,
     /// Local addresses of other namespaces: what gets to a port of this host says nothing of them.
     pub behind: HashSet<IpAddr>,
     /// Connections that sockets of this host have opened, though no entry shows it.
@@ -30,14 +30,14 @@ pub struct Evidence {
 }
 
 /// What one entry shows: its local endpoint, its zone, and how packets get there.
-pub(super) type Shown = (Endpoint, Zone, Option<Way>);
+pub(super) type Shown = (Endpoint, Zone, Option<Arrival>);
 
 /// How packets get to local endpoints, by their entries.
-pub type Ways = HashMap<Endpoint, Way>;
+pub type Arrivals = HashMap<Endpoint, Arrival>;
 
 /// How all peers' packets get to a local endpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Way {
+pub enum Arrival {
     /// Sent to it, in this zone.
     Direct(Zone),
     /// Sent to this other endpoint and translated (REDIRECT, DNAT), in this zone.
@@ -46,7 +46,7 @@ pub enum Way {
     Various,
 }
 
-impl Way {
+impl Arrival {
     fn of(view: &View, entry: &Entry) -> Option<Self> {
         if entry.reply != view.flow {
             return None;
@@ -71,18 +71,18 @@ impl Evidence {
     pub(super) fn see(&mut self, view: &View, last: &mut Option<Shown>) {
         let Some(entry) = view.entry else { return };
         let local = view.flow.src;
-        let way = Way::of(view, &entry);
+        let arrival = Arrival::of(view, &entry);
         // Most say what the one before them said.
-        let now = Some((local, entry.zone, way));
+        let now = Some((local, entry.zone, arrival));
         if std::mem::replace(last, now) == now {
             return;
         }
         self.tracked.insert(local.port());
         self.zones.insert(entry.zone);
-        if let Some(way) = way.filter(|_| self.ways.len() < ENDPOINTS) {
-            let all = self.ways.entry(local).or_insert(way);
-            if *all != way {
-                *all = Way::Various;
+        if let Some(arrival) = arrival.filter(|_| self.arrivals.len() < ENDPOINTS) {
+            let all = self.arrivals.entry(local).or_insert(arrival);
+            if *all != arrival {
+                *all = Arrival::Various;
             }
         }
     }
@@ -95,23 +95,25 @@ impl Evidence {
     /// How the packets of this connection get here, as those of its siblings do by this look or by
     /// `before`: one in the place of a translated entry that is not would break the connection.
     /// `None` where no sibling says anything.
-    pub fn way(&self, view: &View, before: &Ways) -> Option<Way> {
+    pub fn arrival(&self, view: &View, before: &Arrivals) -> Option<Arrival> {
         let local = view.flow.src;
-        let known = self.ways.get(&local).or_else(|| before.get(&local));
+        let known = self.arrivals.get(&local).or_else(|| before.get(&local));
         known.copied().or_else(|| match self.behind.contains(&local.addr()) {
-            true => Some(Way::Various),
-            false => self.way_of_port(local.port(), before),
+            true => Some(Arrival::Various),
+            false => self.arrival_at_port(local.port(), before),
         })
     }
 
     /// The same by the siblings at other addresses of this host.
-    fn way_of_port(&self, port: u16, before: &Ways) -> Option<Way> {
-        let all = self.ways.iter().chain(before);
-        let mut ways = all.filter(|(local, _)| local.port() == port).map(|(_, way)| *way);
-        let first = ways.next()?;
+    fn arrival_at_port(&self, port: u16, before: &Arrivals) -> Option<Arrival> {
+        let all = self.arrivals.iter().chain(before);
+        let mut arrivals =
+            all.filter(|(local, _)| local.port() == port).map(|(_, arrival)| *arrival);
+        let first = arrivals.next()?;
         // Where another address is translated from says nothing of this one.
-        let is_one = matches!(first, Way::Direct(_)) && ways.all(|way| way == first);
-        Some(if is_one { first } else { Way::Various })
+        let is_one =
+            matches!(first, Arrival::Direct(_)) && arrivals.all(|arrival| arrival == first);
+        Some(if is_one { first } else { Arrival::Various })
     }
 }
 
@@ -135,10 +137,10 @@ mod tests {
         View { flow, socket: None, entry: Some(entry) }
     }
 
-    fn way(siblings: &[View], local: &str) -> Option<Way> {
+    fn arrival(siblings: &[View], local: &str) -> Option<Arrival> {
         let lost = view(local, local, "198.51.100.9:9", "198.51.100.9:9", 0);
         let evidence = Evidence::of(&siblings.iter().copied().collect());
-        evidence.way(&View { entry: None, ..lost }, &Ways::new())
+        evidence.arrival(&View { entry: None, ..lost }, &Arrivals::new())
     }
 
     #[test]
@@ -147,29 +149,29 @@ mod tests {
         let direct = view(HOST, HOST, client, client, 0);
         let translated = view(POD, PUBLISHED, client, client, 3);
         let both = [direct, translated];
-        assert_eq!(way(&both, HOST), Some(Way::Direct(Zone::default())));
-        assert_eq!(way(&both, POD), Some(Way::Translated(end(PUBLISHED), Zone::both(3))));
+        assert_eq!(arrival(&both, HOST), Some(Arrival::Direct(Zone::default())));
+        assert_eq!(arrival(&both, POD), Some(Arrival::Translated(end(PUBLISHED), Zone::both(3))));
         // How packets get to another pod with this port is not known from these.
-        assert_eq!(way(&both, "10.1.2.2:8080"), Some(Way::Various));
-        assert_eq!(way(&[translated], "10.1.2.2:8080"), Some(Way::Various));
-        assert_eq!(way(&[direct], "192.0.2.9:8080"), Some(Way::Direct(Zone::default())));
-        assert_eq!(way(&both, "192.0.2.1:81"), None);
+        assert_eq!(arrival(&both, "10.1.2.2:8080"), Some(Arrival::Various));
+        assert_eq!(arrival(&[translated], "10.1.2.2:8080"), Some(Arrival::Various));
+        assert_eq!(arrival(&[direct], "192.0.2.9:8080"), Some(Arrival::Direct(Zone::default())));
+        assert_eq!(arrival(&both, "192.0.2.1:81"), None);
     }
 
     #[test]
     fn what_is_masqueraded_or_comes_in_two_ways_is_not_guessed() {
         let (client, node) = ("198.51.100.7:4000", "10.1.0.1:61000");
         let masqueraded = view(POD, PUBLISHED, client, node, 0);
-        assert_eq!(way(&[masqueraded], POD), Some(Way::Various));
+        assert_eq!(arrival(&[masqueraded], POD), Some(Arrival::Various));
         let by_another = view(POD, "192.0.2.1:30080", client, client, 0);
         assert_eq!(
-            way(&[view(POD, PUBLISHED, client, client, 0), by_another], POD),
-            Some(Way::Various)
+            arrival(&[view(POD, PUBLISHED, client, client, 0), by_another], POD),
+            Some(Arrival::Various)
         );
         let elsewhere = view(POD, PUBLISHED, client, client, 1);
         assert_eq!(
-            way(&[view(POD, PUBLISHED, client, client, 2), elsewhere], POD),
-            Some(Way::Various)
+            arrival(&[view(POD, PUBLISHED, client, client, 2), elsewhere], POD),
+            Some(Arrival::Various)
         );
     }
 
@@ -180,9 +182,10 @@ mod tests {
             Evidence::of(&[view(HOST, HOST, client, client, 0)].into_iter().collect());
         evidence.behind.insert(end(POD).addr());
         let lost = View { entry: None, ..view(POD, POD, client, client, 0) };
-        assert_eq!(evidence.way(&lost, &Ways::new()), Some(Way::Various));
+        assert_eq!(evidence.arrival(&lost, &Arrivals::new()), Some(Arrival::Various));
         // But for what an earlier look has shown of this very endpoint.
-        let before = Ways::from([(end(POD), Way::Translated(end(PUBLISHED), Zone::default()))]);
-        assert_eq!(evidence.way(&lost, &before), before.get(&end(POD)).copied());
+        let before =
+            Arrivals::from([(end(POD), Arrival::Translated(end(PUBLISHED), Zone::default()))]);
+        assert_eq!(evidence.arrival(&lost, &before), before.get(&end(POD)).copied());
     }
 }

@@ -8,7 +8,7 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use super::agenda::Agenda;
-use super::evidence::{Evidence, Ways};
+use super::evidence::{Arrivals, Evidence};
 use super::pressure::{Defence, Pressure};
 use super::snapshot::{Snapshot, View};
 use crate::conntrack::{Entry, EntryKey, Tcp, TcpState, Zone};
@@ -52,7 +52,7 @@ pub struct Ledger {
     changes: u64,
     pressure: Pressure,
     tracked: HashSet<u16>,
-    ways: Ways,
+    arrivals: Arrivals,
     zones: BTreeSet<Zone>,
 }
 
@@ -279,8 +279,8 @@ impl Ledger {
     }
 
     /// How packets got to local endpoints when the whole tables were last looked at.
-    pub fn ways(&self) -> &Ways {
-        &self.ways
+    pub fn arrivals(&self) -> &Arrivals {
+        &self.arrivals
     }
 
     /// Looks for entries in this zone, too.
@@ -463,8 +463,8 @@ impl Ledger {
     }
 
     /// How packets get to local endpoints now; replaces what was known.
-    pub fn set_ways(&mut self, ways: Ways) {
-        self.ways = ways;
+    pub fn set_arrivals(&mut self, arrivals: Arrivals) {
+        self.arrivals = arrivals;
     }
 
     /// Answers for `entry` from now on.

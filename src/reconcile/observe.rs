@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::ops::Deref;
 use std::sync::Arc;
 
-use super::evidence::Way;
+use super::evidence::Arrival;
 use super::ledger::Ledger;
 use super::policy::{Policy, Scope};
 use super::snapshot::{Snapshot, View};
@@ -156,8 +156,8 @@ impl<T: Transport> Tables<T> {
             let of_entry = view.entry.filter(|entry| entry.reply == view.flow);
             let FourTuple { src, dst } = view.flow;
             let asked = of_entry.map(|entry| entry.orig.dst);
-            let asked = asked.unwrap_or_else(|| match evidence.way(&view, ledger.ways()) {
-                Some(Way::Translated(first, _)) => first,
+            let asked = asked.unwrap_or_else(|| match evidence.arrival(&view, ledger.arrivals()) {
+                Some(Arrival::Translated(first, _)) => first,
                 _ => src,
             });
             Opened { peer: dst, asked, socket: src }

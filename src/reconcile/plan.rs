@@ -6,7 +6,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use super::evidence::{Evidence, Way};
+use super::evidence::{Arrival, Evidence};
 use super::ledger::Ledger;
 use super::policy::{Policy, Scope};
 use super::snapshot::{Direction, Snapshot, View};
@@ -75,7 +75,7 @@ pub enum Verdict {
     /// Something must be done.
     Act(ActionKind, Reason),
     /// Nothing to do, and why.
-    Leave(Rest),
+    Leave(NoAction),
 }
 
 /// Why something must be done.
@@ -133,7 +133,7 @@ impl fmt::Display for Reason {
 
 /// Why nothing is done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Rest {
+pub enum NoAction {
     /// Both tables agree.
     Agree,
     /// The handshake or its refusal is under way.
@@ -151,7 +151,7 @@ pub enum Rest {
     Over,
 }
 
-impl fmt::Display for Rest {
+impl fmt::Display for NoAction {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Agree => "both tables agree",
@@ -189,26 +189,26 @@ pub fn decide(cell: Cell) -> Verdict {
     use Verdict::*;
 
     match (cell.socket, cell.entry) {
-        (_, Some((Direction::Outgoing, _))) => Leave(Rest::Outgoing),
+        (_, Some((Direction::Outgoing, _))) => Leave(NoAction::Outgoing),
         (None, entry) => without_socket(entry, cell.held),
-        (Some(_), _) if !cell.guarded => Leave(Rest::NotGuarded),
+        (Some(_), _) if !cell.guarded => Leave(NoAction::NotGuarded),
         (Some(_), None) if cell.tracked => Act(Reinsert, Reason::EntryMissing),
-        (Some(_), None) => Leave(Rest::Untracked),
+        (Some(_), None) => Leave(NoAction::Untracked),
         (Some(_), Some((Direction::Reversed, _))) => Act(Reverse, Reason::EntryReversed),
         (Some(socket), Some((Direction::FromPeer, state))) if contradicts(socket, state) => {
             Act(Revive, Reason::EntryClosed(state))
         }
         // An idle ESTABLISHED connection is the kernel's to forget, as its timeout says.
         (Some(State::Established), Some((_, TcpState::Established))) if !cell.held => {
-            Leave(Rest::Agree)
+            Leave(NoAction::Agree)
         }
         // The server's last ACK of the handshake may still be on its way through conntrack.
         (
             Some(State::Established | State::SynRecv),
             Some((_, TcpState::None | TcpState::SynSent | TcpState::SynRecv | TcpState::SynSent2)),
-        ) => Leave(Rest::Handshake),
+        ) => Leave(NoAction::Handshake),
         (Some(_), Some(_)) if cell.expiring => Act(Extend, Reason::EntryExpiring),
-        (Some(_), Some(_)) => Leave(Rest::Agree),
+        (Some(_), Some(_)) => Leave(NoAction::Agree),
     }
 }
 
@@ -223,16 +223,16 @@ fn contradicts(socket: State, entry: TcpState) -> bool {
 
 fn without_socket(entry: Option<(Direction, TcpState)>, held: bool) -> Verdict {
     match entry {
-        None => Verdict::Leave(Rest::Over),
-        Some((Direction::FromPeer, state)) if state.is_closing() => Verdict::Leave(Rest::Over),
+        None => Verdict::Leave(NoAction::Over),
+        Some((Direction::FromPeer, state)) if state.is_closing() => Verdict::Leave(NoAction::Over),
         // Also where the tuple was held for an older socket: the peer has used its port again, and
         // with SYN cookies a connection has no socket before the end of its handshake.
         Some((
             Direction::FromPeer,
             TcpState::None | TcpState::SynSent | TcpState::SynRecv | TcpState::SynSent2,
-        )) => Verdict::Leave(Rest::Handshake),
+        )) => Verdict::Leave(NoAction::Handshake),
         Some(_) if held => Verdict::Act(ActionKind::Release, Reason::SocketGone),
-        Some(_) => Verdict::Leave(Rest::OverCount),
+        Some(_) => Verdict::Leave(NoAction::OverCount),
     }
 }
 
@@ -292,22 +292,22 @@ pub fn verdict(
     let entry = view.entry;
     // A flow table has the connection: the entry lives, and ctnetlink tells neither state nor timeout.
     if entry.is_some_and(|entry| entry.state().is_none()) {
-        return Verdict::Leave(Rest::Agree);
+        return Verdict::Leave(NoAction::Agree);
     }
     // Conntrack may have picked it up at a packet that the rules do not name.
     if cell.guarded && !policy.force && evidence.untracked.contains(&view.flow) {
-        return Verdict::Leave(Rest::Untracked);
+        return Verdict::Leave(NoAction::Untracked);
     }
     match (decide(cell), cell.entry) {
         // Beyond the table: what the operator or an attack has switched on.
-        (Verdict::Leave(Rest::OverCount), _)
+        (Verdict::Leave(NoAction::OverCount), _)
             if policy.reap.is_some()
                 && entry.is_some_and(|entry| ledger.is_overdue(entry.key())) =>
         {
             Verdict::Act(ActionKind::Reap, Reason::SocketMissing)
         }
         (
-            Verdict::Leave(Rest::Agree) | Verdict::Act(ActionKind::Extend, _),
+            Verdict::Leave(NoAction::Agree) | Verdict::Act(ActionKind::Extend, _),
             Some((Direction::FromPeer, _)),
         ) if let Some(loss) = view.socket.and_then(|socket| ledger.uncounted(&socket)) => {
             Verdict::Act(ActionKind::Recount, Reason::Uncounted(loss))
@@ -315,7 +315,7 @@ pub fn verdict(
         // The last step of a repair makes the entry an ordinary one: one that never came to it was
         // broken off, perhaps in a former life, and perhaps before its nudge.
         (
-            Verdict::Leave(Rest::Agree) | Verdict::Act(ActionKind::Extend, _),
+            Verdict::Leave(NoAction::Agree) | Verdict::Act(ActionKind::Extend, _),
             Some((Direction::FromPeer, _)),
         ) if cell.guarded
             && entry.is_some_and(|entry| {
@@ -325,7 +325,7 @@ pub fn verdict(
             Verdict::Act(ActionKind::Recount, Reason::BrokenOff)
         }
         // `nf_conntrack_tcp_loose`; once, for then the entry is ours.
-        (Verdict::Leave(Rest::Agree), Some((Direction::FromPeer, TcpState::Established)))
+        (Verdict::Leave(NoAction::Agree), Some((Direction::FromPeer, TcpState::Established)))
             if cell.socket == Some(State::Established)
                 && entry.is_some_and(|entry| entry.is_picked_up()) =>
         {
@@ -333,7 +333,7 @@ pub fn verdict(
         }
         // A limit forgets what conntrack has forgotten, however short the administrator sets
         // `nf_conntrack_tcp_timeout_established`.
-        (Verdict::Leave(Rest::Agree), Some((Direction::FromPeer, TcpState::Established)))
+        (Verdict::Leave(NoAction::Agree), Some((Direction::FromPeer, TcpState::Established)))
             if cell.socket == Some(State::Established)
                 && !cell.held
                 && let Some(idle) = ledger.idle()
@@ -342,10 +342,10 @@ pub fn verdict(
             Verdict::Act(ActionKind::Extend, Reason::EntryIdle(idle.timeout))
         }
         (
-            Verdict::Leave(Rest::Agree) | Verdict::Act(ActionKind::Extend, _),
+            Verdict::Leave(NoAction::Agree) | Verdict::Act(ActionKind::Extend, _),
             Some((Direction::FromPeer, TcpState::FinWait | TcpState::CloseWait)),
         ) if cell.socket == Some(State::CloseWait)
-            && ledger.pressure().hardens(view.flow.dst.addr()) =>
+            && ledger.pressure().pins_early(view.flow.dst.addr()) =>
         {
             Verdict::Act(ActionKind::Seal, Reason::UnderAttack)
         }
@@ -395,7 +395,7 @@ pub fn cell(
         }),
         held,
         tracked: seen.is_some()
-            || evidence.way(view, ledger.ways()) != Some(Way::Various)
+            || evidence.arrival(view, ledger.arrivals()) != Some(Arrival::Various)
                 && (policy.force
                     || evidence.tracked.contains(&view.flow.src.port())
                     || ledger.is_tracked(view.flow.src.port())),
@@ -409,10 +409,10 @@ fn template(view: &View, evidence: &Evidence, policy: &Policy, ledger: &Ledger) 
     view.entry.filter(right_way).or(last.filter(right_way)).unwrap_or_else(|| {
         // A reversed entry tells its zone; else the zone that siblings are in, if it is one; else
         // the one that the administrator names.
-        let (first, siblings) = match evidence.way(view, ledger.ways()) {
-            Some(Way::Direct(zone)) => (view.flow.src, Some(zone)),
-            Some(Way::Translated(first, zone)) => (first, Some(zone)),
-            Some(Way::Various) | None => (view.flow.src, evidence.zone()),
+        let (first, siblings) = match evidence.arrival(view, ledger.arrivals()) {
+            Some(Arrival::Direct(zone)) => (view.flow.src, Some(zone)),
+            Some(Arrival::Translated(first, zone)) => (first, Some(zone)),
+            Some(Arrival::Various) | None => (view.flow.src, evidence.zone()),
         };
         let zone = view.entry.map(|entry| entry.zone).or(siblings);
         let zone = zone.unwrap_or(Zone::both(policy.zone));

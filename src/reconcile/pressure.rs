@@ -31,7 +31,7 @@ pub enum Level {
     /// Against an attack, for as long as it lasts.
     Alert = 1,
     /// Against an attack, until the operator says otherwise.
-    Siege = 2,
+    Manual = 2,
 }
 
 /// Repairs are counted over this time.
@@ -185,12 +185,12 @@ impl Pressure {
     }
 
     /// Whether half-closed connections of this source are held as ESTABLISHED beforehand.
-    pub fn hardens(&self, source: IpAddr) -> bool {
-        self.hardens_all() || self.level > Level::Calm && self.offends(source, 0)
+    pub fn pins_early(&self, source: IpAddr) -> bool {
+        self.pins_all_early() || self.level > Level::Calm && self.offends(source, 0)
     }
 
     /// Whether those of every source are.
-    pub fn hardens_all(&self) -> bool {
+    pub fn pins_all_early(&self) -> bool {
         self.level > Level::Calm && self.fill >= HIGH_FILL
     }
 
@@ -200,10 +200,10 @@ impl Pressure {
     }
 
     /// An interval between two looks, shortened under attack.
-    pub fn hurry(&self, interval: Duration) -> Duration {
+    pub fn scale_interval(&self, interval: Duration) -> Duration {
         match self.level {
             Level::Calm => interval,
-            Level::Alert | Level::Siege => {
+            Level::Alert | Level::Manual => {
                 (interval / 4).max(Duration::from_millis(100)).min(interval)
             }
         }
@@ -256,31 +256,31 @@ mod tests {
     fn a_full_table_hardens_everybody_and_stops_inserts() {
         let begun = Instant::now();
         let mut pressure = Pressure::default();
-        assert!(!pressure.hardens(source()));
+        assert!(!pressure.pins_early(source()));
         assert!(pressure.tick(0.96, begun).is_some());
-        assert!(pressure.hardens(source()));
+        assert!(pressure.pins_early(source()));
         assert!(!pressure.allows_inserts());
     }
 
     #[test]
     fn the_operators_level_is_never_left_by_itself() {
         let begun = Instant::now();
-        let mut pressure = Pressure::new(Defence::Fixed(Level::Siege));
+        let mut pressure = Pressure::new(Defence::Fixed(Level::Manual));
         for second in 0..600 {
             assert_eq!(pressure.tick(0.0, begun + Duration::from_secs(second)), None);
         }
-        assert_eq!(pressure.level(), Level::Siege);
+        assert_eq!(pressure.level(), Level::Manual);
     }
 
     #[test]
     fn a_source_is_an_offender_from_the_third_repair_on() {
         let begun = Instant::now();
-        let mut pressure = Pressure::new(Defence::Fixed(Level::Siege));
+        let mut pressure = Pressure::new(Defence::Fixed(Level::Manual));
         for repairs in 1..=3 {
             pressure.repaired(source(), begun);
-            assert_eq!(pressure.hardens(source()), repairs >= 3);
+            assert_eq!(pressure.pins_early(source()), repairs >= 3);
         }
-        assert!(!pressure.hardens("198.51.100.8".parse().unwrap()));
+        assert!(!pressure.pins_early("198.51.100.8".parse().unwrap()));
     }
 
     #[test]

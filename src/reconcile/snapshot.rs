@@ -79,10 +79,10 @@ impl View {
 /// Connections by the hundred thousand: a plain one takes a third of a [`View`], which it becomes
 /// when it is looked at.
 #[derive(Clone, Debug, Default)]
-pub struct Views(Vec<Packed>);
+pub struct Views(Vec<CompactView>);
 
 #[derive(Clone, Debug)]
-enum Packed {
+enum CompactView {
     /// The socket has the connection's tuple.
     Open(Socket, Option<PackedEntry>),
     /// No socket.
@@ -107,7 +107,7 @@ enum PackedEntry {
 impl Views {
     /// The connections, one by one.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = View> + Clone {
-        self.0.iter().map(Packed::view)
+        self.0.iter().map(CompactView::view)
     }
 
     /// How many there are.
@@ -123,18 +123,18 @@ impl Views {
     /// Some of the connections, by their numbers.
     pub fn part(&self, range: Range<usize>) -> impl ExactSizeIterator<Item = View> + Clone {
         let end = range.end.min(self.0.len());
-        self.0.get(range.start.min(end)..end).unwrap_or_default().iter().map(Packed::view)
+        self.0.get(range.start.min(end)..end).unwrap_or_default().iter().map(CompactView::view)
     }
 
     /// The one with this number.
     pub(super) fn get(&self, index: usize) -> Option<View> {
-        self.0.get(index).map(Packed::view)
+        self.0.get(index).map(CompactView::view)
     }
 
     /// Puts another in its place.
     pub(super) fn set(&mut self, index: usize, view: View) {
         if let Some(slot) = self.0.get_mut(index) {
-            *slot = Packed::new(view);
+            *slot = CompactView::new(view);
         }
     }
 
@@ -161,17 +161,17 @@ impl Views {
 
 impl Extend<View> for Views {
     fn extend<I: IntoIterator<Item = View>>(&mut self, views: I) {
-        self.0.extend(views.into_iter().map(Packed::new));
+        self.0.extend(views.into_iter().map(CompactView::new));
     }
 }
 
 impl FromIterator<View> for Views {
     fn from_iter<I: IntoIterator<Item = View>>(views: I) -> Self {
-        Self(views.into_iter().map(Packed::new).collect())
+        Self(views.into_iter().map(CompactView::new).collect())
     }
 }
 
-impl Packed {
+impl CompactView {
     fn new(view: View) -> Self {
         let entry = view.entry.as_ref().map(|entry| PackedEntry::new(view.flow, entry));
         match view.socket {

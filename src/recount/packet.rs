@@ -28,7 +28,7 @@ const MD5_OPTION: [u8; 20] = [19, 18, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 
 
 /// What keeps TCP from answering a SYN of ours, should it ever get there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Silencer {
+pub(super) enum DropBy {
     /// Nothing: it is dropped before.
     None,
     /// A wrong checksum (`TcpInCsumErrors`). Conntrack does not verify those of local output.
@@ -65,7 +65,7 @@ pub(super) struct Shape {
     pub id: u16,
     /// Whether routers stand between the client and this host.
     pub routed: bool,
-    pub silencer: Silencer,
+    pub drop_by: DropBy,
 }
 
 /// An IP packet with a SYN of `flow` as Linux sends it: rules that look at SYNs must let it pass.
@@ -76,14 +76,14 @@ pub(super) fn syn(flow: FourTuple, shape: Shape) -> Option<Vec<u8>> {
     let [c, d, e, f] = shape.seq.wrapping_mul(0x9e37_79b1).to_be_bytes();
     // MSS, SACK permitted, timestamps, a NOP, window scale 7, in the order of `tcp_syn_options()`.
     let mut options = vec![2, 4, a, b, 4, 2, 8, 10, c, d, e, f, 0, 0, 0, 0, 1, 3, 3, 7];
-    if shape.silencer == Silencer::Md5Option {
+    if shape.drop_by == DropBy::Md5Option {
         options.extend(MD5_OPTION);
     }
     let syn = ip(flow, ttl, shape.id)?;
     let syn = syn.tcp(flow.src.port(), flow.dst.port(), shape.seq, shape.purpose.window());
     let syn = syn.syn();
     let mut packet = write(syn.options_raw(&options).ok()?)?;
-    if shape.silencer == Silencer::WrongChecksum {
+    if shape.drop_by == DropBy::WrongChecksum {
         let header = if flow.is_ipv4() { IPV4_HEADER } else { IPV6_HEADER };
         *packet.get_mut(header + TCP_CHECKSUM)? ^= 0x55;
     }
@@ -156,9 +156,9 @@ mod tests {
             ("[2001:db8:1::7]:4000", "[2001:db8::1]:80", 60, 1440),
         ] {
             let flow = FourTuple::new(src.parse().unwrap(), dst.parse().unwrap());
-            for silencer in [Silencer::None, Silencer::WrongChecksum, Silencer::Md5Option] {
+            for drop_by in [DropBy::None, DropBy::WrongChecksum, DropBy::Md5Option] {
                 let purpose = Purpose::Nudge;
-                let shape = Shape { seq: 7, purpose, id: 9, routed: true, silencer };
+                let shape = Shape { seq: 7, purpose, id: 9, routed: true, drop_by };
                 let packet = syn(flow, shape).unwrap();
                 let sliced = SlicedPacket::from_ip(&packet).unwrap();
                 let Some(TransportSlice::Tcp(tcp)) = &sliced.transport else { panic!("no TCP") };
@@ -166,10 +166,10 @@ mod tests {
                 assert_eq!((tcp.source_port(), tcp.destination_port()), (4000, 80));
                 assert_eq!(tcp.sequence_number(), 7);
                 let valid = tcp.checksum() == right_checksum(flow, tcp);
-                assert_eq!(valid, silencer != Silencer::WrongChecksum);
+                assert_eq!(valid, drop_by != DropBy::WrongChecksum);
                 let first = tcp.options_iterator().next();
                 assert_eq!(first, Some(Ok(TcpOptionElement::MaximumSegmentSize(mss))));
-                let signed = silencer == Silencer::Md5Option;
+                let signed = drop_by == DropBy::Md5Option;
                 assert_eq!(tcp.options().get(20) == Some(&19), signed);
                 assert_eq!(packet.len(), headers + 20 + if signed { 20 } else { 0 });
             }

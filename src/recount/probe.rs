@@ -16,7 +16,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::packet::Purpose;
-use super::reply_filter::{IPPROTO_TCP, LAST, Marks, TCP_SEQ};
+use super::reply_filter::{IPPROTO_TCP, LAST, MagicSeq, TCP_SEQ};
 use super::trace::{Trace, Tracer};
 use super::{Recounter, Route, jiffy};
 use crate::conntrack::{Change, Conntrack, Entry, Insert, Status, TcpState, Zone};
@@ -101,7 +101,7 @@ pub(super) struct Asking {
 }
 
 /// The way to the rules for one question.
-struct Way {
+struct Passage {
     op: Op,
     question: Question,
     id: u16,
@@ -110,7 +110,7 @@ struct Way {
 }
 
 /// Goes on only with a probe; what nearly every packet fails comes first.
-pub(super) fn probes(marks: Marks) -> Vec<Expr> {
+pub(super) fn probes(marks: MagicSeq) -> Vec<Expr> {
     vec![
         Expr::transport(TCP_SEQ, 4),
         Expr::Equals(marks.nudge.to_be_bytes().to_vec()),
@@ -122,7 +122,7 @@ pub(super) fn probes(marks: Marks) -> Vec<Expr> {
 }
 
 impl Asking {
-    fn open(name: &str, marks: Marks) -> Result<Self> {
+    fn open(name: &str, marks: MagicSeq) -> Result<Self> {
         let mut rule = probes(marks);
         rule.extend([Expr::transport(TCP_SOURCE_PORT, 2), Expr::Add(ARRIVED), Expr::Drop]);
         let arrived = SetSpec {
@@ -206,7 +206,7 @@ impl Recounter {
 
     /// Fills the room with probes, and gives it back; how many it took, and the way of the one that
     /// had none.
-    fn fill(&mut self, way: &Way, most: u32) -> Result<(u32, Option<Trace>)> {
+    fn fill(&mut self, way: &Passage, most: u32) -> Result<(u32, Option<Trace>)> {
         let ports = self.unused_ports(way, most)?;
         let mut keeping = Vec::new();
         let filled = self.keep(way, &ports, &mut keeping);
@@ -218,7 +218,7 @@ impl Recounter {
     /// Sends probes that keep their places until one gets through no more: the way of that one.
     fn keep(
         &mut self,
-        way: &Way,
+        way: &Passage,
         ports: &[u16],
         keeping: &mut Vec<Entry>,
     ) -> Result<Option<Trace>> {
@@ -238,7 +238,7 @@ impl Recounter {
         Ok(None)
     }
 
-    fn give_back(&mut self, way: &Way, kept: &[Entry]) -> Result<()> {
+    fn give_back(&mut self, way: &Passage, kept: &[Entry]) -> Result<()> {
         let keys = || kept.iter().map(Entry::key);
         let close = |key| {
             let (state, timeout) = (TcpState::Close, TIMEOUT);
@@ -255,7 +255,7 @@ impl Recounter {
     }
 
     /// Has the limit throw what is closed off its list: each probe in another jiffy has it swept.
-    fn sweep(&mut self, way: &Way, closed: usize) -> Result<()> {
+    fn sweep(&mut self, way: &Passage, closed: usize) -> Result<()> {
         for port in self.unused_ports(way, (closed / SWEPT + 1).try_into().unwrap_or(u32::MAX))? {
             jiffy::await_next();
             self.probe(way, port)?;
@@ -269,7 +269,7 @@ impl Recounter {
         self.unused_port_by(&way)
     }
 
-    fn unused_port_by(&mut self, way: &Way) -> Result<u16> {
+    fn unused_port_by(&mut self, way: &Passage) -> Result<u16> {
         let ports = self.unused_ports(way, 1)?;
         Ok(ports.first().copied().unwrap_or(EPHEMERAL.start))
     }
@@ -279,7 +279,7 @@ impl Recounter {
         self.asking()?.conntrack.change(changes)?.into_iter().collect()
     }
 
-    fn way_of(&mut self, question: Question, now: Instant) -> Result<Way> {
+    fn way_of(&mut self, question: Question, now: Instant) -> Result<Passage> {
         let begin = FourTuple::new(Endpoint::new(question.client, 0), question.server);
         let op = Op::on("ask the limit", begin);
         if self.raise_filter(now)?.is_none() {
@@ -289,12 +289,12 @@ impl Recounter {
         let entrance = self.entrance(op, begin)?;
         let id = self.helper(op)?.id(entrance.interface)?;
         self.asking()?;
-        Ok(Way { op, question, id, mac: entrance.mac, routed: entrance.routed })
+        Ok(Passage { op, question, id, mac: entrance.mac, routed: entrance.routed })
     }
 
     /// Whether a probe from this port gets behind all rules.
-    fn probe(&mut self, way: &Way, port: u16) -> Result<bool> {
-        let Way { op, question: Question { client, server, .. }, id, mac, routed } = *way;
+    fn probe(&mut self, way: &Passage, port: u16) -> Result<bool> {
+        let Passage { op, question: Question { client, server, .. }, id, mac, routed } = *way;
         let flow = FourTuple::new(Endpoint::new(client, port), server);
         let packet = self.syn(op, flow, Purpose::Probe, id, routed, Route::Ingress)?;
         self.helper(op)?.send(op, &packet, mac)?;
@@ -315,7 +315,7 @@ impl Recounter {
     }
 
     /// Ports of the client that no entry to the server has.
-    fn unused_ports(&mut self, way: &Way, count: u32) -> Result<Vec<u16>> {
+    fn unused_ports(&mut self, way: &Passage, count: u32) -> Result<Vec<u16>> {
         let Question { client, server, zone } = way.question;
         let count = usize::try_from(count).unwrap_or(usize::MAX);
         let Asking { conntrack, next: from, .. } = self.asking()?;

@@ -9,9 +9,9 @@ use nix::errno::Errno;
 use super::budget::Budget;
 use super::ingress::{Condition, Entrance, Ingress};
 use super::loopback::RawSockets;
-use super::packet::{self, Purpose, Shape, Silencer};
+use super::packet::{self, DropBy, Purpose, Shape};
 use super::probe::Asking;
-use super::reply_filter::{Marks, ReplyFilter};
+use super::reply_filter::{MagicSeq, ReplyFilter};
 use super::{
     Asked, Hidden, Mode, Question, Recipe, Recount, Room, Route, Tried, Verdict, Way, trial,
 };
@@ -70,7 +70,7 @@ pub struct Recounter {
     helper: Helper,
     loopback: bool,
     filter: Filter,
-    pub(super) marks: Marks,
+    pub(super) marks: MagicSeq,
     routes: Routes,
     neighbours: Neighbours,
     remembered: HashMap<(IpAddr, Option<IpAddr>), Hop>,
@@ -111,7 +111,7 @@ impl Recounter {
             helper: Helper::Absent,
             loopback: mode != Mode::Ingress,
             filter: Filter::Down,
-            marks: Marks::draw(),
+            marks: MagicSeq::draw(),
             routes: Routes::open()?,
             neighbours: Neighbours::open()?,
             remembered: HashMap::new(),
@@ -304,15 +304,13 @@ impl Recounter {
         routed: bool,
         route: Route,
     ) -> Result<Vec<u8>> {
-        let silencer = match (route, &self.filter) {
-            (Route::Loopback, _) => Silencer::WrongChecksum,
+        let drop_by = match (route, &self.filter) {
+            (Route::Loopback, _) => DropBy::WrongChecksum,
             // Others can flush the chain that ends it, just now.
-            (Route::Ingress, Filter::Up { filter, .. }) if filter.is_exposed() => {
-                Silencer::Md5Option
-            }
-            (Route::Ingress, _) => Silencer::None,
+            (Route::Ingress, Filter::Up { filter, .. }) if filter.is_exposed() => DropBy::Md5Option,
+            (Route::Ingress, _) => DropBy::None,
         };
-        let shape = Shape { seq: self.marks.nudge, purpose, id, routed, silencer };
+        let shape = Shape { seq: self.marks.nudge, purpose, id, routed, drop_by };
         packet::syn(flow, shape).ok_or_else(|| op.malformed("addresses of two families"))
     }
 

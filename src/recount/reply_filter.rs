@@ -62,14 +62,14 @@ pub(super) struct ReplyFilter {
 
 /// Sequence numbers that tell our packets from everybody else's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Marks {
+pub(super) struct MagicSeq {
     /// Of every nudge.
     pub nudge: u32,
     /// Of every seal.
     pub seal: u32,
 }
 
-impl Marks {
+impl MagicSeq {
     /// Numbers that a peer cannot guess.
     pub(super) fn draw() -> Self {
         let [a, b, c, d, e, f, g, h] = random::bits().to_be_bytes();
@@ -82,7 +82,7 @@ impl ReplyFilter {
     ///
     /// # Errors
     /// The kernel has no nf_tables, or another process owns a table of this name.
-    pub(super) fn open(name: &str, marks: Marks) -> Result<Self> {
+    pub(super) fn open(name: &str, marks: MagicSeq) -> Result<Self> {
         let mut chains: Vec<_> = chains(marks).into();
         chains.extend(hide_and_show());
         chains.extend(last(marks));
@@ -192,7 +192,7 @@ impl ReplyFilter {
     }
 }
 
-fn chains(marks: Marks) -> [ChainSpec; 2] {
+fn chains(marks: MagicSeq) -> [ChainSpec; 2] {
     let answered = marks.nudge.wrapping_add(1).to_be_bytes().to_vec();
     let quoted = marks.nudge.to_be_bytes().to_vec();
     let is = |protocol: u8| [Expr::L4Proto, Expr::Equals(vec![protocol])];
@@ -236,7 +236,7 @@ fn chains(marks: Marks) -> [ChainSpec; 2] {
 }
 
 /// Nudges have passed all rules here, and go no further.
-fn last(marks: Marks) -> [ChainSpec; 2] {
+fn last(marks: MagicSeq) -> [ChainSpec; 2] {
     [("last-input", Hook::Input), ("last-forward", Hook::Forward)].map(|(name, hook)| ChainSpec {
         name,
         hook,

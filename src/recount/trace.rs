@@ -6,7 +6,7 @@ use netlink_packet_core::{DecodeError, NlasIterator, parse_string};
 use netlink_sys::protocols::NETLINK_NETFILTER;
 
 use super::probe::probes;
-use super::reply_filter::Marks;
+use super::reply_filter::MagicSeq;
 use crate::error::{Op, Result};
 use crate::netlink::{Frame, KernelSocket, drain};
 use crate::nftables::uapi::*;
@@ -51,7 +51,7 @@ pub(super) struct Tracer {
 
 impl Tracer {
     /// `name` is that of our own table. While it is there, each rule of the host costs a little more.
-    pub(super) fn open(name: &str, marks: Marks) -> Result<Self> {
+    pub(super) fn open(name: &str, marks: MagicSeq) -> Result<Self> {
         let op = Op::new("listen to traces");
         let socket = KernelSocket::open(op, NETLINK_NETFILTER)?;
         socket.set_non_blocking().map_err(|error| op.io(error))?;

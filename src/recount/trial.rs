@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use super::ingress::Ingress;
 use super::loopback::RawSockets;
-use super::packet::{self, Purpose, Shape, Silencer};
+use super::packet::{self, DropBy, Purpose, Shape};
 use super::{Recipe, Route, Tried, Verdict};
 use crate::conntrack::{Change, Conntrack, Entry, EntryKey, Insert, Status, TcpState, Zone};
 use crate::error::{Op, Result};
@@ -101,12 +101,12 @@ impl Attempt {
         let op = Op::new("try recount");
         let sent = match (self.route, ingress, loopback) {
             (Route::Ingress, Some(ingress), _) => {
-                let packet = self.packet(op, Silencer::None)?;
+                let packet = self.packet(op, DropBy::None)?;
                 // No interface's identification: it comes in by the device itself.
                 ingress.send(op, &packet, None)
             }
             (Route::Loopback, _, Some(raw)) => {
-                let packet = self.packet(op, Silencer::WrongChecksum)?;
+                let packet = self.packet(op, DropBy::WrongChecksum)?;
                 raw.send(&packet, self.flow.dst.addr()).map_err(|error| op.io(error))
             }
             _ => Ok(()),
@@ -129,9 +129,8 @@ impl Attempt {
         Ok(verdict)
     }
 
-    fn packet(&self, op: Op, silencer: Silencer) -> Result<Vec<u8>> {
-        let shape =
-            Shape { seq: self.seq, purpose: Purpose::Nudge, id: 0, routed: false, silencer };
+    fn packet(&self, op: Op, drop_by: DropBy) -> Result<Vec<u8>> {
+        let shape = Shape { seq: self.seq, purpose: Purpose::Nudge, id: 0, routed: false, drop_by };
         packet::syn(self.flow, shape).ok_or_else(|| op.malformed("addresses of two families"))
     }
 }

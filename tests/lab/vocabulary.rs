@@ -154,7 +154,7 @@ pub const NFT_TOLD: &[&str] = &[
     "counter ip saddr 198.51.100.1",
     "log prefix \"x\" level debug tcp dport 80",
     "ct count 65000",
-    // Marks that the rules themselves set.
+    // MagicSeq that the rules themselves set.
     "meta mark set 0x5 meta mark 0x5",
     "meta mark set 0x5 meta mark & 0x2 != 0",
     "meta mark set 0x15 meta mark != 0x5",

@@ -351,7 +351,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         // this one sees no entry.
         if !self.back_off.rests(now) {
             self.ledger.set_tracked(whole.snapshot.evidence.tracked.clone());
-            self.ledger.set_ways(whole.snapshot.evidence.ways.clone());
+            self.ledger.set_arrivals(whole.snapshot.evidence.arrivals.clone());
         }
         // For a reason that has come up since it was read.
         self.is_deep_owed = is_beside && self.timers.due(Timer::Deep).is_some();

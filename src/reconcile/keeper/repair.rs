@@ -98,9 +98,9 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
                 if outcome.action.reason.is_fooled() {
                     fooled_open |= socket.state == State::Established;
                     let source = socket.remote.addr();
-                    let hardened = self.ledger.pressure().hardens(source);
+                    let hardened = self.ledger.pressure().pins_early(source);
                     self.ledger.pressure_mut().repaired(source, now);
-                    if !hardened && self.ledger.pressure().hardens(source) {
+                    if !hardened && self.ledger.pressure().pins_early(source) {
                         self.hardened.insert(source);
                     }
                 }

@@ -162,9 +162,9 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             f64::from(size.entries) / maximum
         });
         let pressure = self.ledger.pressure_mut();
-        let (level, hardened) = (pressure.level(), pressure.hardens_all());
+        let (level, hardened) = (pressure.level(), pressure.pins_all_early());
         let transition = pressure.tick(fill, now);
-        if pressure.level() > level || pressure.hardens_all() && !hardened {
+        if pressure.level() > level || pressure.pins_all_early() && !hardened {
             self.suspect_all();
         }
         Ok((size, maximum, transition))
@@ -183,8 +183,8 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         let Sweep { depth, began, is_beside, ref snapshot, .. } = *sweep;
         let pressure = self.ledger.pressure();
         let (shallow, deep) = (
-            pressure.hurry(self.settings.sweep_interval),
-            pressure.hurry(self.settings.deep_interval),
+            pressure.scale_interval(self.settings.sweep_interval),
+            pressure.scale_interval(self.settings.deep_interval),
         );
         if !is_beside || self.timers.due(Timer::Shallow).is_none() {
             self.timers.set(Timer::Shallow, began + jittered(shallow, (self.random)()));
