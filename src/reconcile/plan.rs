@@ -1,7 +1,7 @@
 //! Decides, from values alone, what must be done so that conntrack follows the sockets.
 //!
 //! No clock, no I/O, no log: the table of docs/reconcile.md as a function, which
-//! tests/plan_table.rs walks cell by cell.
+//! tests/plan_table/main.rs walks cell by cell.
 
 use std::fmt;
 use std::time::Duration;
