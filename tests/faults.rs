@@ -236,9 +236,10 @@ fn a_daemon_outlives_calls_that_fail_now_and_then() {
             }
             failing.detach();
             let what = format!("{call} {effect}");
-            wait_for(&format!("repair after {what}"), SOON, || {
-                conns.iter().all(|conn| scene.is_counted(conn))
-            });
+            let repaired = holds_within(SOON, || conns.iter().all(|conn| scene.is_counted(conn)));
+            let entries = || scene.lab.entries();
+            let (log, threads) = (scene.daemon().log(), threads(pid));
+            assert!(repaired, "{log}\n{:?}\n{threads}\nno repair after {what}", entries());
             // What is late is counted again by the second look, or by the next sweep.
             let refused = holds_within(SOON, || {
                 let admitted = scene.open(LIMIT);
@@ -249,6 +250,14 @@ fn a_daemon_outlives_calls_that_fail_now_and_then() {
             assert!(!scene.daemon().logged("panicked"), "{what}");
         }
     });
+}
+
+/// What the threads of a process are at: a tracer can leave one stopped.
+fn threads(pid: u32) -> String {
+    let tasks = Path::new("/proc").join(pid.to_string()).join("task");
+    let tasks = fs::read_dir(tasks).into_iter().flatten().flatten();
+    let stat = |task: fs::DirEntry| fs::read_to_string(task.path().join("stat")).ok();
+    tasks.filter_map(stat).collect()
 }
 
 /// Without events it sweeps, and it tries to have them again.

@@ -8,7 +8,7 @@
 mod played;
 
 use std::cell::Cell;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -40,10 +40,19 @@ struct Faulty {
     /// Dumps of the whole conntrack table fail.
     deep_fails: Rc<Cell<bool>>,
     in_deep: bool,
+    /// The request that makes this 1 is refused.
+    refuses: Rc<Cell<u32>>,
 }
 
 impl Transport for Faulty {
     fn send(&mut self, datagram: &[u8]) -> io::Result<()> {
+        if let Some(left) = self.refuses.get().checked_sub(1) {
+            self.refuses.set(left);
+        }
+        if self.refuses.get() == 1 {
+            self.refuses.set(0);
+            return Err(io::Error::from_raw_os_error(ENOMEM));
+        }
         self.in_deep = self.is_conntrack && requests(datagram).iter().any(|it| it.is_dump());
         self.kernel.send(datagram)
     }
@@ -87,6 +96,7 @@ struct World {
     host: Shared,
     keeper: Keeper<Faulty>,
     deep_fails: Rc<Cell<bool>>,
+    refuses: Rc<Cell<u32>>,
     now: Instant,
 }
 
@@ -101,12 +111,14 @@ impl World {
         }));
         let entries = ports.map(|port| entry(of(port), TcpState::Established, 432_000)).collect();
         let deep_fails = Rc::<Cell<bool>>::default();
+        let refuses = Rc::<Cell<u32>>::default();
         let (host, tables) =
             Host { sockets, entries, ..Host::default() }.open_by(|kernel, is_conntrack| Faulty {
                 kernel,
                 is_conntrack,
                 deep_fails: deep_fails.clone(),
                 in_deep: false,
+                refuses: refuses.clone(),
             });
         let settings = Settings {
             policy: Policy::default(),
@@ -116,7 +128,7 @@ impl World {
         };
         let now = Instant::now();
         let keeper = Keeper::new(tables, None, settings, Defence::Auto, now, || 150).unwrap();
-        Self { host, keeper, deep_fails, now }
+        Self { host, keeper, deep_fails, refuses, now }
     }
 
     /// The peer half-closes.
@@ -149,6 +161,11 @@ impl World {
         self.host.borrow_mut().entries.clear();
     }
 
+    /// The kernel answers so many requests and refuses the next.
+    fn refuse_after(&self, whole: u32) {
+        self.refuses.set(whole + 2);
+    }
+
     /// The table takes no more entries than it has.
     fn fill_table(&self) {
         let mut host = self.host.borrow_mut();
@@ -168,10 +185,7 @@ impl World {
     /// The same, where the packet came in by this device.
     fn suspect_by(&mut self, port: u16, interface: u32) -> Deeds {
         let mut deeds = Deeds::default();
-        let flow = of(port);
-        let suspects =
-            [(flow, Suspect { flow, interface, is_translated: false, destroyed: None, at: None })]
-                .into();
+        let suspects = suspects_of(port, interface);
         self.keeper.suspects(suspects, self.now, self.now, &mut deeds).unwrap();
         deeds
     }
@@ -206,6 +220,13 @@ impl World {
         let host = self.host.borrow();
         host.entries.iter().find(|it| it.reply == of(port)).and_then(Entry::state)
     }
+}
+
+/// An event source has seen a packet of this connection, which came in by this device.
+fn suspects_of(port: u16, interface: u32) -> HashMap<FourTuple, Suspect> {
+    let flow = of(port);
+    let suspect = Suspect { flow, interface, is_translated: false, destroyed: None, at: None };
+    [(flow, suspect)].into()
 }
 
 /// The connection of a port of the peer, seen from the server.
@@ -761,6 +782,24 @@ mod bound_to_a_device {
 
 mod a_failing_kernel {
     use super::*;
+
+    /// Whichever request of its look is refused: no sweep but a deep one looks at such a connection.
+    #[test]
+    fn an_open_connection_whose_event_could_not_be_followed_is_looked_at_again_soon() {
+        for whole in 0..12 {
+            let mut world = World::with(4000..4003);
+            world.turn().0.unwrap();
+            world.rst(4001);
+            let begun = world.now;
+            world.refuse_after(whole);
+            let mut deeds = Deeds::default();
+            let _ = world.keeper.suspects(suspects_of(4001, 0), world.now, world.now, &mut deeds);
+            while world.now < begun + SWEEP * 3 {
+                let (_, _) = world.turn();
+            }
+            assert_eq!(world.state(4001), Some(TcpState::Established), "refused after {whole}");
+        }
+    }
 
     #[test]
     fn a_deep_sweep_that_fails_comes_back_ever_later_and_keeps_no_shallow_one_out() {

@@ -68,7 +68,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
     /// them became known.
     ///
     /// # Errors
-    /// A conversation broke: the next sweep finds what was not repaired.
+    /// A conversation broke: they are looked at again one sweep interval later.
     pub fn suspects(
         &mut self,
         suspects: HashMap<FourTuple, Suspect>,
@@ -76,7 +76,11 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         now: Instant,
         witness: &mut impl Witness,
     ) -> Result<()> {
-        let mut suspects = self.tables.as_their_sockets_see_them(suspects, &self.ledger)?;
+        let translated = self.tables.as_their_sockets_see_them(suspects, &self.ledger);
+        let mut suspects = translated.inspect_err(|_| {
+            self.suspect_all();
+            self.hasten_deep();
+        })?;
         suspects.retain(|flow, _| self.scope.contains(&self.settings.policy, *flow));
         if suspects.is_empty() {
             return Ok(());
@@ -87,7 +91,23 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             interface: self.ledger.interface(suspect.flow).unwrap_or(suspect.interface),
         };
         let lookups: Vec<_> = suspects.values().map(lookup).collect();
-        let snapshot = self.tables.exactly(&lookups, &self.ledger)?;
+        let looked = self.look_at_suspects(&suspects, &lookups, since, now, witness);
+        if looked.is_err() {
+            // No sweep but a deep one looks at an open connection that is not held.
+            self.defer(Timer::OpenLook, self.settings.sweep_interval, lookups, since, now);
+        }
+        looked
+    }
+
+    fn look_at_suspects(
+        &mut self,
+        suspects: &HashMap<FourTuple, Suspect>,
+        lookups: &[Lookup],
+        since: Instant,
+        now: Instant,
+        witness: &mut impl Witness,
+    ) -> Result<()> {
+        let snapshot = self.tables.exactly(lookups, &self.ledger)?;
         let recent: HashSet<_> =
             self.second_look.lookups.iter().map(|lookup| lookup.flow).collect();
         for view in snapshot.views.iter() {
