@@ -17,6 +17,9 @@ use crate::flow::{AF_INET, AF_INET6, Endpoint, FourTuple};
 use crate::netlink::Request;
 use crate::netlink::attribute::{nested, nla};
 
+/// `struct nf_ct_tcp_flags { flags, mask }`: the flag that tells our entries ([`Insert`]).
+const OURS: [u8; 2] = [IP_CT_TCP_SIMULTANEOUS_OPEN; 2];
+
 /// One change to the table.
 #[derive(Clone, Copy, Debug)]
 pub enum Change {
@@ -27,7 +30,9 @@ pub enum Change {
         /// From now; the kernel takes whole seconds, so it is rounded up.
         timeout: Duration,
     },
-    /// Set TCP state, status and timeout of an entry in place.
+    /// Set TCP state, status and timeout of an entry in place. One that is made ESTABLISHED is ours from
+    /// then on ([`Entry::is_ours`]): a packet can lengthen it to days, and whoever holds it, or comes
+    /// after, must know to give it back.
     Update {
         /// Which entry.
         key: EntryKey,
@@ -98,6 +103,10 @@ impl Change {
                 if state == TcpState::Close {
                     let reusable = [IP_CT_TCP_FLAG_CLOSE_INIT; 2];
                     info.push(nla(CTA_PROTOINFO_TCP_FLAGS_ORIGINAL, &reusable));
+                }
+                if state == TcpState::Established && status.is_some() {
+                    info.push(nla(CTA_PROTOINFO_TCP_FLAGS_ORIGINAL, &OURS));
+                    info.push(nla(CTA_PROTOINFO_TCP_FLAGS_REPLY, &OURS));
                 }
                 attributes.push(protoinfo(&info));
                 out.push(request("conntrack update", key.orig, IPCTNL_MSG_CT_NEW, 0, &attributes));
