@@ -54,7 +54,7 @@ fn connlimit_with_syn_and_a_mask() {
         );
         assert!(rule.limit.over && !rule.limit.dynamic && rule.matches.is_opening(), "{tool}");
         assert!(!rule.matches.is_narrowed() && rule.before.is_empty(), "{tool}: {rule:#?}");
-        assert_eq!(rule.outcome, Outcome::Reject, "{tool}");
+        assert_eq!(rule.outcome, Outcome::Reset, "{tool}");
     }
 }
 

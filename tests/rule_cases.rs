@@ -236,3 +236,45 @@ fn a_forwarded_limit_is_for_the_published_port() {
     assert_eq!(case.over(&[("198.51.100.7", "192.0.2.1:8080", 5)]), (none(), none()));
     assert!(!case.findings(&[8080]).contains_key("no-limit"));
 }
+
+/// What each rule that sees nudges is said to do with them, in a word of the finding.
+fn witnesses(file: &str) -> Option<Vec<(Verdict, String)>> {
+    let case = Case::load(file)?;
+    let found = checks::limiter(&case.limiter, &[80]);
+    let found = found.into_iter().filter(|finding| finding.id == "rule-sees-nudges");
+    Some(found.map(|finding| (finding.verdict, finding.what)).collect())
+}
+
+#[test]
+fn rules_that_see_nudges_are_named_with_what_follows() {
+    let is = |found: &[(Verdict, String)], wanted: &[(Verdict, &str, &str)]| {
+        let are = found.iter().zip(wanted).all(|((verdict, what), (of, place, does))| {
+            verdict == of && what.starts_with(place) && what.contains(does)
+        });
+        assert!(are && found.len() == wanted.len(), "{found:#?}");
+    };
+    let Some(found) = witnesses("ufw-limit.rules") else { return };
+    let (ok, warn) = (Verdict::Ok, Verdict::Warn);
+    is(
+        &found,
+        &[
+            (ok, "ip filter user-input rule 1 ", "(recent) counts SYNs"),
+            (ok, "ip filter user-input rule 2 ", "(recent) counts SYNs"),
+        ],
+    );
+    is(
+        &witnesses("rate-before-limit.nft").unwrap(),
+        &[(warn, "inet fw input rule 3 ", "through to inet fw input rule 4")],
+    );
+    is(
+        &witnesses("global-rate-before-limit.rules").unwrap(),
+        &[(warn, "ip filter synflood rule 1 ", "through to ip filter INPUT rule 4")],
+    );
+    is(
+        &witnesses("ban-on-count.nft").unwrap(),
+        &[(ok, "inet fw input rule 1 ", "tells of what exceeds it")],
+    );
+    let found = witnesses("recent-ban.rules").unwrap();
+    assert!(found.iter().all(|(verdict, what)| *verdict == ok && what.contains("(recent)")));
+    assert!(found.len() >= 2, "{found:#?}");
+}

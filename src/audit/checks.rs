@@ -8,7 +8,7 @@ use super::asked::Answered;
 use super::figures::{Table, Tcp};
 use super::finding::Finding;
 use super::fronts::Front;
-use crate::firewall::limits::{EarlierAccept, LimitRule, Limiter};
+use crate::firewall::limits::{EarlierAccept, LimitRule, Limiter, Sight, Witness};
 use crate::firewall::{Hook, Ports};
 use crate::sockdiag::Socket;
 
@@ -140,6 +140,17 @@ pub fn limiter(limiter: &Limiter, ports: &[u16]) -> Vec<Finding> {
             format!("nft add table {} {}", rule.family, rule.table),
         ));
     }
+    all.extend(limiter.rules.iter().filter(|rule| rule.tells).map(|rule| {
+        Finding::ok(
+            "rule-sees-nudges",
+            format!(
+                "{} tells of what exceeds it (a log, a set): ctkeep shows it no connection beyond its \
+                 limit, and asks it nothing",
+                rule.place()
+            ),
+        )
+    }));
+    all.extend(limiter.witnesses.iter().map(witness));
     for port in ports {
         if let Some(place) = limiter.notrack(*port)
             && !limiter.synproxied.iter().any(|ports| ports.contains(*port))
@@ -171,6 +182,33 @@ pub fn limit(rule: &LimitRule) -> Vec<Finding> {
         )
     }));
     all
+}
+
+/// A rule that sees what ctkeep sends in its clients' names.
+fn witness(witness: &Witness) -> Finding {
+    const ID: &str = "rule-sees-nudges";
+    let Witness { place, sight, before, .. } = witness;
+    match (sight, before) {
+        (Sight::Rate(what), Some(limit)) => Finding::warn(
+            ID,
+            format!(
+                "{place} ({what}) lets so many SYNs a second through to {limit}: a burst of repairs is \
+                 counted only as it does"
+            ),
+            format!("put {limit} before it"),
+        ),
+        (Sight::Rate(what) | Sight::Memory(what), _) => Finding::ok(
+            ID,
+            format!(
+                "{place} ({what}) counts SYNs: a connection that is repaired behind the next SYN of its \
+                 source is one more"
+            ),
+        ),
+        (Sight::Log, _) => Finding::ok(
+            ID,
+            format!("{place} logs SYNs, and those that ctkeep sends for repairs and questions"),
+        ),
+    }
 }
 
 fn one_limit(rule: &LimitRule) -> Finding {

@@ -5,7 +5,7 @@ use std::fmt;
 use serde::Serialize;
 
 /// Every identifier there is; docs/doctor.md has a section for each.
-pub const IDENTIFIERS: [&str; 47] = [
+pub const IDENTIFIERS: [&str; 48] = [
     "kernel",
     "privilege-net-admin",
     "privilege-net-raw",
@@ -30,6 +30,7 @@ pub const IDENTIFIERS: [&str; 47] = [
     "limit-dormant",
     "set-full",
     "limit-interface",
+    "rule-sees-nudges",
     "port-untracked",
     "untracked",
     "source-over-limit",

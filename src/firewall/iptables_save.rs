@@ -104,8 +104,10 @@ impl<'w> Line<'w> {
                 "!" => not = true,
                 _ if self.end.is_some() => {
                     // Options of targets do not narrow.
-                    if word == "--notrack" {
-                        self.end = Some(Step::Notrack);
+                    match word {
+                        "--notrack" => self.end = Some(Step::Notrack),
+                        "tcp-reset" => self.end = Some(Step::Verdict(Outcome::Reset)),
+                        _ => {}
                     }
                 }
                 word => self.option(word, is),
@@ -270,7 +272,14 @@ impl<'w> Line<'w> {
                 }
             }
             // Setting always matches.
-            ("recent", "--set") if is => self.asked.push("recent"),
+            ("recent", "--set") if is => {
+                self.steps.push(xt::RECENT);
+                self.asked.push("recent");
+            }
+            ("recent", "--update") => {
+                self.steps.push(xt::RECENT);
+                return false;
+            }
             _ => return false,
         }
         true
@@ -286,14 +295,11 @@ fn target(name: &str) -> Step {
     // Targets in capitals that let the packet go on.
     let goes_on = matches!(
         name,
-        "CT" | "LOG"
-            | "NFLOG"
-            | "TCPMSS"
+        "CT" | "TCPMSS"
             | "TCPOPTSTRIP"
             | "TOS"
             | "DSCP"
             | "TRACE"
-            | "SET"
             | "CLASSIFY"
             | "AUDIT"
             | "CHECKSUM"
@@ -307,7 +313,6 @@ fn target(name: &str) -> Step {
             | "IDLETIMER"
             | "ECN"
             | "HMARK"
-            | "ULOG"
     );
     match known {
         Some(step) => step,

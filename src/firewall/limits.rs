@@ -161,8 +161,42 @@ pub struct Limiter {
     pub untracked: Vec<(Ports, String)>,
     /// Ports answered by SYNPROXY.
     pub synproxied: Vec<Ports>,
+    /// Rules that count, remember or log SYNs to ports that a limit is for, and so what ctkeep sends in
+    /// their clients' names.
+    pub witnesses: Vec<Witness>,
     /// What could not be read.
     pub unread: Vec<String>,
+}
+
+/// A rule that counts, remembers or logs SYNs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Witness {
+    /// `ip filter INPUT rule 3`.
+    pub place: String,
+    /// What it does.
+    pub sight: Sight,
+    /// The place of the first limit behind it.
+    pub before: Option<String>,
+    matches: Match,
+    /// So many limits come before it.
+    limits: usize,
+}
+
+/// What a rule does with the SYNs that it sees.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Sight {
+    /// Passes so many in a time, by this match.
+    Rate(String),
+    /// Remembers their sources, in this.
+    Memory(String),
+    /// Logs them.
+    Log,
+}
+
+impl Witness {
+    fn sees(&self, rule: &LimitRule) -> bool {
+        !self.matches.and(&rule.matches).never
+    }
 }
 
 impl Limiter {
@@ -172,6 +206,17 @@ impl Limiter {
         let player = Player::new(ruleset);
         for at in player.bases() {
             found.walk(&player, *at);
+        }
+        let Self { rules, witnesses, .. } = &mut found;
+        // Of its own rule is said what it tells of what exceeds it.
+        let of_limits = |one: &Witness| {
+            rules.iter().any(|rule| one.sees(rule))
+                && rules.iter().all(|it| it.place() != one.place)
+        };
+        witnesses.retain(of_limits);
+        for one in witnesses {
+            let behind = rules.iter().skip(one.limits).find(|rule| one.sees(rule));
+            one.before = behind.map(LimitRule::place);
         }
         found.rules.sort_by_key(|rule| rule.family == Family::Ip6);
         if ruleset.chains.iter().any(|chain| chain.is_dormant) {
@@ -373,7 +418,12 @@ impl<'r> Walk<'_, 'r, '_> {
                         is: true,
                     }));
                 }
-                Step::Test(test) => matches = matches.and(&Match::of(test)),
+                Step::Test(test) => {
+                    if let super::Test::Rate(what) = test {
+                        self.witness(chain, rule, &matches, Sight::Rate(what.clone()));
+                    }
+                    matches = matches.and(&Match::of(test));
+                }
                 Step::Count(counting) => {
                     let limit = limit(counting.limit, &counting.by, false);
                     self.limit(chain, rule, place, limit, None, matches.clone());
@@ -381,6 +431,11 @@ impl<'r> Walk<'_, 'r, '_> {
                 }
                 Step::Add(adding) => {
                     matches.is_rated |= adding.is_sometimes;
+                    if adding.limit.is_none() {
+                        let set = format!("set {}", adding.set.name);
+                        let sight = if adding.is_sometimes { Sight::Rate } else { Sight::Memory };
+                        self.witness(chain, rule, &matches, sight(set));
+                    }
                     if let Some(threshold) = adding.limit {
                         let limit = limit(threshold, &adding.by, true);
                         let set = SetUse {
@@ -403,11 +458,14 @@ impl<'r> Walk<'_, 'r, '_> {
                     return matches == *path && limited.is_none() && *outcome == Outcome::Return
                         || matches == *path && matches!(outcome, Outcome::Goto(_));
                 }
+                Step::Log => self.witness(chain, rule, &matches, Sight::Log),
+                Step::Note(what) => {
+                    self.witness(chain, rule, &matches, Sight::Memory((*what).to_owned()));
+                }
                 Step::Remove(_)
                 | Step::SetMark(_)
                 | Step::SetCtMark(_)
-                | Step::Write(_)
-                | Step::Log => {}
+                | Step::Write(_) => {}
             }
         }
         false
@@ -465,7 +523,23 @@ impl<'r> Walk<'_, 'r, '_> {
                 self.before.push(Earlier { matches: matches.clone(), within });
             }
             Outcome::Synproxy => self.found.synproxied.push(matches.ports.clone()),
-            Outcome::Continue | Outcome::Drop | Outcome::Reject => {}
+            Outcome::Continue | Outcome::Drop | Outcome::Reject | Outcome::Reset => {}
+        }
+    }
+
+    /// A rule that sees SYNs.
+    fn witness(&mut self, chain: &Chain, rule: &Rule, matches: &Match, sight: Sight) {
+        let is_of_hosts = matches!(self.base.hook, Hook::Prerouting | Hook::Input | Hook::Forward);
+        if !is_of_hosts || matches.never || matches.is_established() || matches.is_loopback() {
+            return;
+        }
+        let place =
+            format!("{} {} {} rule {}", chain.family, chain.table, chain.name, rule.position);
+        let limits = self.found.rules.len();
+        let found = Witness { place, sight, before: None, matches: matches.clone(), limits };
+        let is_known = |known: &Witness| known.place == found.place && known.sight == found.sight;
+        if self.found.witnesses.len() < LIMITS && !self.found.witnesses.iter().any(is_known) {
+            self.found.witnesses.push(found);
         }
     }
 
@@ -504,7 +578,7 @@ impl<'r> Walk<'_, 'r, '_> {
     /// it leads to.
     fn tells(&self, chain: &Chain, rule: &Rule, limit: usize) -> bool {
         let is_note = |step: &Step| match step {
-            Step::Log => true,
+            Step::Log | Step::Note(_) => true,
             Step::Add(adding) => adding.limit.is_none(),
             _ => false,
         };
@@ -523,7 +597,8 @@ impl<'r> Walk<'_, 'r, '_> {
                 let target = self.player.target(chain, name);
                 let chain = target.and_then(|at| self.player.ruleset().chains.get(at));
                 let plain = |rule: &Rule| {
-                    let ends = matches!(rule.outcome(), Outcome::Drop | Outcome::Reject);
+                    let ends =
+                        matches!(rule.outcome(), Outcome::Drop | Outcome::Reject | Outcome::Reset);
                     ends && !rule.steps.iter().any(is_note)
                 };
                 !chain.is_some_and(|chain| chain.rules.iter().all(plain))

@@ -266,8 +266,13 @@ impl<T: Transport> Machine<'_, T> {
             "target" => self.steps.extend(xt::target(
                 &data.text(NFTA_TARGET_NAME).unwrap_or_default(),
                 data.value(NFTA_TARGET_INFO).unwrap_or_default(),
+                self.known.family == NFPROTO_IPV4,
             )),
-            "reject" => self.ends(Outcome::Reject),
+            "reject" => {
+                let kind = data.number(NFTA_REJECT_TYPE);
+                let is_reset = kind == Some(NFT_REJECT_TCP_RST);
+                self.ends(if is_reset { Outcome::Reset } else { Outcome::Reject });
+            }
             "notrack" => self.steps.push(Step::Notrack),
             "synproxy" => self.ends(Outcome::Synproxy),
             "queue" => self.ends(Outcome::Queue),

@@ -161,7 +161,7 @@ impl<'r> Player<'r> {
                         let verdicts = set.elements().iter().filter_map(|e| e.verdict.as_ref());
                         (has_limits(set), verdicts.collect())
                     }
-                    Step::Test(_) | Step::Log => (false, Vec::new()),
+                    Step::Test(_) | Step::Log | Step::Note(_) => (false, Vec::new()),
                 };
                 if is_telling {
                     return true;
@@ -408,7 +408,7 @@ impl<'r> Run<'_, 'r, '_, '_> {
             Outcome::Continue => {}
             Outcome::Accept => left.base = left.base.max(surely),
             Outcome::Return => left.back = left.back.max(surely),
-            Outcome::Drop | Outcome::Reject => {
+            Outcome::Drop | Outcome::Reject | Outcome::Reset => {
                 self.die(reach.and(surely));
                 left.is_dead_end |= surely == Answer::Yes;
             }
@@ -492,7 +492,7 @@ impl<'r> Run<'_, 'r, '_, '_> {
                     self.notrack(chain, index, reach.and(passed));
                     Answer::Yes
                 }
-                Step::Log => Answer::Yes,
+                Step::Log | Step::Note(_) => Answer::Yes,
                 Step::Verdict(outcome) => return vec![(passed, outcome.clone())],
             };
             passed = passed.and(answer);

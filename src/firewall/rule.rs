@@ -146,6 +146,8 @@ pub enum Step {
     Notrack,
     /// Written to a log.
     Log,
+    /// Remembered by a match or target of xt: by `recent`, by a set.
+    Note(&'static str),
     /// The end of the rule.
     Verdict(Outcome),
 }
@@ -249,6 +251,9 @@ pub enum Outcome {
     Drop,
     /// Refused with an answer on the wire.
     Reject,
+    /// Refused with a TCP reset: conntrack closes the packet's entry for it
+    /// (`nf_ct_set_closing()`).
+    Reset,
     /// Back to the calling chain.
     Return,
     /// On to another chain, and back at its end.

@@ -16,7 +16,6 @@ pub const STATE_NEW: u32 = 1 << 3;
 
 const TCP: u128 = 6;
 const SYN: u128 = 0x02;
-const ACK: u128 = 0x10;
 const NFPROTO_IPV4: u128 = 2;
 const ETH_P_IP: u128 = 0x0800;
 /// `LOOPBACK_IFINDEX`: the same in every namespace.
@@ -39,7 +38,7 @@ pub struct Match {
     pub interfaces: Vec<String>,
     /// `ct state`: one of these bits.
     pub states: Option<u32>,
-    /// Opening packets only (`--syn`, `tcp flags syn`).
+    /// Packets with SYN only (`--syn`, `tcp flags syn`).
     pub syn: bool,
     /// Source networks: inside, or (`false`) outside of it; all must hold.
     pub sources: Vec<(IpNet, bool)>,
@@ -262,7 +261,9 @@ fn within(value: &Operand, from: Bits, to: Bits, is: bool) -> Match {
             }
         }
         (Field::Tcp(13), 1) => Match {
-            syn: answer(ACK, 1) == Answer::No,
+            syn: (0..=u8::MAX.into())
+                .filter(|flags: &u128| flags & SYN == 0)
+                .all(|flags| answer(flags, 1) == Answer::No),
             never: answer(SYN, 1) == Answer::No,
             ..Match::default()
         },

@@ -9,6 +9,9 @@ use super::{Outcome, Step, Test};
 
 const UDP: u8 = 17;
 
+/// `recent --set`, `--update`
+pub(super) const RECENT: Step = Step::Note("recent");
+
 /// A match by its name and info blob, in a table of IPv4 or IPv6.
 pub(super) fn matches(name: &str, info: &[u8], ipv4: bool) -> Vec<Step> {
     let found = match name {
@@ -38,8 +41,15 @@ pub(super) fn matches(name: &str, info: &[u8], ipv4: bool) -> Vec<Step> {
 }
 
 /// A target by its name and info blob.
-pub(super) fn target(name: &str, info: &[u8]) -> Vec<Step> {
+pub(super) fn target(name: &str, info: &[u8], ipv4: bool) -> Vec<Step> {
     const XT_CT_NOTRACK: u16 = 1;
+    const IPT_TCP_RESET: u32 = 7;
+    const IP6T_TCP_RESET: u32 = 6;
+    // struct ipt_reject_info { with }
+    let reset = if ipv4 { IPT_TCP_RESET } else { IP6T_TCP_RESET };
+    if name == "REJECT" && word(info, 0) == Some(reset) {
+        return vec![Step::Verdict(Outcome::Reset)];
+    }
     // struct xt_ct_target_info { flags, ... }
     let is_notrack = name == "CT" && half(info, 0).unwrap_or(0) & XT_CT_NOTRACK != 0;
     named_target(if is_notrack { "NOTRACK" } else { name }).into_iter().collect()
@@ -59,6 +69,8 @@ pub(super) fn named_target(name: &str) -> Option<Step> {
         "NOTRACK" => return Some(Step::Notrack),
         "MARK" => return Some(Step::SetMark(None)),
         "CONNMARK" => return Some(Step::SetCtMark(None)),
+        "LOG" | "NFLOG" | "ULOG" => return Some(Step::Log),
+        "SET" => return Some(Step::Note("set")),
         _ => return None,
     };
     Some(Step::Verdict(outcome))
@@ -223,8 +235,13 @@ fn iprange(info: &[u8], ipv4: bool) -> Option<Vec<Step>> {
 /// `struct xt_recent_mtinfo { seconds, hit_count, check_set, invert, ... }`: setting always matches.
 fn recent(info: &[u8]) -> Option<Vec<Step>> {
     const XT_RECENT_SET: u8 = 2;
+    const XT_RECENT_UPDATE: u8 = 4;
     let &[check, invert] = info.get(8..10)? else { return None };
-    (check & XT_RECENT_SET != 0 && invert == 0).then(Vec::new)
+    if check & XT_RECENT_SET != 0 && invert == 0 {
+        return Some(vec![RECENT]);
+    }
+    let unclear = asks(Test::Unclear("recent".to_owned()));
+    (check & XT_RECENT_UPDATE != 0).then(|| vec![RECENT, unclear])
 }
 
 fn half(info: &[u8], at: usize) -> Option<u16> {

@@ -17,7 +17,7 @@ use self::legacy::Saved;
 use self::nft::{Identity, Numbers};
 use super::limits::{LimitRule, Limiter};
 use super::tracking::{Tracking, bears_on_tracking};
-use super::{Chain, Family, Ruleset, nft_chains, parse_saved};
+use super::{Chain, Family, Match, Outcome, Rule, Ruleset, Step, nft_chains, parse_saved};
 use crate::error::{Cause, Op, Result};
 use crate::netlink::{Connection, KernelSocket, Transport};
 
@@ -36,6 +36,9 @@ pub struct Lists {
     legacy: Vec<(Family, Saved, Vec<LimitRule>)>,
     /// The chains of nf_tables, and those of iptables-legacy, where some bear on tracking.
     on_tracking: [Vec<Chain>; 2],
+    /// Of nf_tables and of iptables-legacy: whether a limit could not be read, or a rule may reset a
+    /// connection that is open.
+    is_unclear: [bool; 2],
     unread: Vec<String>,
 }
 
@@ -115,9 +118,10 @@ impl Lists {
     /// [`Lists::unread`].
     pub fn read(known: Option<&Self>) -> Result<Self> {
         let mut this = match known {
-            Some(Self { nft, on_tracking: [chains, _], .. }) => {
+            Some(Self { nft, on_tracking: [chains, _], is_unclear: [nft_unclear, _], .. }) => {
                 let on_tracking = [chains.clone(), Vec::new()];
-                Self { nft: nft.clone(), on_tracking, ..Self::default() }
+                let is_unclear = [*nft_unclear, false];
+                Self { nft: nft.clone(), on_tracking, is_unclear, ..Self::default() }
             }
             None => {
                 let op = Op::new("open nftables netlink");
@@ -131,7 +135,9 @@ impl Lists {
                 Ok(Some(saved)) => {
                     let chains = parse_saved(saved.text(), family);
                     let ruleset = Ruleset { chains, unread: Vec::new() };
-                    this.legacy.push((family, saved, limits(&ruleset)));
+                    let (limits, is_unclear) = limits(&ruleset);
+                    this.is_unclear[1] |= is_unclear;
+                    this.legacy.push((family, saved, limits));
                     saved_chains.extend(ruleset.chains);
                 }
                 Err(what) => this.unread.push(what),
@@ -150,6 +156,12 @@ impl Lists {
     pub fn limits(&self) -> impl Iterator<Item = &LimitRule> {
         let nft = self.nft.iter().map(|(rule, _)| rule);
         nft.chain(self.legacy.iter().flat_map(|(_, _, rules)| rules))
+    }
+
+    /// Whether all limits are known, and no rule closes the entry of an open connection, by a reset for a
+    /// packet that is no SYN.
+    pub fn is_clear(&self) -> bool {
+        self.unread.is_empty() && !self.is_unclear.contains(&true)
     }
 
     /// What could not be read, and why.
@@ -201,16 +213,28 @@ fn read_nft<T: Transport>(connection: &mut Connection<T>) -> Result<Lists> {
                 let identity = numbers.identity(&rule);
                 (rule, identity)
             };
-            let nft = limits(&ruleset).into_iter().map(known).collect();
+            let (limits, is_unclear) = limits(&ruleset);
+            let nft = limits.into_iter().map(known).collect();
+            let is_unclear = [is_unclear, false];
             let on_tracking = [if_on_tracking(ruleset.chains), Vec::new()];
-            return Ok(Lists { nft, on_tracking, ..Lists::default() });
+            return Ok(Lists { nft, on_tracking, is_unclear, ..Lists::default() });
         }
     }
     Err(Op::new("read nft rules").failed(Cause::Interrupted { attempts: ATTEMPTS }))
 }
 
-fn limits(ruleset: &Ruleset) -> Vec<LimitRule> {
-    Limiter::of(ruleset).rules
+/// The limits, and whether there may be more to know.
+fn limits(ruleset: &Ruleset) -> (Vec<LimitRule>, bool) {
+    let found = Limiter::of(ruleset);
+    let is_unclear = !found.unread.is_empty() || may_reset(&ruleset.chains);
+    (found.rules, is_unclear)
+}
+
+/// Rules that answer other packets than SYNs with a reset.
+fn may_reset(chains: &[Chain]) -> bool {
+    let is_syn = |step: &Step| matches!(step, Step::Test(test) if Match::of(test).syn);
+    let resets = |rule: &Rule| *rule.outcome() == Outcome::Reset && !rule.steps.iter().any(is_syn);
+    chains.iter().any(|chain| chain.rules.iter().any(resets))
 }
 
 /// Most hosts have nothing that bears on tracking: their rules are not kept.
