@@ -217,3 +217,81 @@ fn under_a_rule_that_drops_everything_open_is_counted() {
     thread::sleep(Duration::from_secs(2));
     assert_eq!(peer.open_promptly(80, TRIES).len(), 0);
 }
+
+/// As `ufw limit` writes it: who sends six SYNs in half a minute is refused.
+fn limit_and_rate(lab: &Lab) {
+    let new = "INPUT -p tcp --dport 80 -m conntrack --ctstate NEW";
+    lab.server.feed(
+        "iptables-restore",
+        &input(&[
+            "INPUT -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT",
+            &format!("INPUT -p tcp --syn --dport 80 {CONNLIMIT} -j DROP"),
+            &format!("{new} -m recent --set --name seen --rsource"),
+            &format!(
+                "{new} -m recent --update --seconds 30 --hitcount 6 --name seen --rsource -j REJECT"
+            ),
+            &format!(
+                "{new} -m hashlimit --hashlimit-above 1/hour --hashlimit-burst 5 \
+                 --hashlimit-mode srcip --hashlimit-name web -j DROP"
+            ),
+        ]),
+    );
+}
+
+/// How many SYNs of the client, or in its name, the rule behind the limit has seen.
+fn stamps(lab: &Lab) -> usize {
+    let list = lab.server.output("cat /proc/net/xt_recent/seen");
+    let line = list.lines().find(|line| line.contains(CLIENT)).unwrap_or_default();
+    line.split("oldest_pkt:").nth(1).map_or(0, |stamps| stamps.split(',').count())
+}
+
+/// Three connections are closed by stale RSTs and repaired, before the next SYN of their source or behind
+/// it. The stamps then, how many more are let in, and whether one is when another has ended.
+fn stamps_of_a_repair(is_syn_between: bool) -> Option<(usize, usize, usize)> {
+    let lab = Lab::new()?;
+    limit_and_rate(&lab);
+    let _server = lab.serve("[::]:80");
+    let daemon = lab.daemon(PROGRAM, &["--shield", "off"]);
+    let peer = lab.peer(CLIENT);
+    let mut conns = peer.hold(80, LIMIT);
+    conns.iter_mut().for_each(|conn| lab.half_close(conn));
+    // Two jiffies are in doubt.
+    thread::sleep(Duration::from_millis(50));
+    if is_syn_between {
+        daemon.stop();
+    }
+    conns.iter().for_each(RawConn::stale_rst);
+    if is_syn_between {
+        peer.syn_only(80).rst(0);
+        daemon.cont();
+    }
+    wait_for("repairs", SOON, || {
+        conns.iter().all(|conn| lab.is_alive(conn))
+            && daemon.log().matches("action=\"revive\"").count() == LIMIT
+    });
+    let stamps = stamps(&lab);
+    let admitted = peer.admitted(80, 2);
+    // A list is swept once a jiffy.
+    thread::sleep(Duration::from_millis(50));
+    for conn in &conns[..1] {
+        conn.rst(0);
+        wait_for("its end", SOON, || lab.socket_state(conn).is_none());
+        wait_for("its entry's", SOON, || !lab.is_alive(conn));
+    }
+    Some((stamps, admitted, peer.admitted(80, 1)))
+}
+
+#[test]
+fn a_repair_before_the_next_syn_of_its_source_costs_an_honest_client_nothing() {
+    let Some(honest) = stamps_of_a_repair(false) else { return };
+    // What is counted and not shown is counted: the limit holds, and lets one in when one has ended.
+    assert_eq!(honest, (LIMIT, 0, 1));
+}
+
+/// The control: the same where a SYN came between.
+#[test]
+fn a_repair_behind_the_next_syn_is_shown_to_the_limit() {
+    let Some((stamps, admitted, _)) = stamps_of_a_repair(true) else { return };
+    assert!(stamps > LIMIT + 1, "{stamps}");
+    assert_eq!(admitted, 0);
+}

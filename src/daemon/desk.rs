@@ -13,11 +13,12 @@ use crate::firewall::lists::Anew;
 use crate::metrics::{EventType, GuardMetrics};
 use crate::reconcile::apply::Outcome;
 use crate::reconcile::checks::{Checked, Counted};
-use crate::reconcile::keeper::{Acted, Keeper, Shown, Sweep, Trigger, Witness};
+use crate::reconcile::keeper::{Acted, Keeper, Quiet, Shown, Sweep, Trigger, Witness};
 use crate::reconcile::plan::{Action, ActionKind, Reason};
 use crate::reconcile::pressure::Level;
 use crate::shield::{Program, Shield};
 use crate::sockdiag::Socket;
+use crate::watch::syns::Syns;
 use crate::watch::{Drained, Events, Wanted, nflog};
 
 pub(super) struct Desk<'p> {
@@ -91,6 +92,14 @@ impl<'p> Desk<'p> {
         }
         self.publish_receive_buffer();
         true
+    }
+
+    /// What says when SYNs came last, where the packets are logged.
+    pub(super) fn quiet(&self) -> Option<Quiet> {
+        let is_noted = matches!(self.events, Events::Nflog(_) | Events::Ctnetlink(_, Some(_)));
+        let mut syns =
+            Syns::open(&watch_name(&self.foundation.device)).ok().filter(|_| is_noted)?;
+        Some(Box::new(move |asked| syns.are_quiet(asked)))
     }
 
     fn publish_receive_buffer(&self) {
@@ -292,6 +301,9 @@ impl<'p> Desk<'p> {
             Ok(()) if action.kind == ActionKind::Extend => tracing::debug!(%flow, "extended"),
             Ok(()) if action.kind == ActionKind::Recount && outcome.recount.is_none() => {
                 tracing::debug!(%flow, "withheld from a limit that tells of what exceeds it");
+            }
+            Ok(()) if outcome.is_in_place => {
+                self.log_action(action, trigger, "acted, and its limits have it on their lists");
             }
             Ok(()) => self.log_action(action, trigger, "acted"),
             Err(error) if error.is_table_full() => {}

@@ -108,6 +108,11 @@ impl Rules {
         self.lists.limits().filter(|rule| self.is_of_these(rule.hook))
     }
 
+    /// All limits, where all are known and no rule closes entries by itself.
+    pub(super) fn all_limits(&self) -> Option<Vec<LimitRule>> {
+        self.lists.is_clear().then(|| self.lists.limits().cloned().collect())
+    }
+
     fn is_of_these(&self, hook: Hook) -> bool {
         match hook {
             Hook::Prerouting | Hook::Input => true,

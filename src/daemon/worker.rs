@@ -105,6 +105,7 @@ impl<'p> Worker<'p> {
         let desk = Desk::open(control, live, &keeper.scope().ports, share)?;
         desk.share.recount_available(is_available);
         keeper.rely_on_events(desk.events.longest_unseen());
+        keeper.rely_on_syns(desk.quiet());
         keeper.read_beside();
         let reader = Reader::open()?;
         let rules = if foundation.follow_rules {
@@ -251,6 +252,7 @@ impl<'p> Worker<'p> {
         let looked = rules.look(Instant::now());
         if looked.is_some() {
             self.keeper.know_limits(rules.limits().cloned());
+            self.keeper.know_all_limits(rules.all_limits());
             self.keeper.tables.tracking = rules.tracking();
         }
         let (anew, since) = looked.unwrap_or_else(|| (Vec::new(), Instant::now()));
@@ -286,6 +288,7 @@ impl<'p> Worker<'p> {
     pub(super) fn sweep_first(&mut self) -> Result<()> {
         if let Some(rules) = &self.rules {
             self.keeper.know_limits(rules.limits().cloned());
+            self.keeper.know_all_limits(rules.all_limits());
         }
         let worked = cpu_time();
         self.list_for_survey();
@@ -332,6 +335,7 @@ impl<'p> Worker<'p> {
             self.keeper.closing();
         }
         if drained.full {
+            self.keeper.miss_packets();
             self.keeper.hasten_deep();
             self.keeper.suspect_all();
         }
@@ -388,6 +392,7 @@ impl<'p> Worker<'p> {
         if self.desk.reopen_events(&self.keeper.scope().ports) {
             self.keeper.suspect_all();
             self.keeper.rely_on_events(self.desk.events.longest_unseen());
+            self.keeper.rely_on_syns(self.desk.quiet());
         }
         if sweep.depth == Depth::Deep {
             self.keeper.idle_timeout = kernel_timeout(TcpState::Established);
@@ -420,6 +425,7 @@ impl<'p> Worker<'p> {
         self.overloads.apply_settings(live.clone(), &self.desk.share);
         self.desk.apply_settings(live, &self.keeper.scope().ports);
         self.keeper.rely_on_events(self.desk.events.longest_unseen());
+        self.keeper.rely_on_syns(self.desk.quiet());
         self.list_for_survey();
     }
 

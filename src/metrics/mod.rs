@@ -369,7 +369,7 @@ impl GuardMetrics {
                         history.done(action, trigger);
                     }
                     if action.kind.is_repair() {
-                        counts.add(Count::LateRepairs, &[], 1);
+                        counts.add(Count::LateRepairs, &[], u64::from(!outcome.is_in_place));
                         counts.observe(Histogram::Reaction, &[trigger.name()], took);
                     }
                     if trigger == Trigger::Sweep {

@@ -1,12 +1,14 @@
 //! Lists what nf_tables holds: tables, chains, rules, sets, objects and elements, as the kernel
 //! reports them. What they mean is not read here.
 
+use std::time::Duration;
+
 use netlink_packet_core::DefaultNla;
 use nix::errno::Errno;
 
 use super::uapi::*;
 use crate::error::{Op, Result};
-use crate::netlink::attribute::{emitted, text};
+use crate::netlink::attribute::{emitted, nested, nla, text};
 use crate::netlink::{Attributes, Connection, Request, Transport};
 
 /// A table.
@@ -138,6 +140,33 @@ pub(crate) fn elements<T: Transport>(
         let elements = message.nest(NFTA_SET_ELEM_LIST_ELEMENTS).map(Attributes::iter);
         all.extend(elements.into_iter().flatten().map(|(_, value)| value.to_vec()));
         Ok(())
+    })
+}
+
+/// What is left of the time of these elements of a set, in their order; `None` for one that is not in
+/// it, zero for one that stays.
+pub(crate) fn time_left<T: Transport>(
+    connection: &mut Connection<T>,
+    table: &str,
+    set: &str,
+    keys: &[Vec<u8>],
+) -> Result<Vec<Option<Duration>>> {
+    let one = |key: &Vec<u8>| {
+        let key = nested(NFTA_SET_ELEM_KEY, &[nla(NFTA_DATA_VALUE, key)]);
+        let attributes = [
+            text(NFTA_SET_ELEM_LIST_TABLE, table),
+            text(NFTA_SET_ELEM_LIST_SET, set),
+            nested(NFTA_SET_ELEM_LIST_ELEMENTS, &[nested(NFTA_LIST_ELEM, &[key])]),
+        ];
+        get("look into nftables set", NFT_MSG_GETSETELEM, NFPROTO_INET, &attributes)
+    };
+    let requests: Vec<_> = keys.iter().map(one).collect();
+    connection.find(&requests, "element", |_, _, frame| {
+        let message = Attributes(frame.payload.get(NFGENMSG_LEN..).unwrap_or_default());
+        let elements = message.nest(NFTA_SET_ELEM_LIST_ELEMENTS);
+        let element = elements.and_then(|all| all.iter().next());
+        let left = element.and_then(|(_, it)| Attributes(it).long(NFTA_SET_ELEM_EXPIRATION));
+        Ok(Some(Duration::from_millis(left.unwrap_or(0))))
     })
 }
 

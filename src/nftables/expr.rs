@@ -73,6 +73,8 @@ pub enum Expr {
     NotIn(&'static str),
     /// Add what was loaded to this set; where it is full, do not go on.
     Add(&'static str),
+    /// The same, and give what is there its whole time again.
+    Update(&'static str),
     /// Send the packet's first bytes to this NFLOG group.
     Log {
         /// The group.
@@ -165,14 +167,8 @@ impl Expr {
             Self::Differs(bytes) => ("cmp", compare(NFT_CMP_NEQ, bytes)),
             Self::In(set) => ("lookup", lookup(set, 0)),
             Self::NotIn(set) => ("lookup", lookup(set, NFT_LOOKUP_F_INV)),
-            Self::Add(set) => (
-                "dynset",
-                vec![
-                    text(NFTA_DYNSET_SET_NAME, set),
-                    word(NFTA_DYNSET_OP, NFT_DYNSET_OP_ADD),
-                    word(NFTA_DYNSET_SREG_KEY, NFT_REG32_00),
-                ],
-            ),
+            Self::Add(set) => ("dynset", dynset(set, NFT_DYNSET_OP_ADD)),
+            Self::Update(set) => ("dynset", dynset(set, NFT_DYNSET_OP_UPDATE)),
             Self::Log { group, snaplen, prefix, threshold } => {
                 let mut data = vec![
                     nla(NFTA_LOG_GROUP, &group.to_be_bytes()),
@@ -232,6 +228,14 @@ fn lookup(set: &str, flags: u32) -> Vec<DefaultNla> {
         text(NFTA_LOOKUP_SET, set),
         word(NFTA_LOOKUP_SREG, NFT_REG32_00),
         word(NFTA_LOOKUP_FLAGS, flags),
+    ]
+}
+
+fn dynset(set: &str, change: u32) -> Vec<DefaultNla> {
+    vec![
+        text(NFTA_DYNSET_SET_NAME, set),
+        word(NFTA_DYNSET_OP, change),
+        word(NFTA_DYNSET_SREG_KEY, NFT_REG32_00),
     ]
 }
 

@@ -14,6 +14,8 @@ pub enum Field {
     Ipv4Addr = 7,
     /// An IPv6 address.
     Ipv6Addr = 8,
+    /// The number of a protocol.
+    InetProto = 12,
     /// A port.
     InetService = 13,
     /// The number of a device. Sets of them carry no note of their byte order (`udata`), so nft
@@ -26,6 +28,7 @@ impl Field {
     /// Bytes in a key, padded to whole registers where several fields make one.
     pub(super) const fn length(self) -> u32 {
         match self {
+            Self::InetProto => 1,
             Self::InetService => 2,
             Self::Ipv4Addr | Self::IfaceIndex => 4,
             Self::Ipv6Addr => 16,

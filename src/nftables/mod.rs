@@ -9,6 +9,7 @@ pub mod shared;
 mod table;
 pub(crate) mod uapi;
 
+pub(crate) use dump::time_left;
 pub use expr::{Expr, Header};
 pub use key::Field;
 pub use table::{ChainSpec, SetSpec, Table, TableSpec};

@@ -79,6 +79,7 @@ pub(crate) const NFTA_SET_ELEM_KEY: u16 = 1;
 pub(crate) const NFTA_SET_ELEM_DATA: u16 = 2;
 pub(crate) const NFTA_SET_ELEM_FLAGS: u16 = 3;
 pub(crate) const NFTA_SET_ELEM_TIMEOUT: u16 = 4;
+pub(crate) const NFTA_SET_ELEM_EXPIRATION: u16 = 5;
 pub(crate) const NFTA_SET_ELEM_EXPR: u16 = 7;
 pub(crate) const NFTA_SET_ELEM_OBJREF: u16 = 9;
 pub(crate) const NFTA_SET_ELEM_KEY_END: u16 = 10;
@@ -177,12 +178,16 @@ pub(crate) const NFTA_LOOKUP_FLAGS: u16 = 5;
 pub(crate) const NFT_LOOKUP_F_INV: u32 = 0x1;
 
 pub(crate) const NFTA_DYNSET_SET_NAME: u16 = 1;
+pub(crate) const NFTA_REJECT_TYPE: u16 = 1;
+pub(crate) const NFT_REJECT_TCP_RST: u32 = 1;
+
 pub(crate) const NFTA_DYNSET_OP: u16 = 3;
 pub(crate) const NFTA_DYNSET_SREG_KEY: u16 = 4;
 pub(crate) const NFTA_DYNSET_EXPR: u16 = 7;
 pub(crate) const NFTA_DYNSET_FLAGS: u16 = 9;
 pub(crate) const NFTA_DYNSET_EXPRESSIONS: u16 = 10;
 pub(crate) const NFT_DYNSET_OP_ADD: u32 = 0;
+pub(crate) const NFT_DYNSET_OP_UPDATE: u32 = 1;
 pub(crate) const NFT_DYNSET_OP_DELETE: u32 = 2;
 pub(crate) const NFT_DYNSET_F_INV: u32 = 0x1;
 

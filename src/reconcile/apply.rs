@@ -1,6 +1,6 @@
 //! Carries out a confirmed plan. The only place that changes the conntrack table.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
@@ -15,7 +15,7 @@ use crate::error::{Cause, Error, Op, Result};
 use crate::flow::FourTuple;
 use crate::netlink::Transport;
 use crate::recount::{self, Hidden, Recipe, Recount, Route};
-use crate::sockdiag::{Socket, State};
+use crate::sockdiag::{Cookie, Socket, State};
 
 /// So many repairs are under way at once: between an insert and its last step an entry is not
 /// assured, and that should be short.
@@ -38,11 +38,14 @@ pub struct Outcome {
     pub result: Result<()>,
     /// Whether the limiter was asked to count again, where that was part of it.
     pub recount: Option<Result<Route>>,
+    /// Its limits have it on their lists still, so it was not shown to them.
+    pub is_in_place: bool,
     /// Whether the entry was made immune to stale RSTs, where that was part of it.
     pub seal: Option<Result<()>>,
 }
 
-/// Carries out a confirmed plan; `ledger` learns what is held and what no longer is.
+/// Carries out a confirmed plan; `ledger` learns what is held and what no longer is. Sockets of `on_list`
+/// are on the lists of their limits.
 ///
 /// # Errors
 /// A broken conversation; what was done before it is in no outcome, and the next look at the
@@ -51,6 +54,7 @@ pub fn apply<T: Transport, R: Recount>(
     tables: &mut Tables<T>,
     recounter: &mut Option<R>,
     confirmed: &Confirmed,
+    on_list: &HashSet<Cookie>,
     policy: &Policy,
     ledger: &mut Ledger,
     now: Instant,
@@ -64,7 +68,15 @@ pub fn apply<T: Transport, R: Recount>(
     };
     for (actions, hidden) in confirmed.actions().chunks(CHUNK).zip(hidden.chunks(CHUNK)) {
         let mut raised = raise(recounter, &wanted(actions, hidden, Hidden::FinsAndRsts), now);
-        apply_chunk(tables, recounter, actions, hidden, policy, &mut outcomes, now)?;
+        let ways = actions.iter().zip(hidden).map(|(action, hidden)| {
+            let is_on_list = |socket: Socket| on_list.contains(&socket.cookie);
+            if action.view.socket.is_some_and(is_on_list) {
+                return Method::OnList;
+            }
+            method(action, *hidden, recounter.as_mut(), now)
+        });
+        let ways = ways.collect();
+        apply_chunk(tables, recounter, actions, ways, policy, &mut outcomes, now)?;
         // The first repair of a connection does not wait for it.
         raised = raised.and(raise(recounter, &wanted(actions, hidden, Hidden::Fins), now));
         // The repair itself is done; that it may be undone again is told like a failed seal.
@@ -137,16 +149,11 @@ fn apply_chunk<T: Transport, R: Recount>(
     tables: &mut Tables<T>,
     recounter: &mut Option<R>,
     actions: &[Action],
-    hidden: &[Option<Hidden>],
+    ways: Vec<Method>,
     policy: &Policy,
     outcomes: &mut Vec<Outcome>,
     now: Instant,
 ) -> Result<()> {
-    let ways: Vec<_> = actions
-        .iter()
-        .zip(hidden)
-        .map(|(action, hidden)| method(action, *hidden, recounter.as_mut(), now))
-        .collect();
     // Before their nudge all of these are in the table, so they can go together.
     let together: Vec<_> = (actions.iter().zip(&ways).enumerate())
         .filter(|(_, (_, way))| !way.is_fresh())
@@ -162,7 +169,10 @@ fn apply_chunk<T: Transport, R: Recount>(
     let mut chunk = Vec::with_capacity(actions.len());
     let mut last_steps = Vec::new();
     for (index, (action, way)) in actions.iter().zip(ways).enumerate() {
-        let mut outcome = Outcome { action: *action, result: Ok(()), recount: None, seal: None };
+        let is_in_place = matches!(way, Method::OnList);
+        let (action, result) = (*action, Ok(()));
+        let mut outcome = Outcome { action, result, recount: None, is_in_place, seal: None };
+        let action = &action;
         let entry = &action.template;
         let more = following.entry(action.view.flow.dst.addr()).or_default();
         *more = more.saturating_sub(1);
@@ -249,6 +259,9 @@ fn unassured(action: &Action, seal: bool, lease: Duration) -> Insert {
 /// How a repair is done.
 #[derive(Debug)]
 enum Method {
+    /// By changing the entry where it is, to one that stale RSTs leave alone: conntrack has seen the
+    /// server's packets. The limiter has it on its list.
+    OnList,
     /// By changing the entry where it is; the limiter counts it if it still has it.
     InPlace {
         /// A recount was wanted, and this is why there is none.
@@ -314,6 +327,7 @@ fn first_step(action: &Action, way: &Method, lease: Duration) -> Change {
     let (status, sealed) = match way {
         // Unassured, so that the limiter adds it at the nudge.
         Method::Recount { seal, .. } => (Status::FRESH, *seal),
+        Method::OnList => (Status::ASSURED, true),
         Method::InPlace { .. } => (Status::ASSURED, false),
     };
     let state = held_as(action, sealed);
@@ -323,7 +337,7 @@ fn first_step(action: &Action, way: &Method, lease: Duration) -> Change {
         (ActionKind::Extend, _) | (ActionKind::Recount, Method::InPlace { .. }) => {
             Change::Extend { key, timeout: lease }
         }
-        (ActionKind::Revive, Method::InPlace { .. }) => {
+        (ActionKind::Revive, Method::InPlace { .. } | Method::OnList) => {
             Change::Update { key, state, status: Some(assured(action)), timeout: lease }
         }
         (ActionKind::Revive | ActionKind::Reverse | ActionKind::Recount, _) => {
@@ -405,7 +419,6 @@ mod tests {
     use crate::conntrack::{Entry, Zone};
     use crate::reconcile::plan::Reason;
     use crate::reconcile::snapshot::View;
-    use crate::sockdiag::{Cookie, Socket};
 
     fn revive(port: u16) -> Action {
         let flow = FourTuple::new(

@@ -87,7 +87,7 @@ impl Uncounted {
 }
 
 /// As far as the socket shows: rules before address translation see another port.
-fn may_be_for(rule: &LimitRule, socket: &Socket) -> bool {
+pub(super) fn may_be_for(rule: &LimitRule, socket: &Socket) -> bool {
     let (peer, port) = (socket.remote.addr(), socket.local.port());
     rule.is_before_nat() && rule.family.covers(peer.is_ipv4()) || rule.covers(peer, port)
 }

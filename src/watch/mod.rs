@@ -5,6 +5,7 @@ mod headers;
 pub mod nflog;
 mod nflog_table;
 pub mod rules;
+pub mod syns;
 mod tracking;
 
 use std::collections::HashSet;
@@ -103,10 +104,10 @@ pub struct Drained {
 
 impl Suspect {
     /// The same connection, seen again: a later event knows better what has become of its entry,
-    /// and not by which device its packets come in.
+    /// and not by which device its packets come in, nor when the first of them did.
     pub fn and_then(self, later: Self) -> Self {
         let interface = if later.interface == 0 { self.interface } else { later.interface };
-        Self { interface, ..later }
+        Self { interface, at: self.at, ..later }
     }
 }
 
@@ -248,9 +249,13 @@ const LONGEST_WAIT: Duration = Duration::from_secs(600);
 /// The time of day as the workers' clock has it; now, where it lies in the future or so long ago
 /// that the time of day has been set since.
 pub fn instant_of(time: SystemTime) -> Instant {
-    let now = Instant::now();
+    exact_instant_of(time).unwrap_or_else(Instant::now)
+}
+
+/// The same; `None` instead of now.
+pub fn exact_instant_of(time: SystemTime) -> Option<Instant> {
     let age = time_of_day().duration_since(time).ok().filter(|age| *age < LONGEST_WAIT);
-    age.and_then(|age| now.checked_sub(age)).unwrap_or(now)
+    age.and_then(|age| Instant::now().checked_sub(age))
 }
 
 #[allow(clippy::disallowed_methods, reason = "the kernel stamps packets with the time of day")]

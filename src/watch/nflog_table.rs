@@ -15,13 +15,18 @@
 use std::collections::HashSet;
 use std::time::Duration;
 
-use crate::nftables::{ChainSpec, Expr, Field, Hook, SetSpec, TableSpec, key};
+use crate::nftables::{ChainSpec, Expr, Field, Header, Hook, SetSpec, TableSpec, key};
 
 pub(super) const PORTS: &str = "ports";
 pub(super) const HELD4: &str = "held4";
 pub(super) const HELD6: &str = "held6";
 const CLOSING4: &str = "closing4";
 const CLOSING6: &str = "closing6";
+/// Sources of packets with SYN, for [`SYN_MEMORY`] from the last one on.
+pub(super) const SYNS4: &str = "syns4";
+pub(super) const SYNS6: &str = "syns6";
+/// Has an element while such packets were not noted, or may have closed an entry.
+pub(super) const MISSED: &str = "missed";
 /// Ports at which an RST waits to be sent.
 const RESET: &str = "hurried";
 
@@ -40,6 +45,13 @@ const HURRIES: Expr = Expr::Limit { rate: 250, burst: 2 };
 const RESET_WAITS: Duration = Duration::from_millis(20);
 /// Ports of [`RESET`]: RSTs of others wait for their time to be up.
 const RESET_PORTS: u32 = 1024;
+
+/// A repair comes within milliseconds of what called for it, rarely seconds.
+pub(super) const SYN_MEMORY: Duration = Duration::from_secs(5);
+/// Sources of SYNs: those of a flood fill it, and then nothing is known. 4 MiB while they do.
+const SYN_SOURCES: u32 = 32_768;
+/// The protocol: there is one element.
+pub(super) const MISSED_KEY: [u8; 1] = [IPPROTO_TCP];
 
 /// A first FIN, a FIN that found its set full, an RST beyond [`RESETS`]: once a second, not each.
 const ONCE_A_SECOND: Expr = Expr::Limit { rate: 1, burst: 1 };
@@ -97,6 +109,9 @@ pub(super) fn layout(watched: Watched<'_>) -> TableSpec {
         set(HELD4, key::TUPLE_V4, None, None),
         set(HELD6, key::TUPLE_V6, None, None),
         set(RESET, &[Field::InetService], Some(RESET_PORTS), Some(RESET_WAITS)),
+        set(SYNS4, &[Field::Ipv4Addr], Some(SYN_SOURCES), Some(SYN_MEMORY)),
+        set(SYNS6, &[Field::Ipv6Addr], Some(SYN_SOURCES), Some(SYN_MEMORY)),
+        set(MISSED, &[Field::InetProto], Some(4), Some(SYN_MEMORY)),
     ];
     let chain = ChainSpec {
         name: "watch",
@@ -114,10 +129,10 @@ fn ordinary(group: u16) -> Vec<Vec<Expr>> {
         vec![Expr::L4Proto, Expr::Differs(vec![IPPROTO_TCP]), Expr::Accept],
         rule(&[
             &flags(SYN | ACK | FIN | RST, SYN),
-            &[port(), Expr::In(RESET), HURRIES, log(group, Some(HURRY), 1), Expr::Accept],
+            &[port(), Expr::In(RESET), HURRIES, log(group, Some(HURRY), 1)],
         ]),
-        rule(&[&no_flag(FIN | RST), &[Expr::Accept]]),
     ];
+    rules.extend(syns());
     // Conntrack does not see these: no entry changes, but one may have to be given back.
     for family in FAMILIES {
         rules.push(rule(&[
@@ -141,6 +156,22 @@ fn ordinary(group: u16) -> Vec<Vec<Expr>> {
             &[Expr::CtReplySource, Expr::NotIn(PORTS), Expr::Accept],
         ]),
     ]);
+    rules
+}
+
+/// Notes who sends SYNs, by which limits look at their lists. One of a connection that is there already can
+/// have a rule close its entry (REJECT with a reset).
+fn syns() -> Vec<Vec<Expr>> {
+    let syn = [Expr::transport(TCP_FLAGS, 1), Expr::Mask(vec![SYN]), Expr::Differs(vec![0])];
+    let missed = [Expr::L4Proto, Expr::Update(MISSED)];
+    let done = rule(&[&no_flag(FIN | RST), &[Expr::Accept]]);
+    let mut rules = vec![rule(&[&syn, &ct(Expr::CtState, TRACKED, true), &missed])];
+    rules.extend(FAMILIES.map(|family| {
+        let is_of_it = [Expr::NfProto, Expr::Equals(vec![family.nfproto])];
+        rule(&[&syn, &is_of_it, &[family.source(), Expr::Update(family.syns)], &done])
+    }));
+    // Its set is full, and the rule above has ended there.
+    rules.push(rule(&[&syn, &missed, &done]));
     rules
 }
 
@@ -188,12 +219,25 @@ struct Family {
     nfproto: u8,
     closing: &'static str,
     held: &'static str,
+    syns: &'static str,
     load: fn() -> [Expr; 4],
 }
 
 const FAMILIES: [Family; 2] = [
-    Family { nfproto: NFPROTO_IPV4, closing: CLOSING4, held: HELD4, load: key::load_v4 },
-    Family { nfproto: NFPROTO_IPV6, closing: CLOSING6, held: HELD6, load: key::load_v6 },
+    Family {
+        nfproto: NFPROTO_IPV4,
+        closing: CLOSING4,
+        held: HELD4,
+        syns: SYNS4,
+        load: key::load_v4,
+    },
+    Family {
+        nfproto: NFPROTO_IPV6,
+        closing: CLOSING6,
+        held: HELD6,
+        syns: SYNS6,
+        load: key::load_v6,
+    },
 ];
 
 impl Family {
@@ -201,6 +245,12 @@ impl Family {
     fn key(&self) -> Vec<Expr> {
         let is_of_it = [Expr::NfProto, Expr::Equals(vec![self.nfproto])];
         rule(&[&is_of_it, &(self.load)()])
+    }
+
+    /// Loads the packet's source address.
+    fn source(&self) -> Expr {
+        let (offset, length) = if self.nfproto == NFPROTO_IPV4 { (12, 4) } else { (8, 16) };
+        Expr::Load { header: Header::Network, offset, length, register: 0 }
     }
 }
 

@@ -120,6 +120,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
     /// Begins a deep sweep that is due: the tables are read next.
     pub(super) fn begin_deep(&mut self, now: Instant) -> Result<()> {
         self.timers.clear(Timer::Deep);
+        self.begin_to_see();
         if let Some(recounter) = &mut self.recounter {
             recounter.refresh(now);
         }
@@ -353,6 +354,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             self.ledger.set_tracked(whole.snapshot.evidence.tracked.clone());
             self.ledger.set_arrivals(whole.snapshot.evidence.arrivals.clone());
         }
+        self.has_seen();
         // For a reason that has come up since it was read.
         self.is_deep_owed = is_beside && self.timers.due(Timer::Deep).is_some();
         let sweep = self.end(Depth::Deep, began, whole.snapshot, &listening, is_beside, now)?;

@@ -7,6 +7,7 @@
 
 mod checks;
 mod deep;
+mod in_place;
 mod limits;
 mod look;
 mod repair;
@@ -37,6 +38,8 @@ use crate::recount::{Recount, Recounter};
 use crate::sockdiag::{Cookie, Lookup, Socket, State, States};
 
 pub use deep::Shown;
+use in_place::InPlace;
+pub use in_place::Quiet;
 use suspects::Deferred;
 pub use sweep::{Depth, Sweep};
 
@@ -170,6 +173,7 @@ pub struct Keeper<T: Transport = KernelSocket, R: Recount = Recounter> {
     random: fn() -> u64,
     /// Nothing is asked of limits before.
     quiet: Instant,
+    in_place: InPlace,
 }
 
 impl<T: Transport, R: Recount> Keeper<T, R> {
@@ -229,6 +233,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             rules_changed: None,
             random,
             quiet: now,
+            in_place: InPlace::blind(),
         })
     }
 
@@ -293,6 +298,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
     /// Events were lost: everything must be looked at, at once.
     pub fn events_lost(&mut self, now: Instant) {
         self.timers.set(Timer::Deep, now);
+        self.miss_packets();
         self.suspect_all();
     }
 

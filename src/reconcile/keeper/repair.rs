@@ -41,6 +41,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         if self.recounter.is_none() {
             confirmed.retain(|action| action.kind != ActionKind::Recount);
         }
+        let on_list = self.on_their_lists(confirmed.actions())?;
         let withheld = self.withheld(confirmed.actions())?;
         let is_withheld = |action: &Action| {
             let socket = action.view.socket.filter(|_| action.kind.needs_recount());
@@ -51,14 +52,15 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         confirmed.retain(|action| !is_withheld(action));
         let recounter = &mut self.recounter;
         let (tables, ledger) = (&mut self.tables, &mut self.ledger);
-        let policy = &settings.policy;
-        let applied =
-            apply(tables, recounter, &confirmed, policy, ledger, now).and_then(|mut all| {
+        let (policy, none) = (&settings.policy, &mut None::<R>);
+        let applied = apply(tables, recounter, &confirmed, &on_list, policy, ledger, now).and_then(
+            |mut all| {
                 if !in_place.actions().is_empty() {
-                    all.extend(apply(tables, &mut None::<R>, &in_place, policy, ledger, now)?);
+                    all.extend(apply(tables, none, &in_place, &on_list, policy, ledger, now)?);
                 }
                 Ok(all)
-            });
+            },
+        );
         self.note_not_shown(in_place.actions().iter());
         let outcomes = match applied {
             Ok(outcomes) => outcomes,
@@ -71,6 +73,8 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         self.note_repairs(&outcomes, trigger, now);
         let failed = outcomes.iter().filter(|outcome| outcome.result.is_err());
         self.note_not_shown(failed.map(|outcome| &outcome.action));
+        let lost = self.have_lost_their_lists(&outcomes)?;
+        self.note_not_shown(lost.iter());
         self.note_shown(&outcomes, now);
         self.attend_repaired(&outcomes, now);
         witness.acted(Acted { outcomes, trigger, since, table_full });

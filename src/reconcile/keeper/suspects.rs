@@ -43,6 +43,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             let Deferred { since, lookups } = std::mem::take(self.deferred(timer));
             let (since, lookups) = (since.unwrap_or(now), lookups.into_iter().collect::<Vec<_>>());
             let looked = self.look_at(&lookups, since, now, witness);
+            self.forget_packets();
             if looked.is_err() {
                 self.defer(timer, self.settings.sweep_interval, lookups, since, now);
             }
@@ -85,6 +86,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         if suspects.is_empty() {
             return Ok(());
         }
+        self.note_packets(suspects.values());
         // A held socket's device is known; any other's can be that of the packet.
         let lookup = |suspect: &Suspect| Lookup {
             flow: suspect.flow,
@@ -138,7 +140,9 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         }
         self.defer(Timer::OpenLook, OPEN_LOOK, lookups, since, now);
         confirmed.retain(|action| open(action).is_none());
-        self.carry_out(confirmed, Trigger::Event, since, now, witness)
+        let carried_out = self.carry_out(confirmed, Trigger::Event, since, now, witness);
+        self.forget_packets();
+        carried_out
     }
 
     /// Adds to what waits for `timer`, which keeps its time.

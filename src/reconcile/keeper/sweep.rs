@@ -147,6 +147,8 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         let ports = listening.union(&self.former_listeners).copied().collect();
         if self.scope.ports != ports {
             self.scope.ports = ports;
+            // At the others nothing was heard of.
+            self.miss_packets();
             self.closing();
         }
         Ok(listening)

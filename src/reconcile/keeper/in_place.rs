@@ -1,0 +1,206 @@
+//! Repairs that need no nudge: nothing has had a limit look at its list since the entry was closed, so
+//! the connection is on it still.
+//!
+//! What is known: when the packet came that called for the repair, and when the source's last SYN did.
+//! A list is swept when its rule counts, so this holds for limits by source that see nothing but SYNs,
+//! behind the chain that notes them. Of everything else the limit is shown the connection.
+
+use std::collections::{HashMap, HashSet};
+use std::time::Instant;
+
+use super::Keeper;
+use crate::conntrack::Zone;
+use crate::error::Result;
+use crate::firewall::Hook;
+use crate::firewall::limits::{Key, LimitRule};
+use crate::flow::FourTuple;
+use crate::netlink::Transport;
+use crate::reconcile::apply::Outcome;
+use crate::reconcile::plan::{Action, ActionKind};
+use crate::reconcile::uncounted::may_be_for;
+use crate::recount::Recount;
+use crate::sockdiag::{Cookie, Socket, State};
+use crate::watch::Suspect;
+
+/// The chain that notes SYNs stands there in prerouting: what a limit before it drops is not noted.
+const NOTED_AT: i32 = -199;
+
+/// Says of each connection, seen from the server, whether surely no packet with SYN has come from its
+/// source since that time.
+pub type Quiet = Box<dyn FnMut(&[(FourTuple, Instant)]) -> Result<Vec<bool>> + Send>;
+
+/// What is known of limits that may still have a connection on their lists.
+#[derive(Default)]
+pub(super) struct InPlace {
+    quiet: Option<Quiet>,
+    /// All limits; `None` where some are not known, or a rule may close entries without a packet that
+    /// is noted.
+    limits: Option<Vec<LimitRule>>,
+    /// The packets that called for a look, by connections of the server: the first of each.
+    since: HashMap<FourTuple, Instant>,
+    /// Packets may have come that nothing was heard of; until the end of a deep sweep that has begun
+    /// since.
+    is_blind: bool,
+    /// How often that was so, and how often it was when the deep sweep began.
+    missed: [u64; 2],
+}
+
+impl InPlace {
+    /// Nothing has been seen before.
+    pub(super) fn blind() -> Self {
+        Self { is_blind: true, ..Self::default() }
+    }
+}
+
+impl<T: Transport, R: Recount> Keeper<T, R> {
+    /// What says when SYNs came last, where anything does.
+    pub fn rely_on_syns(&mut self, quiet: Option<Quiet>) {
+        self.in_place.quiet = quiet;
+        self.miss_packets();
+    }
+
+    /// All limits, where they are known, and no rule closes entries by itself.
+    pub fn know_all_limits(&mut self, limits: Option<Vec<LimitRule>>) {
+        self.in_place.limits = limits;
+    }
+
+    /// Packets may have come that nothing was heard of.
+    pub fn miss_packets(&mut self) {
+        let [missed, _] = &mut self.in_place.missed;
+        *missed += 1;
+        self.in_place.is_blind = true;
+    }
+
+    /// A deep sweep begins.
+    pub(super) fn begin_to_see(&mut self) {
+        let [missed, before] = &mut self.in_place.missed;
+        *before = *missed;
+    }
+
+    /// Everything has been looked at since then.
+    pub(super) fn has_seen(&mut self) {
+        let [missed, before] = self.in_place.missed;
+        self.in_place.is_blind &= missed != before;
+    }
+
+    /// Packets that call for a look. An entry was not closed before the first of its connection's.
+    pub(super) fn note_packets<'a>(&mut self, suspects: impl Iterator<Item = &'a Suspect>) {
+        if self.in_place.quiet.is_none() {
+            return;
+        }
+        for suspect in suspects.filter(|it| !it.is_translated && it.destroyed.is_none()) {
+            if let Some(at) = suspect.at.and_then(crate::watch::exact_instant_of) {
+                self.in_place.since.entry(suspect.flow).or_insert(at);
+            }
+        }
+    }
+
+    /// What was called for has been looked at, but for what is looked at again in a moment.
+    pub(super) fn forget_packets(&mut self) {
+        let waiting: HashSet<_> = self.open_look.lookups.iter().map(|it| it.flow).collect();
+        self.in_place.since.retain(|flow, _| waiting.contains(flow));
+    }
+
+    /// The sockets of those repairs that need no nudge.
+    pub(super) fn on_their_lists(&mut self, actions: &[Action]) -> Result<HashSet<Cookie>> {
+        if self.in_place.is_blind || self.in_place.since.is_empty() {
+            return Ok(HashSet::new());
+        }
+        let candidates = actions.iter().filter(|action| self.may_be_on_its_list(action));
+        let sockets: Vec<_> = candidates.filter_map(|action| action.view.socket).collect();
+        let quiet = self.quiet(&sockets)?;
+        Ok(sockets.iter().zip(quiet).filter(|(_, it)| *it).map(|(it, _)| it.cookie).collect())
+    }
+
+    /// Repairs without a nudge in whose midst a SYN came: the limit is to be shown these after all.
+    pub(super) fn have_lost_their_lists(&mut self, outcomes: &[Outcome]) -> Result<Vec<Action>> {
+        let in_place = outcomes.iter().filter(|it| it.is_in_place && it.result.is_ok());
+        let actions: Vec<_> = in_place.map(|outcome| outcome.action).collect();
+        let sockets: Vec<_> = actions.iter().filter_map(|action| action.view.socket).collect();
+        let quiet = self.quiet(&sockets)?;
+        let both = actions.into_iter().zip(quiet);
+        Ok(both.filter(|(_, is_quiet)| !is_quiet).map(|(action, _)| action).collect())
+    }
+
+    fn quiet(&mut self, sockets: &[Socket]) -> Result<Vec<bool>> {
+        let InPlace { quiet, since, .. } = &mut self.in_place;
+        let Some(quiet) = quiet.as_mut().filter(|_| !sockets.is_empty()) else {
+            return Ok(vec![false; sockets.len()]);
+        };
+        let asked =
+            |socket: &Socket| since.get(&socket.flow()).map(|since| (socket.flow(), *since));
+        let Some(asked) = sockets.iter().map(asked).collect::<Option<Vec<_>>>() else {
+            return Ok(vec![false; sockets.len()]);
+        };
+        quiet(&asked)
+    }
+
+    fn may_be_on_its_list(&self, action: &Action) -> bool {
+        let Some(socket) = action.view.socket else { return false };
+        let InPlace { limits: Some(limits), since, .. } = &self.in_place else { return false };
+        let ledger = &self.ledger;
+        // A repair before may have failed to show it.
+        let is_repaired = ledger.holds(&socket)
+            && (socket.state == State::Established || ledger.hidden(&socket).is_some());
+        let is_plain = |entry: &crate::conntrack::Entry| {
+            !entry.is_translated() && !entry.is_ours() && entry.reply == action.view.flow
+        };
+        action.kind == ActionKind::Revive
+            && since.contains_key(&action.view.flow)
+            && action.view.entry.as_ref().is_some_and(is_plain)
+            && action.template.zone == Zone::default()
+            && !is_repaired
+            && ledger.uncounted(&socket).is_none()
+            && !ledger.distrusts(&socket)
+            && !self.tables.sockets.is_of_member(socket.local.addr())
+            && limits.iter().filter(|rule| may_be_for(rule, &socket)).all(is_swept_by_syns_alone)
+    }
+}
+
+/// Whether nothing but a SYN of the very source has the limit look at that source's list.
+fn is_swept_by_syns_alone(rule: &LimitRule) -> bool {
+    let is_behind = match rule.hook {
+        Hook::Prerouting => rule.priority > NOTED_AT,
+        Hook::Input => true,
+        Hook::Ingress | Hook::Forward | Hook::Output | Hook::Postrouting => false,
+    };
+    is_behind
+        && rule.matches.syn
+        && !rule.limit.dynamic
+        && matches!(rule.limit.key, Key::Source(32 | 128))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::firewall::limits::Limiter;
+    use crate::firewall::{Family, Ruleset, parse_saved};
+
+    #[test]
+    fn limits_that_other_packets_have_look_at_their_lists_are_shown_what_was_closed() {
+        let is = |table: &str, chain: &str, what: &str| {
+            let text = format!(
+                "*{table}\n:{chain} ACCEPT [0:0]\n-A {chain} -p tcp -m tcp --dport 80 {what} -j DROP\n\
+                 COMMIT\n"
+            );
+            let chains = parse_saved(&text, Family::Ip);
+            let found = Limiter::of(&Ruleset { chains, ..Ruleset::default() }).rules;
+            is_swept_by_syns_alone(found.first().expect("a limit"))
+        };
+        let syn = "--tcp-flags FIN,SYN,RST,ACK SYN";
+        let count = "-m connlimit --connlimit-above 3 --connlimit-mask";
+        assert!(is("filter", "INPUT", &format!("{syn} {count} 32")));
+        assert!(is("mangle", "PREROUTING", &format!("{syn} {count} 32")));
+        for (table, chain, what) in [
+            ("raw", "PREROUTING", format!("{syn} {count} 32")),
+            ("filter", "FORWARD", format!("{syn} {count} 32")),
+            ("filter", "INPUT", format!("{syn} {count} 24")),
+            ("filter", "INPUT", format!("{syn} {count} 32 --connlimit-daddr")),
+            ("filter", "INPUT", format!("{count} 32")),
+            ("filter", "INPUT", format!("-m conntrack --ctstate NEW {count} 32")),
+            ("filter", "INPUT", format!("--tcp-flags ACK NONE {count} 32")),
+        ] {
+            assert!(!is(table, chain, &what), "{table} {chain} {what}");
+        }
+    }
+}
