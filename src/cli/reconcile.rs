@@ -142,7 +142,8 @@ pub(super) fn make_sure(keeper: &mut Keeper, done: &mut Done) -> Result<()> {
     while let Some(due) = keeper.next_check().filter(|due| *due < end) {
         thread::sleep(due.saturating_duration_since(Instant::now()));
         keeper.check(Instant::now(), &mut again)?;
-        while keeper.recount_is_due(Instant::now()) {
+        while let Some(due) = keeper.next_recount() {
+            thread::sleep(due.saturating_duration_since(Instant::now()));
             keeper.recount(Instant::now(), &mut again)?;
         }
     }

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
+use std::thread;
 use std::time::Instant;
 
 use serde_json::json;
@@ -88,12 +89,9 @@ fn pass(args: &Recount, policy: &Policy) -> Result<(Done, Vec<LimitRule>, Vec<St
     keeper.sweep(Depth::Deep, now, &mut done)?;
     let anew = limits.iter().map(|rule| Anew { rule: rule.clone(), loss: Loss::Unknown });
     keeper.limits_lost(anew.collect(), now, now);
-    loop {
-        let now = Instant::now();
-        if !keeper.recount_is_due(now) {
-            break;
-        }
-        keeper.recount(now, &mut done)?;
+    while let Some(due) = keeper.next_recount() {
+        thread::sleep(due.saturating_duration_since(Instant::now()));
+        keeper.recount(Instant::now(), &mut done)?;
     }
     make_sure(&mut keeper, &mut done)?;
     done.outcomes.retain(|outcome| outcome.action.kind.needs_recount());

@@ -4,7 +4,7 @@
 //! Sockets and entries of such connections agree, so no sweep would find them: what is known comes
 //! from the rules (docs/reloads.md).
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 
 use super::snapshot::View;
 use crate::conntrack::Entry;
@@ -77,6 +77,26 @@ impl Uncounted {
     pub fn next(&mut self, most: usize) -> Vec<Lookup> {
         let most = most.min(self.waiting.len());
         self.waiting.drain(..most).collect()
+    }
+
+    /// The next ones in turn, at most so many, and one of each source.
+    pub fn next_of_each(&mut self, most: usize) -> Vec<Lookup> {
+        let mut sources = HashSet::new();
+        let mut taken = Vec::new();
+        for _ in 0..most.min(self.waiting.len()) {
+            let Some(lookup) = self.waiting.pop_front() else { break };
+            if sources.insert(lookup.flow.dst.addr()) {
+                taken.push(lookup);
+            } else {
+                self.waiting.push_back(lookup);
+            }
+        }
+        taken
+    }
+
+    /// Whether a list may have some of what is waiting already.
+    pub fn may_be_known(&self) -> bool {
+        self.current.iter().any(|one| matches!(one.loss, Loss::Unknown | Loss::Wider))
     }
 
     /// Whether one of the limits gone through is for this connection, as its entry shows.
@@ -163,6 +183,27 @@ mod tests {
         };
         assert!(uncounted.concerns(&view("192.0.2.1:80")));
         assert!(!uncounted.concerns(&view("192.0.2.1:81")));
+    }
+
+    #[test]
+    fn what_may_be_known_can_be_shown_source_by_source() {
+        let mut uncounted = Uncounted::default();
+        uncounted.add([limit("filter", "INPUT", 80)]);
+        let remote = |octet: u8, port: u16| format!("198.51.100.{octet}:{port}").parse().unwrap();
+        let of = |octet: u8, port: u16| Socket {
+            remote: remote(octet, port),
+            ..socket("192.0.2.1:80", u64::from(port))
+        };
+        let sockets = [of(7, 1), of(7, 2), of(8, 3), of(7, 4)];
+        assert_eq!(found(&mut uncounted, &sockets).len(), 4);
+        assert!(!uncounted.may_be_known(), "the list is new");
+        let ports = |lookups: Vec<Lookup>| -> Vec<u16> {
+            lookups.iter().map(|lookup| lookup.flow.dst.port()).collect()
+        };
+        assert_eq!(ports(uncounted.next_of_each(10)), [1, 3]);
+        assert_eq!(ports(uncounted.next_of_each(10)), [2]);
+        assert_eq!(ports(uncounted.next_of_each(10)), [4]);
+        assert!(!uncounted.is_waiting());
     }
 
     #[test]

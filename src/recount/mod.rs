@@ -148,6 +148,12 @@ pub trait Recount {
     /// reason.
     fn way(&mut self, entry: &Entry, now: Instant) -> Result<Way>;
 
+    /// Whether a limit that is shown two connections of one source within a jiffy may put one that it has
+    /// on its list already there twice.
+    fn doubles(&self) -> bool {
+        false
+    }
+
     /// Sends one nudge by `route` for the connection of `entry`, which a look-up has just shown to
     /// be alive.
     ///

@@ -379,6 +379,11 @@ impl Recount for Recounter {
         }))
     }
 
+    fn doubles(&self) -> bool {
+        // While there is no entry the tuple is compared with the list only where that is swept.
+        self.ways().first().is_some_and(|way| way.recipe == Recipe::Fresh)
+    }
+
     fn nudge(&mut self, entry: &Entry, route: Route, now: Instant) -> Result<()> {
         let op = Op::on("recount", entry.orig);
         self.raise_filter(now)?;

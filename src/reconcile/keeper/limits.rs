@@ -1,6 +1,6 @@
 //! Limits that have lost their lists are shown what is open of theirs, part by part.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::checks::QUIET;
 use super::deep::PART;
@@ -10,6 +10,9 @@ use crate::firewall::lists::Anew;
 use crate::netlink::Transport;
 use crate::reconcile::timers::Timer;
 use crate::recount::Recount;
+
+/// The longest (`CONFIG_HZ_100`).
+const JIFFY: Duration = Duration::from_millis(10);
 
 impl<T: Transport, R: Recount> Keeper<T, R> {
     /// These limits have lost their lists: what is open of theirs is shown to them in the next
@@ -22,6 +25,11 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         self.uncounted.add(anew);
         self.rules_changed.get_or_insert(since);
         self.timers.hasten(Timer::Recount, at);
+    }
+
+    /// When limits are shown what is open of theirs next.
+    pub fn next_recount(&self) -> Option<Instant> {
+        self.timers.due(Timer::Recount)
     }
 
     /// Whether limits wait for what is open of theirs.
@@ -48,7 +56,12 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             let ledger = &mut self.ledger;
             self.uncounted.find(&sockets, |socket, loss| ledger.set_uncounted(socket, loss));
         }
-        let lookups = self.uncounted.next(PART);
+        let doubles = self.recounter.as_ref().is_some_and(Recount::doubles);
+        let is_slow = doubles && self.uncounted.may_be_known();
+        let lookups = match is_slow {
+            true => self.uncounted.next_of_each(PART),
+            false => self.uncounted.next(PART),
+        };
         let snapshot = self.tables.exactly(&lookups, &self.ledger)?;
         for view in snapshot.views.iter().filter(|view| !self.uncounted.concerns(view)) {
             if let Some(socket) = view.socket {
@@ -60,7 +73,8 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         self.carry_out(confirmed, Trigger::Rules, since, now, witness)?;
         self.timers.take(Timer::Recount, now);
         if self.uncounted.is_waiting() || self.uncounted.is_new() {
-            self.timers.set(Timer::Recount, now);
+            let pause = if is_slow { JIFFY } else { Duration::ZERO };
+            self.timers.set(Timer::Recount, now + pause);
         } else {
             self.rules_changed = None;
         }
