@@ -128,9 +128,13 @@ fn an_attack_is_seen_in_prometheus() {
     prometheus.await_value("sum(ctkeep_held_connections)", |held| held == 0.0);
 
     let conns = scene.half_closed();
+    // Behind a SYN the limit is to be shown them.
+    scene.freeze();
     for conn in &conns {
         conn.rst(-5);
     }
+    scene.peer.syn_only(80).rst(0);
+    scene.thaw();
     scene.await_repair("revive", &conns);
     assert_eq!(scene.admitted(), 0);
     let count = LIMIT as f64;
