@@ -19,7 +19,7 @@ FUZZ_TARGETS = conntrack sockdiag netlink nflog ruleset saved options http
 # make test-kernels KERNELS="6.12.73 6.18.5"
 KERNELS ?= 5.10 6.1 6.12 sid
 
-.PHONY: all demo test play-test test-kernels docker-test check advisories fuzz soak bench install stage deb rpm static package-test \
+.PHONY: all demo test play-test test-kernels docker-test reload-test check advisories fuzz soak bench install stage deb rpm static package-test \
 	kubernetes-check dashboard-check tools shield-tools test-tools kernel-tools cargo-deny cargo-deb \
 	cargo-generate-rpm cargo-fuzz
 
@@ -53,6 +53,16 @@ docker-test:
 	ln -sf ../sbin/dockerd ../sbin/docker-proxy ../sbin/runc target/docker/root/usr/bin/
 	$(CARGO) test --locked --no-run --test live_docker
 	$(AS_ROOT) env CTKEEP_DOCKER=$(CURDIR)/target/docker/root/usr/bin $(CARGO) test --locked --test live_docker
+
+# Reloads twenty times each, those of ufw and firewalld themselves too: Debian's, which are not installed.
+reload-test: test-tools
+	mkdir -p target/frontends
+	cd target/frontends && apt-get download ufw firewalld python3-firewall python3-nftables python3-gi python3-dbus \
+		gir1.2-glib-2.0 libgirepository-1.0-1 && dpkg -x ufw_*.deb ufw && rm ufw_*.deb && \
+		for package in *.deb; do dpkg -x $$package firewalld && rm $$package; done
+	$(CARGO) test --locked --no-run --test live_reload
+	$(AS_ROOT) env CTKEEP_UFW=$(CURDIR)/target/frontends/ufw CTKEEP_FIREWALLD=$(CURDIR)/target/frontends/firewalld \
+		CTKEEP_RELOADS=20 CTKEEP_STORM=30 $(CARGO) test --locked --test live_reload -- --nocapture
 
 check: cargo-deny
 	$(CARGO) fmt --check
