@@ -1,0 +1,90 @@
+//! How soon a limit counts again after a reload: many sources, and many connections of one.
+
+#[path = "../tests/lab/mod.rs"]
+mod lab;
+mod report;
+mod traffic;
+
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use socket2::{Domain, Socket, Type};
+
+use lab::rules::input;
+use lab::{Lab, http, wait_for};
+use report::Target;
+use traffic::CTKEEP;
+
+const SOON: Duration = Duration::from_secs(60);
+const ROUNDS: usize = 5;
+/// Sources whose next connection is tried at the end.
+const TRIED: usize = 20;
+
+fn main() {
+    lab::serve_if_asked();
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).expect("limits");
+    setrlimit(Resource::RLIMIT_NOFILE, most.max(120_000), most.max(120_000)).expect("descriptors");
+    report::heading("From a reload of the rules to the last connection that is counted again");
+    reload(500, 10, Target::AtMost(0.5));
+    reload(1, 50_000, Target::AtMost(5.0));
+}
+
+/// Clients of so many addresses, with so many connections each: what their limit allows.
+fn reload(sources: u32, each: u32, target: Target) {
+    let Some(lab) = Lab::new() else { return };
+    traffic::widen_ports(&lab);
+    // Every address of it is the client's.
+    lab.client.run("ip route add local 198.18.0.0/15 dev lo");
+    lab.server.run("ip route add 198.18.0.0/15 via 192.0.2.2");
+    let limit = format!("-m connlimit --connlimit-above {each} --connlimit-mask 32");
+    let rules = input(&[&format!("INPUT -p tcp --syn --dport 80 {limit} -j DROP")]);
+    lab.server.feed("iptables-restore", &rules);
+    let listener = traffic::listener(&lab, 80);
+    let address = listener.local_addr().expect("address");
+    let of = |number: u32| Ipv4Addr::from(u32::from(Ipv4Addr::new(198, 18, 0, 1)) + number);
+    let held: Vec<_> = lab.client.within(|| {
+        let pair = |number| {
+            let client = connect(of(number % sources), address).expect("a connection");
+            (client, listener.accept().expect("a connection").0)
+        };
+        (0..sources * each).map(pair).collect()
+    });
+    let daemon = lab.daemon(CTKEEP, &[]);
+    let all = f64::from(sources * each);
+    let mut took = Vec::new();
+    for round in 1..=ROUNDS {
+        // What following the rules may cost is earned again.
+        thread::sleep(Duration::from_secs(if round == 1 { 2 } else { 10 }));
+        let before = shown(&lab);
+        lab.server.feed("iptables-restore", &rules);
+        let begun = Instant::now();
+        wait_for("all of them shown", SOON, || shown(&lab) >= before + all);
+        took.push(begun.elapsed().as_secs_f64());
+    }
+    let name = format!("{} connections of {sources} sources", sources * each);
+    report::figure(&name, report::quantile(&took, 0.5), "s", target);
+    report::figure("  the slowest", report::quantile(&took, 1.0), "s", Target::None);
+    thread::sleep(Duration::from_secs(1));
+    let tried = (0..sources).step_by(usize::try_from(sources).expect("few").div_ceil(TRIED));
+    let let_in =
+        lab.client.within(|| tried.filter(|it| connect(of(*it), address).is_some()).count());
+    let let_in = f64::from(u32::try_from(let_in).expect("few"));
+    report::figure("  let in beyond the limit", let_in, "", Target::AtMost(0.0));
+    drop((daemon, held));
+}
+
+/// Connections that were shown to their limit so far.
+fn shown(lab: &Lab) -> f64 {
+    let answer = http::ask(&lab.server, "127.0.0.1:9815", "GET /metrics", "").expect("metrics");
+    http::samples(&answer.body)["ctkeep_actions_total{action=\"recount\"}"]
+}
+
+/// From this address; `None` where it is refused.
+fn connect(source: Ipv4Addr, to: SocketAddr) -> Option<TcpStream> {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
+    socket.bind(&SocketAddr::from((source, 0)).into()).expect("its address");
+    let connected = socket.connect_timeout(&to.into(), Duration::from_millis(200));
+    connected.ok().map(|()| socket.into())
+}
