@@ -274,6 +274,24 @@ fn the_mark_is_gone_before_any_other_chain_and_a_flush_changes_nothing() {
     assert_eq!(gain(&lab.peer("198.51.100.8")), 0);
 }
 
+/// Before 5.12 the flush takes the shield's table, which a sweep makes anew.
+#[test]
+fn its_table_is_made_anew_after_a_flush() {
+    if kernel::tables_have_owners() {
+        return;
+    }
+    let Some(lab) = lab() else { return };
+    let _server = lab.serve("[::]:80");
+    let daemon = shielded(&lab);
+    lab.server.run("nft flush ruleset");
+    lab.connlimit(80, LIMIT);
+    wait_for("its table", SOON, || {
+        daemon.logged("the table of the shield is gone, making it anew")
+    });
+    daemon.stop();
+    assert_eq!(gain(&lab.peer(SOURCE)), 0);
+}
+
 #[test]
 fn it_is_there_after_the_link_was_down() {
     let Some((lab, _server, _daemon)) = scene() else { return };
