@@ -527,6 +527,8 @@ fn attack(lab: &Lab) -> Vec<RawConn> {
     let mut conns: Vec<_> = peers.iter().flat_map(|peer| peer.open(80, 50)).collect();
     for conn in &mut conns {
         lab.half_close(conn);
+    }
+    for conn in &mut conns {
         conn.rst(-5);
     }
     conns
@@ -544,6 +546,7 @@ fn is_up(lab: &Lab) -> bool {
 #[test]
 fn by_itself_it_is_raised_with_the_first_defence_level() {
     let Some(lab) = lab() else { return };
+    lab.connlimit(80, 100);
     let _server = lab.serve("0.0.0.0:80");
     let always = shielded(&lab);
     assert!(is_up(&lab));
@@ -571,6 +574,7 @@ fn by_itself_it_is_raised_with_the_first_defence_level() {
 #[ignore = "takes 75 seconds"]
 fn by_itself_it_is_lowered_with_the_defence_level() {
     let Some(lab) = lab() else { return };
+    lab.connlimit(80, 100);
     let _server = lab.serve("0.0.0.0:80");
     let daemon = lab.daemon(CTKEEP, &["--port", "80", "--shield", "auto"]);
     let conns = attack(&lab);
