@@ -411,6 +411,15 @@ mod watched {
     }
 
     #[test]
+    fn it_is_put_back_by_the_next_sweep_where_its_source_opens_a_connection() {
+        let mut world = held();
+        world.pass(SECOND * 5);
+        world.host.borrow_mut().entries.retain(|entry| entry.reply != of(4599));
+        world.keeper.opening([of(4599).dst.addr()]);
+        world.until(|world| world.state(4599).is_some(), SECOND);
+    }
+
+    #[test]
     fn the_end_of_a_socket_is_noticed_by_the_next_sweep() {
         let mut world = held();
         world.pass(SECOND * 5);

@@ -8,7 +8,7 @@ mod scene;
 use std::thread;
 use std::time::Duration;
 
-use lab::{Lab, Peer, RawConn, wait_for};
+use lab::{Lab, Peer, RawConn, holds_within, wait_for};
 use scene::{CLIENT, CTKEEP, Contrast, LIMIT, Limiter, PORT, SOON, Scene, TRIES, contrast};
 use serde_json::Value;
 
@@ -57,6 +57,24 @@ fn assert_forgotten_is_recounted(
 #[test]
 fn entries_deleted_by_hand_are_put_back_and_counted() {
     assert_forgotten_is_recounted(Limiter::Connlimit, &[], delete);
+}
+
+/// A limiter forgets it at that SYN. Each sweep looks at 32 of all as well, hence the others.
+#[test]
+fn a_single_entry_that_is_deleted_is_back_soon_after_its_source_opens_a_connection() {
+    let Some(mut scene) = Scene::new(Limiter::Connlimit) else { return };
+    scene.guard(&["--deep-interval", "10m"]);
+    let conns = scene.half_closed();
+    let mut others: Vec<_> = (100..180)
+        .flat_map(|host| scene.lab.peer(&format!("198.51.100.{host}")).open(PORT, LIMIT))
+        .collect();
+    others.iter_mut().for_each(RawConn::fin);
+    // Until sweeps have named the sources.
+    thread::sleep(Duration::from_secs(3));
+    delete(&scene, conns.get(..1).unwrap_or_default());
+    scene.open(1);
+    let is_back = || conns.first().is_some_and(|conn| scene.lab.entry_state(conn).is_some());
+    assert!(holds_within(Duration::from_millis(1200), is_back), "{}", scene.daemon().log());
 }
 
 #[test]

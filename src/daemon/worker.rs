@@ -334,6 +334,7 @@ impl<'p> Worker<'p> {
         if drained.closing {
             self.keeper.closing();
         }
+        self.keeper.opening(drained.opening.iter().copied());
         if drained.full {
             self.keeper.miss_packets();
             self.keeper.hasten_deep();

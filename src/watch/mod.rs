@@ -9,6 +9,7 @@ pub mod syns;
 mod tracking;
 
 use std::collections::HashSet;
+use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -81,7 +82,7 @@ pub struct Suspect {
 }
 
 /// What came, and what was lost on the way.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Drained {
     /// Packets that our table logged.
     pub logged: u64,
@@ -100,6 +101,8 @@ pub struct Drained {
     pub full: bool,
     /// A connection has begun to close; said once a second.
     pub closing: bool,
+    /// Sources of half-closed connections that open another.
+    pub opening: Vec<IpAddr>,
 }
 
 impl Suspect {

@@ -7,6 +7,7 @@
 //! come through.
 
 use std::collections::HashSet;
+use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -18,7 +19,8 @@ use netlink_sys::protocols::NETLINK_NETFILTER;
 use super::headers::tcp_flow;
 pub use super::nflog_table::CLOSING;
 use super::nflog_table::{
-    self, CLOSING_WORD, FULL, HELD4, HELD6, HURRY, PORTS, QUEUE, TRANSLATED, Watched,
+    self, CLOSING_WORD, FULL, HELD4, HELD6, HOLDERS4, HOLDERS6, HURRY, OPENS, PORTS, QUEUE,
+    TRANSLATED, Watched,
 };
 use super::{Drained, Suspect, tracking};
 use crate::error::{Cause, Op, Result};
@@ -62,6 +64,8 @@ pub struct Watch {
     closing: u32,
     memory: Duration,
     held: HashSet<FourTuple>,
+    /// Whose they are.
+    holders: HashSet<IpAddr>,
     /// The chain is there: its `ct` expressions would switch conntrack on in a namespace that lives
     /// without.
     is_watching: bool,
@@ -112,6 +116,7 @@ impl Watch {
             closing,
             memory,
             held: HashSet::new(),
+            holders: HashSet::new(),
             is_watching: false,
         };
         this.watch()?;
@@ -154,7 +159,7 @@ impl Watch {
     }
 
     /// Logs every FIN and RST of exactly these half-closed connections, seen from the server:
-    /// the table by itself remembers a FIN for a moment only.
+    /// the table by itself remembers a FIN for a moment only; and some SYNs of their peers.
     ///
     /// # Errors
     /// The set is full, or the table is gone.
@@ -172,7 +177,17 @@ impl Watch {
             self.table.add(set, &new)?;
             self.table.remove(set, &old)?;
         }
-        self.held = flows;
+        let holders: HashSet<_> = flows.iter().map(|flow| flow.dst.addr()).collect();
+        for (set, ipv4) in [(HOLDERS4, true), (HOLDERS6, false)] {
+            let keys = |all: &mut dyn Iterator<Item = &IpAddr>| -> Vec<Vec<u8>> {
+                all.filter(|addr| addr.is_ipv4() == ipv4).map(|addr| address_key(*addr)).collect()
+            };
+            let new = keys(&mut holders.difference(&self.holders));
+            let old = keys(&mut self.holders.difference(&holders));
+            self.table.add(set, &new)?;
+            self.table.remove(set, &old)?;
+        }
+        (self.held, self.holders) = (flows, holders);
         Ok(())
     }
 
@@ -195,7 +210,10 @@ impl Watch {
             is_gap |= seq.is_some() && next.is_some() && seq != *next;
             *next = seq.map(|seq| seq.wrapping_add(1));
             drained.closing |= prefix == Prefix::Closing;
-            if matches!(prefix, Prefix::Hurry | Prefix::Closing) {
+            if prefix == Prefix::Opens {
+                drained.opening.extend(flow.map(|flow| flow.src.addr()));
+            }
+            if matches!(prefix, Prefix::Hurry | Prefix::Closing | Prefix::Opens) {
                 return Ok(());
             }
             drained.logged += 1;
@@ -274,6 +292,15 @@ pub enum Prefix {
     Hurry,
     /// A first FIN: something begins to close.
     Closing,
+    /// A SYN of a source that has half-closed connections.
+    Opens,
+}
+
+fn address_key(address: IpAddr) -> Vec<u8> {
+    match address {
+        IpAddr::V4(v4) => v4.octets().to_vec(),
+        IpAddr::V6(v6) => v6.octets().to_vec(),
+    }
 }
 
 impl Prefix {
@@ -284,6 +311,7 @@ impl Prefix {
             Some(Ok(FULL)) => Self::Full,
             Some(Ok(HURRY)) => Self::Hurry,
             Some(Ok(CLOSING_WORD)) => Self::Closing,
+            Some(Ok(OPENS)) => Self::Opens,
             _ => Self::Plain,
         }
     }

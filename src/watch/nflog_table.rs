@@ -20,6 +20,8 @@ use crate::nftables::{ChainSpec, Expr, Field, Header, Hook, SetSpec, TableSpec, 
 pub(super) const PORTS: &str = "ports";
 pub(super) const HELD4: &str = "held4";
 pub(super) const HELD6: &str = "held6";
+pub(super) const HOLDERS4: &str = "holders4";
+pub(super) const HOLDERS6: &str = "holders6";
 const CLOSING4: &str = "closing4";
 const CLOSING6: &str = "closing6";
 /// Sources of packets with SYN, for [`SYN_MEMORY`] from the last one on.
@@ -62,6 +64,11 @@ pub(super) const FULL: &str = "full";
 pub(super) const CLOSING_WORD: &str = "closing";
 /// The word that goes with a SYN that only sends off what waits.
 pub(super) const HURRY: &str = "hurry";
+/// The word that goes with a SYN of a source that has half-closed connections.
+pub(super) const OPENS: &str = "opens";
+/// Those of so many a second lead to looks at what the source has: some ten each, as many as a limit
+/// lets one have.
+const OPENINGS: Expr = Expr::Limit { rate: 50, burst: 50 };
 /// The word that goes with a packet whose destination will be translated.
 pub(super) const TRANSLATED: &str = "translated";
 
@@ -108,6 +115,8 @@ pub(super) fn layout(watched: Watched<'_>) -> TableSpec {
         set(CLOSING6, key::TUPLE_V6, Some(closing), Some(memory)),
         set(HELD4, key::TUPLE_V4, None, None),
         set(HELD6, key::TUPLE_V6, None, None),
+        set(HOLDERS4, &[Field::Ipv4Addr], None, None),
+        set(HOLDERS6, &[Field::Ipv6Addr], None, None),
         set(RESET, &[Field::InetService], Some(RESET_PORTS), Some(RESET_WAITS)),
         set(SYNS4, &[Field::Ipv4Addr], Some(SYN_SOURCES), Some(SYN_MEMORY)),
         set(SYNS6, &[Field::Ipv6Addr], Some(SYN_SOURCES), Some(SYN_MEMORY)),
@@ -127,11 +136,18 @@ fn ordinary(group: u16) -> Vec<Vec<Expr>> {
     let mut rules = vec![
         rule(&[&no_flag(SYN | FIN | RST), &[Expr::Accept]]),
         vec![Expr::L4Proto, Expr::Differs(vec![IPPROTO_TCP]), Expr::Accept],
-        rule(&[
-            &flags(SYN | ACK | FIN | RST, SYN),
-            &[port(), Expr::In(RESET), HURRIES, log(group, Some(HURRY), 1)],
-        ]),
     ];
+    // A limiter forgets what lacks its entry at the next SYN of its source.
+    for family in FAMILIES {
+        let seen = [Expr::In(family.holders), OPENINGS, log(group, Some(OPENS), 1)];
+        let syn = flags(SYN | ACK | FIN | RST, SYN);
+        let source = [Expr::NfProto, Expr::Equals(vec![family.nfproto]), family.source()];
+        rules.push(rule(&[&syn, &source, &seen]));
+    }
+    rules.extend([rule(&[
+        &flags(SYN | ACK | FIN | RST, SYN),
+        &[port(), Expr::In(RESET), HURRIES, log(group, Some(HURRY), 1)],
+    ])]);
     rules.extend(syns());
     // Conntrack does not see these: no entry changes, but one may have to be given back.
     for family in FAMILIES {
@@ -220,6 +236,7 @@ struct Family {
     closing: &'static str,
     held: &'static str,
     syns: &'static str,
+    holders: &'static str,
     load: fn() -> [Expr; 4],
 }
 
@@ -229,6 +246,7 @@ const FAMILIES: [Family; 2] = [
         closing: CLOSING4,
         held: HELD4,
         syns: SYNS4,
+        holders: HOLDERS4,
         load: key::load_v4,
     },
     Family {
@@ -236,6 +254,7 @@ const FAMILIES: [Family; 2] = [
         closing: CLOSING6,
         held: HELD6,
         syns: SYNS6,
+        holders: HOLDERS6,
         load: key::load_v6,
     },
 ];

@@ -2,6 +2,7 @@
 //! that is new, not as it was or gone, and a sample.
 
 use std::collections::HashSet;
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use super::{Keeper, Trigger, Witness};
@@ -57,6 +58,11 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         self.dumps = DUMPS;
     }
 
+    /// These sources have opened connections: the next sweep looks at what else they have.
+    pub fn opening(&mut self, sources: impl IntoIterator<Item = IpAddr>) {
+        self.sources.extend(sources);
+    }
+
     /// These sockets have ended, it is said.
     ///
     /// # Errors
@@ -102,7 +108,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         if std::mem::take(&mut self.suspects_all) {
             self.ledger.look_at_all(now);
         }
-        let sources = std::mem::take(&mut self.hardened);
+        let sources = std::mem::take(&mut self.sources);
         if !sources.is_empty() {
             self.ledger.look_at_sources(&sources, now);
         }

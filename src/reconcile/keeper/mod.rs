@@ -155,8 +155,9 @@ pub struct Keeper<T: Transport = KernelSocket, R: Recount = Recounter> {
     suspects_all: bool,
     /// A look at all of them on suspicion comes no sooner.
     soonest_all: Instant,
-    /// Sources whose half-closed connections are held otherwise from now on.
-    hardened: HashSet<IpAddr>,
+    /// Sources whose watched connections the next sweep looks at: they open others, or are held
+    /// otherwise from now on.
+    sources: HashSet<IpAddr>,
     /// The last shallow sweep.
     round: Instant,
     /// What it has not looked at yet, beside what is due: new sockets, and those that have changed.
@@ -221,7 +222,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             next_dump: now,
             suspects_all: false,
             soonest_all: now,
-            hardened: HashSet::new(),
+            sources: HashSet::new(),
             round: now,
             looks: Vec::new(),
             unaccounted: HashSet::new(),

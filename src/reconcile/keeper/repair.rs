@@ -105,7 +105,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
                     let hardened = self.ledger.pressure().pins_early(source);
                     self.ledger.pressure_mut().repaired(source, now);
                     if !hardened && self.ledger.pressure().pins_early(source) {
-                        self.hardened.insert(source);
+                        self.sources.insert(source);
                     }
                 }
                 again.push(Lookup::from(&socket));
