@@ -255,6 +255,7 @@ fn read_without_end(stop: &AtomicBool) -> f64 {
             aside: States::default(),
             of_members: Vec::new(),
             theirs: HashSet::new(),
+            tracking: None,
         };
         tables.read(reading).expect("a reading");
         count += 1;

@@ -354,6 +354,7 @@ impl Bench {
                 aside: States::default(),
                 of_members: Vec::new(),
                 theirs: HashSet::new(),
+                tracking: None,
             };
             let whole = self.keeper.tables.read(reading).expect("both tables");
             assert_eq!(whole.cookies.len(), GUARDED, "sockets");

@@ -221,3 +221,67 @@ fn with_few_rights_it_works_and_invents_no_figure() {
         assert!(text.contains(" ready "), "{text}");
     }
 }
+
+/// Rules keep the connections in a zone, where the limit looks, and a second entry of each lives on in
+/// the default zone.
+#[test]
+fn of_entries_in_two_zones_the_one_that_the_limit_looks_at_decides() {
+    let by_device = "*raw\n:PREROUTING ACCEPT [0:0]\n:OUTPUT ACCEPT [0:0]\n\
+        -A PREROUTING -i eth0 -p tcp --dport 80 -j CT --zone 1\n\
+        -A OUTPUT -o eth0 -p tcp --sport 80 -j CT --zone 1\nCOMMIT\n";
+    let by_port = "table ip zones {
+        chain pre { type filter hook prerouting priority raw; tcp dport 80 ct zone set 1; }
+        chain out { type filter hook output priority raw; tcp sport 80 ct zone set 1; }
+    }";
+    let admitted = |is_guarded: bool, tool: &str, rules: &str| {
+        let lab = Lab::new()?;
+        lab.server.sysctl("net/netfilter/nf_conntrack_tcp_timeout_close", "60");
+        lab.server.feed(tool, rules);
+        lab.connlimit(80, 3);
+        let _server = lab.serve("0.0.0.0:80");
+        let peer = lab.peer(CLIENT);
+        let mut conns = peer.hold(80, LIMIT);
+        let daemon = is_guarded.then(|| lab.daemon(CTKEEP, &EAGER));
+        for conn in &mut conns {
+            let ports = format!("--sport {} --dport 80", conn.client.port());
+            lab.server.run(&format!(
+                "conntrack -I -p tcp -s {CLIENT} -d 192.0.2.1 {ports} --state ESTABLISHED \
+                 -t 3600 -u SEEN_REPLY,ASSURED"
+            ));
+            conn.fin();
+            assert!(conn.await_ack(), "no ACK for the FIN of {}", conn.client);
+            conn.stale_rst();
+        }
+        let in_zone = |state: &str| {
+            let all = lab.server.output("conntrack -L -w 1 -p tcp --dport 80");
+            all.matches(state).count() == LIMIT
+        };
+        match &daemon {
+            Some(daemon) => wait_for("revive", SOON, || {
+                let log = daemon.log();
+                let of = |conn: &lab::RawConn| format!("{} ", conn.client);
+                let is_told =
+                    |conn| log.lines().any(|l| l.contains("revive") && l.contains(&of(conn)));
+                conns.iter().all(is_told)
+            }),
+            None => wait_for("closed entries", SOON, || in_zone(" CLOSE ")),
+        }
+        let more = (0..LIMIT).map(|_| peer.syn_only(80)).collect();
+        let more = peer.complete(more, Duration::from_secs(3)).len();
+        let report = audit(&lab.server, "--all");
+        let rows = report["connections"].as_array().unwrap().iter();
+        let of_first = |row: &&Value| row["remote"] == conns[0].client.to_string();
+        let row = rows.clone().find(of_first).unwrap();
+        assert_eq!((&row["zone"], &row["other_zones"][0]), (&1.into(), &0.into()), "{report:#}");
+        let first = format!("192.0.2.1:80 {}", conns[0].client);
+        let said = shell(&lab.server, &format!("{CTKEEP} explain {first}; true"));
+        assert!(said.contains("zone 1") && said.contains("zone 0"), "{said}");
+        Some(more)
+    };
+    let ways = [("iptables-nft-restore", by_device), ("nft -f -", by_port)];
+    let Some(without) = admitted(false, ways[0].0, ways[0].1) else { return };
+    assert_eq!(without, LIMIT, "the control");
+    for (tool, rules) in ways {
+        assert_eq!(admitted(true, tool, rules), Some(0), "{rules}");
+    }
+}

@@ -125,7 +125,8 @@ pub fn limiter(limiter: &Limiter, ports: &[u16]) -> Vec<Finding> {
             )
         })
         .collect();
-    if limiter.rules.is_empty() {
+    // What was not read may have one.
+    if limiter.rules.is_empty() && limiter.unread.is_empty() {
         all.push(Finding::warn(
             "no-limit",
             "no connlimit or ct count rule was found",

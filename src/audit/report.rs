@@ -32,6 +32,7 @@ use crate::reconcile::plan::cell;
 use crate::reconcile::policy::{Policy, Scope};
 use crate::reconcile::pressure::Defence;
 use crate::reconcile::snapshot::{Snapshot, View};
+use crate::reconcile::whole::Others;
 use crate::sockdiag::{Lookup, Socket, State, States};
 
 /// What is asked beyond the scope.
@@ -54,6 +55,8 @@ pub struct Connection {
     pub view: View,
     /// How they stand to each other.
     pub class: Class,
+    /// Zones in which it has entries beside that one.
+    pub other_zones: Vec<u16>,
     /// Who holds the socket.
     pub holder: Option<Holder>,
     /// How the shield stands to it; `None` for saved tables.
@@ -229,6 +232,7 @@ impl Report {
             .map(|view| Connection {
                 class: class(&view),
                 holder: holder(&view),
+                other_zones: other_zones(&snapshot.others, view.flow),
                 cover: seen.told.as_ref().map(|told| Coverage::of(told.shield.as_ref(), &view)),
                 view,
             })
@@ -369,6 +373,11 @@ fn listed(source: &Source, asked: &[Answered]) -> Option<Listed> {
     Some(Listed { count: nearest.listed()?, is_full: nearest.is_full() })
 }
 
+/// Zones in which a connection has entries beside the one that is looked at.
+fn other_zones(others: &Others, flow: FourTuple) -> Vec<u16> {
+    others.get(&flow).into_iter().flatten().map(|entry| entry.zone.id()).collect()
+}
+
 fn named(counts: impl IntoIterator<Item = (&'static str, usize)>) -> Value {
     Value::Object(counts.into_iter().map(|(name, n)| (name.to_owned(), n.into())).collect())
 }
@@ -385,6 +394,7 @@ fn connection_json(connection: &Connection) -> Value {
             entry.and_then(|entry| entry.timeout).map(|timeout| timeout.as_secs()),
         "unreplied": entry.map(|_| connection.view.is_unreplied()),
         "zone": entry.map_or(0, |entry| entry.zone.id()),
+        "other_zones": connection.other_zones,
         "class": connection.class.name(),
         "asked": connection.view.entry.filter(|entry| entry.reply == flow && entry.is_translated())
             .map(|entry| entry.orig.dst.to_string()),

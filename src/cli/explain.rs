@@ -90,10 +90,12 @@ pub(super) fn run(args: &Explain) -> Result<Exit> {
             let now = Instant::now();
             Asker::open(&rules, &limiter, &arrivals, now)?.come_what_may().ask(&view, now)
         });
+        let others = around.others.remove(&flow).unwrap_or_default();
         let in_scope = scope.contains(&policy, flow);
         let cover = Coverage::of(daemon.shield.as_ref(), &view);
         Ok(Found {
             view,
+            others,
             cell,
             class,
             verdict,
@@ -119,6 +121,8 @@ pub(super) fn run(args: &Explain) -> Result<Exit> {
 /// All that is known of one connection.
 struct Found {
     view: View,
+    /// Entries that it has in other zones.
+    others: Vec<Entry>,
     cell: Cell,
     class: Class,
     /// What the daemon would do, as far as it can be known outside of it.
@@ -172,6 +176,11 @@ fn to_text(found: &Found) -> String {
         Some(entry) => describe(&entry),
         None => "none".to_owned(),
     };
+    let others: String = found
+        .others
+        .iter()
+        .map(|it| format!("also        {}\n", described_with_zone(it)))
+        .collect();
     let (verdict, reason) = match found.verdict {
         Verdict::Act(kind, reason) => (kind.to_string(), reason.to_string()),
         Verdict::Leave(rest) => ("nothing".to_owned(), rest.to_string()),
@@ -207,6 +216,7 @@ fn to_text(found: &Found) -> String {
          socket      {socket}\n\
          held by     {holder}\n\
          entry       {entry}\n\
+         {others}\
          direction   {}\n\
          counted     {}\n\
          in scope    {}\n\
@@ -268,9 +278,12 @@ fn named(cell: &Cell) -> String {
 }
 
 fn describe(entry: &Entry) -> String {
-    let state = entry.state().map_or("unknown", |state| state.name());
-    let timeout = entry.timeout.map_or(0, |timeout| timeout.as_secs());
-    let mut text = format!("{state}, expires in {timeout} s, {}", entry.orig);
+    // A flow table has an entry without a state.
+    let mut text = entry.state().map_or("in a flow table", |state| state.name()).to_owned();
+    if let Some(timeout) = entry.timeout {
+        text.push_str(&format!(", expires in {} s", timeout.as_secs()));
+    }
+    text.push_str(&format!(", {}", entry.orig));
     if entry.is_translated() {
         text.push_str(&format!(", translated to {}", entry.reply.inverse()));
     }
@@ -284,6 +297,12 @@ fn describe(entry: &Entry) -> String {
         text.push_str(", without its handshake");
     }
     text
+}
+
+/// Of another zone, the default one by its number too.
+fn described_with_zone(entry: &Entry) -> String {
+    let zone = if entry.zone.id() == 0 { ", zone 0" } else { "" };
+    format!("{}{zone}", describe(entry))
 }
 
 fn direction(cell: &Cell) -> &'static str {
@@ -313,6 +332,7 @@ fn to_json(found: &Found) -> serde_json::Value {
         "entry_timeout_seconds":
             view.entry.and_then(|entry| entry.timeout).map(|timeout| timeout.as_secs()),
         "zone": view.entry.map(|entry| entry.zone.id()),
+        "other_zones": found.others.iter().map(|entry| entry.zone.id()).collect::<Vec<_>>(),
         "counted": view.is_counted(),
         "in_scope": in_scope,
         "tracked": cell.tracked,

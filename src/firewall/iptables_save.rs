@@ -109,6 +109,9 @@ impl<'w> Line<'w> {
                         "tcp-reset" => self.end = Some(Step::Verdict(Outcome::Reset)),
                         _ => {}
                     }
+                    if word == "--zone" || word == "--zone-orig" {
+                        self.end = Some(Step::SetZone(self.next().parse().ok()));
+                    }
                 }
                 word => self.option(word, is),
             }

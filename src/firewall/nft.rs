@@ -376,6 +376,19 @@ impl<T: Transport> Machine<'_, T> {
                 let value = self.value(Some(source), 4);
                 self.steps.push(Step::SetCtMark(Some(value)));
             }
+            // Of the answers' direction it is none of a limit's business.
+            let is_of_answers = data.value(NFTA_CT_DIRECTION).and_then(|d| d.first()) == Some(&1);
+            if key == Some(NFT_CT_ZONE) && !is_of_answers {
+                let value = self.value(Some(source), 2);
+                // In the machine's order.
+                let zone = match value.field {
+                    Field::Constant(number) if value.is_plain() => {
+                        u16::try_from(number).ok().map(|it| u16::from_ne_bytes(it.to_be_bytes()))
+                    }
+                    _ => None,
+                };
+                self.steps.push(Step::SetZone(zone));
+            }
             return;
         }
         let original = data.value(NFTA_CT_DIRECTION).and_then(|d| d.first()) == Some(&0);

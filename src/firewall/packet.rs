@@ -85,6 +85,8 @@ pub struct Packet<'s> {
     pub is_seen: bool,
     /// Conntrack keeps an entry of it; `None` where that cannot be told.
     pub is_tracked: Option<bool>,
+    /// The zone that its entry is in; `None` where that cannot be told.
+    pub zone: Option<u16>,
     /// Its mark.
     pub mark: Bits,
     /// The mark of its entry.
@@ -101,6 +103,7 @@ impl<'s> Packet<'s> {
             is_translated: false,
             is_seen: false,
             is_tracked: Some(true),
+            zone: Some(0),
             mark: Bits::unknown(4),
             ct_mark: Bits::number(0, 4),
             written: Vec::new(),

@@ -95,6 +95,8 @@ pub struct Played {
     pub admitted: Option<bool>,
     /// Whether conntrack keeps an entry of it.
     pub tracked: Option<bool>,
+    /// The zone that its entry is in, where that can be told.
+    pub zone: Option<u16>,
     /// The rule that takes it out of conntrack, or may.
     pub notrack: Option<(usize, usize)>,
     /// SYNPROXY answers it.
@@ -154,7 +156,7 @@ impl<'r> Player<'r> {
                 let (is_telling, targets) = match step {
                     Step::Count(_) | Step::Add(_) | Step::Remove(_) => (true, Vec::new()),
                     Step::SetMark(_) | Step::SetCtMark(_) => (true, Vec::new()),
-                    Step::Write(_) | Step::Notrack => (true, Vec::new()),
+                    Step::Write(_) | Step::SetZone(_) | Step::Notrack => (true, Vec::new()),
                     Step::Verdict(outcome) => (*outcome == Outcome::Synproxy, vec![outcome]),
                     Step::Test(Test::In { set, .. }) => (has_limits(set), Vec::new()),
                     Step::Map(_, set) => {
@@ -252,6 +254,7 @@ impl<'r> Player<'r> {
             _ => None,
         };
         run.played.tracked = run.packet.is_tracked;
+        run.played.zone = run.packet.zone;
         run.played
     }
 }
@@ -488,6 +491,10 @@ impl<'r> Run<'_, 'r, '_, '_> {
                     self.packet.written.push((bytes.field, bytes.length));
                     Answer::Yes
                 }
+                Step::SetZone(zone) => {
+                    self.set_zone(*zone, reach.and(passed));
+                    Answer::Yes
+                }
                 Step::Notrack => {
                     self.notrack(chain, index, reach.and(passed));
                     Answer::Yes
@@ -650,6 +657,13 @@ impl<'r> Run<'_, 'r, '_, '_> {
         match value {
             Some(value) if reach == Answer::Yes => value.of(&self.packet).first(4),
             _ => Bits::unknown(4),
+        }
+    }
+
+    /// The first rule that names one decides (`nft_ct_set_zone_eval()`, `xt_ct_target()`).
+    fn set_zone(&mut self, zone: Option<u16>, surely: Answer) {
+        if !self.packet.is_seen && !self.is_proxys && self.packet.zone == Some(0) {
+            self.packet.zone = zone.filter(|_| surely == Answer::Yes);
         }
     }
 

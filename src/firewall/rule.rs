@@ -142,6 +142,8 @@ pub enum Step {
     SetCtMark(Option<Operand>),
     /// These bytes of its headers become others.
     Write(Operand),
+    /// Its entry is in this zone, or in one that cannot be told.
+    SetZone(Option<u16>),
     /// Not tracked.
     Notrack,
     /// Written to a log.

@@ -1,13 +1,17 @@
-//! Which connections the rules keep out of conntrack. Pure.
+//! Which connections the rules keep out of conntrack, and in which zone they keep the others. Pure.
 
 use super::packet::Syn;
 use super::play::Player;
 use super::{Chain, Outcome, Ruleset, Step};
 use crate::flow::Endpoint;
 
-/// Rules of which some keep connections out of conntrack (`notrack`, `CT --notrack`).
+/// Rules of which some keep connections out of conntrack (`notrack`, `CT --notrack`), or in a zone
+/// (`ct zone set`, `CT --zone`).
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Tracking(Ruleset);
+pub struct Tracking {
+    rules: Ruleset,
+    sets_zones: bool,
+}
 
 /// A connection as its peer opened it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,12 +25,14 @@ pub struct Opened {
 }
 
 impl Tracking {
-    /// These rules, where some of them keep connections out of conntrack.
+    /// These rules, where some of them keep connections out of conntrack, or in a zone.
     pub fn of(chains: impl IntoIterator<Item = Chain>) -> Option<Self> {
         let chains: Vec<_> = chains.into_iter().collect();
-        let is_notrack = |chain: &Chain| steps(chain).any(|step| *step == Step::Notrack);
-        let has_some = chains.iter().any(is_notrack);
-        has_some.then(|| Self(Ruleset { chains, unread: Vec::new() }))
+        let any = |wanted: fn(&Step) -> bool| chains.iter().flat_map(steps).any(wanted);
+        let has_notrack = any(|step| *step == Step::Notrack);
+        let sets_zones = any(|step| matches!(step, Step::SetZone(_)));
+        let rules = Ruleset { chains, unread: Vec::new() };
+        (has_notrack || sets_zones).then_some(Self { rules, sets_zones })
     }
 
     /// Whether conntrack has an entry of each of these connections, by their SYNs; `None` where that
@@ -35,23 +41,72 @@ impl Tracking {
         &self,
         connections: impl IntoIterator<Item = Opened>,
     ) -> impl Iterator<Item = Option<bool>> {
-        let player = Player::new(&self.0);
-        connections.into_iter().map(move |Opened { peer, asked, socket }| {
-            let source_port = Some(peer.port());
-            let syn = Syn { source_port, asked, ..Syn::new(peer.addr(), socket) };
-            let played = player.limits(&syn);
+        let player = Player::new(&self.rules);
+        connections.into_iter().map(move |opened| {
+            let played = player.limits(&opened.syn());
             // Its SYN is none of conntrack's; the connection that SYNPROXY opens behind it is.
             if played.is_synproxied { Some(true) } else { played.tracked }
         })
+    }
+
+    /// Finds the zones of connections; `None` where no rule sets any.
+    pub fn zones(&self) -> Option<Zones<'_>> {
+        self.sets_zones.then(|| Zones(Player::new(&self.rules)))
+    }
+}
+
+/// Rules that set zones.
+#[derive(Clone, Debug)]
+pub struct Zones<'r>(Player<'r>);
+
+impl Zones<'_> {
+    /// The zone that conntrack keeps a connection in, seen from the client; `None` where that cannot
+    /// be told.
+    pub fn of(&self, opened: Opened) -> Option<u16> {
+        self.0.limits(&opened.syn()).zone
+    }
+}
+
+impl Opened {
+    fn syn(self) -> Syn {
+        let Self { peer, asked, socket } = self;
+        Syn { source_port: Some(peer.port()), asked, ..Syn::new(peer.addr(), socket) }
     }
 }
 
 /// Whether a chain bears on what conntrack sees.
 pub(super) fn bears_on_tracking(chain: &Chain) -> bool {
     let proxies = Step::Verdict(Outcome::Synproxy);
-    steps(chain).any(|step| *step == Step::Notrack || *step == proxies)
+    steps(chain).any(|it| *it == Step::Notrack || *it == proxies || matches!(it, Step::SetZone(_)))
 }
 
 fn steps(chain: &Chain) -> impl Iterator<Item = &Step> {
     chain.rules.iter().flat_map(|rule| &rule.steps)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::firewall::{Family, parse_saved};
+
+    #[test]
+    fn the_zone_is_that_of_the_first_rule_that_names_one() {
+        let rules = "*raw\n:PREROUTING ACCEPT [0:0]\n\
+            -A PREROUTING -s 198.51.100.9/32 -j CT --zone 7\n\
+            -A PREROUTING -p tcp -m tcp --dport 80 -j CT --zone 5\n\
+            -A PREROUTING -p tcp -m tcp --dport 81 -j CT --zone-reply 6\n\
+            -A PREROUTING -p tcp -m tcp --dport 82 -j CT --zone mark\n\
+            -A PREROUTING -i eth0 -p tcp -m tcp --dport 83 -j CT --zone 8\n\
+            -A PREROUTING -j CT --zone 9\nCOMMIT\n";
+        let tracking = Tracking::of(parse_saved(rules, Family::Ip)).expect("zones");
+        let zones = tracking.zones().expect("zones");
+        let of = |peer: &str, port: u16| {
+            let peer = Endpoint::new(peer.parse().expect("an address"), 4000);
+            let socket = Endpoint::new([192, 0, 2, 1].into(), port);
+            zones.of(Opened { peer, asked: socket, socket })
+        };
+        assert_eq!((of("198.51.100.9", 80), of("198.51.100.7", 80)), (Some(7), Some(5)));
+        assert_eq!((of("198.51.100.7", 81), of("198.51.100.7", 82)), (Some(9), None));
+        assert_eq!(of("198.51.100.7", 83), None, "by which device is not known");
+    }
 }

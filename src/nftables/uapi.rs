@@ -131,6 +131,7 @@ pub(crate) const NFT_CT_L3PROTOCOL: u32 = 7;
 pub(crate) const NFT_CT_PROTOCOL: u32 = 10;
 pub(crate) const NFT_CT_PROTO_SRC: u32 = 11;
 pub(crate) const NFT_CT_PROTO_DST: u32 = 12;
+pub(crate) const NFT_CT_ZONE: u32 = 17;
 pub(crate) const NFT_CT_SRC_IP: u32 = 19;
 pub(crate) const NFT_CT_DST_IP: u32 = 20;
 pub(crate) const NFT_CT_SRC_IP6: u32 = 21;

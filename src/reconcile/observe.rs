@@ -9,6 +9,7 @@ use super::evidence::Arrival;
 use super::ledger::Ledger;
 use super::policy::{Policy, Scope};
 use super::snapshot::{Snapshot, View};
+use super::whole::rank;
 use crate::conntrack::{Conntrack, Entry, Zone};
 use crate::error::Result;
 use crate::firewall::Ruleset;
@@ -191,11 +192,13 @@ impl<T: Transport> Tables<T> {
         zones: impl IntoIterator<Item = Zone>,
     ) -> Result<Vec<Option<Entry>>> {
         let mut found: Vec<Option<Entry>> = vec![None; connections.len()];
+        let rules = self.tracking.as_deref().and_then(Tracking::zones);
         for zone in zones {
+            // Where rules set zones another entry may be the one that a limit looks at.
             let missing: Vec<usize> = found
                 .iter()
                 .enumerate()
-                .filter_map(|(index, entry)| entry.is_none().then_some(index))
+                .filter_map(|(index, entry)| (entry.is_none() || rules.is_some()).then_some(index))
                 .collect();
             let keys: Vec<(FourTuple, Zone)> = missing
                 .iter()
@@ -203,8 +206,12 @@ impl<T: Transport> Tables<T> {
                 .map(|lookup| (lookup.flow, zone))
                 .collect();
             for (index, entry) in missing.into_iter().zip(self.conntrack.get(&keys)?) {
-                if let Some(slot) = found.get_mut(index) {
-                    *slot = entry;
+                let lookup = connections.get(index);
+                if let (Some(slot), Some(lookup)) = (found.get_mut(index), lookup) {
+                    let worth = |entry: &Entry| rank(lookup.flow, entry, rules.as_ref());
+                    if slot.is_none() || slot.as_ref().map(worth) < entry.as_ref().map(worth) {
+                        *slot = entry;
+                    }
                 }
             }
         }

@@ -1,5 +1,6 @@
 //! What both tables say about each connection, as plain values.
 
+use std::collections::HashMap;
 use std::ops::Range;
 use std::time::Duration;
 
@@ -72,7 +73,11 @@ impl View {
 
     /// Whether a limiter counts the entry for the peer.
     pub fn is_counted(&self) -> bool {
-        matches!(self.entry_side(), Some((Direction::FromPeer, state)) if state.is_counted())
+        match self.entry_side() {
+            Some((direction, state)) => direction == Direction::FromPeer && state.is_counted(),
+            // A flow table has it: what it shows no state of is established to the limiter.
+            None => self.entry.is_some_and(|entry| entry.reply == self.flow),
+        }
     }
 }
 
@@ -227,6 +232,8 @@ pub struct Snapshot {
     pub over: u64,
     /// What they show of each other.
     pub evidence: Evidence,
+    /// Entries that their connections have in other zones, of those that have a socket.
+    pub others: HashMap<FourTuple, Vec<Entry>>,
 }
 
 impl Snapshot {
@@ -237,7 +244,7 @@ impl Snapshot {
 
     pub(super) fn of(views: Views) -> Self {
         let evidence = Evidence::of(&views);
-        Self { views, over: 0, evidence }
+        Self { views, evidence, ..Self::default() }
     }
 }
 

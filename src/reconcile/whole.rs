@@ -4,6 +4,7 @@
 use std::cmp::Reverse;
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use super::evidence::{Evidence, Shown};
 use super::observe::Tables;
@@ -11,6 +12,7 @@ use super::policy::{Policy, Scope};
 use super::snapshot::{Direction, Snapshot, View, Views};
 use crate::conntrack::{Entry, Filter, Zone};
 use crate::error::Result;
+use crate::firewall::tracking::{Opened, Tracking, Zones};
 use crate::flow::{AF_INET, AF_INET6, FourTuple};
 use crate::netlink::Transport;
 use crate::rtnetlink::route::Routes;
@@ -57,6 +59,8 @@ pub struct Reading {
     pub of_members: Vec<Socket>,
     /// Addresses of theirs.
     pub theirs: HashSet<IpAddr>,
+    /// Rules that say in which zone connections are.
+    pub tracking: Option<Arc<Tracking>>,
 }
 
 /// Both tables, as a deep sweep wants them.
@@ -92,7 +96,8 @@ impl<T: Transport> Tables<T> {
     /// # Errors
     /// As [`Tables::whole`].
     pub fn read(&mut self, reading: Reading) -> Result<Whole> {
-        let Reading { by, scope, policy, aside, of_members, theirs } = reading;
+        let Reading { by, scope, policy, aside, of_members, theirs, tracking } = reading;
+        self.tracking = tracking;
         if self.sockets.members().len() == 0 {
             self.sockets.know_addresses(theirs);
         }
@@ -122,7 +127,9 @@ impl<T: Transport> Tables<T> {
         policy: &Policy,
         over: Over,
     ) -> Result<Snapshot> {
-        let mut joined = Joined::of(sockets, scope, policy, over);
+        let tracking = self.tracking.clone();
+        let zones = tracking.as_deref().and_then(Tracking::zones);
+        let mut joined = Joined { zones, ..Joined::of(sockets, scope, policy, over) };
         let mut homes = HashMap::new();
         let mut refused = None;
         let Self { conntrack, sockets: diag, homes: routes, .. } = self;
@@ -202,6 +209,7 @@ struct Joined<'a> {
     scope: &'a Scope,
     policy: &'a Policy,
     over: Over,
+    zones: Option<Zones<'a>>,
     /// Those with sockets.
     views: Views,
     by_flow: HashMap<FourTuple, usize>,
@@ -210,7 +218,11 @@ struct Joined<'a> {
     number: u64,
     evidence: Evidence,
     last: Option<Shown>,
+    others: Others,
 }
+
+/// Entries of connections that have another one, in another zone.
+pub type Others = HashMap<FourTuple, Vec<Entry>>;
 
 impl<'a> Joined<'a> {
     fn of(
@@ -229,7 +241,19 @@ impl<'a> Joined<'a> {
             by_flow.entry(view.flow).or_insert(index);
         }
         let (orphans, evidence) = (Views::default(), Evidence::default());
-        Self { scope, policy, over, views, by_flow, orphans, number: 0, evidence, last: None }
+        Self {
+            scope,
+            policy,
+            over,
+            zones: None,
+            views,
+            by_flow,
+            orphans,
+            number: 0,
+            evidence,
+            last: None,
+            others: Others::new(),
+        }
     }
 
     /// One entry more; `is_here` is asked about connections without a socket.
@@ -240,9 +264,15 @@ impl<'a> Joined<'a> {
             let index = self.by_flow.get(&flow).copied();
             if let Some((index, view)) = index.and_then(|it| Some((it, self.views.get(it)?))) {
                 is_orphan = false;
-                if view.entry.is_none_or(|kept| rank(flow, &kept) < rank(flow, entry)) {
+                let Some(kept) = view.entry else {
                     self.views.set(index, View { entry: Some(*entry), ..view });
-                }
+                    continue;
+                };
+                let zones = self.zones.as_ref();
+                let is_worth_more = rank(flow, &kept, zones) < rank(flow, entry, zones);
+                let (one, other) = if is_worth_more { (*entry, kept) } else { (kept, *entry) };
+                self.views.set(index, View { entry: Some(one), ..view });
+                self.others.entry(flow).or_default().push(other);
             }
         }
         for flow in places.into_iter().flatten().filter(|flow| is_orphan && is_here(*flow)) {
@@ -257,15 +287,25 @@ impl<'a> Joined<'a> {
     }
 
     fn end(self) -> Snapshot {
-        let Self { mut views, mut orphans, number, mut evidence, mut last, by_flow, .. } = self;
+        let Self {
+            mut views,
+            mut orphans,
+            number,
+            mut evidence,
+            mut last,
+            by_flow,
+            others,
+            zones,
+            ..
+        } = self;
         drop(by_flow);
         // In the order of the connections, and the one of two that a limiter counts first.
-        let worth = |view: &View| view.entry.map(|entry| rank(view.flow, &entry));
+        let worth = |view: &View| view.entry.map(|entry| rank(view.flow, &entry, zones.as_ref()));
         orphans.sort_by_key(|view| (view.flow, Reverse(worth(view))));
         orphans.dedup();
         views.append(orphans);
         views.iter().for_each(|view| evidence.see(&view, &mut last));
-        Snapshot { views, over: number, evidence }
+        Snapshot { views, over: number, evidence, others }
     }
 }
 
@@ -295,9 +335,17 @@ fn places(entry: &Entry, scope: &Scope, policy: &Policy) -> [Option<FourTuple>; 
     [entry.reply, entry.orig].map(|flow| scope.contains(policy, flow).then_some(flow))
 }
 
-/// Where two zones have an entry of one connection: the one that a limiter counts is worth most.
-fn rank(flow: FourTuple, entry: &Entry) -> (bool, bool) {
+/// Where two zones have an entry of one connection: which is worth most. One that runs the right way;
+/// the one in the zone that the rules keep the connection in, since a limit looks there; one that has
+/// seen the handshake, as the limit has; one that a limit counts.
+pub(super) fn rank(
+    flow: FourTuple,
+    entry: &Entry,
+    zones: Option<&Zones<'_>>,
+) -> (bool, bool, bool, bool) {
     let view = View { flow, socket: None, entry: Some(*entry) };
     let right_way = matches!(view.entry_side(), Some((Direction::FromPeer, _)));
-    (right_way, view.is_counted())
+    let opened = Opened { peer: flow.dst, asked: entry.orig.dst, socket: flow.src };
+    let zone = zones.filter(|_| right_way).and_then(|zones| zones.of(opened));
+    (right_way, zone == Some(entry.zone.orig), !entry.is_picked_up(), view.is_counted())
 }

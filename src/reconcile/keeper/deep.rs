@@ -226,6 +226,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             aside: self.aside,
             of_members,
             theirs: self.tables.sockets.addresses_of_members(),
+            tracking: self.tables.tracking.clone(),
         }
     }
 
