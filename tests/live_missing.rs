@@ -460,9 +460,10 @@ fn idle_connections_are_kept_however_soon_the_kernel_forgets() {
     assert_eq!(result, Contrast { without: (LIMIT, false, false), with: (0, true, false) });
 }
 
-/// A cron job that deletes entries is said to be at work, once a minute; it makes nobody an attacker.
+/// A cron job that deletes entries is said to be at work, once a minute, and so is one that changes
+/// rules; it makes nobody an attacker.
 #[test]
-fn entries_that_others_delete_are_put_back_and_said_once_a_minute() {
+fn what_others_do_to_entries_and_rules_is_put_right_and_said_once_a_minute() {
     let Some(mut scene) = Scene::new(Limiter::Connlimit) else { return };
     scene.guard(&[]);
     let conns = scene.half_closed();
@@ -484,4 +485,12 @@ fn entries_that_others_delete_are_put_back_and_said_once_a_minute() {
     let log = scene.daemon().log();
     assert_eq!(said(&scene), 1, "{log}");
     assert!(!log.contains("defence level changed"), "{log}");
+    // The same of rules.
+    let changes = "somebody else changes the firewall's rules";
+    assert!(!log.contains(changes), "{log}");
+    for port in 1..4 {
+        scene.lab.server.run(&format!("iptables -A INPUT -p udp --dport {port} -j DROP"));
+    }
+    wait_for("a line", SOON, || scene.daemon().logged(changes));
+    assert_eq!(scene.daemon().log().matches(changes).count(), 1);
 }

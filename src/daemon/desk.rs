@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::control::Control;
-use super::log::{Deleted, Lines, line};
+use super::log::{ByOthers, Lines, line};
 use super::{Foundation, Live, ShieldMode};
 use crate::audit::survey::{Survey, SweepResult};
 use crate::error::Result;
@@ -32,7 +32,8 @@ pub(super) struct Desk<'p> {
     shield_is_wanted: bool,
     pub(super) share: GuardMetrics,
     lines: Lines,
-    deleted: Deleted,
+    deleted: ByOthers,
+    changed: ByOthers,
     /// The figures of the deep sweep under way.
     pub(super) survey: Option<Survey>,
 }
@@ -57,7 +58,8 @@ impl<'p> Desk<'p> {
             shield_is_wanted: false,
             share,
             lines: Lines::new(Instant::now()),
-            deleted: Deleted::default(),
+            deleted: ByOthers::default(),
+            changed: ByOthers::default(),
             survey: None,
         };
         this.publish_receive_buffer();
@@ -211,6 +213,11 @@ impl<'p> Desk<'p> {
         }
     }
 
+    /// Others have changed rules.
+    pub(super) fn rules_changed(&mut self) {
+        self.changed.note();
+    }
+
     /// Logs and counts limits that have lost their lists.
     pub(super) fn limits_lost(&mut self, anew: &[Anew]) {
         for Anew { rule, loss } in anew {
@@ -276,6 +283,13 @@ impl<'p> Desk<'p> {
     /// Once a second: of which log lines there were too many to write each.
     pub(super) fn sum_up(&mut self) {
         let now = Instant::now();
+        if let Some(changes) = self.changed.take_due(now) {
+            tracing::info!(
+                changes,
+                "somebody else changes the firewall's rules: a limit that lost its list by it is shown \
+                 what is open"
+            );
+        }
         if let Some(entries) = self.deleted.take_due(now) {
             tracing::warn!(
                 entries,

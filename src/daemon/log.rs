@@ -55,17 +55,17 @@ impl Lines {
     }
 }
 
-/// How often it is said that others delete entries: a cron job does so for as long as it is there.
+/// How often it is said what others do: a cron job does so for as long as it is there.
 const MINUTE: Duration = Duration::from_secs(60);
 
-/// Entries of open connections that others have deleted.
+/// What others do beside us: entries of open connections that they delete, rules that they change.
 #[derive(Debug, Default)]
-pub(super) struct Deleted {
+pub(super) struct ByOthers {
     said: Option<Instant>,
     count: u64,
 }
 
-impl Deleted {
+impl ByOthers {
     /// One more.
     pub(super) fn note(&mut self) {
         self.count += 1;
@@ -87,9 +87,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_others_delete_is_summed_up_once_a_minute() {
+    fn what_others_do_is_summed_up_once_a_minute() {
         let begun = Instant::now();
-        let mut deleted = Deleted::default();
+        let mut deleted = ByOthers::default();
         assert_eq!(deleted.take_due(begun), None);
         (0..3).for_each(|_| deleted.note());
         assert_eq!(deleted.take_due(begun), Some(3), "the first at once");

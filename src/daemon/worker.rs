@@ -251,6 +251,7 @@ impl<'p> Worker<'p> {
         }
         let looked = rules.look(Instant::now());
         if looked.is_some() {
+            self.desk.rules_changed();
             self.keeper.know_limits(rules.limits().cloned());
             self.keeper.know_all_limits(rules.all_limits());
             self.keeper.tables.tracking = rules.tracking();

@@ -462,7 +462,11 @@ impl<'r> Walk<'_, 'r, '_> {
                 Step::Note(what) => {
                     self.witness(chain, rule, &matches, Sight::Memory((*what).to_owned()));
                 }
-                Step::Remove(_) | Step::SetMark(_) | Step::SetCtMark(_) | Step::Write(_) | Step::SetZone(_) => {}
+                Step::Remove(_)
+                | Step::SetMark(_)
+                | Step::SetCtMark(_)
+                | Step::Write(_)
+                | Step::SetZone(_) => {}
             }
         }
         false

@@ -43,7 +43,8 @@ pub(super) fn matches(name: &str, info: &[u8], ipv4: bool) -> Vec<Step> {
 /// A target by its name and info blob.
 pub(super) fn target(name: &str, info: &[u8], ipv4: bool) -> Vec<Step> {
     const XT_CT_NOTRACK: u16 = 1;
-<<<<<<< HEAD
+    const ZONE_OF_ANSWERS: u16 = 1 << 3;
+    const ZONE_BY_MARK: u16 = 1 << 4;
     const IPT_TCP_RESET: u32 = 7;
     const IP6T_TCP_RESET: u32 = 6;
     // struct ipt_reject_info { with }
@@ -51,18 +52,12 @@ pub(super) fn target(name: &str, info: &[u8], ipv4: bool) -> Vec<Step> {
     if name == "REJECT" && word(info, 0) == Some(reset) {
         return vec![Step::Verdict(Outcome::Reset)];
     }
-    // struct xt_ct_target_info { flags, ... }
-    let is_notrack = name == "CT" && half(info, 0).unwrap_or(0) & XT_CT_NOTRACK != 0;
-=======
-    const ZONE_OF_ANSWERS: u16 = 1 << 3;
-    const ZONE_BY_MARK: u16 = 1 << 4;
     // struct xt_ct_target_info { flags, zone, ... }
     let (flags, zone) = (half(info, 0).unwrap_or(0), half(info, 2).unwrap_or(0));
     if name == "CT" && (zone != 0 || flags & ZONE_BY_MARK != 0) && flags & ZONE_OF_ANSWERS == 0 {
         return vec![Step::SetZone(Some(zone).filter(|_| flags & ZONE_BY_MARK == 0))];
     }
     let is_notrack = name == "CT" && flags & XT_CT_NOTRACK != 0;
->>>>>>> 74c9304 (reconcile: of entries in two zones the one that the limit looks at decides)
     named_target(if is_notrack { "NOTRACK" } else { name }).into_iter().collect()
 }
 
