@@ -32,7 +32,7 @@ use crate::reconcile::plan::cell;
 use crate::reconcile::policy::{Policy, Scope};
 use crate::reconcile::pressure::Defence;
 use crate::reconcile::snapshot::{Snapshot, View};
-use crate::reconcile::whole::Others;
+use crate::reconcile::whole::{Others, Over};
 use crate::sockdiag::{Lookup, Socket, State, States};
 
 /// What is asked beyond the scope.
@@ -112,8 +112,9 @@ impl Seen {
         tables.follow_tracking(&rules);
         let listeners = tables.sockets.listeners()?;
         let mut scope = policy.scope(&listeners);
-        scope.ports.extend(tables.served_without_listener(&scope, policy)?);
-        let mut snapshot = tables.whole(&scope, policy, States::connected())?;
+        let sockets = tables.sockets.sockets(States::connected())?;
+        scope.ports.extend(tables.served_without_listener(&sockets, &scope, policy)?);
+        let mut snapshot = tables.with_entries(sockets, &scope, policy, Over::Each)?;
         let mut ledger = Ledger::new(Defence::Auto, policy.zone);
         ledger.note(&snapshot);
         tables.play(&mut snapshot, &ledger);

@@ -26,6 +26,7 @@ use crate::reconcile::observe::Tables;
 use crate::reconcile::plan::{Cell, Verdict, cell, verdict};
 use crate::reconcile::pressure::Defence;
 use crate::reconcile::snapshot::{Direction, Snapshot, View};
+use crate::reconcile::whole::Over;
 use crate::sockdiag::{Lookup, States};
 
 pub(super) fn run(args: &Explain) -> Result<Exit> {
@@ -44,12 +45,12 @@ pub(super) fn run(args: &Explain) -> Result<Exit> {
         let rules = Ruleset::read();
         tables.follow_tracking(&rules);
         let mut scope = tables.scope(&policy)?;
-        scope.ports.extend(tables.served_without_listener(&scope, &policy)?);
+        let sockets = tables.sockets.sockets(States::open())?;
+        scope.ports.extend(tables.served_without_listener(&sockets, &scope, &policy)?);
         // Siblings of the same port tell whether it is tracked, and in which zones.
         let mut siblings = scope.clone();
         siblings.ports = std::iter::once(flow.src.port()).collect();
-        let open = States::open();
-        let mut around = tables.whole(&siblings, &policy, open)?;
+        let mut around = tables.with_entries(sockets, &siblings, &policy, Over::Each)?;
         let mut ledger = Ledger::new(Defence::Auto, policy.zone);
         ledger.note(&around);
         let interface = around

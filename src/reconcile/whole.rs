@@ -120,7 +120,10 @@ impl<T: Transport> Tables<T> {
     }
 
     /// These sockets and all entries of the scope.
-    fn with_entries(
+    ///
+    /// # Errors
+    /// As [`Tables::whole`].
+    pub fn with_entries(
         &mut self,
         sockets: Vec<Socket>,
         scope: &Scope,

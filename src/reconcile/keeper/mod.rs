@@ -192,8 +192,12 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         random: fn() -> u64,
     ) -> Result<Self> {
         let mut scope = tables.scope(&settings.policy)?;
+        let open = match settings.policy.ports.is_empty() {
+            true => tables.sockets.sockets(settings.policy.states)?,
+            false => Vec::new(),
+        };
         // Of a listener that ended before this life began.
-        let former_listeners = tables.served_without_listener(&scope, &settings.policy)?;
+        let former_listeners = tables.served_without_listener(&open, &scope, &settings.policy)?;
         scope.ports.extend(&former_listeners);
         let ledger = Ledger::new(defence, settings.policy.zone);
         let mut timers = Timers::default();
