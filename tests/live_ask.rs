@@ -322,7 +322,7 @@ fn no_honest_syn_is_refused_since_a_limit_was_asked_whether_it_is_full() {
         });
         let (mut opened, mut refused) = (0, 0);
         // The server keeps a descriptor of each.
-        while !is_over.load(Ordering::Relaxed) && opened < 500 {
+        while !is_over.load(Ordering::Relaxed) && opened < questions.max(500) {
             // A list is swept once a jiffy: until then it has the one before, too.
             thread::sleep(Duration::from_millis(20));
             match honest.open_promptly(80, 1).pop() {

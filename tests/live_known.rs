@@ -299,3 +299,36 @@ fn a_repair_behind_the_next_syn_is_shown_to_the_limit() {
     assert!(stamps > LIMIT + 1, "{stamps}");
     assert_eq!(admitted, 0);
 }
+
+/// Three connections of a source that no list has, closed and brought back; what is logged of them.
+fn log_of_a_repair(rules: &str, awaited: &str) -> Option<String> {
+    let lab = Lab::new()?;
+    lab.server.feed("nft -f -", rules);
+    // Without any rule of its kind conntrack does not work in a namespace.
+    lab.server
+        .feed("iptables-restore", &input(&["INPUT -m conntrack --ctstate RELATED -j ACCEPT"]));
+    let _server = lab.serve("[::]:80");
+    let _others = ["198.51.100.8", "198.51.100.9"].map(|source| lab.peer(source).hold(80, 1));
+    let peer = lab.peer(CLIENT);
+    let mut conns = peer.hold(80, LIMIT);
+    conns.iter_mut().for_each(|conn| lab.half_close(conn));
+    let daemon = lab.daemon(PROGRAM, &["--shield", "off"]);
+    conns.iter().for_each(RawConn::stale_rst);
+    wait_for(awaited, SOON, || daemon.logged(awaited));
+    thread::sleep(Duration::from_millis(500));
+    Some(daemon.log())
+}
+
+#[test]
+fn what_a_full_set_has_no_room_for_is_not_called_recounted() {
+    let full = include_str!("cases/set-full.nft");
+    let Some(log) = log_of_a_repair(full, "the limit does not count them") else { return };
+    assert!(!log.contains(" recounted"), "{log}");
+}
+
+#[test]
+fn what_a_limit_that_is_switched_off_is_for_is_not_called_recounted() {
+    let dormant = include_str!("cases/dormant.nft");
+    let Some(log) = log_of_a_repair(dormant, "action=\"revive\"") else { return };
+    assert!(!log.contains(" recounted"), "{log}");
+}
