@@ -20,6 +20,7 @@
 //! - [`reconcile`]: observe, plan (pure), confirm by exact look-up, apply; the ledger of what is
 //!   held.
 //! - [`audit`]: the report of one look. [`doctor`]: whether this host is set up so that limits work.
+//! - [`top`]: the live table of who holds what.
 //! - [`overload`]: sets of sources that hold too much. [`kill`]: closes sockets that the administrator names.
 //! - [`metrics`]: what the daemon publishes, and how.
 //! - [`daemon`] and [`cli`]: a worker for each namespace, and the commands.
@@ -44,6 +45,7 @@ pub mod recount;
 pub mod rtnetlink;
 pub mod shield;
 pub mod sockdiag;
+pub mod top;
 pub mod watch;
 
 pub use error::{Cause, Error, Op, Result};

@@ -17,14 +17,14 @@ const LAYERS: [&[&str]; 11] = [
     &["firewall", "watch", "shield", "recount", "containers", "overload"],
     &["reconcile"],
     &["audit"],
-    &["doctor", "kill"],
+    &["doctor", "kill", "top"],
     &["metrics"],
     &["daemon"],
     &["cli"],
 ];
 
 /// Values and decisions: no clock, no I/O, no log.
-const PURE: [&str; 23] = [
+const PURE: [&str; 27] = [
     "flow.rs",
     "audit/survey.rs",
     "conntrack/decode.rs",
@@ -41,6 +41,10 @@ const PURE: [&str; 23] = [
     "firewall/value.rs",
     "firewall/xt.rs",
     "kill/choose.rs",
+    "top/filter.rs",
+    "top/frame.rs",
+    "top/model.rs",
+    "top/rows.rs",
     "sockdiag/decode.rs",
     "sockdiag/silence.rs",
     "sockdiag/socket.rs",
@@ -74,12 +78,13 @@ const IMPURE: [&str; 19] = [
 ];
 
 /// Crates that only these modules may use.
-const RESERVED: [(&str, &[&str]); 6] = [
+const RESERVED: [(&str, &[&str]); 7] = [
     ("aya", &["shield"]),
     ("tokio", &["daemon", "metrics"]),
     ("hyper", &["metrics"]),
     ("prometheus_client", &["metrics"]),
     ("clap", &["cli"]),
+    ("crossterm", &["top"]),
     ("comfy_table", &["cli"]),
 ];
 

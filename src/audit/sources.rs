@@ -99,7 +99,8 @@ impl Load {
 }
 
 impl Measure<'_> {
-    fn net(&self, addr: IpAddr) -> IpNet {
+    /// The source that an address belongs to.
+    pub fn net(&self, addr: IpAddr) -> IpNet {
         network(addr, if addr.is_ipv4() { self.mask } else { self.mask6 })
     }
 }

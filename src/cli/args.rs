@@ -2,6 +2,7 @@
 
 mod kill;
 mod overload;
+mod top;
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
@@ -25,6 +26,7 @@ use crate::sockdiag::State;
 use crate::watch::EventSource;
 
 pub(super) use kill::Kill;
+pub(super) use top::Top;
 
 /// Keeps half-closed TCP connections counted: makes conntrack, and with it connlimit and
 /// `ct count`, follow the kernel's sockets.
@@ -53,6 +55,8 @@ pub(super) enum Command {
     Explain(Explain),
     /// Examine whether this host is set up so that limits work; changes nothing
     Doctor(Doctor),
+    /// Show live who holds what: sources, their sockets, what limits count of them
+    Top(Top),
     /// Close sockets by state, age, source, port, process or container; prints which, unless --yes
     Kill(Kill),
     /// Check a configuration file as run reads it; changes nothing

@@ -17,8 +17,19 @@ use crate::error::Error;
 
 /// What is said on the command line only: a question to a limit is a packet, and a file names no other
 /// file.
-pub(super) const NEVER_IN_FILE: [&str; 6] =
-    ["ask", "config", "conntrack", "help", "sockets", "version"];
+pub(super) const NEVER_IN_FILE: [&str; 11] = [
+    "ask",
+    "config",
+    "conntrack",
+    "filter",
+    "fold",
+    "help",
+    "interval",
+    "once",
+    "sockets",
+    "sort",
+    "version",
+];
 
 /// Why there are no arguments to work with.
 pub(super) enum Failure {

@@ -13,6 +13,7 @@ mod reconcile;
 mod recount;
 pub mod report;
 mod run;
+mod top;
 
 use std::ffi::OsString;
 use std::fmt::Debug;
@@ -102,6 +103,7 @@ fn dispatch(command: Command) -> Result<Exit> {
         Command::Run(args) => run::run(args),
         Command::Explain(args) => explain::run(&args),
         Command::Doctor(args) => doctor::run(&args),
+        Command::Top(args) => top::run(&args),
         Command::Kill(args) => kill::run(&args),
         Command::Check(args) => run::check(&args),
         Command::Completions(args) => manual::completions(&args),

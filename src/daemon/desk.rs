@@ -1,8 +1,9 @@
 //! Beside the keeper of one worker: the event source, the shield, the log and the metrics.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::control::Control;
 use super::log::{ByOthers, Lines, line};
@@ -21,6 +22,12 @@ use crate::sockdiag::Socket;
 use crate::watch::syns::Syns;
 use crate::watch::{Drained, Events, Wanted, nflog};
 
+/// Repairs that are remembered for [`Desk::repairs`]: as many as an attack has in a minute, in a
+/// megabyte or two.
+const REPAIRS: usize = 65_536;
+/// For so long.
+const MINUTE: Duration = Duration::from_secs(60);
+
 pub(super) struct Desk<'p> {
     pub(super) foundation: Arc<Foundation>,
     pub(super) live: Arc<Live>,
@@ -32,6 +39,8 @@ pub(super) struct Desk<'p> {
     shield_is_wanted: bool,
     pub(super) share: GuardMetrics,
     lines: Lines,
+    /// When connections of which peer were repaired, of the last minute; bounded by [`REPAIRS`].
+    repairs: VecDeque<(Instant, IpAddr)>,
     deleted: ByOthers,
     changed: ByOthers,
     /// The figures of the deep sweep under way.
@@ -58,6 +67,7 @@ impl<'p> Desk<'p> {
             shield_is_wanted: false,
             share,
             lines: Lines::new(Instant::now()),
+            repairs: VecDeque::new(),
             deleted: ByOthers::default(),
             changed: ByOthers::default(),
             survey: None,
@@ -303,6 +313,28 @@ impl<'p> Desk<'p> {
         }
     }
 
+    /// How often connections of each peer were repaired in the last minute.
+    pub(super) fn repairs(&self, now: Instant) -> HashMap<IpAddr, u64> {
+        let mut repairs = HashMap::new();
+        for (_, peer) in self.repairs.iter().filter(|(at, _)| now - *at < MINUTE) {
+            *repairs.entry(*peer).or_default() += 1;
+        }
+        repairs
+    }
+
+    fn note_repairs(&mut self, outcomes: &[Outcome], now: Instant) {
+        use ActionKind::{Reinsert, Reverse, Revive};
+        let is_repair = |it: &&Outcome| {
+            it.result.is_ok() && matches!(it.action.kind, Revive | Reinsert | Reverse)
+        };
+        let peers = outcomes.iter().filter(is_repair).map(|it| it.action.view.flow.dst.addr());
+        self.repairs.extend(peers.map(|peer| (now, peer)));
+        let is_old = |(at, _): &(Instant, IpAddr)| now - *at >= MINUTE;
+        while self.repairs.len() > REPAIRS || self.repairs.front().is_some_and(is_old) {
+            self.repairs.pop_front();
+        }
+    }
+
     fn log_outcome(&mut self, outcome: &Outcome, trigger: Trigger) {
         let action = &outcome.action;
         let flow = action.view.flow.inverse();
@@ -370,6 +402,7 @@ impl Witness for Desk<'_> {
 
     fn acted(&mut self, acted: Acted) {
         self.share.acted(&acted.outcomes, acted.trigger, acted.since);
+        self.note_repairs(&acted.outcomes, Instant::now());
         for outcome in &acted.outcomes {
             self.log_outcome(outcome, acted.trigger);
         }

@@ -316,7 +316,18 @@ impl<'p> Worker<'p> {
         let half_closed = self.desk.share.half_closed_since();
         let half_closed = half_closed.map(|(cookie, since)| (cookie.0, (now - since).as_secs()));
         let held = self.keeper.held().map(age);
-        instance::answer(claim, held, half_closed, shield.as_ref(), containers);
+        let repairs = self.desk.repairs(now);
+        instance::answer(
+            claim,
+            instance::Said {
+                ages: &mut { held },
+                half_closed: &mut { half_closed },
+                repairs: &mut repairs.into_iter(),
+                level: self.keeper.ledger().pressure().level() as u64,
+                shield: shield.as_ref(),
+                containers,
+            },
+        );
     }
 
     fn take_events(&mut self, now: Instant) -> Result<()> {

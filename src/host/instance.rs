@@ -8,6 +8,7 @@
 use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io::{self, ErrorKind, Read, Write};
+use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
@@ -98,12 +99,20 @@ pub struct DaemonStatus {
     pub half_closed: HashMap<u64, u64>,
     /// Its shield, where it is up.
     pub shield: Option<Shielded>,
+    /// Repairs of the last minute, by peer.
+    pub repairs: HashMap<IpAddr, u64>,
+    /// Its defence level.
+    pub level: Option<u64>,
     /// Whether it looks at the sockets of containers, where it says so.
     pub containers: Option<bool>,
 }
 
 /// A line that says for how long a socket has been half-closed begins with this.
 const HALF_CLOSED: &str = "half-closed";
+/// A line that says how often connections of a peer were repaired begins with this.
+const REPAIRS: &str = "repairs";
+/// The line of the defence level.
+const LEVEL: &str = "level";
 /// The line that says whether containers are looked at.
 const CONTAINERS: &str = "containers";
 const YES: &str = "yes";
@@ -112,21 +121,34 @@ const SHIELD: &str = "shield";
 const WHOLE: &str = "whole";
 const PARTLY: &str = "partly";
 
+/// What a daemon says of itself: as [`DaemonStatus`].
+pub struct Said<'s> {
+    /// Cookies, and the seconds that they have been held.
+    pub ages: &'s mut dyn Iterator<Item = (u64, u64)>,
+    /// Cookies, and the seconds that they are known to be half-closed.
+    pub half_closed: &'s mut dyn Iterator<Item = (u64, u64)>,
+    /// Peers, and the repairs of the last minute.
+    pub repairs: &'s mut dyn Iterator<Item = (IpAddr, u64)>,
+    /// The defence level.
+    pub level: u64,
+    /// The shield.
+    pub shield: Option<&'s Shielded>,
+    /// Whether containers are looked at.
+    pub containers: Option<bool>,
+}
+
 /// Answers one question, where there is one: as [`DaemonStatus`]. Whoever asks and does not read keeps
 /// nobody waiting.
-pub fn answer(
-    listener: &UnixListener,
-    ages: impl Iterator<Item = (u64, u64)>,
-    half_closed: impl Iterator<Item = (u64, u64)>,
-    shield: Option<&Shielded>,
-    containers: Option<bool>,
-) {
+pub fn answer(listener: &UnixListener, said: Said<'_>) {
     let Ok((mut stream, _)) = listener.accept() else { return };
     if !is_trusted(&stream) {
         return;
     }
+    let Said { ages, half_closed, repairs, level, shield, containers } = said;
     let mut text: String = ages.map(|(cookie, age)| format!("{cookie:x} {age}\n")).collect();
     text.extend(half_closed.map(|(cookie, age)| format!("{HALF_CLOSED} {cookie:x} {age}\n")));
+    text.extend(repairs.map(|(peer, count)| format!("{REPAIRS} {peer} {count}\n")));
+    text.push_str(&format!("{LEVEL} {level}\n"));
     if let Some(shield) = shield {
         let how = if shield.is_whole { WHOLE } else { PARTLY };
         let ports: Vec<_> = shield.ports.iter().map(u16::to_string).collect();
@@ -185,6 +207,11 @@ fn told(text: &str) -> DaemonStatus {
                 let ports = words.filter_map(|port| port.parse().ok()).collect();
                 told.shield = Some(Shielded { ports, is_whole: how == Some(WHOLE) });
             }
+            (Some(REPAIRS), Some(peer)) => {
+                let count = words.next().and_then(|count| count.parse::<u64>().ok());
+                told.repairs.extend(peer.parse().ok().zip(count));
+            }
+            (Some(LEVEL), Some(level)) => told.level = level.parse().ok(),
             (Some(CONTAINERS), how) => told.containers = Some(how == Some(YES)),
             (Some(HALF_CLOSED), Some(cookie)) => {
                 told.half_closed.extend(words.next().and_then(|age| age_of(cookie, age)));
@@ -225,8 +252,13 @@ mod tests {
     #[test]
     fn an_answer_is_read_line_by_line() {
         let shield = Some(Shielded { ports: [80, 443].into(), is_whole: true });
-        let text = "1f 20\nhalf-closed 20 7\nshield whole 80 443\ncontainers yes\nnonsense\n";
+        let text = "1f 20\nhalf-closed 20 7\nrepairs 198.51.100.7 2\nlevel 1\nshield whole 80 443\ncontainers yes\nnonsense\n";
         let (ages, half_closed) = ([(31, 20)].into(), [(32, 7)].into());
-        assert_eq!(told(text), DaemonStatus { ages, half_closed, shield, containers: Some(true) });
+        let repairs = [("198.51.100.7".parse().unwrap(), 2)].into();
+        let (level, containers) = (Some(1), Some(true));
+        assert_eq!(
+            told(text),
+            DaemonStatus { ages, half_closed, repairs, level, shield, containers }
+        );
     }
 }
