@@ -20,6 +20,7 @@
 //! - [`reconcile`]: observe, plan (pure), confirm by exact look-up, apply; the ledger of what is
 //!   held.
 //! - [`audit`]: the report of one look. [`doctor`]: whether this host is set up so that limits work.
+//! - [`history`]: what sources held, minute by minute, in a file.
 //! - [`top`]: the live table of who holds what.
 //! - [`overload`]: sets of sources that hold too much. [`kill`]: closes sockets that the administrator names.
 //! - [`metrics`]: what the daemon publishes, and how.
@@ -34,6 +35,7 @@ pub mod doctor;
 mod error;
 pub mod firewall;
 pub mod flow;
+pub mod history;
 pub mod host;
 pub mod kill;
 pub mod metrics;

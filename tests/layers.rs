@@ -13,7 +13,7 @@ const LAYERS: [&[&str]; 11] = [
     &["flow"],
     &["error"],
     &["netlink"],
-    &["conntrack", "sockdiag", "nftables", "rtnetlink", "host"],
+    &["conntrack", "sockdiag", "nftables", "rtnetlink", "host", "history"],
     &["firewall", "watch", "shield", "recount", "containers", "overload"],
     &["reconcile"],
     &["audit"],
@@ -24,7 +24,7 @@ const LAYERS: [&[&str]; 11] = [
 ];
 
 /// Values and decisions: no clock, no I/O, no log.
-const PURE: [&str; 27] = [
+const PURE: [&str; 28] = [
     "flow.rs",
     "audit/survey.rs",
     "conntrack/decode.rs",
@@ -40,6 +40,7 @@ const PURE: [&str; 27] = [
     "firewall/set.rs",
     "firewall/value.rs",
     "firewall/xt.rs",
+    "history/record.rs",
     "kill/choose.rs",
     "top/filter.rs",
     "top/frame.rs",

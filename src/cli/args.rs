@@ -1,5 +1,6 @@
 //! What can be typed. Clap only: what it means is said where it is used.
 
+mod history;
 mod kill;
 mod overload;
 mod top;
@@ -25,8 +26,9 @@ use crate::recount::Mode;
 use crate::sockdiag::State;
 use crate::watch::EventSource;
 
+pub(super) use history::{History, Kept};
 pub(super) use kill::Kill;
-pub(super) use top::Top;
+pub(super) use top::{Moment, Top};
 
 /// Keeps half-closed TCP connections counted: makes conntrack, and with it connlimit and
 /// `ct count`, follow the kernel's sockets.
@@ -57,6 +59,8 @@ pub(super) enum Command {
     Doctor(Doctor),
     /// Show live who holds what: sources, their sockets, what limits count of them
     Top(Top),
+    /// Show what sources held, minute by minute, and what the daemon did
+    History(History),
     /// Close sockets by state, age, source, port, process or container; prints which, unless --yes
     Kill(Kill),
     /// Check a configuration file as run reads it; changes nothing
@@ -344,6 +348,15 @@ pub(super) struct Run {
     /// Write metrics to this file every few seconds, for the textfile collector of node_exporter
     #[arg(long, value_name = "PATH")]
     pub metrics_textfile: Option<PathBuf>,
+
+    /// Keep what sources held each minute, and what was done, in this folder: that which systemd
+    /// names for the service (auto: /var/lib/ctkeep), another one, or not at all (off)
+    #[arg(long, value_name = "auto|off|PATH", default_value = "auto", value_parser = history::kept)]
+    pub history: Kept,
+
+    /// Room for it
+    #[arg(long, value_name = "SIZE", default_value = "64MB", value_parser = history::size)]
+    pub history_room: u64,
 
     /// Show addresses of peers on the status page
     #[arg(long)]

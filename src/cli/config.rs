@@ -17,10 +17,12 @@ use crate::error::Error;
 
 /// What is said on the command line only: a question to a limit is a packet, and a file names no other
 /// file.
-pub(super) const NEVER_IN_FILE: [&str; 11] = [
+pub(super) const NEVER_IN_FILE: [&str; 13] = [
     "ask",
+    "at",
     "config",
     "conntrack",
+    "dir",
     "filter",
     "fold",
     "help",

@@ -5,6 +5,7 @@ mod audit;
 mod config;
 mod doctor;
 mod explain;
+mod history;
 mod kill;
 mod log;
 mod manual;
@@ -104,6 +105,7 @@ fn dispatch(command: Command) -> Result<Exit> {
         Command::Explain(args) => explain::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Top(args) => top::run(&args),
+        Command::History(args) => history::run(&args),
         Command::Kill(args) => kill::run(&args),
         Command::Check(args) => run::check(&args),
         Command::Completions(args) => manual::completions(&args),

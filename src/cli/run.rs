@@ -61,6 +61,8 @@ fn settings(args: Run) -> Result<Settings> {
             defence: args.defence,
             realtime: args.realtime,
             metrics_listen: args.metrics_listen.0,
+            history: args.history.dir(),
+            history_room: args.history_room,
         },
         live: Live {
             policy,

@@ -7,11 +7,11 @@ use std::time::SystemTime;
 
 use serde_json::json;
 
-use super::Exit;
-use super::args::{Format, Top};
-use super::output;
-use crate::error::Result;
+use super::args::{Format, Moment, Top};
+use super::{Exit, history, output};
+use crate::error::{Error, Result};
 use crate::flow::FourTuple;
+use crate::history::record::Record;
 use crate::host::netns::Namespace;
 use crate::top::model::Model;
 use crate::top::rows::{Seen, Totals};
@@ -19,6 +19,9 @@ use crate::top::terminal::{self, Means, Order};
 use crate::top::{frame, look};
 
 pub(super) fn run(args: &Top) -> Result<Exit> {
+    if let Some(moment) = args.at {
+        return past(args, moment);
+    }
     let namespace = args.scope.namespace()?;
     let policy = args.scope.policy();
     let look = |asks| {
@@ -29,9 +32,53 @@ pub(super) fn run(args: &Top) -> Result<Exit> {
         print(args, &look(false)?)?;
         return Ok(Exit::Done);
     }
-    let model = model(args);
+    let model = Model { is_past: false, ..model(args) };
     let orders = |order| look(order == Order::Ask);
     terminal::run(model, means(), Some(args.interval), orders, |flow| explain(&namespace, flow))?;
+    Ok(Exit::Done)
+}
+
+/// The minutes of the past, one at a time.
+fn past(args: &Top, moment: Moment) -> Result<Exit> {
+    let (records, _) = history::read(&args.dir)?;
+    let minutes: Vec<_> = records
+        .into_iter()
+        .filter_map(|record| match record {
+            Record::Minute { at, netns, sources, .. } => Some((at, netns, sources)),
+            _ => None,
+        })
+        .collect();
+    let at = match moment {
+        Moment::Time(at) => at,
+        Moment::Clock(clock) => {
+            let (now, day) = (history::now(), 86_400);
+            let today = now - now % day + clock;
+            if today > now { today.saturating_sub(day) } else { today }
+        }
+    };
+    // The last one before it, else the first of all.
+    let place = minutes.iter().rposition(|(of, ..)| *of <= at).unwrap_or(0);
+    let seen = |place: usize| {
+        let (at, netns, sources) = minutes.get(place).ok_or_else(|| {
+            Error::usage("--at", format!("no minute is kept in {}", args.dir.display()))
+        })?;
+        let (netns, past) = (netns.clone(), sources.clone());
+        Ok(Seen { at: history::time(*at), netns, past, ..Seen::default() })
+    };
+    if args.once || args.output.format == Format::Json || !io::stdout().is_terminal() {
+        print(args, &seen(place)?)?;
+        return Ok(Exit::Done);
+    }
+    let model = Model { is_past: true, ..model(args) };
+    let mut place = place;
+    let steps = |order| {
+        if let Order::Step(by) = order {
+            let by = isize::try_from(by).unwrap_or(0);
+            place = place.saturating_add_signed(by).min(minutes.len().saturating_sub(1));
+        }
+        seen(place)
+    };
+    terminal::run(model, means(), None, steps, |_| Vec::new())?;
     Ok(Exit::Done)
 }
 

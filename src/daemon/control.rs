@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use super::history::History;
 use super::{Foundation, Live, Settings};
 use crate::error::{Op, Result};
 use crate::host::netns::Namespace;
@@ -16,6 +17,8 @@ use crate::metrics::Metrics;
 pub(super) struct Control {
     /// What is published.
     pub(super) metrics: Arc<Metrics>,
+    /// Where what was so is kept.
+    pub(super) history: History,
     /// Which namespace the own one is: workers are elsewhere.
     pub(super) own: Option<(u64, u64)>,
     /// What was set up at the start.
@@ -28,8 +31,10 @@ impl Control {
         let Settings { foundation, live } = settings;
         let metrics = Metrics::new(foundation.dry_run);
         metrics.show_addresses(live.status_addresses);
+        let history = History::open(foundation.history.clone(), foundation.history_room);
         Self {
             metrics: Arc::new(metrics),
+            history,
             own: Namespace::Own.identity(),
             foundation: Arc::new(foundation),
             live: Mutex::new(Arc::new(live)),

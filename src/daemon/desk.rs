@@ -6,11 +6,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::control::Control;
+use super::history::{History, Minutes};
 use super::log::{ByOthers, Lines, line};
 use super::{Foundation, Live, ShieldMode};
 use crate::audit::survey::{Survey, SweepResult};
 use crate::error::Result;
 use crate::firewall::lists::Anew;
+use crate::history::record::Record;
 use crate::metrics::{EventType, GuardMetrics};
 use crate::reconcile::apply::Outcome;
 use crate::reconcile::checks::{Checked, Counted};
@@ -41,6 +43,8 @@ pub(super) struct Desk<'p> {
     lines: Lines,
     /// When connections of which peer were repaired, of the last minute; bounded by [`REPAIRS`].
     repairs: VecDeque<(Instant, IpAddr)>,
+    pub(super) history: History,
+    pub(super) minutes: Minutes,
     deleted: ByOthers,
     changed: ByOthers,
     /// The figures of the deep sweep under way.
@@ -68,6 +72,8 @@ impl<'p> Desk<'p> {
             share,
             lines: Lines::new(Instant::now()),
             repairs: VecDeque::new(),
+            history: control.history.clone(),
+            minutes: Minutes::new(Instant::now()),
             deleted: ByOthers::default(),
             changed: ByOthers::default(),
             survey: None,
@@ -255,6 +261,9 @@ impl<'p> Desk<'p> {
         self.share.table(sweep.table, sweep.maximum);
         if let Some(change) = &sweep.transition {
             self.share.defence_changed(change);
+            let (from, to) = (change.from as u8, change.to as u8);
+            let netns = self.share.name().to_owned();
+            self.history.keep(|at| Record::Level { at, netns, from, to });
             tracing::warn!(
                 from = change.from as u8,
                 to = change.to as u8,
@@ -272,7 +281,9 @@ impl<'p> Desk<'p> {
 
     /// Whether anybody reads figures.
     pub(super) fn is_published(&self) -> bool {
-        self.foundation.metrics_listen.is_some() || self.live.metrics_textfile.is_some()
+        self.foundation.metrics_listen.is_some()
+            || self.live.metrics_textfile.is_some()
+            || self.history.is_kept()
     }
 
     /// Logs what has been done since the start.
@@ -403,6 +414,20 @@ impl Witness for Desk<'_> {
     fn acted(&mut self, acted: Acted) {
         self.share.acted(&acted.outcomes, acted.trigger, acted.since);
         self.note_repairs(&acted.outcomes, Instant::now());
+        for outcome in acted.outcomes.iter().filter(|it| it.result.is_ok()) {
+            let Action { kind, reason, view, .. } = &outcome.action;
+            // Routine, each minute for each connection that is held.
+            if *kind != ActionKind::Extend {
+                self.history.keep(|at| Record::Action {
+                    at,
+                    netns: self.share.name().to_owned(),
+                    action: kind.name().to_owned(),
+                    reason: reason.to_string(),
+                    source: view.flow.dst.addr(),
+                    port: view.flow.src.port(),
+                });
+            }
+        }
         for outcome in &acted.outcomes {
             self.log_outcome(outcome, acted.trigger);
         }

@@ -6,6 +6,7 @@ mod aside;
 mod control;
 mod desk;
 mod guard;
+mod history;
 mod log;
 mod members;
 mod overload;
@@ -36,6 +37,7 @@ use self::members::{Finder, Members};
 use self::service::Service;
 pub use self::settings::{Foundation, Live, OnExit, Settings, ShieldMode};
 use crate::error::{Cause, Op, Result};
+use crate::history::record::Record;
 use crate::host::netns::Namespace;
 use crate::host::privileges;
 use crate::metrics::history::STEP;
@@ -316,6 +318,7 @@ fn apply_reload(control: &Control, new: Result<Settings>) {
     let new = match new {
         Err(error) => {
             control.metrics.reloaded(false);
+            control.history.keep(|at| Record::Reload { at, well: false });
             tracing::error!(%error, "reload failed, keeping the old configuration");
             return;
         }
@@ -323,6 +326,8 @@ fn apply_reload(control: &Control, new: Result<Settings>) {
     };
     let changed = control.foundation.changed(&new.foundation);
     control.metrics.reloaded(changed.is_empty());
+    let well = changed.is_empty();
+    control.history.keep(|at| Record::Reload { at, well });
     if changed.is_empty() {
         control.replace(new.live);
         tracing::info!("configuration reloaded");

@@ -67,6 +67,10 @@ pub struct Foundation {
     pub defence: Defence,
     /// Whether workers run with real-time priority.
     pub realtime: bool,
+    /// The folder that the history is kept in.
+    pub history: Option<PathBuf>,
+    /// Bytes that it may take.
+    pub history_room: u64,
     /// Where metrics and the status page are served.
     pub metrics_listen: Option<SocketAddr>,
 }
@@ -133,6 +137,8 @@ impl Foundation {
             dry_run,
             defence,
             realtime,
+            history,
+            history_room,
             metrics_listen,
         } = self;
         let keys = [
@@ -146,6 +152,8 @@ impl Foundation {
             ("dry-run", *dry_run == new.dry_run),
             ("defence", *defence == new.defence),
             ("realtime", *realtime == new.realtime),
+            ("history", *history == new.history),
+            ("history-room", *history_room == new.history_room),
             ("metrics-listen", *metrics_listen == new.metrics_listen),
         ];
         keys.into_iter().filter(|(_, is_same)| !is_same).map(|(key, _)| key).collect()

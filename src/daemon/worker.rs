@@ -422,7 +422,11 @@ impl<'p> Worker<'p> {
         let repaired = self.desk.share.repaired();
         let seen = SweepResult { snapshot: &sweep.snapshot, scope, policy, ledger, repaired };
         match survey::finish(tables, seen, survey) {
-            Ok(survey) => self.desk.share.surveyed(&survey),
+            Ok(survey) => {
+                self.desk.share.surveyed(&survey);
+                let Desk { minutes, history, share, .. } = &mut self.desk;
+                minutes.note(history, share.name(), &survey.sources, Instant::now());
+            }
             Err(error) => {
                 tracing::warn!(%error, "metrics of the whole tables stay as they were");
             }

@@ -299,6 +299,11 @@ impl GuardMetrics {
         this
     }
 
+    /// The name of the guard.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     fn guard(&self, change: impl FnOnce(&mut Guard)) {
         if let Some(guard) = locked(&self.metrics.guards.all).get_mut(&self.name) {
             change(guard);

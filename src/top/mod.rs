@@ -53,6 +53,7 @@ pub fn look(netns: &str, policy: &Policy, asks: bool, clock: SystemTime) -> Resu
         at: humantime::format_rfc3339_seconds(clock).to_string(),
         netns: seen.netns,
         connections,
+        past: Vec::new(),
         limiter: seen.limiter,
         loads,
         listed,

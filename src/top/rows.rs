@@ -12,6 +12,8 @@ use super::filter::Filter;
 use crate::audit::processes::Holder;
 use crate::audit::sources::{Listed, Load, Measure, sources};
 use crate::firewall::limits::Limiter;
+use crate::flow::{Endpoint, FourTuple};
+use crate::history::record::Source;
 use crate::reconcile::snapshot::View;
 use crate::sockdiag::State;
 
@@ -144,6 +146,8 @@ pub struct Seen {
     pub netns: String,
     /// Every connection of the scope that this host has not opened.
     pub connections: Vec<Shown>,
+    /// Of the past instead: what sources held.
+    pub past: Vec<Source>,
     /// The limits, and what they bear.
     pub limiter: Limiter,
     /// What each of them bears.
@@ -237,12 +241,33 @@ impl Seen {
         let limits = self.limits(fold);
         let mut rows: Vec<_> =
             groups.into_iter().map(|(name, group)| self.row(name, &group, &limits)).collect();
+        rows.extend(self.past_rows(fold, filter));
         rows.retain(|row| row.open + row.counted + row.waiting > 0);
         rows.sort_by(|one, other| {
             let order = (key(sort, one), &one.name).cmp(&(key(sort, other), &other.name));
             if is_reversed { order.reverse() } else { order }
         });
         rows
+    }
+
+    fn past_rows(&self, fold: Fold, filter: &Filter) -> Vec<Row> {
+        let mut rows: BTreeMap<String, Row> = BTreeMap::new();
+        for past in &self.past {
+            let local = Endpoint::new(IpAddr::from([0, 0, 0, 0]), past.port);
+            let flow = FourTuple::new(local, Endpoint::new(past.source, 0));
+            let view = View { flow, socket: None, entry: None };
+            let connection = Shown { view, holder: None, waits: false };
+            if !filter.admits(&connection) {
+                continue;
+            }
+            let name = self.group(fold, &connection);
+            let row = rows.entry(name.clone()).or_insert_with(|| Row { name, ..Row::default() });
+            let size = |n: u64| usize::try_from(n).unwrap_or(usize::MAX);
+            row.open += size(past.open);
+            row.counted += size(past.counted);
+            row.half_closed += size(past.half_closed);
+        }
+        rows.into_values().collect()
     }
 
     /// The connections of a row.

@@ -19,6 +19,14 @@ pub(crate) struct Top {
     #[command(flatten)]
     pub output: Output,
 
+    /// Show this moment of the past (UTC) instead, from the files that `ctkeep run --history` keeps
+    #[arg(long, value_name = "HH:MM|TIME", value_parser = moment)]
+    pub at: Option<Moment>,
+
+    /// The folder that they are in
+    #[arg(long, value_name = "PATH", default_value = "/var/lib/ctkeep")]
+    pub dir: std::path::PathBuf,
+
     /// Look once, print and end
     #[arg(long)]
     pub once: bool,
@@ -43,6 +51,32 @@ pub(crate) struct Top {
     /// Print only the first N rows
     #[arg(long, value_name = "N")]
     pub top: Option<usize>,
+}
+
+/// A moment: of the last day by the clock, or any.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Moment {
+    /// Seconds since midnight.
+    Clock(u64),
+    /// Seconds since 1970.
+    Time(u64),
+}
+
+fn moment(text: &str) -> Result<Moment, String> {
+    let wrong = || "expected 03:12, or 2026-11-29T03:12:00Z".to_owned();
+    if let Some((hours, minutes)) = text.split_once(':').filter(|_| text.len() <= 5) {
+        let (hours, minutes): (u64, u64) =
+            hours.parse().ok().zip(minutes.parse().ok()).ok_or_else(wrong)?;
+        return if hours < 24 && minutes < 60 {
+            Ok(Moment::Clock(hours * 3600 + minutes * 60))
+        } else {
+            Err(wrong())
+        };
+    }
+    let time = humantime::parse_rfc3339_weak(text).map_err(|_| wrong())?;
+    time.duration_since(std::time::UNIX_EPOCH)
+        .map(|it| Moment::Time(it.as_secs()))
+        .map_err(|_| wrong())
 }
 
 fn fold() -> impl TypedValueParser<Value = Fold> {

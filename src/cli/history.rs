@@ -1,0 +1,120 @@
+//! `ctkeep history`: what was so, from the files that the daemon keeps.
+
+use std::path::Path;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use serde_json::json;
+
+use super::Exit;
+use super::args::{Format, History};
+use super::output::{self, Rows};
+use crate::error::{Error, Result};
+use crate::history::record::{Record, Source};
+use crate::history::store;
+
+pub(super) fn run(args: &History) -> Result<Exit> {
+    let since = now().saturating_sub(args.since.as_secs());
+    let (records, damaged) = read(&args.dir)?;
+    if damaged > 0 {
+        eprintln!("ctkeep: passed over {damaged} damaged lines of {}", args.dir.display());
+    }
+    // Records of a clock that was set back stay: they are newer than what stands before them.
+    let first = records.iter().position(|record| record.at() >= since).unwrap_or(records.len());
+    let records = records.get(first..).unwrap_or_default();
+    let is_wanted = |source: &std::net::IpAddr, port: u16| {
+        (args.sources.is_empty() || args.sources.iter().any(|net| net.contains(source)))
+            && (args.ports.is_empty() || args.ports.contains(&port))
+    };
+    let is_narrow = !args.sources.is_empty() || !args.ports.is_empty();
+    let mut rows = Vec::new();
+    for record in records {
+        match record {
+            Record::Minute { at, netns, sources, .. } => {
+                let wanted = sources.iter().filter(|it| is_wanted(&it.source, it.port));
+                rows.extend(wanted.take(args.top).map(|it| minute(*at, netns, it)));
+            }
+            Record::Action { source, port, .. } if is_wanted(source, *port) => {
+                rows.push(event(record))
+            }
+            Record::Reload { .. } | Record::Level { .. } if !is_narrow => rows.push(event(record)),
+            _ => {}
+        }
+    }
+    match args.output.format {
+        Format::Json => {
+            let records: Vec<_> = rows.into_iter().map(|(_, value)| value).collect();
+            output::line(&json!({"schema": 1, "damaged": damaged, "records": records}))?;
+        }
+        Format::Table if rows.is_empty() => output::text("nothing is kept of that time\n")?,
+        Format::Table => {
+            let headings = ["TIME", "WHAT", "SOURCE", "PORT", "OPEN", "HALF", "COUNTED", "MORE"];
+            let rows = rows.into_iter().map(|(row, _)| row).collect();
+            output::text(&output::table(&headings, rows, Rows::Whole, args.output.no_header))?;
+        }
+    }
+    Ok(Exit::Done)
+}
+
+/// The records of a folder.
+///
+/// # Errors
+/// There are none: a usage error.
+pub(super) fn read(dir: &Path) -> Result<(Vec<Record>, usize)> {
+    store::read(dir).map_err(|error| {
+        Error::usage("history", format!("{}: {error}; run --history keeps one", dir.display()))
+    })
+}
+
+#[allow(clippy::disallowed_methods, reason = "a command may read the clock")]
+pub(super) fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+}
+
+pub(super) fn time(at: u64) -> String {
+    humantime::format_rfc3339_seconds(UNIX_EPOCH + Duration::from_secs(at)).to_string()
+}
+
+type Row = (Vec<String>, serde_json::Value);
+
+fn minute(at: u64, netns: &str, it: &Source) -> Row {
+    let numbers = [it.port.into(), it.open, it.half_closed, it.counted].map(|n: u64| n.to_string());
+    let [port, open, half, counted] = numbers;
+    let more = if it.uncounted > 0 { format!("{} uncounted", it.uncounted) } else { String::new() };
+    let row =
+        vec![time(at), "held".to_owned(), it.source.to_string(), port, open, half, counted, more];
+    let value = json!({
+        "at": time(at), "what": "held", "netns": netns, "source": it.source, "port": it.port,
+        "open": it.open, "half_closed": it.half_closed, "counted": it.counted,
+        "uncounted": it.uncounted,
+    });
+    (row, value)
+}
+
+fn event(record: &Record) -> Row {
+    let at = time(record.at());
+    let row = |what: &str, source: String, port: String, more: String| {
+        let none = String::new;
+        vec![at.clone(), what.to_owned(), source, port, none(), none(), none(), more]
+    };
+    match record {
+        Record::Action { netns, action, reason, source, port, .. } => (
+            row(action, source.to_string(), port.to_string(), reason.clone()),
+            json!({"at": at, "what": action, "netns": netns, "source": source, "port": port,
+                   "reason": reason}),
+        ),
+        Record::Reload { well, .. } => (
+            row(
+                "reload",
+                String::new(),
+                String::new(),
+                if *well { "in force" } else { "refused" }.to_owned(),
+            ),
+            json!({"at": at, "what": "reload", "well": well}),
+        ),
+        Record::Level { netns, from, to, .. } => (
+            row("level", String::new(), String::new(), format!("{from} to {to}")),
+            json!({"at": at, "what": "level", "netns": netns, "from": from, "to": to}),
+        ),
+        Record::Minute { .. } => (Vec::new(), serde_json::Value::Null),
+    }
+}

@@ -1,0 +1,153 @@
+//! The history: what was so is found again, whatever becomes of the daemon, its disk and its clock.
+
+mod lab;
+#[path = "lab/scene.rs"]
+mod scene;
+
+use ctkeep::history::record::{Record, Source};
+use ctkeep::history::store::{self, Store};
+use lab::wait_for;
+use nix::sys::signal::Signal;
+use scene::{Limiter, SOON, Scene};
+use serde_json::Value;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+fn history(scene: &Scene, dir: &str, args: &[&str]) -> Value {
+    let all = [&["history", "--dir", dir, "--format", "json"], args].concat();
+    let (code, out, err) = scene.ctkeep(&all);
+    assert_eq!(code, 0, "{out}{err}");
+    serde_json::from_str(&out).unwrap_or_else(|error| panic!("{error}: {out}"))
+}
+
+fn records(report: &Value) -> Vec<Value> {
+    report["records"].as_array().expect("records").clone()
+}
+
+#[test]
+fn what_a_source_held_and_what_was_done_is_found_after_a_kill() {
+    let Some(mut scene) = Scene::new(Limiter::Connlimit) else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let dir = folder.path().join("kept");
+    let dir = dir.to_str().expect("a path").to_owned();
+    let conns = scene.half_closed();
+    scene.guard(&["--history", &dir, "--deep-interval", "500ms"]);
+    let is_there =
+        |what: &str| records(&history(&scene, &dir, &[])).iter().any(|it| it["what"] == what);
+    wait_for("files", SOON, || Path::new(&dir).join("history").exists());
+    wait_for("a minute", SOON, || is_there("held"));
+    conns.iter().for_each(lab::RawConn::stale_rst);
+    wait_for("repairs", SOON, || is_there("revive"));
+    scene.daemon().signal(Signal::SIGHUP);
+    wait_for("a reload", SOON, || is_there("reload"));
+    let held = records(&history(&scene, &dir, &["--source", "198.51.100.7", "--port", "80"]));
+    let first = held.iter().find(|it| it["what"] == "held").expect("a minute");
+    for (key, value) in [("open", 3), ("half_closed", 3), ("counted", 3), ("uncounted", 0)] {
+        assert_eq!(first[key], value, "{key}: {first}");
+    }
+    assert!(records(&history(&scene, &dir, &["--source", "203.0.113.0/24"])).is_empty());
+    let before = records(&history(&scene, &dir, &[])).len();
+    scene.daemon.take().expect("a daemon").kill();
+    assert_eq!(records(&history(&scene, &dir, &[])).len(), before, "nothing is lost");
+    let (code, out, err) = scene.ctkeep(&["top", "--at", "2099-01-01T00:00:00Z", "--dir", &dir]);
+    assert!(code == 0 && out.contains("198.51.100.7/32"), "{out}{err}");
+    // The next goes on where the last was cut off.
+    scene.guard(&["--history", &dir, "--deep-interval", "500ms"]);
+    wait_for("the next minute", SOON, || {
+        records(&history(&scene, &dir, &[])).iter().filter(|it| it["what"] == "held").count() > 1
+    });
+    let (code, _, err) = scene.ctkeep(&["history", "--dir", "/nowhere"]);
+    assert!(code == 2 && err.contains("/nowhere"), "{err}");
+}
+
+/// A full disk stops the history and nothing else: a file system of 64 KiB.
+#[test]
+fn a_full_disk_stops_the_history_and_not_the_guarding() {
+    let Some(mut scene) = Scene::new(Limiter::Connlimit) else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let dir = folder.path().to_str().expect("a path").to_owned();
+    let _mounted = Mounted::at(&dir);
+    fs::write(folder.path().join("ballast"), vec![0; 128 * 1024]).expect_err("it is full");
+    let conns = scene.half_closed();
+    scene.guard(&["--history", &dir, "--deep-interval", "500ms"]);
+    wait_for("a full disk", SOON, || scene.daemon().logged("no history for now"));
+    conns.iter().for_each(lab::RawConn::stale_rst);
+    wait_for("guarded", SOON, || conns.iter().all(|conn| scene.is_counted(conn)));
+    assert_eq!(scene.admitted(), 0);
+}
+
+/// A file system of 64 KiB, as long as this lives.
+struct Mounted(String);
+
+impl Mounted {
+    fn at(dir: &str) -> Self {
+        let mounted =
+            Command::new("mount").args(["-t", "tmpfs", "-o", "size=64k", "none", dir]).status();
+        assert!(mounted.expect("mount").success());
+        Self(dir.to_owned())
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").args(["-l", &self.0]).status();
+    }
+}
+
+/// A day of 200 sources in a simulated hour's room, killed at every hundredth record: the file on the
+/// disk is what `kill -9` leaves, since each record is one write.
+#[test]
+fn a_day_torn_a_hundred_times_loses_the_torn_records_alone() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let room = 8_000_000;
+    let source = |n: u16| Source {
+        source: format!("10.0.{}.{}", n / 250, n % 250 + 1).parse().expect("an address"),
+        port: 80,
+        open: u64::from(n),
+        half_closed: 1,
+        counted: 2,
+        uncounted: 0,
+    };
+    let sources: Vec<_> = (0..200).map(source).collect();
+    let minute = |at| Record::Minute {
+        at,
+        netns: "own namespace".to_owned(),
+        sources: sources.clone(),
+        left_out: 0,
+    };
+    let (mut torn, mut seed) = (Vec::new(), 1_u64);
+    let mut store = Store::open(folder.path(), room).expect("a history");
+    for at in 0..1440 {
+        // The clock goes back by a day in between: the order is that of the writing.
+        store.append(&minute(if at < 700 { at } else { at + 86_400 - 700 })).expect("written");
+        if at % 14 == 13 {
+            drop(store);
+            let file = fs::OpenOptions::new().write(true).open(folder.path().join("history"));
+            let file = file.expect("the file");
+            let length = file.metadata().expect("its length").len();
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            let line = minute(0).encode().len() as u64;
+            file.set_len(length - 1 - (seed >> 33) % (line - 1)).expect("torn");
+            torn.push(at);
+            store = Store::open(folder.path(), room).expect("a history");
+        }
+    }
+    let (all, damaged) = store::read(folder.path()).expect("what was kept");
+    let kept = all.len();
+    assert_eq!(damaged, 0);
+    assert!(torn.len() >= 100, "{}", torn.len());
+    let size: u64 = ["history", "history.old"]
+        .map(|name| fs::metadata(folder.path().join(name)).map_or(0, |it| it.len()))
+        .iter()
+        .sum();
+    assert!(size <= room, "{size}");
+    // As many as fit, and none but the torn ones missing among them.
+    let wanted: Vec<u64> = (0..1440)
+        .filter(|at| !torn.contains(at))
+        .map(|at| if at < 700 { at } else { at + 86_400 - 700 })
+        .collect();
+    let ats: Vec<u64> = all.iter().map(Record::at).collect();
+    assert_eq!(ats[..], wanted[wanted.len() - kept..], "{kept} of {}", wanted.len());
+    assert!(kept as u64 * minute(0).encode().len() as u64 > room / 2 - 100_000, "{kept}");
+}
