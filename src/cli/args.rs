@@ -327,9 +327,14 @@ pub(super) struct Run {
     #[arg(long, value_name = "TIME", value_parser = interval)]
     pub reap: Option<Duration>,
 
-    /// Put sources that hold more sockets than this into an nftables set, for rules of your own
-    /// (repeatable; [[overload]] in a file; docs/overload.md)
-    #[arg(long = "overload", value_name = "above=N [KEY=VALUE]...", value_parser = overload::overload)]
+    // Not a doc comment: rustdoc takes the brackets for a link.
+    #[arg(
+        long = "overload",
+        value_name = "above=N [KEY=VALUE]...",
+        value_parser = overload::overload,
+        help = "Put sources that hold more sockets than this into an nftables set, for rules of your own \
+                (repeatable; [[overload]] in a file; docs/overload.md)"
+    )]
     pub overloads: Vec<Overload>,
 
     /// Run the workers with real-time priority (SCHED_RR); needs CAP_SYS_NICE

@@ -34,7 +34,7 @@ pub(super) fn run(args: &History) -> Result<Exit> {
                 rows.extend(wanted.take(args.top).map(|it| minute(*at, netns, it)));
             }
             Record::Action { source, port, .. } if is_wanted(source, *port) => {
-                rows.push(event(record))
+                rows.push(event(record));
             }
             Record::Reload { .. } | Record::Level { .. } if !is_narrow => rows.push(event(record)),
             _ => {}

@@ -20,6 +20,9 @@ use crate::sockdiag::{SockDiag, States};
 /// A look may cost this share of a core.
 const SHARE: u32 = 100;
 
+/// The set for a source, where there is one for its family.
+type Found = Option<(Place, Shape)>;
+
 /// The overloads of one worker.
 #[derive(Debug)]
 pub(super) struct Overloads {
@@ -28,7 +31,7 @@ pub(super) struct Overloads {
     marked: Vec<Marked>,
     sets: Option<Sets>,
     /// The sets as this look has found them.
-    places: HashMap<(Vec<Place>, bool), Option<(Place, Shape)>>,
+    places: HashMap<(Vec<Place>, bool), Found>,
     /// Our own table is there: rules that name its sets can be loaded before a source is in one.
     has_own: bool,
     due: Instant,
@@ -211,7 +214,7 @@ impl Overloads {
     }
 
     /// The set for a source.
-    fn place(&mut self, overload: &Overload, net: IpNet) -> Result<Option<(Place, Shape)>> {
+    fn place(&mut self, overload: &Overload, net: IpNet) -> Result<Found> {
         let key = (overload.sets.clone(), net.addr().is_ipv4());
         if let Some(known) = self.places.get(&key) {
             return Ok(known.clone());
@@ -221,7 +224,7 @@ impl Overloads {
         Ok(found)
     }
 
-    fn find(&mut self, overload: &Overload, is_ipv4: bool) -> Result<Option<(Place, Shape)>> {
+    fn find(&mut self, overload: &Overload, is_ipv4: bool) -> Result<Found> {
         let sets = match &mut self.sets {
             Some(sets) => sets,
             none => none.insert(Sets::open()?),

@@ -8,7 +8,7 @@ use netlink_packet_sock_diag::inet::{InetResponse, InetResponseHeader};
 
 use super::opener::{Octets, Opener};
 use super::request::{SOCK_DIAG_BY_FAMILY, TCPDIAG_GETSOCK};
-use super::silence::Silence;
+use super::silence::{Silence, SocketSilence};
 use super::socket::{Cookie, Socket, State};
 use crate::flow::{Endpoint, FourTuple};
 use crate::netlink::Frame;
@@ -60,9 +60,7 @@ pub(super) fn opener(frame: Frame<'_>) -> Result<Option<(FourTuple, Opener)>, De
 ///
 /// # Errors
 /// Another message type, or one too short.
-pub(super) fn silence(
-    frame: Frame<'_>,
-) -> Result<Option<(FourTuple, (Socket, Option<Silence>))>, DecodeError> {
+pub(super) fn silence(frame: Frame<'_>) -> Result<Option<(FourTuple, SocketSilence)>, DecodeError> {
     let Some(socket) = socket(frame)?.filter(|socket| socket.state != State::Listen) else {
         return Ok(None);
     };

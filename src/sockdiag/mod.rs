@@ -25,7 +25,7 @@ use crate::flow::FourTuple;
 use crate::netlink::{KernelSocket, Transport};
 
 pub use opener::Opener;
-pub use silence::Silence;
+pub use silence::{Silence, SocketSilence};
 pub use socket::{Cookie, Socket, State, States, UnknownState};
 
 /// Asks the kernel about TCP sockets of one network namespace, and of others that share its conntrack
@@ -172,10 +172,7 @@ impl<T: Transport> SockDiag<T> {
     ///
     /// # Errors
     /// As [`SockDiag::lookup`].
-    pub fn silences(
-        &mut self,
-        lookups: &[Lookup],
-    ) -> Result<Vec<Option<(Socket, Option<Silence>)>>> {
+    pub fn silences(&mut self, lookups: &[Lookup]) -> Result<Vec<Option<SocketSilence>>> {
         let mut silences = vec![None; lookups.len()];
         self.own.silences(lookups, &mut silences)?;
         self.members.ask(lookups, &mut silences, Sockets::silences)?;

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use netlink_packet_core::DecodeError;
 use nix::errno::Errno;
 
-use super::{Lookup, Opener, Silence, Socket, State, States, decode, request};
+use super::{Lookup, Opener, Socket, SocketSilence, State, States, decode, request};
 use crate::error::{Cause, Error, Op, Result};
 use crate::flow::FourTuple;
 use crate::netlink::{Connection, Frame, Transport};
@@ -83,7 +83,7 @@ impl<T: Transport> Sockets<T> {
     pub(super) fn silences(
         &mut self,
         lookups: &[Lookup],
-        silences: &mut [Option<(Socket, Option<Silence>)>],
+        silences: &mut [Option<SocketSilence>],
     ) -> Result<()> {
         self.info(lookups, silences, decode::silence)
     }

@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use super::State;
+use super::{Socket, State};
+
+/// A socket, and for how long it has been silent, where TCP says so.
+pub type SocketSilence = (Socket, Option<Silence>);
 
 /// Times since something last happened: `tcpi_last_*` of `struct tcp_info`. Each begins with the
 /// connection, so a connection is at least as old as any of them.

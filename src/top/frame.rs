@@ -63,11 +63,11 @@ const HELP: &[&str] = &[
     "LIMIT    !50 over it, ?50 perhaps over it",
 ];
 
-/// A column: heading, width, whether numbers stand at its right end.
+/// A column: heading, width, what a row has in it.
 type Column = (&'static str, usize, fn(&Row) -> String);
 
 /// In the order in which they go when the terminal is narrow: the last first.
-const COLUMNS: [Column; 11] = [
+const COLUMNS: [Column; 10] = [
     ("OPEN", 6, |row| row.open.to_string()),
     ("COUNTED", 7, |row| row.counted.to_string()),
     ("LIMIT", 6, limit),
@@ -78,7 +78,6 @@ const COLUMNS: [Column; 11] = [
     ("SEND-Q", 7, |row| bytes(row.send_queue)),
     ("REPAIRS", 7, |row| row.repairs.map_or("-".to_owned(), |n| n.to_string())),
     ("LISTED", 6, |row| row.listed.map_or("-".to_owned(), |n| n.to_string())),
-    ("", 0, |_| String::new()),
 ];
 /// For the name, at least.
 const NAME: usize = 18;
@@ -161,7 +160,7 @@ pub fn text(rows: &[Row], fold: &str, no_header: bool) -> String {
 
 fn heading(fold: &str, names: usize, columns: usize, has_process: bool) -> String {
     let mut text = format!("{:<names$}", fold.to_uppercase());
-    for (heading, width, _) in COLUMNS.iter().take(columns).filter(|(_, width, _)| *width > 0) {
+    for (heading, width, _) in COLUMNS.iter().take(columns) {
         text.push_str(&format!(" {heading:>width$}"));
     }
     if has_process {
@@ -172,7 +171,7 @@ fn heading(fold: &str, names: usize, columns: usize, has_process: bool) -> Strin
 
 fn line(row: &Row, names: usize, columns: usize, has_process: bool) -> String {
     let mut text = format!("{:<names$}", row.name);
-    for (_, width, value) in COLUMNS.iter().take(columns).filter(|(_, width, _)| *width > 0) {
+    for (_, width, value) in COLUMNS.iter().take(columns) {
         text.push_str(&format!(" {:>width$}", value(row)));
     }
     if has_process {

@@ -48,7 +48,7 @@ pub(super) fn overload(text: &str) -> Result<Overload, String> {
             "mask6" => this.mask6 = number(128)?,
             "for" => this.time = interval(&value).map_err(wrong)?,
             "set" => {
-                this.sets = list().map(|it| place(it).map_err(wrong)).collect::<Result<_, _>>()?
+                this.sets = list().map(|it| place(it).map_err(wrong)).collect::<Result<_, _>>()?;
             }
             _ => {
                 return Err(format!(
