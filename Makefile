@@ -78,6 +78,12 @@ advisories: cargo-deny
 soak: tools
 	CTKEEP_SOAK=$(or $(SOAK),30m) $(AS_ROOT) $(CARGO) test --locked --test soak -- --ignored --nocapture a_long_load
 
+# Random packets against a host without ctkeep and one with it (docs/attack.md): make attack-search SEARCH=2h
+attack-search: test-tools
+	$(CARGO) test --locked --no-run --test attack_search
+	CTKEEP_SEARCH=$(or $(SEARCH),30m) CTKEEP_SEARCH_SEED=$(or $(SEED),1) $(AS_ROOT) $(CARGO) test --locked \
+		--test attack_search -- --ignored --nocapture a_long_search
+
 bench: shield-tools
 	$(CARGO) bench --locked --bench '*'
 

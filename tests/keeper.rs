@@ -225,7 +225,14 @@ impl World {
 /// An event source has seen a packet of this connection, which came in by this device.
 fn suspects_of(port: u16, interface: u32) -> HashMap<FourTuple, Suspect> {
     let flow = of(port);
-    let suspect = Suspect { flow, interface, is_translated: false, destroyed: None, at: None };
+    let suspect = Suspect {
+        flow,
+        interface,
+        is_translated: false,
+        is_spoofed: false,
+        destroyed: None,
+        at: None,
+    };
     [(flow, suspect)].into()
 }
 

@@ -272,8 +272,14 @@ impl World {
             Events::Late => std::mem::replace(&mut self.late, now),
             Events::Prompt | Events::Doubled => [std::mem::take(&mut self.late), now].concat(),
         };
-        let suspect =
-            |flow| Suspect { flow, interface: 0, is_translated: false, destroyed: None, at: None };
+        let suspect = |flow| Suspect {
+            flow,
+            interface: 0,
+            is_translated: false,
+            is_spoofed: false,
+            destroyed: None,
+            at: None,
+        };
         let suspects: HashMap<_, _> = told.iter().map(|flow| (*flow, suspect(*flow))).collect();
         for _ in 0..if self.events == Events::Doubled { 2 } else { 1 } {
             self.act(|keeper, now, deeds| keeper.suspects(suspects.clone(), now, now, deeds));

@@ -11,6 +11,8 @@ use lab::{Entry, Lab, Namespace, Peer, RawConn, Server, wait_for};
 const PROGRAM: &str = env!("CARGO_BIN_EXE_ctkeep");
 const LIMIT: usize = 3;
 const TRIES: usize = LIMIT + 2;
+/// Of what is guarded behind a transparent proxy.
+const PROXYS: &[&str] = &["--port", "80"];
 const SOON: Duration = Duration::from_secs(10);
 
 /// What a host does to its connections, and where that shows in `conntrack -L`.
@@ -359,4 +361,78 @@ fn an_entry_of_the_same_tuple_in_another_zone_is_left_alone() {
         assert_eq!(lines(), before, "{harm:?}");
         assert!(others().iter().all(|entry| entry.timeout > 400), "{harm:?}: {:?}", others());
     }
+}
+
+/// A port that is reached directly and by a translation: each forgotten entry is put back as it
+/// was, and counts.
+#[test]
+fn two_ways_to_one_port_are_told_apart() {
+    let play = |guarded: bool| {
+        let lab = Lab::new()?;
+        lab.server.sysctl("net/netfilter/nf_conntrack_tcp_loose", "0");
+        let redirect = "-A PREROUTING -p tcp --dport 80 -j REDIRECT --to-ports 8080";
+        lab.server.run(&format!("iptables -t nat {redirect}"));
+        lab.connlimit(8080, 3);
+        let _server = lab.serve("0.0.0.0:8080");
+        let peers = [("198.51.100.7", 8080), ("198.51.100.8", 80)]
+            .map(|(source, port)| (lab.peer(source), port));
+        let held: Vec<_> = peers.iter().flat_map(|(it, port)| it.hold(*port, LIMIT)).collect();
+        // Its first deep sweep sees how each of them came in.
+        let daemon = guarded.then(|| {
+            lab.daemon(
+                PROGRAM,
+                &["--port", "8080", "--sweep-interval", "200ms", "--deep-interval", "1s"],
+            )
+        });
+        lab.server.run("conntrack -F");
+        if let Some(daemon) = &daemon {
+            wait_for("entries", Duration::from_secs(30), || {
+                daemon.log().matches("reinsert").count() >= 2 * LIMIT
+            });
+        }
+        let admitted: Vec<_> = peers.iter().map(|(it, port)| it.admitted(*port, TRIES)).collect();
+        Some((admitted, held.iter().filter(|conn| lab.is_alive(conn)).count()))
+    };
+    let Some((without, _)) = play(false) else { return };
+    assert_eq!(without, [LIMIT, LIMIT], "the stock kernel counts what it has forgotten");
+    assert_eq!(play(true), Some((vec![0, 0], 2 * LIMIT)));
+}
+
+/// The address of a transparent proxy's socket is no address of this host: the way to its client is
+/// found all the same, and the limit counts again.
+#[test]
+fn a_source_that_is_not_ours_does_not_hide_the_way() {
+    let play = |guarded: bool| {
+        let lab = Lab::new()?;
+        let proxy = "-j TPROXY --on-port 50080 --tproxy-mark 1";
+        for line in [
+            "ip rule add fwmark 1 lookup 100",
+            "ip route add local 0.0.0.0/0 dev lo table 100",
+            &format!("iptables -t mangle -A PREROUTING -p tcp -d 192.0.2.77 --dport 80 {proxy}"),
+        ] {
+            lab.server.run(line);
+        }
+        lab.connlimit(80, 3);
+        let _server = lab.serve("0.0.0.0:50080%transparent");
+        lab.client.run("ip neigh add 192.0.2.77 lladdr 02:00:00:00:00:01 dev eth0");
+        let peer = lab.peer_to("198.51.100.7", "192.0.2.77");
+        let mut conns = peer.hold(80, LIMIT);
+        conns.iter_mut().for_each(RawConn::fin);
+        assert!(conns.iter_mut().all(RawConn::await_ack), "no ACK of a FIN");
+        let daemon = guarded.then(|| lab.daemon(PROGRAM, PROXYS));
+        daemon.iter().for_each(lab::Daemon::stop);
+        conns.iter().for_each(|conn| conn.stale_rst());
+        // The tuples are off the limit's list.
+        let others = peer.hold(80, LIMIT);
+        // It keeps what it has just added for two ticks of the kernel's clock.
+        std::thread::sleep(Duration::from_millis(30));
+        others.iter().for_each(|conn| conn.rst(0));
+        if let Some(daemon) = &daemon {
+            daemon.cont();
+            wait_for("repair", SOON, || daemon.log().matches("revive").count() >= LIMIT);
+        }
+        Some(peer.admitted(80, TRIES))
+    };
+    let Some(without) = play(false) else { return };
+    assert_eq!((without, play(true)), (LIMIT, Some(0)));
 }

@@ -619,6 +619,34 @@ fn sweeps_are_as_frequent_as_without_and_extend_in_time() {
     assert_eq!(peer.admitted(80, 3), 0);
 }
 
+/// A flush is repaired as soon with it as without.
+#[test]
+fn a_flush_is_repaired_as_soon_as_without() {
+    if lab().is_none() {
+        return;
+    }
+    let [without, with] = ["off", "on"].map(|shield| {
+        let lab = Lab::new().expect("a lab");
+        lab.connlimit(80, LIMIT);
+        let _server = lab.serve("0.0.0.0:80");
+        let daemon = lab.daemon(CTKEEP, &["--port", "80", "--shield", shield]);
+        let peer = lab.peer(SOURCE);
+        let mut held = peer.hold(80, LIMIT as usize);
+        held.iter_mut().for_each(|conn| lab.half_close(conn));
+        // It is known to ctkeep by a sweep.
+        thread::sleep(Duration::from_millis(2500));
+        lab.server.run("conntrack -F");
+        let begun = std::time::Instant::now();
+        wait_for("entries", Duration::from_secs(30), || held.iter().all(|conn| lab.is_alive(conn)));
+        let took = begun.elapsed();
+        assert_eq!(peer.admitted(80, 3), 0, "{}", daemon.log());
+        took
+    });
+    // Both within the interval of a sweep, and as exactly as a sweep is in time.
+    assert!(with < without + Duration::from_secs(1), "{with:?} with it, {without:?} without");
+    assert!(with < Duration::from_secs(4), "{with:?}");
+}
+
 /// The commands say what the shield covers: by a guarded port, untranslated, from the wire.
 #[test]
 fn the_commands_tell_what_is_covered() {

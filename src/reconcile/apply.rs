@@ -64,7 +64,9 @@ pub fn apply<T: Transport, R: Recount>(
     let wanted = |actions: &[Action], hidden: &[Option<Hidden>], wanted: Hidden| -> Vec<_> {
         let both = actions.iter().zip(hidden);
         let of_kind = both.filter(|(_, hidden)| **hidden == Some(wanted));
-        of_kind.map(|(action, _)| (action.template.orig, wanted)).collect()
+        // In both directions: conntrack also believes a peer that says to be the server.
+        let tuples = of_kind.flat_map(|(action, _)| [action.template.orig, action.template.reply]);
+        tuples.map(|tuple| (tuple, wanted)).collect()
     };
     for (actions, hidden) in confirmed.actions().chunks(CHUNK).zip(hidden.chunks(CHUNK)) {
         let mut raised = raise(recounter, &wanted(actions, hidden, Hidden::FinsAndRsts), now);

@@ -8,7 +8,7 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use super::agenda::Agenda;
-use super::evidence::{Arrivals, Evidence};
+use super::evidence::{Arrival, Arrivals, Evidence};
 use super::pressure::{Defence, Pressure};
 use super::snapshot::{Snapshot, View};
 use crate::conntrack::{Entry, EntryKey, Tcp, TcpState, Zone};
@@ -228,12 +228,11 @@ impl Ledger {
         self.known.iter().filter_map(|(cookie, known)| known.held(*cookie))
     }
 
-    /// Takes note that conntrack closed the entry of this socket while it was being repaired: it
-    /// looks well now, but the limiter may have thrown it out in between.
+    /// Takes note that the entry of this socket is not to be believed, however it looks: conntrack
+    /// closed it while it was being repaired, and the limiter may have thrown it out in between; or
+    /// it has followed a packet of an impostor.
     pub fn distrust(&mut self, socket: &Socket) {
-        if self.holds(socket) {
-            self.distrusted.insert(socket.cookie);
-        }
+        self.distrusted.insert(socket.cookie);
     }
 
     /// Whether the entry of this socket must be repaired again, however it looks.
@@ -299,7 +298,7 @@ impl Ledger {
     /// Of an ESTABLISHED connection only what a plain entry would get wrong: there are many.
     pub fn note(&mut self, snapshot: &Snapshot) {
         self.note_zones(&snapshot.evidence);
-        self.note_views(snapshot.views.iter());
+        self.note_views(snapshot.views.iter(), &snapshot.evidence);
     }
 
     /// Looks for entries in the zones of these, too.
@@ -308,11 +307,16 @@ impl Ledger {
     }
 
     /// Takes note of these connections of a snapshot.
-    pub fn note_views(&mut self, views: impl Iterator<Item = View>) {
+    pub fn note_views(&mut self, views: impl Iterator<Item = View>, evidence: &Evidence) {
+        // Of siblings that come in in various ways each is remembered, or a forgotten one could not
+        // be put back.
+        let is_one_of_many =
+            |view: &View| evidence.arrivals.get(&view.flow.src) == Some(&Arrival::Various);
         for view in views {
             if let (Some(socket), Some(entry)) = (view.socket, view.entry)
                 && (socket.state != State::Established && socket.takes_a_slot()
-                    || !entry.is_plain())
+                    || !entry.is_plain()
+                    || is_one_of_many(&view))
             {
                 self.remember(&socket, entry);
             }
@@ -455,6 +459,7 @@ impl Ledger {
             known.hold.is_some() || known.look.is_some() || alive.contains(cookie)
         });
         self.uncounted.retain(|cookie, _| alive.contains(cookie));
+        self.distrusted.retain(|cookie| alive.contains(cookie));
     }
 
     /// Ports of which some connection has an entry now; replaces what was known.

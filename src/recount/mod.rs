@@ -177,7 +177,7 @@ pub trait Recount {
     /// The sets are full, or the kernel refuses.
     fn hide(&mut self, wanted: &[(FourTuple, Hidden)], now: Instant) -> Result<()>;
 
-    /// Hides no more than what is held, by its original tuples, and takes away what
+    /// Hides no more than what is held, by its tuples of both directions, and takes away what
     /// nothing needs any longer.
     ///
     /// # Errors

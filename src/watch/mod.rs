@@ -75,6 +75,8 @@ pub struct Suspect {
     pub interface: u32,
     /// As its packet was on the wire: its socket has another local address or port.
     pub is_translated: bool,
+    /// Its packet came in and says to be the server's own: no honest one does.
+    pub is_spoofed: bool,
     /// What conntrack said of it last, where that is all that is left.
     pub destroyed: Option<Entry>,
     /// When the kernel saw what happened, where it says so.
@@ -110,7 +112,8 @@ impl Suspect {
     /// and not by which device its packets come in, nor when the first of them did.
     pub fn and_then(self, later: Self) -> Self {
         let interface = if later.interface == 0 { self.interface } else { later.interface };
-        Self { interface, at: self.at, ..later }
+        let is_spoofed = self.is_spoofed || later.is_spoofed;
+        Self { interface, is_spoofed, at: self.at, ..later }
     }
 }
 
@@ -210,6 +213,7 @@ impl Events {
                             flow,
                             interface: 0,
                             is_translated: false,
+                            is_spoofed: false,
                             destroyed,
                             at: None,
                         });

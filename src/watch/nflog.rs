@@ -15,12 +15,13 @@ use netlink_packet_core::{DecodeError, Emitable, NlasIterator, parse_u32_be};
 use netlink_packet_netfilter::nflog::{ConfigCmd, ConfigFlags, ConfigMode, ConfigNla, Timeout};
 use netlink_packet_netfilter::{NetfilterHeader, NetfilterProtoFamily};
 use netlink_sys::protocols::NETLINK_NETFILTER;
+use nix::errno::Errno;
 
 use super::headers::tcp_flow;
 pub use super::nflog_table::CLOSING;
 use super::nflog_table::{
     self, CLOSING_WORD, FULL, HELD4, HELD6, HOLDERS4, HOLDERS6, HURRY, OPENS, PORTS, QUEUE,
-    TRANSLATED, Watched,
+    SPOOFED, TRANSLATED, Watched,
 };
 use super::{Drained, Suspect, tracking};
 use crate::error::{Cause, Op, Result};
@@ -129,8 +130,16 @@ impl Watch {
             return Ok(());
         }
         let Self { group, closing, memory, .. } = *self;
-        let watched = Watched { group, ports: &self.ports, closing, memory };
-        self.table.rebuild(&nflog_table::layout(watched))?;
+        let watched = Watched { group, ports: &self.ports, closing, memory, knows_own: true };
+        match self.table.rebuild(&nflog_table::layout(watched)) {
+            // Others may be built without nft_fib.
+            Err(error) if matches!(error.errno(), Some(Errno::ENOENT | Errno::EOPNOTSUPP)) => {
+                tracing::info!(%error, "no nft_fib: answers that are not this host's are not told");
+                let layout = nflog_table::layout(Watched { knows_own: false, ..watched });
+                self.table.rebuild(&layout)?;
+            }
+            built => built?,
+        }
         self.is_watching = true;
         Ok(())
     }
@@ -220,8 +229,11 @@ impl Watch {
             drained.full |= prefix == Prefix::Full;
             if let Some(flow) = flow {
                 let is_translated = prefix == Prefix::Translated;
-                let flow = flow.inverse();
-                take(Suspect { flow, interface, is_translated, destroyed: None, at });
+                let is_spoofed = prefix == Prefix::Spoofed;
+                // Its way is that of the server's own packets, and the device is not the socket's.
+                let (flow, interface) =
+                    if is_spoofed { (flow, 0) } else { (flow.inverse(), interface) };
+                take(Suspect { flow, interface, is_translated, is_spoofed, destroyed: None, at });
             } else {
                 // Anybody can send one; it says nothing of other packets.
                 drained.unreadable += 1;
@@ -292,6 +304,8 @@ pub enum Prefix {
     Hurry,
     /// A first FIN: something begins to close.
     Closing,
+    /// It came in, and says to be this host's own.
+    Spoofed,
     /// A SYN of a source that has half-closed connections.
     Opens,
 }
@@ -312,6 +326,7 @@ impl Prefix {
             Some(Ok(HURRY)) => Self::Hurry,
             Some(Ok(CLOSING_WORD)) => Self::Closing,
             Some(Ok(OPENS)) => Self::Opens,
+            Some(Ok(SPOOFED)) => Self::Spoofed,
             _ => Self::Plain,
         }
     }

@@ -72,12 +72,16 @@ const OPENINGS: Expr = Expr::Limit { rate: 50, burst: 50 };
 /// The word that goes with a packet whose destination will be translated.
 pub(super) const TRANSLATED: &str = "translated";
 
+/// The word that goes with a packet that says to be this host's own.
+pub(super) const SPOOFED: &str = "spoofed";
+
 /// Closing connections of a family that are remembered at once.
 pub const CLOSING: u32 = 262_144;
 
 const IPPROTO_TCP: u8 = 6;
 const NFPROTO_IPV4: u8 = 2;
 const NFPROTO_IPV6: u8 = 10;
+const TCP_SOURCE_PORT: u32 = 0;
 const TCP_DESTINATION_PORT: u32 = 2;
 const TCP_FLAGS: u32 = 13;
 const FIN: u8 = 0x01;
@@ -93,6 +97,11 @@ const UNTRACKED: u32 = 1 << 6;
 const IPS_DST_NAT: u32 = 1 << 5;
 /// `enum ip_conntrack_dir`
 const IP_CT_DIR_ORIGINAL: u8 = 0;
+const IP_CT_DIR_REPLY: u8 = 1;
+/// `LOOPBACK_IFINDEX`, in every namespace.
+const LOOPBACK: u32 = 1;
+/// `enum rtn_type`
+const RTN_LOCAL: u32 = 2;
 
 /// What the table is made with.
 #[derive(Clone, Copy, Debug)]
@@ -101,10 +110,12 @@ pub(super) struct Watched<'a> {
     pub(super) ports: &'a HashSet<u16>,
     pub(super) closing: u32,
     pub(super) memory: Duration,
+    /// The kernel can say whether an address is its own (`nft_fib`).
+    pub(super) knows_own: bool,
 }
 
 pub(super) fn layout(watched: Watched<'_>) -> TableSpec {
-    let Watched { group, ports, closing, memory } = watched;
+    let Watched { group, ports, closing, memory, knows_own } = watched;
     let set = |name, key, size, timeout| SetSpec { name, key, size, timeout, elements: Vec::new() };
     let sets = vec![
         SetSpec {
@@ -126,7 +137,15 @@ pub(super) fn layout(watched: Watched<'_>) -> TableSpec {
         name: "watch",
         hook: Hook::Prerouting,
         priority: PRIORITY,
-        rules: [ordinary(group), watched_at_once(group), first_fins(group), resets(group)].concat(),
+        rules: [
+            ordinary(group),
+            if knows_own { spoofed(group) } else { Vec::new() },
+            guarded(),
+            watched_at_once(group),
+            first_fins(group),
+            resets(group),
+        ]
+        .concat(),
     };
     TableSpec { sets, chains: vec![chain] }
 }
@@ -157,9 +176,35 @@ fn ordinary(group: u16) -> Vec<Vec<Expr>> {
             &[Expr::In(family.held), log(group, None, 1), Expr::Accept],
         ]));
     }
+    rules.push(rule(&[&ct(Expr::CtState, TRACKED, false), &[Expr::Accept]]));
+    rules
+}
+
+/// Packets that come in and say to be this host's own answers: conntrack believes them, and
+/// routing drops them.
+fn spoofed(group: u16) -> Vec<Vec<Expr>> {
+    let source_port = Expr::transport(TCP_SOURCE_PORT, 2);
+    let ours = [
+        Expr::CtDirection,
+        Expr::Equals(vec![IP_CT_DIR_REPLY]),
+        Expr::L4Proto,
+        Expr::Equals(vec![IPPROTO_TCP]),
+        source_port,
+        Expr::In(PORTS),
+        // This host's connections to itself come in there.
+        Expr::InputDevice,
+        Expr::Differs(LOOPBACK.to_ne_bytes().to_vec()),
+        Expr::SourceType,
+        Expr::Equals(RTN_LOCAL.to_ne_bytes().to_vec()),
+    ];
+    // One is as bad as an RST that TCP never gets, and no ordinary one is among them.
+    vec![rule(&[&ours, &[RESETS, log(group, Some(SPOOFED), 1), Expr::Accept]])]
+}
+
+/// What is of no port of the scope leaves.
+fn guarded() -> Vec<Vec<Expr>> {
     let unguarded = [port(), Expr::NotIn(PORTS)];
-    rules.extend([
-        rule(&[&ct(Expr::CtState, TRACKED, false), &[Expr::Accept]]),
+    vec![
         rule(&[&unguarded, &ct(Expr::CtStatus, IPS_DST_NAT, false), &[Expr::Accept]]),
         rule(&[
             &unguarded,
@@ -171,8 +216,7 @@ fn ordinary(group: u16) -> Vec<Vec<Expr>> {
             &unguarded,
             &[Expr::CtReplySource, Expr::NotIn(PORTS), Expr::Accept],
         ]),
-    ]);
-    rules
+    ]
 }
 
 /// Notes who sends SYNs, by which limits look at their lists. One of a connection that is there already can

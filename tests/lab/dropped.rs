@@ -30,27 +30,31 @@ pub enum Dropped {
     RoutingHeader,
     /// IPv6: a destination option that must not be skipped (RFC 8200, 4.2).
     UnknownOption,
+    /// It says to be the server's own answer: conntrack takes it for that, and routing drops it.
+    SpoofedAnswer,
     /// A program at the server's control group or socket, or a policy: here a rule in the last
     /// place before the socket.
     LastRule,
 }
 
 impl Dropped {
-    pub const IPV4: [Self; 7] = [
+    pub const IPV4: [Self; 8] = [
         Self::SourceRoute,
         Self::MalformedOption,
         Self::Md5,
         Self::RateInPrerouting,
         Self::RateInInput,
         Self::FewHops,
+        Self::SpoofedAnswer,
         Self::LastRule,
     ];
-    pub const IPV6: [Self; 6] = [
+    pub const IPV6: [Self; 7] = [
         Self::RoutingHeader,
         Self::UnknownOption,
         Self::Md5,
         Self::RateInPrerouting,
         Self::FewHops,
+        Self::SpoofedAnswer,
         Self::LastRule,
     ];
 
@@ -87,6 +91,12 @@ impl Dropped {
     }
 
     pub fn packet(self, segment: &Segment) -> Vec<u8> {
+        if self == Self::SpoofedAnswer {
+            let (source, destination) = (segment.destination, segment.source);
+            let (seq, ack) = (segment.ack, segment.seq);
+            let answer = Segment { source, destination, seq, ack, ..segment.clone() };
+            return answer.to_packet();
+        }
         let plain = segment.to_packet();
         let IpAddr::V4(hop) = segment.destination.ip() else {
             return self.of_ipv6(plain);

@@ -222,12 +222,15 @@ fn reply(control: &mut BufReader<UnixStream>, text: &str) {
     let _ = control.get_mut().write_all(format!("{text}\n").as_bytes());
 }
 
-/// On an address and port, and after a `%` the device that the socket is bound to.
+/// On an address and port, and after a `%` the device that the socket is bound to, or `transparent`
+/// where it takes what is for other hosts (TPROXY).
 fn listener(address: &str) -> TcpListener {
     let (address, device) = address.split_once('%').unwrap_or((address, ""));
     let address: SocketAddr = address.parse().expect("address to listen on");
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, None).expect("socket");
-    if !device.is_empty() {
+    if device == "transparent" {
+        socket.set_ip_transparent_v4(true).expect("transparent");
+    } else if !device.is_empty() {
         socket.bind_device(Some(device.as_bytes())).expect("bound to a device");
     }
     if address.is_ipv6() {

@@ -227,9 +227,6 @@ fn what_was_closed_during_its_repair_is_repaired_again_however_well_it_looks() {
     ledger.hold(close_wait(1), well, Instant::now());
     let agree = Verdict::Leave(NoAction::Agree);
     assert_eq!(verdict_of(Some(close_wait(1)), Some(well), &ledger), agree);
-    // And never for a socket that is not held.
-    ledger.distrust(&close_wait(2));
-    assert_eq!(verdict_of(Some(close_wait(2)), Some(well), &ledger), agree);
 }
 
 #[test]

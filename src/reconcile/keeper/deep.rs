@@ -291,7 +291,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         let snapshot = &work.whole.snapshot;
         match work.stage {
             Stage::Keep => {
-                self.ledger.note_views(snapshot.views.part(part.clone()));
+                self.ledger.note_views(snapshot.views.part(part.clone()), &snapshot.evidence);
                 self.attend(snapshot.views.part(part.clone()), now);
                 work.is_any_lost |= self.repair(snapshot, part.clone(), false, now, witness)?;
             }

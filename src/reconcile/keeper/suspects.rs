@@ -4,6 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 use super::{Keeper, Trigger, Witness, checks};
+use crate::conntrack::TcpState;
 use crate::error::Result;
 use crate::flow::FourTuple;
 use crate::netlink::Transport;
@@ -113,6 +114,13 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         let recent: HashSet<_> =
             self.second_look.lookups.iter().map(|lookup| lookup.flow).collect();
         for view in snapshot.views.iter() {
+            // What conntrack makes of it is not what the server has done: the next FIN would end it.
+            if let Some(socket) = view.socket.filter(|it| it.state == State::Established)
+                && suspects.get(&view.flow).is_some_and(|suspect| suspect.is_spoofed)
+                && let Some((_, TcpState::FinWait | TcpState::CloseWait)) = view.entry_side()
+            {
+                self.ledger.distrust(&socket);
+            }
             let destroyed = suspects.get(&view.flow).map(|suspect| suspect.destroyed);
             match (view.socket, destroyed) {
                 // A destroyed entry is known from its last event alone.
@@ -122,6 +130,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
                 // Perhaps it closed the entry in the midst of its repair.
                 (Some(socket), Some(None))
                     if recent.contains(&view.flow)
+                        && self.ledger.holds(&socket)
                         && self.ledger.hidden(&socket) != Some(Hidden::FinsAndRsts) =>
                 {
                     self.ledger.distrust(&socket);

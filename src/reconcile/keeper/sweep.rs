@@ -102,7 +102,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         is_beside: bool,
         now: Instant,
     ) -> Result<Sweep> {
-        let held = self.ledger.held().map(|held| held.orig);
+        let held = self.ledger.held().flat_map(|held| [held.orig, held.lookup.flow]);
         let narrowed = self.recounter.as_mut().map(|it| it.narrow_hidden(held, now));
         let (table, maximum, transition) = self.weigh(now)?;
         let hidden = narrowed.and_then(Result::err);
