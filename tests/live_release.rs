@@ -100,6 +100,19 @@ fn connections_of_a_killed_server_with_unread_data_are_released() {
     assert_welcome(&scene, &conns, closed);
 }
 
+/// No packet tells conntrack of the end, and no sweep comes: the kernel's word that the sockets have ended does.
+#[test]
+fn connections_that_end_unseen_are_released_as_the_kernel_tells_of_it() {
+    let args = ["--sweep-interval", "15s", "--deep-interval", "10m"];
+    let Some((mut scene, conns)) = held(Limiter::Connlimit, &args) else { return };
+    scene.lab.server.run(MUTE);
+    // Rules that have changed are read by then.
+    thread::sleep(Duration::from_secs(4));
+    scene.server.reset_all();
+    let free = || conns.iter().all(|conn| !scene.is_counted(conn));
+    assert!(holds_within(Duration::from_secs(1), free), "{}", scene.daemon().log());
+}
+
 /// No packet tells conntrack of the end, so only ctkeep can give the places back before the lease
 /// ends; while it is frozen they stay taken. The same ports are free too.
 #[test]
