@@ -232,9 +232,10 @@ impl Bench {
         for _ in 0..SWEEPS / 10 {
             let begun = Instant::now();
             let states = States::from_iter([State::CloseWait]);
-            let all = Scope { ports: [80, 443, 8_080].into() };
+            let all = Scope { ports: [80, 443, 8_080].into(), ..Scope::default() };
             let policy = self.keeper.settings().policy.clone();
-            let snapshot = self.keeper.tables.whole(&all, &policy, states).expect("join");
+            let snapshot =
+                self.keeper.tables.whole(&mut all.clone(), &policy, states).expect("join");
             joins.push(report::ms(begun.elapsed()));
             assert_eq!(snapshot.views.len(), TABLE, "connections");
         }
@@ -330,7 +331,7 @@ impl Bench {
 
     /// Every entry of the table.
     fn dump(&mut self, lab: &Lab) {
-        let all = Scope { ports: [80, 443, 8_080].into() };
+        let all = Scope { ports: [80, 443, 8_080].into(), ..Scope::default() };
         let (mut raw, mut parsed, mut joined, mut tool) =
             (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         let (mut raw_busy, mut busy) = (Vec::new(), Vec::new());
@@ -362,7 +363,8 @@ impl Bench {
             kept_busy.push(report::ms(report::cpu() - used));
             let begun = Instant::now();
             let states = States::from_iter([State::CloseWait, State::Established]);
-            let snapshot = self.keeper.tables.whole(&all, &policy, states).expect("join");
+            let snapshot =
+                self.keeper.tables.whole(&mut all.clone(), &policy, states).expect("join");
             joined.push(report::ms(begun.elapsed()));
             assert_eq!(snapshot.views.len(), WHOLE_TABLE, "connections");
             tool.push(list_by_tool(lab));

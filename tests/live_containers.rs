@@ -116,6 +116,37 @@ fn a_container_is_guarded_without_being_named() {
     assert!(!log.contains(&guest.namespace.path()), "no list of namespaces: {log}");
 }
 
+/// Once with one named port, which is how entries are filtered by the kernel, and once with two.
+#[test]
+fn a_named_port_is_that_of_clients_as_well_as_that_of_the_container() {
+    let Some(lab) = Lab::new() else { return };
+    guests::limit(&lab);
+    let (guest, _other) = (Guest::start(&lab, 1), Guest::start(&lab, 2));
+    for (number, (ports, is_guarded)) in
+        [("8002", false), ("8001", true), ("8001,9", true), ("8080", true)].iter().enumerate()
+    {
+        let daemon = lab.daemon(CTKEEP, &["--port", ports]);
+        let peer = lab.peer(&format!("198.51.100.{number}"));
+        let gained = guest.gain(&lab, &peer, *is_guarded);
+        assert_eq!(gained, if *is_guarded { 0 } else { LIMIT }, "{ports}: {}", daemon.log());
+        let unheard = daemon.log().matches("nothing listens on this port").count();
+        assert_eq!(unheard, usize::from(ports.ends_with(",9")), "{}", daemon.log());
+        if *is_guarded {
+            lab.server.run(&format!("conntrack -D -p tcp -s 198.51.100.{number}"));
+            peer.syn_only(guest.port).rst(0);
+            wait_for("re-inserts", SOON, || {
+                daemon.log().matches("action=\"reinsert\"").count() == LIMIT
+            });
+            assert_eq!(peer.admitted(guest.port, LIMIT), 0, "{ports}: {}", daemon.log());
+        }
+    }
+    for (ports, is_found) in [("8001", false), ("8001,9", true)] {
+        let (_, out, err) = lab.ctkeep(CTKEEP, &["audit", "--port", ports, "--all"]);
+        assert_eq!(out.contains("nothing listens on port 9,"), is_found, "{out}{err}");
+        assert!(out.contains("10.1.1.2:8080") && !out.contains("10.1.2.2:8080"), "{out}{err}");
+    }
+}
+
 fn descriptors(pid: u32) -> usize {
     fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count)
 }

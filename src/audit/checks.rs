@@ -166,6 +166,18 @@ pub fn limiter(limiter: &Limiter, ports: &[u16]) -> Vec<Finding> {
     all
 }
 
+/// Ports that are named in vain.
+pub fn unheard(ports: &[u16]) -> Option<Finding> {
+    let ports: Vec<_> = ports.iter().map(u16::to_string).collect();
+    (!ports.is_empty()).then(|| {
+        Finding::warn(
+            "port-unheard",
+            format!("nothing listens on port {}, and no rule leads it elsewhere", ports.join(", ")),
+            "start its server, or name the ports that clients use: --port",
+        )
+    })
+}
+
 /// One limit, and the set that it keeps its lists in.
 pub fn limit(rule: &LimitRule) -> Vec<Finding> {
     let mut all = vec![one_limit(rule)];

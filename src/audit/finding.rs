@@ -5,7 +5,7 @@ use std::fmt;
 use serde::Serialize;
 
 /// Every identifier there is; docs/doctor.md has a section for each.
-pub const IDENTIFIERS: [&str; 48] = [
+pub const IDENTIFIERS: [&str; 49] = [
     "kernel",
     "privilege-net-admin",
     "privilege-net-raw",
@@ -32,6 +32,7 @@ pub const IDENTIFIERS: [&str; 48] = [
     "limit-interface",
     "rule-sees-nudges",
     "port-untracked",
+    "port-unheard",
     "untracked",
     "source-over-limit",
     "limit-lacking",

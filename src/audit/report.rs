@@ -114,7 +114,7 @@ impl Seen {
         let mut scope = policy.scope(&listeners);
         let sockets = tables.sockets.sockets(States::connected())?;
         scope.ports.extend(tables.served_without_listener(&sockets, &scope, policy)?);
-        let mut snapshot = tables.with_entries(sockets, &scope, policy, Over::Each)?;
+        let mut snapshot = tables.with_entries(sockets, &mut scope, policy, Over::Each)?;
         let mut ledger = Ledger::new(Defence::Auto, policy.zone);
         ledger.note(&snapshot);
         tables.play(&mut snapshot, &ledger);
@@ -182,7 +182,7 @@ impl Report {
     pub fn of(seen: Seen, scope: &Scope, policy: &Policy, request: Request) -> Self {
         let Seen { snapshot, ledger, limiter, .. } = &seen;
         let told = seen.told.clone().unwrap_or_default();
-        let in_scope = |socket: &&Socket| scope.ports.contains(&socket.local.port());
+        let in_scope = |socket: &&Socket| scope.has_port(socket.local.port());
         let listeners: Vec<Socket> = seen.listeners.iter().filter(in_scope).copied().collect();
         let mut sockets: BTreeMap<_, _> = State::ALL.map(|state| (state, 0)).into();
         let mut entries: BTreeMap<_, _> = TcpState::ALL.map(|state| (state, 0)).into();
@@ -269,6 +269,8 @@ impl Report {
             let open = |view: &View| view.socket.is_some_and(|socket| socket.takes_a_slot());
             let open = snapshot.views.iter().filter(open).map(|view| view.flow.src.port());
             layers.limiter.extend(checks::listener_gone(&seen.listeners, open));
+            let unheard = policy.unheard(&seen.listeners, scope, &seen.rules);
+            layers.limiter.extend(checks::unheard(&unheard));
         }
         layers.limiter.extend(checks::untracked(untracked.map(|it| it.view.flow.src.port())));
         Self {

@@ -256,7 +256,7 @@ mod tests {
         );
         let snapshot = Snapshot::new([repaired, left, sound]);
         let policy = Policy::default();
-        let scope = Scope { ports: [80].into() };
+        let scope = Scope { ports: [80].into(), ..Scope::default() };
         let ledger = Ledger::new(Defence::Auto, 0);
         let put_right = [repaired.flow].into();
         let sweep = SweepResult {
@@ -291,7 +291,7 @@ mod tests {
     fn where_nothing_is_tracked_nothing_is_missing() {
         let views = [1, 2, 3].map(|port| view(port, Some(State::CloseWait), None));
         let policy = Policy::default();
-        let scope = Scope { ports: [80].into() };
+        let scope = Scope { ports: [80].into(), ..Scope::default() };
         let (ledger, none) = (Ledger::new(Defence::Auto, 0), HashSet::new());
         let survey = |views: &[View]| {
             let snapshot = Snapshot::new(views.iter().copied());
@@ -323,7 +323,7 @@ mod tests {
             ..view(1, Some(State::Listen), None).socket.unwrap()
         };
         let policy = Policy::default();
-        let scope = Scope { ports: [80].into() };
+        let scope = Scope { ports: [80].into(), ..Scope::default() };
         let sweep = SweepResult {
             snapshot: &Snapshot::default(),
             scope: &scope,

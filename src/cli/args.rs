@@ -80,7 +80,7 @@ pub(super) struct Check {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Scope")]
 pub(super) struct Scope {
-    /// Local TCP port to guard (repeatable) [default: every listening port]
+    /// TCP port to guard: a socket's or a published one (repeatable) [default: every listening port]
     #[arg(long = "port", value_name = "PORT", value_delimiter = ',',
           value_parser = clap::value_parser!(u16).range(1..))]
     pub ports: Vec<u16>,

@@ -50,7 +50,7 @@ pub(super) fn run(args: &Explain) -> Result<Exit> {
         // Siblings of the same port tell whether it is tracked, and in which zones.
         let mut siblings = scope.clone();
         siblings.ports = std::iter::once(flow.src.port()).collect();
-        let mut around = tables.with_entries(sockets, &siblings, &policy, Over::Each)?;
+        let mut around = tables.with_entries(sockets, &mut siblings, &policy, Over::Each)?;
         let mut ledger = Ledger::new(Defence::Auto, policy.zone);
         ledger.note(&around);
         let interface = around
@@ -62,6 +62,9 @@ pub(super) fn run(args: &Explain) -> Result<Exit> {
         let snapshot = tables.exactly(&[Lookup { flow, interface }], &ledger)?;
         around.evidence.opened_here.clone_from(&snapshot.evidence.opened_here);
         around.evidence.untracked.clone_from(&snapshot.evidence.untracked);
+        snapshot.views.iter().filter_map(|view| view.entry).for_each(|entry| {
+            scope.learn(&policy, &entry);
+        });
         let view = snapshot.views.iter().next().unwrap_or(View { flow, socket: None, entry: None });
         let daemon = instance::ask("ctkeep");
         let held_for = view.socket.and_then(|socket| daemon.ages.get(&socket.cookie.0)).copied();

@@ -207,6 +207,9 @@ pub enum Filter {
     /// TCP entries whose first packet came from this port: reversed ones of a server.
     /// `conntrack -L -p tcp --orig-port-src PORT`.
     BegunFrom(u16),
+    /// TCP entries whose first packet was sent to this port, before any translation.
+    /// `conntrack -L -p tcp --orig-port-dst PORT`.
+    AskedOf(u16),
 }
 
 /// A filtered dump of one family's entries; the kernel refuses a tuple filter without a family
@@ -215,13 +218,17 @@ pub(super) fn dump(family: u8, filter: Filter) -> Request {
     let (kind, port) = match filter {
         Filter::Tcp => (CTA_TUPLE_ORIG, None),
         Filter::AnsweredFrom(port) => (CTA_TUPLE_REPLY, Some(port)),
-        Filter::BegunFrom(port) => (CTA_TUPLE_ORIG, Some(port)),
+        Filter::BegunFrom(port) | Filter::AskedOf(port) => (CTA_TUPLE_ORIG, Some(port)),
+    };
+    let (attribute, bit) = match filter {
+        Filter::AskedOf(_) => (CTA_PROTO_DST_PORT, CTA_FILTER_F_CTA_PROTO_DST_PORT),
+        _ => (CTA_PROTO_SRC_PORT, CTA_FILTER_F_CTA_PROTO_SRC_PORT),
     };
     let mut proto = vec![nla(CTA_PROTO_NUM, &[IPPROTO_TCP])];
     let mut bits = CTA_FILTER_F_CTA_PROTO_NUM;
     if let Some(port) = port {
-        proto.push(nla(CTA_PROTO_SRC_PORT, &port.to_be_bytes()));
-        bits |= CTA_FILTER_F_CTA_PROTO_SRC_PORT;
+        proto.push(nla(attribute, &port.to_be_bytes()));
+        bits |= bit;
     }
     let word = if kind == CTA_TUPLE_REPLY { CTA_FILTER_REPLY_FLAGS } else { CTA_FILTER_ORIG_FLAGS };
     let attributes = [

@@ -76,6 +76,7 @@ pub const CTA_FILTER_REPLY_FLAGS: u16 = 2;
 /// older kernel ignores the filter and sends everything).
 pub const CTA_FILTER_F_CTA_PROTO_NUM: u32 = 1 << 3;
 pub const CTA_FILTER_F_CTA_PROTO_SRC_PORT: u32 = 1 << 4;
+pub const CTA_FILTER_F_CTA_PROTO_DST_PORT: u32 = 1 << 5;
 
 pub const CTA_STATS_INVALID: u16 = 4;
 pub const CTA_STATS_INSERT_FAILED: u16 = 9;

@@ -165,6 +165,7 @@ impl Guard {
             }
             sleep(lead, COME_BACK)?;
         }
+        worker.say_unheard();
         tracing::info!(
             ports = worker.keeper.scope().ports.len(),
             held = worker.keeper.held().count(),

@@ -444,12 +444,26 @@ impl<'p> Worker<'p> {
         self.keeper.rely_on_events(self.desk.events.longest_unseen());
         self.keeper.rely_on_syns(self.desk.quiet());
         self.list_for_survey();
+        self.say_unheard();
     }
 
     /// Has sockets listed that figures of the whole tables are taken of, where somebody reads them.
     fn list_for_survey(&mut self) {
         let states = if self.desk.is_published() { Survey::states() } else { States::default() };
         self.keeper.list_besides(states);
+    }
+
+    /// Says which ports are named in vain.
+    pub(super) fn say_unheard(&mut self) {
+        let policy = &self.keeper.settings().policy;
+        if policy.ports.is_empty() {
+            return;
+        }
+        let policy = policy.clone();
+        let Ok(listeners) = self.keeper.tables.sockets.listeners() else { return };
+        for port in policy.unheard(&listeners, self.keeper.scope(), &Ruleset::read()) {
+            tracing::warn!(port, "nothing listens on this port, and no rule leads it elsewhere");
+        }
     }
 
     /// Gives held entries back, if that is wanted; else they live out their lease.

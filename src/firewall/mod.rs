@@ -15,6 +15,7 @@ mod nft;
 pub mod packet;
 pub mod play;
 mod ports;
+pub mod published;
 pub mod rule;
 mod save_program;
 mod scope;

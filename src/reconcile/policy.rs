@@ -1,18 +1,21 @@
 //! What ctkeep answers for: the scope, and how long a lease lasts.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 use std::time::Duration;
 
 use ipnet::IpNet;
 
-use crate::flow::FourTuple;
+use crate::conntrack::Entry;
+use crate::firewall::Ruleset;
+use crate::firewall::published::is_published;
+use crate::flow::{Endpoint, FourTuple};
 use crate::sockdiag::{Socket, States};
 
 /// The administrator's wishes.
 #[derive(Clone, Debug)]
 pub struct Policy {
-    /// Local ports in scope; empty: every port that has a listener.
+    /// Ports in scope, of sockets or as clients use them; empty: every port that has a listener.
     pub ports: HashSet<u16>,
     /// Socket states that are guarded, as far as an application has the socket.
     pub states: States,
@@ -49,7 +52,8 @@ impl Default for Policy {
 }
 
 impl Policy {
-    /// The scope on a host where these sockets listen.
+    /// The scope on a host where these sockets listen, as far as that tells: what the named ports
+    /// lead to, entries show ([`Scope::learn`]).
     pub fn scope(&self, listeners: &[Socket]) -> Scope {
         let ports = if self.ports.is_empty() {
             let ports = listeners.iter().map(|socket| socket.local.port());
@@ -57,7 +61,19 @@ impl Policy {
         } else {
             self.ports.clone()
         };
-        Scope { ports }
+        Scope { ports, published: HashMap::new() }
+    }
+
+    /// Named ports that nothing listens on and that nothing leads elsewhere.
+    pub fn unheard(&self, listeners: &[Socket], scope: &Scope, rules: &Ruleset) -> Vec<u16> {
+        let is_heard = |port: u16| {
+            listeners.iter().any(|socket| socket.local.port() == port)
+                || scope.published.values().any(|asked| *asked == port)
+                || is_published(rules, port)
+        };
+        let mut unheard: Vec<_> = self.ports.iter().copied().filter(|it| !is_heard(*it)).collect();
+        unheard.sort_unstable();
+        unheard
     }
 
     /// Whether connections of this peer are in scope.
@@ -79,17 +95,42 @@ impl Policy {
     }
 }
 
-/// The local ports in scope, at one moment.
+/// Endpoints behind published ports that are known: those of all containers of a large host.
+const PUBLISHED: usize = 65_536;
+
+/// What is in scope, at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Scope {
     /// Ports of guarded sockets.
     pub ports: HashSet<u16>,
+    /// Endpoints of guarded sockets that have another port, and the named one that clients use.
+    pub published: HashMap<Endpoint, u16>,
 }
 
 impl Scope {
     /// Whether a connection, seen from the server to its peer, is in scope.
     pub fn contains(&self, policy: &Policy, flow: FourTuple) -> bool {
-        self.ports.contains(&flow.src.port()) && policy.admits(flow.dst.addr())
+        (self.ports.contains(&flow.src.port()) || self.published.contains_key(&flow.src))
+            && policy.admits(flow.dst.addr())
+    }
+
+    /// Whether sockets of this port are in scope, at some address at least.
+    pub fn has_port(&self, port: u16) -> bool {
+        self.ports.contains(&port) || self.published.keys().any(|local| local.port() == port)
+    }
+
+    /// Which endpoint a named port leads to, by an entry, where that has another port.
+    pub fn led(&self, policy: &Policy, entry: &Entry) -> Option<(Endpoint, u16)> {
+        let (asked, local) = (entry.orig.dst, entry.reply.src);
+        let is_led = policy.ports.contains(&asked.port()) && !self.ports.contains(&local.port());
+        is_led.then_some((local, asked.port()))
+    }
+
+    /// Learns it.
+    pub fn learn(&mut self, policy: &Policy, entry: &Entry) {
+        if self.published.len() < PUBLISHED {
+            self.published.extend(self.led(policy, entry));
+        }
     }
 }
 

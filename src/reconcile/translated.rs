@@ -4,18 +4,21 @@ use std::collections::HashMap;
 
 use super::ledger::Ledger;
 use super::observe::Tables;
+use super::policy::{Policy, Scope};
 use crate::error::Result;
 use crate::flow::FourTuple;
 use crate::netlink::Transport;
 use crate::watch::Suspect;
 
 impl<T: Transport> Tables<T> {
-    /// These suspects by the tuples that their sockets have. One whose entry is gone is left to the
-    /// sweep.
+    /// These suspects by the tuples that their sockets have, and where named ports lead to for the
+    /// scope. One whose entry is gone is left to the sweep.
     pub(super) fn as_their_sockets_see_them(
         &mut self,
         suspects: HashMap<FourTuple, Suspect>,
         ledger: &Ledger,
+        scope: &mut Scope,
+        policy: &Policy,
     ) -> Result<HashMap<FourTuple, Suspect>> {
         let (translated, mut all): (HashMap<_, _>, HashMap<_, _>) =
             suspects.into_iter().partition(|(_, suspect)| suspect.is_translated);
@@ -27,6 +30,7 @@ impl<T: Transport> Tables<T> {
             let entries = self.conntrack.get(&asked)?;
             for (suspect, entry) in translated.values().zip(entries) {
                 if let Some(entry) = entry.filter(|entry| entry.orig == suspect.flow.inverse()) {
+                    scope.learn(policy, &entry);
                     let flow = entry.reply;
                     let seen = Suspect { flow, interface: 0, is_translated: false, ..*suspect };
                     let known = all.entry(flow).or_insert(seen);

@@ -13,7 +13,7 @@ use super::snapshot::{Direction, Snapshot, View, Views};
 use crate::conntrack::{Entry, Filter, Zone};
 use crate::error::Result;
 use crate::firewall::tracking::{Opened, Tracking, Zones};
-use crate::flow::{AF_INET, AF_INET6, FourTuple};
+use crate::flow::{AF_INET, AF_INET6, Endpoint, FourTuple};
 use crate::netlink::Transport;
 use crate::rtnetlink::route::Routes;
 use crate::sockdiag::{Cookie, Lookup, Socket, State, States};
@@ -76,6 +76,8 @@ pub struct Whole {
     pub half_closed: Vec<Socket>,
     /// Sockets that were to be listed besides.
     pub aside: Vec<Socket>,
+    /// What named ports lead to.
+    pub published: HashMap<Endpoint, u16>,
 }
 
 impl<T: Transport> Tables<T> {
@@ -86,7 +88,12 @@ impl<T: Transport> Tables<T> {
     ///
     /// # Errors
     /// The kernel refused, or an answer was lost.
-    pub fn whole(&mut self, scope: &Scope, policy: &Policy, states: States) -> Result<Snapshot> {
+    pub fn whole(
+        &mut self,
+        scope: &mut Scope,
+        policy: &Policy,
+        states: States,
+    ) -> Result<Snapshot> {
         let sockets = self.sockets.sockets(states)?;
         self.with_entries(sockets, scope, policy, Over::Each)
     }
@@ -96,7 +103,7 @@ impl<T: Transport> Tables<T> {
     /// # Errors
     /// As [`Tables::whole`].
     pub fn read(&mut self, reading: Reading) -> Result<Whole> {
-        let Reading { by, scope, policy, aside, of_members, theirs, tracking } = reading;
+        let Reading { by, mut scope, policy, aside, of_members, theirs, tracking } = reading;
         self.tracking = tracking;
         if self.sockets.members().len() == 0 {
             self.sockets.know_addresses(theirs);
@@ -104,7 +111,7 @@ impl<T: Transport> Tables<T> {
         let mut sockets = self.sockets.sockets(States::open())?;
         sockets.extend(of_members);
         let snapshot = match &by {
-            By::Dump => self.with_entries(sockets, &scope, &policy, Over::Number)?,
+            By::Dump => self.with_entries(sockets, &mut scope, &policy, Over::Number)?,
             By::LookUps(zones) => self.one_by_one(sockets, zones, &scope, &policy)?,
         };
         let lacks_orphans = by != By::Dump;
@@ -116,20 +123,64 @@ impl<T: Transport> Tables<T> {
         } else {
             self.sockets.sockets(aside)?
         };
-        Ok(Whole { lacks_orphans, snapshot, cookies, half_closed, aside })
+        Ok(Whole { lacks_orphans, snapshot, cookies, half_closed, aside, published: scope.published })
     }
 
-    /// These sockets and all entries of the scope.
+    /// These sockets and all entries of the scope. What named ports lead to is seen with them: where that
+    /// is news, they are read once more.
     ///
     /// # Errors
     /// As [`Tables::whole`].
     pub fn with_entries(
         &mut self,
         sockets: Vec<Socket>,
-        scope: &Scope,
+        scope: &mut Scope,
         policy: &Policy,
         over: Over,
     ) -> Result<Snapshot> {
+        if policy.ports.is_empty() {
+            return Ok(self.put_together(sockets, scope, policy, over)?.0);
+        }
+        for entry in self.asked_of(policy)? {
+            scope.learn(policy, &entry);
+        }
+        let (mut snapshot, mut led) = self.put_together(sockets.clone(), scope, policy, over)?;
+        if led.keys().any(|local| !scope.published.contains_key(local)) {
+            scope.published.extend(led);
+            (snapshot, led) = self.put_together(sockets, scope, policy, over)?;
+        }
+        let open =
+            snapshot.views.iter().filter(|view| view.socket.is_some() || view.entry.is_some());
+        let open: HashSet<_> = open.map(|view| view.flow.src).collect();
+        scope.published.retain(|local, _| open.contains(local) || led.contains_key(local));
+        Ok(snapshot)
+    }
+
+    /// Entries of translated connections to the named port, where the kernel filters by it.
+    fn asked_of(&mut self, policy: &Policy) -> Result<Vec<Entry>> {
+        let mut all = Vec::new();
+        for port in policy.ports.iter().filter(|_| policy.ports.len() <= FILTERED_PORTS) {
+            for family in [AF_INET, AF_INET6] {
+                let filter = Filter::AskedOf(*port);
+                all.extend(self.conntrack.entries(family, filter, |led: &mut Vec<_>, entry| {
+                    if entry.reply.src != entry.orig.dst {
+                        led.push(*entry);
+                    }
+                })?);
+            }
+        }
+        Ok(all)
+    }
+
+    /// The same by what is in scope now, and what named ports lead to.
+    fn put_together(
+        &mut self,
+        sockets: Vec<Socket>,
+        scope: &Scope,
+        policy: &Policy,
+        over: Over,
+    ) -> Result<(Snapshot, HashMap<Endpoint, u16>)> {
+        let mut led = HashMap::new();
         let tracking = self.tracking.clone();
         let zones = tracking.as_deref().and_then(Tracking::zones);
         let mut joined = Joined { zones, ..Joined::of(sockets, scope, policy, over) };
@@ -149,13 +200,17 @@ impl<T: Transport> Tables<T> {
         };
         for filter in filters(scope) {
             for family in [AF_INET, AF_INET6] {
-                conntrack.entries(family, filter, |(), entry| joined.take(entry, &mut is_here))?;
+                conntrack.entries(family, filter, |(), entry| {
+                    led.extend(scope.led(policy, entry));
+                    joined.take(entry, &mut is_here);
+                })?;
             }
         }
         if let Some(error) = refused {
             return Err(error);
         }
-        self.but_bridged(joined.end())
+        let snapshot = self.but_bridged(joined.end())?;
+        Ok((snapshot, led))
     }
 
     /// These sockets, each with its entry.
@@ -322,7 +377,7 @@ fn is_home<T: Transport>(homes: &mut [Routes<T>], addr: IpAddr) -> Result<bool> 
 }
 
 fn filters(scope: &Scope) -> Vec<Filter> {
-    if scope.ports.len() > FILTERED_PORTS {
+    if scope.ports.len() > FILTERED_PORTS || !scope.published.is_empty() {
         return vec![Filter::Tcp];
     }
     scope

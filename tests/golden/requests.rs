@@ -168,6 +168,7 @@ fn dumps_of_entries_are_filtered_in_the_kernel() {
         ("dump-tcp-ipv6", "-p tcp", AF_INET6, Filter::Tcp),
         ("dump-answered-from", "--reply-port-src 80", AF_INET, Filter::AnsweredFrom(80)),
         ("dump-begun-from", "--orig-port-src 80", AF_INET6, Filter::BegunFrom(80)),
+        ("dump-asked-of", "--orig-port-dst 80", AF_INET, Filter::AskedOf(80)),
     ] {
         let sends = sends(|transport| {
             let answer = Conntrack::new(transport).entries(family, filter, |(): &mut (), _| ());

@@ -222,7 +222,7 @@ proptest! {
         let mut touched = HashSet::new();
         for round in 0.. {
             let changes = host.borrow().changes;
-            let snapshot = tables.whole(&scope, &policy, States::connected()).unwrap();
+            let snapshot = tables.whole(&mut scope.clone(), &policy, States::connected()).unwrap();
             let planned = plan(&snapshot, &scope, &policy, &ledger);
             if planned.actions.is_empty() {
                 break;

@@ -9,7 +9,7 @@ fn views(snapshot: &Snapshot) -> Vec<View> {
 fn whole(host: Host) -> Snapshot {
     let (_, mut tables) = host.open();
     let open = States::from_iter([State::CloseWait, State::Established]);
-    tables.whole(&scope(), &policy(), open).unwrap()
+    tables.whole(&mut scope(), &policy(), open).unwrap()
 }
 
 fn half_closed(host: Host, ledger: &Ledger) -> Snapshot {

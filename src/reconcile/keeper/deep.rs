@@ -240,6 +240,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         witness: &mut impl Witness,
     ) -> Result<()> {
         let listening = self.follow_listeners()?;
+        self.scope.published.clone_from(&whole.published);
         // A dump does not prove absence, and what waits to be counted must not be forgotten.
         let skipped = self.ledger.uncounted_but(&whole.cookies);
         if !skipped.is_empty() {

@@ -78,7 +78,9 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         now: Instant,
         witness: &mut impl Witness,
     ) -> Result<()> {
-        let translated = self.tables.as_their_sockets_see_them(suspects, &self.ledger);
+        let (scope, policy) = (&mut self.scope, &self.settings.policy);
+        let translated =
+            self.tables.as_their_sockets_see_them(suspects, &self.ledger, scope, policy);
         let mut suspects = translated.inspect_err(|_| {
             self.suspect_all();
             self.hasten_deep();

@@ -1,0 +1,45 @@
+//! Ports of this host that its rules lead elsewhere. Pure.
+
+use super::{Chain, Match, Ruleset, Step};
+
+/// Whether a table that translates addresses names this port: containers are published so.
+pub fn is_published(rules: &Ruleset, port: u16) -> bool {
+    let names = |of: &Match| !of.never && !of.ports.is_all() && of.ports.contains(port);
+    let leads = |step: &Step| match step {
+        Step::Test(test) => names(&Match::of(test)),
+        Step::Map(values, set) => {
+            set.unread.is_some()
+                || set.keyed().iter().any(|element| names(&Match::of_element(values, element)))
+        }
+        _ => false,
+    };
+    let translates = |chain: &Chain| {
+        let is_of_it = |other: &Chain| (other.family, &other.table) == (chain.family, &chain.table);
+        let bases = rules.chains.iter().filter(|other| is_of_it(other));
+        bases.filter_map(|other| other.base.as_ref()).any(|base| base.is_nat)
+    };
+    rules
+        .chains
+        .iter()
+        .filter(|chain| chain.rules.iter().flat_map(|rule| &rule.steps).any(leads))
+        .any(translates)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::firewall::{Family, parse_saved};
+
+    #[test]
+    fn a_port_that_a_rule_of_nat_names_is_published() {
+        let text = "*nat\n:PREROUTING ACCEPT [0:0]\n:DOCKER - [0:0]\n\
+                    -A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER\n\
+                    -A DOCKER ! -i docker0 -p tcp -m tcp --dport 8001 -j DNAT --to-destination 10.1.1.2:80\n\
+                    -A DOCKER -p tcp -m multiport --dports 90,95 -j DNAT --to-destination 10.1.1.3\n\
+                    COMMIT\n\
+                    *filter\n:INPUT ACCEPT [0:0]\n-A INPUT -p tcp --dport 22 -j ACCEPT\nCOMMIT\n";
+        let rules = Ruleset { chains: parse_saved(text, Family::Ip), unread: Vec::new() };
+        let published = [22, 80, 90, 95, 8001].map(|port| is_published(&rules, port));
+        assert_eq!(published, [false, false, true, true, true]);
+    }
+}
