@@ -245,7 +245,7 @@ fn read_without_end(stop: &AtomicBool) -> f64 {
     let mut tables = Tables::open().expect("both tables");
     traffic::fill(&mut tables.conntrack, ENTRIES);
     // Two ports, so that the kernel does not filter.
-    let scope = Scope { ports: [80, 443].into() };
+    let scope = Scope { ports: [80, 443].into(), ..Scope::default() };
     let (begun, mut count) = (Instant::now(), 0);
     while !stop.load(Ordering::Relaxed) {
         let reading = Reading {

@@ -350,7 +350,7 @@ impl Bench {
             let (begun, used) = (Instant::now(), report::cpu());
             let reading = Reading {
                 by: By::Dump,
-                scope: Scope { ports: [80, 81].into() },
+                scope: Scope { ports: [80, 81].into(), ..Scope::default() },
                 policy: policy.clone(),
                 aside: States::default(),
                 of_members: Vec::new(),

@@ -11,8 +11,11 @@ use crate::netlink::Transport;
 
 /// Namespaces that are listed at one look. A dump of one walks the sockets of the whole machine:
 /// 0.25 ms at 262 144 buckets (Linux 6.18), so these cost a hundredth of a core at a look a second.
-/// Listeners have a table of their own, of 20 us.
+/// Listeners have a table of their own, of 20 us and the way there and back.
 const LISTED: usize = 32;
+
+/// So many looks a namespace is new: its servers start to listen.
+const NEW: u8 = 30;
 
 /// The other namespaces.
 #[derive(Debug)]
@@ -20,8 +23,8 @@ pub(super) struct Members<T> {
     all: Vec<Member<T>>,
     /// Which of them have an address, by their ids. What is not here is asked of all.
     homes: HashMap<IpAddr, Vec<u64>>,
-    /// Whose turn it is.
-    next: usize,
+    /// Whose turn it is, to list what is half-closed, and listeners.
+    next: [usize; 2],
 }
 
 #[derive(Debug)]
@@ -30,11 +33,15 @@ struct Member<T> {
     sockets: Sockets<T>,
     /// Of the last list, as far as they were still so at the last look; `None` before the first.
     lately: Option<Vec<Lookup>>,
+    /// As listed last.
+    listeners: Vec<Socket>,
+    /// Looks since then, as long as it is new.
+    looks: u8,
 }
 
 impl<T> Default for Members<T> {
     fn default() -> Self {
-        Self { all: Vec::new(), homes: HashMap::new(), next: 0 }
+        Self { all: Vec::new(), homes: HashMap::new(), next: [0; 2] }
     }
 }
 
@@ -44,7 +51,7 @@ impl<T: Transport> Members<T> {
         for addr in addresses {
             self.homes.entry(addr).or_default().push(id);
         }
-        self.all.push(Member { id, sockets, lately: None });
+        self.all.push(Member { id, sockets, lately: None, listeners: Vec::new(), looks: 0 });
     }
 
     pub(super) fn leave(&mut self, id: u64) {
@@ -85,12 +92,11 @@ impl<T: Transport> Members<T> {
 
     /// The sockets in these states: of some by a list, of the others those that were so lately.
     pub(super) fn sockets_lately(&mut self, states: States) -> Result<Vec<Socket>> {
-        let count = self.all.len();
-        let first = self.next.checked_rem(count).unwrap_or(0);
-        self.next = first + LISTED.min(count);
+        let [next, _] = &mut self.next;
+        let is_in_turn = turn(next, self.all.len());
         let mut all = Vec::new();
         for (place, member) in self.all.iter_mut().enumerate() {
-            let is_in_turn = (place + count - first) % count < LISTED;
+            let is_in_turn = is_in_turn(place);
             let found = match member.lately.take() {
                 Some(lookups) if !is_in_turn => {
                     let mut found = member.look_up(&lookups)?;
@@ -102,6 +108,21 @@ impl<T: Transport> Members<T> {
             learn(&mut self.homes, member.id, &found);
             member.lately = Some(found.iter().map(Lookup::from).collect());
             all.extend(found);
+        }
+        Ok(all)
+    }
+
+    /// The listeners as of late: some namespaces are asked in turn, and new ones each time.
+    pub(super) fn listeners_lately(&mut self) -> Result<Vec<Socket>> {
+        let [_, next] = &mut self.next;
+        let is_in_turn = turn(next, self.all.len());
+        let mut all = Vec::new();
+        for (place, member) in self.all.iter_mut().enumerate() {
+            if member.looks < NEW || is_in_turn(place) {
+                member.listeners = member.list(States::from_iter([State::Listen]))?;
+                member.looks = member.looks.saturating_add(1);
+            }
+            all.extend(&member.listeners);
         }
         Ok(all)
     }
@@ -165,6 +186,13 @@ impl<T: Transport> Member<T> {
         self.sockets.rest();
         Ok(found.into_iter().flatten().collect())
     }
+}
+
+/// Whether it is the turn of the one at a place, of `count`.
+fn turn(next: &mut usize, count: usize) -> impl Fn(usize) -> bool + use<> {
+    let first = next.checked_rem(count).unwrap_or(0);
+    *next = first + LISTED.min(count);
+    move |place| (place + count - first) % count.max(1) < LISTED
 }
 
 /// Sockets show addresses that a namespace has been given since it joined.

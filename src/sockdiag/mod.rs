@@ -142,6 +142,16 @@ impl<T: Transport> SockDiag<T> {
         self.sockets(States::from_iter([State::Listen]))
     }
 
+    /// The same as of late: of other namespaces that have been there for a while only some are asked at
+    /// one call, in turn.
+    ///
+    /// # Errors
+    /// As [`SockDiag::sockets`].
+    pub fn listeners_lately(&mut self) -> Result<Vec<Socket>> {
+        let own = self.own.dump(States::from_iter([State::Listen]))?;
+        Ok(each_once(own, self.members.listeners_lately()?))
+    }
+
     /// The sockets of exactly these connections, in the order asked; `None` where there is none that
     /// is bound to the interface asked, to no device, or to one that dumps have shown in use.
     ///
