@@ -9,7 +9,7 @@ use super::figures::{Table, Tcp};
 use super::finding::Finding;
 use super::fronts::Front;
 use crate::firewall::limits::{EarlierAccept, LimitRule, Limiter, Sight, Witness};
-use crate::firewall::{Hook, Ports};
+use crate::firewall::{Hook, Ports, Ruleset, published};
 use crate::sockdiag::Socket;
 
 /// A table this full, in percent, is worth a look.
@@ -265,17 +265,18 @@ fn one_limit(rule: &LimitRule) -> Finding {
     Finding::ok("limit", format!("{rule}; {nudged}"))
 }
 
-/// Limits of what is forwarded whose sockets are in other namespaces: nobody looks at them, neither a
-/// daemon that says so nor, where it lacks privileges, this look.
+/// Limits of what is forwarded, and published ports, whose sockets are in other namespaces: the daemon
+/// does not look at them, as it says, or this look may not, for want of privileges.
 pub fn unseen(
     limiter: &Limiter,
+    rules: &Ruleset,
     namespaces: usize,
     unseen: usize,
     daemon_looks: Option<bool>,
 ) -> Option<Finding> {
-    let rule = limiter.rules.iter().find(|rule| rule.hook == Hook::Forward)?;
-    let place = rule.place();
-    if unseen > 0 && namespaces == 0 {
+    let forwarded = limiter.rules.iter().find(|rule| rule.hook == Hook::Forward);
+    let place = forwarded.map(LimitRule::place).or_else(|| published::any(rules))?;
+    if unseen > 0 {
         return Some(Finding::bad(
             "limit-unseen",
             format!("{place}: its sockets are in namespaces that this look may not enter"),

@@ -96,7 +96,7 @@ pub struct Seen {
     pub behind: HashSet<IpAddr>,
     /// How many namespaces those are.
     pub namespaces: usize,
-    /// Processes and namespaces that could not be looked into.
+    /// How many could not be looked into.
     pub unseen: usize,
 }
 
@@ -253,6 +253,7 @@ impl Report {
             .filter(|connection: &&Connection| connection.class == Class::Untracked);
         layers.limiter.extend(checks::unseen(
             limiter,
+            &seen.rules,
             seen.namespaces,
             seen.unseen,
             seen.told.as_ref().and_then(|told| told.containers),

@@ -25,6 +25,8 @@ const MOST: usize = 4096;
 pub struct Found {
     /// The inode of each namespace behind this one, and a path that leads to it.
     pub behind: BTreeMap<u64, PathBuf>,
+    /// Namespaces behind this one of which no process may be looked into, nor a name is known.
+    pub hidden: usize,
     /// There were more than are guarded.
     pub too_many: bool,
 }
@@ -45,17 +47,18 @@ pub fn behind() -> Result<Found> {
     if let Some((_, own)) = Namespace::Own.identity() {
         candidates.remove(&own);
     }
+    let mut known = HashSet::new();
     for (id, path) in candidates {
         let number = File::open(&path).ok().and_then(|file| numbers.of(file.as_fd()).ok()?);
-        if number.is_none_or(|number| !peers.contains(&number)) {
-            continue;
-        }
+        let Some(number) = number.filter(|number| peers.contains(number)) else { continue };
+        known.insert(number);
         if found.behind.len() == MOST {
             found.too_many = true;
             break;
         }
         found.behind.insert(id, path);
     }
+    found.hidden = peers.difference(&known).count();
     Ok(found)
 }
 

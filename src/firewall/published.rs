@@ -4,7 +4,16 @@ use super::{Chain, Match, Ruleset, Step};
 
 /// Whether a table that translates addresses names this port: containers are published so.
 pub fn is_published(rules: &Ruleset, port: u16) -> bool {
-    let names = |of: &Match| !of.never && !of.ports.is_all() && of.ports.contains(port);
+    names(rules, |of| of.ports.contains(port)).is_some()
+}
+
+/// A rule of a table that translates addresses, for some port.
+pub fn any(rules: &Ruleset) -> Option<String> {
+    names(rules, |_| true)
+}
+
+fn names(rules: &Ruleset, wanted: impl Fn(&Match) -> bool) -> Option<String> {
+    let names = |of: &Match| !of.never && !of.ports.is_all() && wanted(of);
     let leads = |step: &Step| match step {
         Step::Test(test) => names(&Match::of(test)),
         Step::Map(values, set) => {
@@ -18,11 +27,11 @@ pub fn is_published(rules: &Ruleset, port: u16) -> bool {
         let bases = rules.chains.iter().filter(|other| is_of_it(other));
         bases.filter_map(|other| other.base.as_ref()).any(|base| base.is_nat)
     };
-    rules
-        .chains
-        .iter()
-        .filter(|chain| chain.rules.iter().flat_map(|rule| &rule.steps).any(leads))
-        .any(translates)
+    let chains = rules.chains.iter().enumerate().filter(|(_, chain)| translates(chain));
+    chains.into_iter().find_map(|(number, chain)| {
+        let rule = chain.rules.iter().position(|rule| rule.steps.iter().any(leads))?;
+        rules.place(number, rule)
+    })
 }
 
 #[cfg(test)]
@@ -41,5 +50,8 @@ mod tests {
         let rules = Ruleset { chains: parse_saved(text, Family::Ip), unread: Vec::new() };
         let published = [22, 80, 90, 95, 8001].map(|port| is_published(&rules, port));
         assert_eq!(published, [false, false, true, true, true]);
+        assert_eq!(any(&rules).as_deref(), Some("ip nat DOCKER rule 1"));
+        let filter = Ruleset { chains: rules.chains.into_iter().skip(2).collect(), ..rules };
+        assert_eq!(any(&filter), None);
     }
 }

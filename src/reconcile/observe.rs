@@ -75,7 +75,7 @@ impl<T: Transport> Tables<T> {
     pub fn scope(&mut self, policy: &Policy) -> Result<Scope> {
         // With ports named there is nothing to ask.
         let listeners =
-            if policy.ports.is_empty() { self.sockets.listeners()? } else { Vec::new() };
+            if policy.ports.is_empty() { self.sockets.listeners_lately()? } else { Vec::new() };
         Ok(policy.scope(&listeners))
     }
 

@@ -123,7 +123,14 @@ impl<T: Transport> Tables<T> {
         } else {
             self.sockets.sockets(aside)?
         };
-        Ok(Whole { lacks_orphans, snapshot, cookies, half_closed, aside, published: scope.published })
+        Ok(Whole {
+            lacks_orphans,
+            snapshot,
+            cookies,
+            half_closed,
+            aside,
+            published: scope.published,
+        })
     }
 
     /// These sockets and all entries of the scope. What named ports lead to is seen with them: where that
