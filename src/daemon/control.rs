@@ -24,6 +24,8 @@ pub(super) struct Control {
     /// What was set up at the start.
     pub(super) foundation: Arc<Foundation>,
     live: Mutex<Arc<Live>>,
+    /// Containers with limits of their own.
+    limited: Mutex<Vec<Namespace>>,
 }
 
 impl Control {
@@ -38,12 +40,26 @@ impl Control {
             own: Namespace::Own.identity(),
             foundation: Arc::new(foundation),
             live: Mutex::new(Arc::new(live)),
+            limited: Mutex::default(),
         }
     }
 
     /// The settings in force.
     pub(super) fn live(&self) -> Arc<Live> {
         self.live.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Containers with limits of their own, as they are now.
+    pub(super) fn limited(&self) -> Vec<Namespace> {
+        self.limited.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Notes which these are; whether others than before.
+    pub(super) fn set_limited(&self, limited: Vec<Namespace>) -> bool {
+        let mut known = self.limited.lock().unwrap_or_else(PoisonError::into_inner);
+        let has_changed = *known != limited;
+        *known = limited;
+        has_changed
     }
 
     /// Puts other settings in force; workers take them up at their next turn.

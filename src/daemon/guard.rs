@@ -28,6 +28,8 @@ pub(super) struct Guard {
     pub(super) control: Arc<Control>,
     /// For the own table: other namespaces whose connections are in it.
     pub(super) members: Option<Members>,
+    /// It was not named: it ends with its namespace.
+    pub(super) is_found: bool,
 }
 
 /// From try to try at a namespace in which guarding fails, at first and at most.
@@ -46,7 +48,12 @@ impl Guard {
         let (mut retry, mut is_missing) = (RETRY.0, false);
         while !lead.is_stopping() {
             let begun_with = namespace.identity();
-            if begun_with.is_none() || self.is_guarded_by_another() {
+            let is_elsewhere = begun_with.is_none() || self.is_guarded_by_another();
+            if is_elsewhere && self.is_found {
+                lead.stop();
+                break;
+            }
+            if is_elsewhere {
                 if !std::mem::replace(&mut is_missing, true) {
                     self.say_missing(begun_with.is_some());
                     ready();
@@ -76,6 +83,7 @@ impl Guard {
                     retry = (retry * 2).min(RETRY.1);
                 }
                 // Whatever failed, failed in a namespace that was on its way.
+                Ok(Ended::NamespaceChanged) | Err(_) if self.is_found => {}
                 Ok(Ended::NamespaceChanged) | Err(_) => {
                     tracing::warn!("a namespace has come or gone, starting anew");
                 }
@@ -128,7 +136,7 @@ impl Guard {
         program: Option<&mut Program>,
         ready: &(dyn Fn() + Sync),
     ) -> Result<Ended> {
-        let Self { namespace, lead, control, members } = self;
+        let Self { namespace, lead, control, members, .. } = self;
         if control.foundation.realtime {
             prefer_realtime();
         }

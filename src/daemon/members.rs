@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags};
 
 use super::control::{Control, Lead, Wake};
+use super::inside::Inside;
 use super::threads;
 use crate::containers::{Member, find};
 use crate::error::Result;
@@ -88,6 +89,8 @@ pub(super) struct Finder {
     refused: HashSet<u64>,
     /// Of containers, by their inodes.
     found: BTreeMap<u64, Namespace>,
+    /// Of those, the ones with limits of their own.
+    inside: Inside,
     /// A device of this namespace may lead to a new one: a container gets one before it runs.
     devices: Listener,
     /// From then on all processes may be looked through again; before `restless` they are.
@@ -106,9 +109,9 @@ const RESTLESS: Duration = Duration::from_secs(2);
 const SOON: Duration = Duration::from_millis(200);
 /// And every so often without a sign.
 const SELDOM: Duration = Duration::from_secs(10);
-/// What looking through all processes costs is rested this many times: a fiftieth of a core. With
-/// 5 000 processes it takes some 20 ms.
-const SHARE: u32 = 50;
+/// What looking through all processes costs is rested this many times: a twentieth of a core, while
+/// devices come and go. With 5 000 processes it takes some 20 ms.
+const SHARE: u32 = 20;
 
 impl Finder {
     pub(super) fn new(control: Arc<Control>) -> Result<(Self, Members)> {
@@ -129,6 +132,7 @@ impl Finder {
             joined: BTreeMap::new(),
             refused: HashSet::new(),
             found: BTreeMap::new(),
+            inside: Inside::new(now),
             devices: Listener::open()?,
             free_at: now,
             restless: now,
@@ -139,7 +143,8 @@ impl Finder {
         Ok((finder, members))
     }
 
-    pub(super) fn run(mut self, lead: &Lead) -> Result<()> {
+    /// `limited` is told when others than before have limits of their own.
+    pub(super) fn run(mut self, lead: &Lead, limited: impl Fn()) -> Result<()> {
         while !lead.is_stopping() {
             lead.beat();
             let is_first = self.scanned.is_none();
@@ -147,6 +152,9 @@ impl Finder {
             if is_first {
                 drop(self.changes.send(Change::Looked));
                 self.wake.rouse();
+            }
+            if self.control.set_limited(self.inside.look(&self.found, Instant::now())) {
+                limited();
             }
             self.wait(lead)?;
         }
@@ -228,12 +236,9 @@ impl Finder {
             self.scanned = Some(now);
             return;
         }
-        let before = self.found.len();
-        self.found.retain(|id, namespace| namespace.identity().is_some_and(|it| it.1 == *id));
-        // Its first process may have ended before the others.
-        let has_lost = self.found.len() < before;
+        // One that ends takes its device with it, which is a sign, too.
         let is_late = self.scanned.is_none_or(|scanned| now >= scanned + SELDOM);
-        if !(has_lost || is_late || now < self.restless) || now < self.free_at {
+        if !(is_late || now < self.restless) || now < self.free_at {
             return;
         }
         let worked = threads::cpu_time();

@@ -7,6 +7,7 @@ mod control;
 mod desk;
 mod guard;
 mod history;
+mod inside;
 mod log;
 mod members;
 mod overload;
@@ -107,6 +108,8 @@ fn load_shields(settings: &Settings) -> Result<Programs> {
 enum News {
     /// The first whole sweep of this guard is done, or there is nothing to sweep.
     Ready(String),
+    /// Others than before have limits of their own.
+    Limited,
     /// This thread has ended.
     Ended(String, Result<()>),
 }
@@ -155,31 +158,38 @@ impl Team {
         namespace: Namespace,
         program: Option<Program>,
         members: Option<Members>,
+        is_found: bool,
     ) -> Result<()> {
         let (name, lead) = (guard::name(&namespace), Arc::new(Lead::new()?));
         self.control.metrics.expect(&name);
-        let guard = Guard { namespace, lead: lead.clone(), control: self.control.clone(), members };
+        let control = self.control.clone();
+        let guard = Guard { namespace, lead: lead.clone(), control, members, is_found };
         self.spawn(name.clone(), lead, move |_, news| {
             let ready = || drop(news.send(News::Ready(name.clone())));
             guard.run(program, &ready)
         })
     }
 
-    /// Guards the namespaces that the settings name, and no others; the shields of a start are there
-    /// for those that were named then.
+    /// Guards the own tables of the namespaces that the settings name, and of containers with limits of
+    /// their own, and no others; the shields of a start are there for those that were named then.
     fn follow(&mut self, programs: &mut Programs) -> Result<()> {
-        let wanted: Vec<_> = self.control.live().namespaces.clone();
-        let names: HashSet<_> = wanted.iter().map(guard::name).collect();
+        let named = self.control.live().namespaces.clone();
+        // One that has just ended is still among them.
+        let found = self.control.limited().into_iter().filter(|it| it.identity().is_some());
+        let found = found.filter(|namespace| !named.contains(namespace));
+        let found: Vec<_> = found.collect();
+        let names: HashSet<_> = named.iter().chain(&found).map(guard::name).collect();
         for (name, lead) in &self.leads {
             if !names.contains(name) && ![OWN, FINDER].contains(&name.as_str()) {
                 lead.stop();
             }
         }
-        for namespace in wanted {
+        let named = named.into_iter().map(|namespace| (namespace, false));
+        for (namespace, is_found) in named.chain(found.into_iter().map(|it| (it, true))) {
             let name = guard::name(&namespace);
             if !self.leads.contains_key(&name) {
                 let program = programs.remove(&name);
-                self.guard(namespace, program, None)?;
+                self.guard(namespace, program, None, is_found)?;
             }
         }
         Ok(())
@@ -219,8 +229,10 @@ where
     let (news, mut inbox) = mpsc::unbounded_channel();
     let mut team = Team { control: control.clone(), news, leads: BTreeMap::new() };
     let (finder, members) = Finder::new(control.clone())?;
-    team.spawn(FINDER.to_owned(), Arc::new(Lead::new()?), move |lead, _| finder.run(lead))?;
-    team.guard(Namespace::Own, programs.remove(OWN), Some(members))?;
+    team.spawn(FINDER.to_owned(), Arc::new(Lead::new()?), move |lead, news| {
+        finder.run(lead, || drop(news.send(News::Limited)))
+    })?;
+    team.guard(Namespace::Own, programs.remove(OWN), Some(members), false)?;
     team.follow(&mut programs)?;
 
     let mut service = Service::new();
@@ -262,6 +274,11 @@ where
                 Some(News::Ready(name)) => {
                     if starting.remove(&name) && starting.is_empty() {
                         service::ready();
+                    }
+                }
+                Some(News::Limited) => {
+                    if team.leads.get(OWN).is_some_and(|own| !own.is_stopping()) {
+                        team.follow(&mut programs)?;
                     }
                 }
                 Some(News::Ended(name, result)) => {

@@ -35,6 +35,10 @@ use crate::sockdiag::ends::Ends;
 /// A worker has a turn at least so often, for its signs of life.
 const TURN: Duration = Duration::from_secs(1);
 
+/// Containers that come within this time are looked at together: their servers may have had connections
+/// already.
+const NEWCOMERS: Duration = Duration::from_millis(200);
+
 /// Asking limits may cost this share of a core.
 const CHECKS: u32 = 20;
 
@@ -196,6 +200,7 @@ impl<'p> Worker<'p> {
         let began = Instant::now();
         if let Some(members) = self.members.filter(|_| ready.members) {
             members.follow(&mut self.keeper.tables.sockets);
+            self.keeper.sweep_by(began + NEWCOMERS);
         }
         // What has failed there is tried again at the next sweep.
         if ready.devices || self.keeper.sweep_is_due(began) {

@@ -312,6 +312,12 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         self.timers.hasten(Timer::Deep, self.soonest_deep);
     }
 
+    /// Sockets have come that no event has told of: the next sweep lists them, by this time.
+    pub fn sweep_by(&mut self, time: Instant) {
+        self.closing();
+        self.timers.hasten(Timer::Shallow, time);
+    }
+
     /// Gives held entries the timeouts that the kernel itself would give them.
     ///
     /// # Errors
