@@ -19,7 +19,7 @@ FUZZ_TARGETS = conntrack sockdiag netlink nflog ruleset saved options http
 # make test-kernels KERNELS="6.12.73 6.18.5"
 KERNELS ?= 5.10 6.1 6.12 sid
 
-.PHONY: all demo test play-test test-kernels docker-test reload-test check advisories fuzz soak bench install stage deb rpm static package-test \
+.PHONY: all demo test play-test test-kernels docker-test containers-test reload-test check advisories fuzz soak bench install stage deb rpm static package-test \
 	kubernetes-check dashboard-check tools shield-tools test-tools kernel-tools cargo-deny cargo-deb \
 	cargo-generate-rpm cargo-fuzz
 
@@ -63,6 +63,16 @@ reload-test: test-tools
 	$(CARGO) test --locked --no-run --test live_reload
 	$(AS_ROOT) env CTKEEP_UFW=$(CURDIR)/target/frontends/ufw CTKEEP_FIREWALLD=$(CURDIR)/target/frontends/firewalld \
 		CTKEEP_RELOADS=20 CTKEEP_STORM=30 $(CARGO) test --locked --test live_reload -- --nocapture
+
+# The same of podman, as root; then what takes a minute: containers that come and go, 5 000 processes.
+containers-test: docker-test
+	mkdir -p target/podman
+	cd target/podman && apt-get download podman conmon netavark aardvark-dns runc libgpgme11 libsubid4 libassuan0 \
+		libdevmapper1.02.1 && for package in *.deb; do dpkg -x $$package root && rm $$package; done
+	$(CARGO) test --locked --no-run --test live_podman --test live_found
+	$(AS_ROOT) env CTKEEP_PODMAN=$(CURDIR)/target/podman/root $(CARGO) test --locked --test live_podman
+	$(AS_ROOT) $(CARGO) test --locked --test live_found -- --ignored --nocapture --test-threads 1 \
+		the_same_for_a_minute among_five_thousand
 
 check: cargo-deny
 	$(CARGO) fmt --check
