@@ -9,6 +9,8 @@ use super::history::{History, SAMPLES, STEP};
 use super::spec::{ACTIONS, Count, Gauge};
 use super::{Liveness, Metrics, clock, locked};
 use crate::error::Error;
+use crate::firewall::lists::Loss;
+use crate::reconcile::checks::Counted;
 
 const STYLE: &str = include_str!("page.css");
 const SCRIPT: &str = include_str!("page.js");
@@ -16,7 +18,7 @@ const SCRIPT: &str = include_str!("page.js");
 /// Nothing but the page's own style and script, by their SHA-256, and its own address for the
 /// refresh. A test compares the digests.
 pub(super) const POLICY: &str = "default-src 'none'; \
-    style-src 'sha256-dxGuilxPxz0nEeCtYNF7+/O2/0eoeWP4ByNxX+BJxxo='; \
+    style-src 'sha256-x9FIMlsf7Aekj7Ph7FaZYVwmiNGkH2YU/KRlAQQSOc0='; \
     script-src 'sha256-iyVPJegmVT5aqcDyBfsAV6g1p4le2qkNzyFg6feHza0='; \
     connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
@@ -114,6 +116,15 @@ fn figures(out: &mut String, metrics: &Metrics, total: &Gauges) -> fmt::Result {
     figure("oldest", "longest held", &age(oldest.unwrap_or_default()))?;
     figure("table", "conntrack table", &format_args!("{entries} of {limit} ({fill:.1} %)"))?;
     figure("mismatches", "mismatches left", &mismatches)?;
+    figure("uncounted", "open and not counted", &total.sum(Gauge::Uncounted))?;
+    figure("overloads", "sources over an overload", &total.sum(Gauge::OverloadSources))?;
+    let changes = Loss::ALL.map(|loss| metrics.counts.value(Count::RuleChanges, &[loss.name()]));
+    figure("rules", "limits shown anew", &changes.iter().sum::<u64>())?;
+    let checks = Counted::ALL.map(|counted| {
+        let value = metrics.counts.value(Count::RecountChecks, &[counted.name()]);
+        format!("{value} {}", counted.name())
+    });
+    figure("checks", "recount checks", &checks.join(", "))?;
     figure("late", "late repairs", &count(Count::LateRepairs))?;
     figure("overruns", "event overruns", &count(Count::EventOverruns))?;
     figure("sweep-errors", "sweep errors", &count(Count::SweepErrors))?;
