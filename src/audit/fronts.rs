@@ -42,8 +42,8 @@ pub fn fronts(views: impl Iterator<Item = View>) -> Result<Vec<Front>> {
     let mut routes = Routes::open()?;
     let some = ports.into_iter().filter_map(|(port, one)| Some((port, one?)));
     for (port, (from, connections)) in some.filter(|(_, (_, count))| *count >= SOME) {
-        let far = FAR.iter().filter_map(|far| far.parse::<IpAddr>().ok());
-        let far = far.filter(|far| far.is_ipv4() == from.is_ipv4()).next();
+        let mut far = FAR.iter().filter_map(|far| far.parse::<IpAddr>().ok());
+        let far = far.find(|far| far.is_ipv4() == from.is_ipv4());
         let mut is_gateway = false;
         if let Some(far) = far {
             let way = routes.destination(far, None)?;
