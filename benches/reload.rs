@@ -83,7 +83,8 @@ fn reload(sources: u32, each: u32, target: Target) {
 /// Connections that were shown to their limit so far.
 fn shown(lab: &Lab) -> f64 {
     let answer = http::ask(&lab.server, "127.0.0.1:9815", "GET /metrics", "").expect("metrics");
-    http::samples(&answer.body)["ctkeep_actions_total{action=\"recount\"}"]
+    let name = "ctkeep_actions_total{action=\"recount\"}";
+    http::samples(&answer.body).get(name).copied().expect("a metric")
 }
 
 /// From this address; `None` where it is refused.

@@ -277,7 +277,7 @@ fn stamps_of_a_repair(is_syn_between: bool) -> Option<(usize, usize, usize)> {
     let admitted = peer.admitted(80, 2);
     // A list is swept once a jiffy.
     thread::sleep(Duration::from_millis(50));
-    for conn in &conns[..1] {
+    for conn in conns.iter().take(1) {
         conn.rst(0);
         wait_for("its end", SOON, || lab.socket_state(conn).is_none());
         wait_for("its entry's", SOON, || !lab.is_alive(conn));

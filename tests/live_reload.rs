@@ -7,6 +7,7 @@
 
 mod lab;
 
+use std::cell::RefCell;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::process::Command;
@@ -333,17 +334,23 @@ fn the_limit_holds_over_a_reload_of_firewalld() {
             start(server, PYTHON, format!("{package}/usr/bin/firewall-cmd -q {what}")).wait();
         told.expect("firewall-cmd").success()
     };
+    // They die with their namespace.
+    let running = RefCell::new(Vec::new());
     let load = |server: &Namespace| {
         let _ = std::fs::remove_file(format!("{root}/bus"));
-        start(server, "dbus-daemon", format!("--config-file={root}/bus.conf --nofork --nopidfile"));
+        let bus = format!("--config-file={root}/bus.conf --nofork --nopidfile");
+        running.borrow_mut().push(start(server, "dbus-daemon", bus));
         wait_for("a bus", SOON, || std::path::Path::new(&format!("{root}/bus")).exists());
         let program = format!("{package}/usr/sbin/firewalld --nofork --nopid --log-target console");
         let own = format!("--system-config {root} --default-config {package}/usr/lib/firewalld");
-        start(server, PYTHON, format!("{program} {own}"));
+        running.borrow_mut().push(start(server, PYTHON, format!("{program} {own}")));
         wait_for("firewalld", SOON * 2, || tell(server, "--state"));
         assert!(tell(server, "--permanent --add-port 80/tcp") && tell(server, "--reload"));
     };
     holds_over(HERE, load, |server| assert!(tell(server, "--reload")));
+    for mut child in running.into_inner() {
+        child.wait().expect("its end");
+    }
 }
 
 /// A limit counts what is open when it is added, too.
