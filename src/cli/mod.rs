@@ -26,6 +26,7 @@ use std::process::ExitCode;
 use clap::FromArgMatches;
 
 use crate::error::{Cause, Error, Result};
+use crate::host::modules;
 use args::{Cli, Command};
 
 /// How a command ended; the numbers are the program's contract.
@@ -125,6 +126,8 @@ fn fail(error: &Error) -> ExitCode {
              Run it as root, by its systemd unit (AmbientCapabilities=CAP_NET_ADMIN CAP_NET_RAW),\n\
              or grant both: setcap cap_net_admin,cap_net_raw+ep /path/to/ctkeep"
         );
+    } else if error.to_string().contains("modprobe") {
+        eprintln!("{}", modules::advice());
     }
     exit_of(error).into()
 }

@@ -21,6 +21,7 @@ use crate::error::{Error, Op, Result};
 use crate::firewall::Hook;
 use crate::firewall::limits::{EarlierAccept, LimitRule, Limiter};
 use crate::host::instance::{self, Holder};
+use crate::host::modules;
 use crate::netlink::KernelSocket;
 use crate::reconcile::policy::Policy;
 use crate::recount::Route;
@@ -164,7 +165,7 @@ fn privileges() -> Vec<Finding> {
 }
 
 fn unavailable(error: &Error) -> Finding {
-    Finding::bad("kernel-feature", error.to_string(), "")
+    Finding::bad("kernel-feature", error.to_string(), modules::advice())
 }
 
 /// A lease must be longer than what the kernel gives by itself, and shorter than ESTABLISHED.
@@ -225,14 +226,15 @@ fn recount(trial: &Result<Trial>, limiter: &Limiter) -> Vec<Finding> {
     let names: Vec<_> = counted.iter().map(|route| route.name()).collect();
     let what = format!("a limit in an own namespace counted nudges by {}", names.join(" and by "));
     let loopback_only = !counted.contains(&Route::Ingress);
+    let load = format!("{MODULES}; {}", modules::advice());
     let mut all = vec![match (counted.is_empty(), loopback_only) {
         (true, _) => Finding::bad(
             "recount-route",
             format!("no nudge was counted by a limit in an own namespace: {}", failed.join("; ")),
-            MODULES,
+            load,
         ),
         (false, true) => {
-            Finding::warn("recount-route", format!("{what}; {}", failed.join("; ")), MODULES)
+            Finding::warn("recount-route", format!("{what}; {}", failed.join("; ")), load)
         }
         (false, false) if failed.is_empty() => Finding::ok("recount-route", what),
         (false, false) => Finding::ok("recount-route", format!("{what}; {}", failed.join("; "))),

@@ -3,6 +3,7 @@
 
 pub mod counters;
 pub mod instance;
+pub mod modules;
 pub mod netns;
 pub mod privileges;
 pub mod random;
