@@ -298,9 +298,12 @@ pub fn verdict(
     if cell.guarded && !policy.force && evidence.untracked.contains(&view.flow) {
         return Verdict::Leave(NoAction::Untracked);
     }
-    match (decide(cell), cell.entry) {
+    let uncounted = view.socket.and_then(|socket| ledger.uncounted(&socket));
+    let left = entry.and_then(|entry| entry.timeout);
+    let idle = ledger.idle().filter(|idle| left.is_some_and(|left| left < idle.below));
+    match (decide(cell), cell.entry, uncounted, idle) {
         // Beyond the table: what the operator or an attack has switched on.
-        (Verdict::Leave(NoAction::OverCount), _)
+        (Verdict::Leave(NoAction::OverCount), ..)
             if policy.reap.is_some()
                 && entry.is_some_and(|entry| ledger.is_overdue(entry.key())) =>
         {
@@ -309,14 +312,15 @@ pub fn verdict(
         (
             Verdict::Leave(NoAction::Agree) | Verdict::Act(ActionKind::Extend, _),
             Some((Direction::FromPeer, _)),
-        ) if let Some(loss) = view.socket.and_then(|socket| ledger.uncounted(&socket)) => {
-            Verdict::Act(ActionKind::Recount, Reason::Uncounted(loss))
-        }
+            Some(loss),
+            _,
+        ) => Verdict::Act(ActionKind::Recount, Reason::Uncounted(loss)),
         // The last step of a repair makes the entry an ordinary one: one that never came to it was
         // broken off, perhaps in a former life, and perhaps before its nudge.
         (
             Verdict::Leave(NoAction::Agree) | Verdict::Act(ActionKind::Extend, _),
             Some((Direction::FromPeer, _)),
+            ..,
         ) if cell.guarded
             && entry.is_some_and(|entry| {
                 entry.is_ours() && entry.status.is_some_and(|status| !status.is_assured())
@@ -325,7 +329,7 @@ pub fn verdict(
             Verdict::Act(ActionKind::Recount, Reason::BrokenOff)
         }
         // `nf_conntrack_tcp_loose`; once, for then the entry is ours.
-        (Verdict::Leave(NoAction::Agree), Some((Direction::FromPeer, TcpState::Established)))
+        (Verdict::Leave(NoAction::Agree), Some((Direction::FromPeer, TcpState::Established)), ..)
             if cell.socket == Some(State::Established)
                 && entry.is_some_and(|entry| entry.is_picked_up()) =>
         {
@@ -333,23 +337,24 @@ pub fn verdict(
         }
         // A limit forgets what conntrack has forgotten, however short the administrator sets
         // `nf_conntrack_tcp_timeout_established`.
-        (Verdict::Leave(NoAction::Agree), Some((Direction::FromPeer, TcpState::Established)))
-            if cell.socket == Some(State::Established)
-                && !cell.held
-                && let Some(idle) = ledger.idle()
-                && entry.and_then(|entry| entry.timeout).is_some_and(|left| left < idle.below) =>
-        {
+        (
+            Verdict::Leave(NoAction::Agree),
+            Some((Direction::FromPeer, TcpState::Established)),
+            _,
+            Some(idle),
+        ) if cell.socket == Some(State::Established) && !cell.held => {
             Verdict::Act(ActionKind::Extend, Reason::EntryIdle(idle.timeout))
         }
         (
             Verdict::Leave(NoAction::Agree) | Verdict::Act(ActionKind::Extend, _),
             Some((Direction::FromPeer, TcpState::FinWait | TcpState::CloseWait)),
+            ..,
         ) if cell.socket == Some(State::CloseWait)
             && ledger.pressure().pins_early(view.flow.dst.addr()) =>
         {
             Verdict::Act(ActionKind::Seal, Reason::UnderAttack)
         }
-        (verdict, _) => verdict,
+        (verdict, ..) => verdict,
     }
 }
 
