@@ -120,7 +120,11 @@ install: all
 		install -m 0644 etc/ctkeep.toml.example $(DESTDIR)$(SYSCONFDIR)/ctkeep/ctkeep.toml
 	install -m 0644 README.md docs/*.md docs/*.json $(DESTDIR)$(DOCDIR)
 	install -m 0644 docs/images/* $(DESTDIR)$(DOCDIR)/images
-	install -m 0644 etc/ctkeep.toml.example packaging/ctkeep.service.d/*.conf $(DESTDIR)$(DOCDIR)/examples
+	install -m 0644 etc/ctkeep.toml.example $(DESTDIR)$(DOCDIR)/examples
+	# Each names the place that it is copied from.
+	for file in packaging/ctkeep.service.d/*.conf packaging/sysctl.conf; do \
+		sed 's,/usr/share/doc/ctkeep,$(DOCDIR),' $$file >$(DESTDIR)$(DOCDIR)/examples/$$(basename $$file) || exit; \
+	done
 	install -D -m 0644 packaging/prometheus/ctkeep.rules.yml $(DESTDIR)$(DATADIR)/prometheus/ctkeep.rules.yml
 	for file in fail2ban/ctkeep-overload.conf crowdsec/ctkeep-overload-parser.yaml crowdsec/ctkeep-overload-scenario.yaml; do \
 		install -D -m 0644 packaging/$$file $(DESTDIR)$(DATADIR)/$$file || exit 1; \
@@ -152,6 +156,19 @@ static:
 	rustup target add $(STATIC)
 	$(CARGO) build --release --locked --target $(STATIC)
 	@echo $(TARGET)/$(STATIC)/release/ctkeep
+
+.PHONY: dist msrv
+
+# What a release consists of, in target/dist. Targets that cannot be built here are left out, and named.
+STATICS ?= x86_64-unknown-linux-musl aarch64-unknown-linux-musl
+dist: deb rpm
+	CARGO="$(CARGO)" packaging/dist.sh $(PROFILE) $(STATICS)
+
+# The oldest compiler that is promised (rust-version in Cargo.toml).
+msrv:
+	version=$$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml) && \
+		rustup toolchain install $$version --profile minimal && \
+		$(CARGO) +$$version check --locked --target-dir $(TARGET)/msrv
 
 # The package, in a Debian of its own under its own systemd: install, attack, upgrade, purge.
 package-test: test-tools

@@ -322,8 +322,9 @@ fn the_unit_and_its_drop_ins_are_sound() {
 #[test]
 fn the_install_lines_of_the_drop_ins_name_files_that_are_installed() {
     let makefile = fs::read_to_string("Makefile").expect("the Makefile");
-    let installed = "packaging/ctkeep.service.d/*.conf $(DESTDIR)$(DOCDIR)/examples";
+    let installed = "for file in packaging/ctkeep.service.d/*.conf packaging/sysctl.conf";
     assert!(makefile.contains(installed) && makefile.contains("DOCDIR"), "installed elsewhere");
+    assert!(makefile.contains("s,/usr/share/doc/ctkeep,$(DOCDIR),"), "named elsewhere");
     for drop_in in fs::read_dir("packaging/ctkeep.service.d").expect("the drop-ins") {
         let path = drop_in.expect("a file").path();
         let name = path.file_name().expect("a name").to_str().expect("UTF-8");
