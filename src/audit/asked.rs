@@ -102,9 +102,7 @@ impl<'r> Asker<'r> {
         };
         let tells = |met: &Met| self.limiter.rules.get(met.rule).is_some_and(|rule| rule.tells);
         if self.is_careful && met.iter().any(tells) {
-            return cannot(
-                "its limit tells of what exceeds it (a log, a set), and would of a probe",
-            );
+            return cannot("its limit logs or bans what exceeds it, and would do so with a probe");
         }
         if view.entry.is_some_and(|entry| entry.orig.src.addr() != view.flow.dst.addr()) {
             return cannot("its source is translated");

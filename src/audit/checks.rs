@@ -252,7 +252,7 @@ fn one_limit(rule: &LimitRule) -> Finding {
         );
     }
     if rule.hook == Hook::Forward {
-        return Finding::ok("limit-forwarded", format!("{rule}, of what is forwarded"));
+        return Finding::ok("limit-forwarded", format!("{rule}, for forwarded connections"));
     }
     let nudged = match () {
         () if rule.before.contains(&EarlierAccept::Loopback) => "loopback is accepted before it",
@@ -405,7 +405,7 @@ pub fn over(source: IpNet, held: usize, limit: u32, counted: usize) -> Finding {
     Finding::bad(
         "source-over-limit",
         format!("{whose}: {held} sockets, limit {limit}, the rule sees {counted}"),
-        "ctkeep reconcile makes the limiter count them again; ctkeep run keeps it so",
+        "ctkeep reconcile makes the limit count them again; ctkeep run keeps it right",
     )
 }
 
@@ -422,7 +422,7 @@ pub fn lacking(answered: &Answered, rule: &str) -> Option<Finding> {
     Some(Finding::bad(
         "limit-lacking",
         format!("{whose}: {held} sockets, the list of {rule} has {listed}: it lets {more} more in"),
-        "ctkeep recount shows the limit what is open; ctkeep run keeps it so",
+        "ctkeep recount shows the limit its open connections; ctkeep run keeps it right",
     ))
 }
 

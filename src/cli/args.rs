@@ -49,7 +49,7 @@ pub(super) enum Command {
     Audit(Audit),
     /// Repair once what disagrees now
     Reconcile(Reconcile),
-    /// Show the limits every open connection of theirs once, as after a reload of the rules
+    /// Make each limit count its open connections again, as after a reload of the rules
     Recount(Recount),
     /// Guard connections until told to stop
     Run(Run),
@@ -85,7 +85,7 @@ pub(super) struct Scope {
           value_parser = clap::value_parser!(u16).range(1..))]
     pub ports: Vec<u16>,
 
-    /// Socket states to guard, of sockets that an application has
+    /// Socket states to guard, while an application has the socket open
     #[arg(long, value_name = "STATE", value_delimiter = ',',
           default_value = "established,syn-recv,fin-wait-1,fin-wait-2,close-wait,last-ack,closing",
           value_parser = guarded_state())]
@@ -108,7 +108,7 @@ pub(super) struct Scope {
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = lease)]
     pub lease: Duration,
 
-    /// Conntrack zone of connections whose entry was never seen and that have no siblings
+    /// Conntrack zone of an entry that is put back, where no other entry of its port shows one
     #[arg(long, value_name = "ZONE", default_value_t = 0)]
     pub zone: u16,
 
@@ -275,15 +275,16 @@ pub(super) struct Run {
     #[command(flatten)]
     pub scope: Scope,
 
-    /// From sweep to sweep over half-closed sockets
+    /// Time from one look at half-closed sockets to the next
     #[arg(long, value_name = "TIME", default_value = "1s", value_parser = interval)]
     pub sweep_interval: Duration,
 
-    /// From sweep to sweep over every socket of the scope
+    /// Time from one look at every socket in scope to the next
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = interval)]
     pub deep_interval: Duration,
 
-    /// Where changes of entries are learned from
+    /// How changes of entries are noticed: by a packet log (nflog), by conntrack events, or by sweeps
+    /// alone (off)
     #[arg(long, value_name = "SOURCE", default_value = "auto", value_parser = event_source())]
     pub events: EventSource,
 
@@ -319,7 +320,8 @@ pub(super) struct Run {
     #[arg(long, value_name = "NAME", default_value = "ctkeep0", value_parser = device)]
     pub device: String,
 
-    /// Defence level: 0 to hold entries as the kernel would, 2 to hold them hard always
+    /// How firmly entries are held: as attacks require (auto), never more than needed (0), always as
+    /// under attack (2)
     #[arg(long, value_name = "LEVEL", default_value = "auto", value_parser = defence())]
     pub defence: Defence,
 
@@ -341,7 +343,7 @@ pub(super) struct Run {
     #[arg(long)]
     pub realtime: bool,
 
-    /// What happens to held entries at the end
+    /// At the end, keep held entries for their lease, or release them at once
     #[arg(long, value_name = "WHAT", default_value = "keep", value_parser = on_exit())]
     pub on_exit: OnExit,
 

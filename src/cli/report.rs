@@ -92,7 +92,7 @@ fn about(rule: &LimitFigures, is_asked: bool) -> String {
     lines.extend(list("may pass before it", &rule.may_pass));
     lines.extend(at_it(&rule.full));
     lines.push(match rule.holds {
-        Some(true) => "holds now: yes, for those that were asked for".to_owned(),
+        Some(true) => "holds now: yes, for the sources asked about".to_owned(),
         Some(false) => "holds now: no".to_owned(),
         None if is_asked => "holds now: no answer".to_owned(),
         None => "holds now: not asked (--ask)".to_owned(),

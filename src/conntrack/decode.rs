@@ -143,8 +143,8 @@ pub(super) fn counters(payload: &[u8], sum: &mut Counters) -> Decoded<()> {
     Ok(())
 }
 
-/// A tuple and its zone, written where they belong, for to copy what was just written is slow;
-/// `false` where it is not of TCP.
+/// Decodes a tuple and its zone into the caller's slots: to return them by value costs a measurable
+/// copy. `false` where it is not TCP.
 #[inline]
 fn tuple(nested: &[u8], flow: &mut Option<FourTuple>, zone: &mut u16) -> Decoded<bool> {
     if let Some(usual) = fast_tuple(nested) {
@@ -154,8 +154,8 @@ fn tuple(nested: &[u8], flow: &mut Option<FourTuple>, zone: &mut u16) -> Decoded
     any_tuple(nested, flow, zone)
 }
 
-/// A tuple of TCP over IPv4 without a zone, its attributes in the kernel's own order: told at a
-/// glance, where any other takes a walk. Word by word, for to gather the headers costs more.
+/// Fast path for TCP over IPv4 without a zone, attributes in the kernel's own order; any other is
+/// walked. It compares word by word: to collect the headers first costs more.
 #[inline]
 fn fast_tuple(nested: &[u8]) -> Option<FourTuple> {
     let (&[ip, s, src, d, dst, proto, n, number, sp, src_port, dp, dst_port], []) =

@@ -106,7 +106,7 @@ impl<'p> Desk<'p> {
                 self.events_failed = false;
             }
             Err(error) if was_off => tracing::debug!(%error, "still no events"),
-            Err(error) => tracing::warn!(%error, "no events, the sweep alone until there are"),
+            Err(error) => tracing::warn!(%error, "no event source, sweeps alone until one opens"),
         }
         self.publish_receive_buffer();
         true
@@ -172,7 +172,7 @@ impl<'p> Desk<'p> {
                 self.shield = Some(shield);
             }
             Err(error) if self.foundation.shield == ShieldMode::On => return Err(error),
-            Err(error) => tracing::warn!(%error, "no shield, repairing alone"),
+            Err(error) => tracing::warn!(%error, "no shield, repairs go on without it"),
         }
         Ok(())
     }
@@ -243,7 +243,7 @@ impl<'p> Desk<'p> {
                 info,
                 limit = %rule,
                 reason = %loss,
-                "what is open is shown to a limit again"
+                "showing a limit its open connections again"
             );
         }
     }
@@ -357,7 +357,7 @@ impl<'p> Desk<'p> {
             // Routine: a sealed connection with traffic has it at every sweep.
             Ok(()) if action.kind == ActionKind::Extend => tracing::debug!(%flow, "extended"),
             Ok(()) if action.kind == ActionKind::Recount && outcome.recount.is_none() => {
-                tracing::debug!(%flow, "withheld from a limit that tells of what exceeds it");
+                tracing::debug!(%flow, "not shown to a limit that logs or bans what exceeds it");
             }
             Ok(()) if outcome.is_in_place => {
                 self.log_action(action, trigger, "acted, and its limits have it on their lists");
@@ -405,7 +405,7 @@ impl Witness for Desk<'_> {
         let flows = half_closed.map(|sockets| sockets.iter().map(Socket::flow).collect());
         if let Err(error) = self.events.follow(ports, flows) {
             // Somebody took its table away, or a set is full.
-            tracing::warn!(%error, "event source fails, opening it anew");
+            tracing::warn!(%error, "event source failed, opening it again");
             self.events_failed = true;
         }
         self.update_shield(|shield| shield.follow(ports));

@@ -61,7 +61,7 @@ pub fn run(
     let needs_bpf = programs.values().any(Program::needs_bpf_for_good);
     // While this is the only thread: the others inherit what is left.
     if let Err(error) = privileges::keep_only(&settings.privileges(needs_bpf)) {
-        tracing::warn!(%error, "keeping privileges that are not needed");
+        tracing::warn!(%error, "could not give up privileges that are not needed");
     }
     // A namespace whose sockets are looked at takes a descriptor; the usual 1 024 are for select(2).
     if let Ok((_, most)) = getrlimit(Resource::RLIMIT_NOFILE) {
@@ -97,7 +97,7 @@ fn load_shields(settings: &Settings) -> Result<Programs> {
         match Program::load(*shield_mark) {
             Ok(program) => drop(programs.insert(guard::name(&namespace), program)),
             Err(error) if *shield == ShieldMode::On => return Err(error),
-            Err(error) => tracing::warn!(%error, "no shield, repairing alone"),
+            Err(error) => tracing::warn!(%error, "no shield, repairs go on without it"),
         }
     }
     Ok(programs)

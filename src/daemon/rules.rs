@@ -58,7 +58,7 @@ impl Rules {
         // Before the first reading, so that no change is between the two.
         let events = RuleEvents::open()?;
         for (source, reason) in events.shortfalls() {
-            tracing::warn!(source, reason, "changes of these rules are not heard of");
+            tracing::warn!(source, reason, "changes of these rules cannot be followed");
         }
         let lists = Lists::read(None).unwrap_or_else(|error| {
             tracing::warn!(%error, "rules could not be read");
@@ -131,7 +131,9 @@ impl Rules {
             return Ok(());
         }
         if heard.lost {
-            tracing::warn!("changes of rules were lost: no list of a limit is relied upon");
+            tracing::warn!(
+                "notifications of rule changes were lost: every limit is shown its open connections"
+            );
         }
         let settled = now + if heard.is_loss() { SETTLE } else { RETRY };
         let due = self.spare.free_at().max(settled);

@@ -35,7 +35,7 @@ impl Service {
         if alive {
             tell(&[NotifyState::Watchdog]);
         } else {
-            tracing::warn!("a worker has not been alive since the last look");
+            tracing::warn!("a worker shows no sign of life, systemd is not told that all is well");
         }
         self.beats = beats;
         self.due = Instant::now() + self.interval.unwrap_or_default();
@@ -60,6 +60,6 @@ pub(super) fn stopping() {
 
 fn tell(states: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(states) {
-        tracing::debug!(%error, "systemd does not listen");
+        tracing::debug!(%error, "systemd cannot be reached");
     }
 }

@@ -13,7 +13,7 @@ use crate::reconcile::pressure::Defence;
 use crate::recount;
 use crate::watch::EventSource;
 
-/// What happens to held entries at the end.
+/// What becomes of held entries at the end.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OnExit {
     /// They live out their lease.
@@ -80,11 +80,11 @@ pub struct Foundation {
 pub struct Live {
     /// Scope and lease.
     pub policy: Policy,
-    /// From sweep to sweep over half-closed sockets.
+    /// Time from one look at half-closed sockets to the next.
     pub sweep_interval: Duration,
-    /// From sweep to sweep over every socket of the scope.
+    /// Time from one look at every socket in scope to the next.
     pub deep_interval: Duration,
-    /// What happens to held entries at the end.
+    /// What becomes of held entries at the end.
     pub on_exit: OnExit,
     /// Namespaces to guard beside the own one: each on its own, and its connections in the own table.
     pub namespaces: Vec<Namespace>,

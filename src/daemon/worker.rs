@@ -396,7 +396,7 @@ impl<'p> Worker<'p> {
                     self.keeper.suspect_all();
                 }
                 Err(error) => {
-                    tracing::info!(%error, "ends of sockets are not told, sweeps look for them");
+                    tracing::info!(%error, "no notification when sockets end, sweeps find out");
                     self.ends_untold = true;
                 }
             }
@@ -433,7 +433,7 @@ impl<'p> Worker<'p> {
                 minutes.note(history, share.name(), &survey.sources, Instant::now());
             }
             Err(error) => {
-                tracing::warn!(%error, "metrics of the whole tables stay as they were");
+                tracing::warn!(%error, "metrics of the whole tables not updated");
             }
         }
     }
@@ -489,7 +489,7 @@ fn open_recounter(foundation: &Foundation, now: Instant) -> Result<Option<Recoun
     }
     let recounter = Recounter::open(*recount, device, now)?;
     for shortfall in recounter.iter().flat_map(Recounter::shortfalls) {
-        tracing::warn!(reason = shortfall, "recount by less than wanted");
+        tracing::warn!(reason = shortfall, "recount by fewer routes than wanted");
     }
     let routes = recounter.as_ref().map(Recounter::routes).unwrap_or_default();
     tracing::info!(

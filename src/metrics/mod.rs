@@ -2,8 +2,8 @@
 //! node_exporter.
 //!
 //! Each guard has a [`GuardMetrics`]: it adds to counters that all guards have in common, and sets gauges
-//! of its own after each sweep. A scrape adds the gauges of all guards up; it asks the kernel
-//! nothing, and a guard never waits for it longer than that takes. docs/metrics.md lists the metrics.
+//! of its own after each sweep. A scrape sums the gauges of all guards. It asks the kernel nothing and
+//! holds their lock only while it sums. docs/metrics.md lists the metrics.
 
 mod counts;
 mod gauges;

@@ -178,7 +178,7 @@ fn repairs(out: &mut String, history: &History, shown: bool) -> fmt::Result {
     if history.last.is_empty() {
         return Ok(());
     }
-    out.push_str("<h2>The last ones</h2><table><tr><th>ago<th>action<th>reason<th>told by");
+    out.push_str("<h2>The last ones</h2><table><tr><th>ago<th>action<th>reason<th>trigger");
     out.push_str(if shown { "<th>connection</tr>" } else { "</tr>" });
     let now = clock();
     for deed in &history.last {

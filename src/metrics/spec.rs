@@ -313,7 +313,7 @@ table! {
     ).by(&[COUNTED]);
     RuleChanges = row(
         "ctkeep_rule_changes",
-        "Limits that lost their lists because rules changed, by what is known of it.",
+        "Limits that lost their lists because rules changed, by kind of change.",
     ).by(&[LOSS]);
     Sweeps = row("ctkeep_sweeps", "Sweeps that ended well, shallow and deep.");
     SweepErrors = row("ctkeep_sweep_errors", "Rounds of sweep or events that failed.");

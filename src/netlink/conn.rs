@@ -263,7 +263,7 @@ impl<T: Transport> Connection<T> {
                 match frame.kind {
                     NLMSG_NOOP => {}
                     NLMSG_OVERRUN => return Err(op.failed(Cause::Overrun)),
-                    NLMSG_DONE => return Err(op.malformed("end of a dump that nobody asked for")),
+                    NLMSG_DONE => return Err(op.malformed("end of a dump that was not asked for")),
                     NLMSG_ERROR => {
                         let cause = frame.acknowledgement().map_err(|e| op.malformed(e))?;
                         outcomes.push(match (cause, refused.take()) {

@@ -90,9 +90,9 @@ pub struct Idle {
 /// How an entry looked last.
 #[derive(Clone, Debug)]
 enum Last {
-    /// As its connection says: a plain one, opened by the peer.
+    /// Fully derivable from its connection: opened by the peer.
     Plain(Option<Tcp>),
-    /// In its own way.
+    /// Anything else, boxed.
     Other(Box<Entry>),
 }
 

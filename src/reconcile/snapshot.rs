@@ -81,8 +81,8 @@ impl View {
     }
 }
 
-/// Connections by the hundred thousand: a plain one takes a third of a [`View`], which it becomes
-/// when it is looked at.
+/// Compact storage for a hundred thousand connections: a plain one takes a third of a [`View`] and is
+/// expanded on access.
 #[derive(Clone, Debug, Default)]
 pub struct Views(Vec<CompactView>);
 
@@ -97,7 +97,7 @@ enum CompactView {
 /// An entry, beside the flow that its connection has in a view.
 #[derive(Clone, Debug)]
 enum PackedEntry {
-    /// As its connection says: from the peer, with nothing of its own.
+    /// Fully derivable from its connection: opened by the peer.
     Plain {
         status: Option<Status>,
         timeout: Option<Duration>,
@@ -105,7 +105,7 @@ enum PackedEntry {
         mark: Option<u32>,
         id: Option<u32>,
     },
-    /// In its own way.
+    /// Anything else, boxed.
     Other(Box<Entry>),
 }
 

@@ -180,7 +180,7 @@ impl<'p> Shield<'p> {
         let Some(table) = &mut self.table else { return Ok(()) };
         let (wanted, left_out) = wanted(links()?, &self.own, bridges_filter());
         for device in left_out.difference(&self.left_out) {
-            tracing::warn!(device, "no shield in this bridge or VRF, repairing alone");
+            tracing::warn!(device, "no shield in this bridge or VRF, repairs go on without it");
         }
         self.left_out = left_out;
         let wanted: HashMap<u32, String> =
@@ -282,7 +282,7 @@ pub(crate) fn remove_leftovers(own: &str) {
     drop(Table::create(&table_name(own), &TableSpec::default()));
     match links() {
         Ok(links) => links.iter().for_each(|link| program::remove_leftovers(&link.name)),
-        Err(error) => tracing::warn!(%error, "no look for what another run left"),
+        Err(error) => tracing::warn!(%error, "could not look for what another run left"),
     }
 }
 

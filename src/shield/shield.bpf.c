@@ -348,8 +348,8 @@ static __always_inline __u32 place_of(struct bpf_sock_tuple *tuple)
 	return hash % PLACES;
 }
 
-// Whether the one who has a place still needs it. One that came by another device is not looked for:
-// its socket may be bound to that.
+// Is the place still in use? If its owner came by another device its socket cannot be looked up, so
+// assume yes.
 static __always_inline bool is_needed(struct __sk_buff *skb, struct place *place)
 {
 	struct bpf_sock *socket;
@@ -383,8 +383,8 @@ static __always_inline enum decision learn(struct __sk_buff *skb, struct packet 
 		return FIN_HIDDEN;
 	place = bpf_map_lookup_elem(&places, &number);
 	if (place) {
-		// Should another processor be writing, then nobody is found by what this is, and the
-		// second look shows it.
+		// Read without the lock: a torn value matches no socket, and the check under the lock
+		// catches it.
 		was.device = place->device;
 		was.is_ipv4 = place->is_ipv4;
 		was.isn = place->isn;

@@ -68,10 +68,9 @@ impl Listener<KernelSocket> {
     }
 }
 
-/// Classic BPF that the kernel runs before an event is queued: TCP entries that are closing pass,
-/// and the end of those that were not. Of TIME_WAIT and CLOSE an update has told before their end.
-///
-/// What is no such event, or tells no state, passes.
+/// Classic BPF that the kernel runs before an event is queued. Updates of closing TCP entries pass, and
+/// so do destroys, except from TIME_WAIT and CLOSE: their update was delivered. Anything that cannot be
+/// parsed passes.
 fn filter() -> Vec<SockFilter> {
     use To::{Drop, Go, Pass};
 

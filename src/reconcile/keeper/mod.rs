@@ -48,9 +48,9 @@ pub use sweep::{Depth, Sweep};
 pub struct Settings {
     /// Scope and lease.
     pub policy: Policy,
-    /// From sweep to sweep over half-closed sockets.
+    /// Time from one look at half-closed sockets to the next.
     pub sweep_interval: Duration,
-    /// From sweep to sweep over every socket of the scope.
+    /// Time from one look at every socket in scope to the next.
     pub deep_interval: Duration,
     /// Plan, and change nothing.
     pub dry_run: bool,
