@@ -105,7 +105,8 @@ fuzz: cargo-fuzz
 			-max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=2048 -print_final_stats=1 || exit; \
 	done
 
-install: all
+# Root installs what another user has built: sudo finds no cargo in that user's home.
+install: $(BUILD)/ctkeep
 	install -D -m 0755 $(BUILD)/ctkeep $(DESTDIR)$(PREFIX)/sbin/ctkeep
 	install -D -m 0644 packaging/modules-load.conf $(DESTDIR)$(PREFIX)/lib/modules-load.d/ctkeep.conf
 	install -d $(DESTDIR)$(SYSCONFDIR)/ctkeep $(DESTDIR)$(DOCDIR)/examples $(DESTDIR)$(DOCDIR)/images \
@@ -136,8 +137,11 @@ install: all
 	$(BUILD)/ctkeep completions zsh >$(DESTDIR)$(PREFIX)/share/zsh/vendor-completions/_ctkeep
 	$(BUILD)/ctkeep completions fish >$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/ctkeep.fish
 
+$(BUILD)/ctkeep:
+	$(MAKE) all
+
 # The whole tree of an installation, that both kinds of packages are made of.
-stage:
+stage: all
 	rm -rf target/stage
 	$(MAKE) install PREFIX=/usr SYSCONFDIR=/etc DESTDIR=target/stage
 	strip target/stage/usr/sbin/ctkeep
