@@ -93,14 +93,14 @@ fn the_routes_are_those_that_a_limit_counted() {
     let Some(lab) = Lab::new() else { return };
     let (_, report) = doctor(&lab);
     let text = texts(&report, "recount-route");
-    assert!(text.contains("counted nudges by ingress and by loopback"), "{text}");
+    assert!(text.contains("counts connections again by ingress and by loopback"), "{text}");
     // Without TUN devices there is no ingress route.
     let hidden = format!("mount --bind /dev/null /dev/net/tun; {CTKEEP} doctor --format json");
     let (_, out, err) = lab.ctkeep("unshare", &["--mount", "sh", "-c", &hidden]);
     let report = serde_json::from_str(&out).unwrap_or_else(|error| panic!("{error}: {out}{err}"));
     assert_eq!(verdicts(&report, "recount-route"), ["warn"], "{report:#}");
     let text = texts(&report, "recount-route");
-    assert!(text.contains("counted nudges by loopback; not by ingress: "), "{text}");
+    assert!(text.contains("counts connections again by loopback; not by ingress: "), "{text}");
 }
 
 #[test]

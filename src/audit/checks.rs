@@ -77,7 +77,7 @@ pub fn conntrack(figures: &Table) -> Vec<Finding> {
         )),
         Some(_) => all.push(Finding::warn(
             "conntrack-events",
-            "entries older than the first listener never send events",
+            "entries made before ctkeep listened never send events",
             "sysctl -w net.netfilter.nf_conntrack_events=1",
         )),
         None => {}

@@ -224,13 +224,19 @@ fn recount(trial: &Result<Trial>, limiter: &Limiter) -> Vec<Finding> {
         }
     }
     let names: Vec<_> = counted.iter().map(|route| route.name()).collect();
-    let what = format!("a limit in an own namespace counted nudges by {}", names.join(" and by "));
+    let what = format!(
+        "tried in a namespace of its own: a limit counts connections again by {}",
+        names.join(" and by ")
+    );
     let loopback_only = !counted.contains(&Route::Ingress);
     let load = format!("{MODULES}; {}", modules::advice());
     let mut all = vec![match (counted.is_empty(), loopback_only) {
         (true, _) => Finding::bad(
             "recount-route",
-            format!("no nudge was counted by a limit in an own namespace: {}", failed.join("; ")),
+            format!(
+                "tried in a namespace of its own: no limit counts a connection again: {}",
+                failed.join("; ")
+            ),
             load,
         ),
         (false, true) => {
