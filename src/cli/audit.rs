@@ -93,7 +93,7 @@ fn read(sockets: &Path, entries: &Path, filter: Option<State>, policy: &Policy) 
     saved.join(policy).map_err(refused)
 }
 
-/// Does `work`; where it takes long and somebody watches, says on stderr that it goes on.
+/// Does `work`; where it takes long and stderr is a terminal, says on stderr that it goes on.
 fn with_progress<T>(work: impl FnOnce() -> T) -> T {
     if !io::stderr().is_terminal() {
         return work();

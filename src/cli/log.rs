@@ -49,7 +49,7 @@ fn filter(cli: &Cli) -> Result<EnvFilter> {
         .map_err(|error| Error::usage("CTKEEP_LOG", format!("'{wanted}' is no filter: {error}")))
 }
 
-/// The form for whoever reads stderr.
+/// The form by what stderr is.
 fn fitting() -> LogFormat {
     if io::stderr().is_terminal() {
         LogFormat::Text

@@ -44,7 +44,7 @@ fn settings(args: Run) -> Result<Settings> {
             ),
         ));
     }
-    // Whoever listens on the loopback address alone has no peers that count.
+    // A port on the loopback address alone has no peers that count.
     let own = args.metrics_listen.0.filter(|listen| listen.ip().is_loopback());
     let own_port = own.map(|listen| listen.port());
     let policy = Policy { reap: args.reap, own_port, ..args.scope.policy() };

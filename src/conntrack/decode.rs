@@ -100,7 +100,7 @@ pub fn entry(payload: &[u8]) -> Decoded<Option<Entry>> {
     }))
 }
 
-/// Table size as `IPCTNL_MSG_CT_GET_STATS` tells it: entries, and the maximum (since 5.17).
+/// Table size as `IPCTNL_MSG_CT_GET_STATS` reports it: entries, and the maximum (since 5.17).
 ///
 /// # Errors
 /// An attribute cut short, or no count.

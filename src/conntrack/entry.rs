@@ -72,7 +72,7 @@ impl Entry {
         EntryKey { zone: self.zone, orig: self.orig }
     }
 
-    /// The TCP state, where the kernel told it.
+    /// The TCP state, where the kernel reports it.
     pub fn state(&self) -> Option<TcpState> {
         self.tcp.map(|tcp| tcp.state)
     }

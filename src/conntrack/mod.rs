@@ -26,7 +26,7 @@ pub struct Conntrack<T = KernelSocket> {
 pub struct TableSize {
     /// Entries of this namespace.
     pub entries: u32,
-    /// `nf_conntrack_max`, where the kernel tells it (since 5.17).
+    /// `nf_conntrack_max`, where the kernel reports it (since 5.17).
     pub maximum: Option<u32>,
 }
 
@@ -175,7 +175,7 @@ impl<T: Transport> Conntrack<T> {
 /// Turns the kernel's bare refusals into what to do about them.
 fn explain(error: Error) -> Error {
     match error.errno() {
-        // nfnetlink answers so when nobody has registered the subsystem.
+        // The answer of nfnetlink where the subsystem is not registered.
         Some(Errno::EINVAL) if error.op.verb == "conntrack stats" => {
             module_missing(error.op, "nf_conntrack_netlink")
         }

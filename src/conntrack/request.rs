@@ -151,7 +151,7 @@ impl Insert {
 
     /// Always liberal both ways: the windows are not known to a new entry, and without the flag
     /// the rest of the stream would be INVALID. And with a flag that the kernel gives to no
-    /// direction, nor looks at there: it tells our entries from all others ([`Entry::is_ours`];
+    /// direction, nor looks at there: it marks our entries ([`Entry::is_ours`];
     /// seen to last on 6.18, guarded by tests/live_release.rs).
     fn tcp(&self) -> DefaultNla {
         const KEPT: u8 = IP_CT_TCP_FLAG_WINDOW_SCALE;

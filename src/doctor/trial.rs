@@ -1,4 +1,4 @@
-//! Tries every route on a real limit, in a network namespace that nobody else uses.
+//! Tries every route on a real limit, in a network namespace of its own.
 
 use std::net::{Ipv4Addr, TcpListener};
 use std::thread;

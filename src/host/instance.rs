@@ -90,7 +90,7 @@ pub struct Shielded {
     pub is_whole: bool,
 }
 
-/// What a daemon tells of itself.
+/// What a daemon reports of itself.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DaemonStatus {
     /// For each socket cookie the seconds that it has been held.
@@ -116,7 +116,7 @@ const LEVEL: &str = "level";
 /// The line that says whether containers are looked at.
 const CONTAINERS: &str = "containers";
 const YES: &str = "yes";
-/// The line that tells of a shield begins with this.
+/// The line about a shield begins with this.
 const SHIELD: &str = "shield";
 const WHOLE: &str = "whole";
 const PARTLY: &str = "partly";
@@ -227,7 +227,7 @@ fn age_of(cookie: &str, age: &str) -> Option<(u64, u64)> {
     u64::from_str_radix(cookie, 16).ok().zip(age.parse().ok())
 }
 
-/// Whether the other end belongs to root, to the same user, or to somebody who may change the
+/// Whether the other end belongs to root, to the same user, or to a process that may change the
 /// table anyway: the service runs under a user of its own.
 fn is_trusted(stream: &UnixStream) -> bool {
     getsockopt(stream, sockopt::PeerCredentials).is_ok_and(|peer| {

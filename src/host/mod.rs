@@ -1,4 +1,4 @@
-//! What else the host tells and permits: settings, counters, network namespaces, privileges,
+//! The rest of the host: settings, counters, network namespaces, privileges,
 //! randomness.
 
 pub mod counters;

@@ -1,6 +1,6 @@
 //! Network namespaces: finding them by name or path, and working inside one.
 //!
-//! A namespace belongs to a thread. Whoever works in another one gets a thread of its own, so
+//! A namespace belongs to a thread. Work in another one gets a thread of its own, so
 //! that no runtime thread ever moves.
 
 use std::fs::{self, File};
@@ -72,7 +72,7 @@ impl Namespace {
         }
     }
 
-    /// What tells the namespace from another one that takes its name later: device and inode of
+    /// What identifies the namespace, also against another one that takes its name later: device and inode of
     /// its file. `None` when there is none by this name: `ip netns add` makes an empty file first.
     pub fn identity(&self) -> Option<(u64, u64)> {
         const OWN: &str = "/proc/thread-self/ns/net";

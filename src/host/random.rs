@@ -1,4 +1,4 @@
-//! Numbers that nobody can guess.
+//! Numbers that cannot be guessed.
 
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};

@@ -12,7 +12,7 @@ use crate::reconcile::plan::{Action, ActionKind, Reason};
 pub(crate) const STEP: Duration = Duration::from_secs(10);
 /// An hour of them.
 pub(super) const SAMPLES: usize = 360;
-/// Repairs that are told one by one.
+/// Repairs that are shown one by one.
 const LAST: usize = 20;
 
 /// What stood at one moment, and what was done since the one before.

@@ -25,7 +25,7 @@ use super::text::Format;
 use super::{Metrics, page};
 use crate::error::{Error, Result};
 
-/// Connections at once; the oldest makes room for one more, so that idle and slow ones keep nobody
+/// Connections at once; the oldest makes room for one more, so that idle and slow ones keep no client
 /// out, and leave the workers their descriptors where only 64 are allowed.
 const CONNECTIONS: usize = 16;
 /// A request's head must be there within this time; likewise the next on the same connection.

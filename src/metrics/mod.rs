@@ -1,4 +1,4 @@
-//! What the daemon tells the world: `/metrics`, `/healthz`, a status page, and a file for
+//! What the daemon publishes: `/metrics`, `/healthz`, a status page, and a file for
 //! node_exporter.
 //!
 //! Each guard has a [`GuardMetrics`]: it adds to counters that all guards have in common, and sets gauges
@@ -442,7 +442,7 @@ impl GuardMetrics {
         self.metrics.counts.add(Count::DefenceTransitions, &[direction], 1);
     }
 
-    /// The size of the table, as the kernel tells it.
+    /// The size of the table, as the kernel reports it.
     pub fn table(&self, size: TableSize, maximum: Option<u64>) {
         self.guard(|guard| {
             guard.gauges.set(Gauge::TableEntries, &[], f64::from(size.entries));

@@ -65,7 +65,7 @@ const EVENT: Label = label("type", || vec!["update", "destroy", "nflog"]);
 const FAMILY: Label = label("family", || FAMILIES.to_vec());
 const LOSS: Label = label("kind", || Loss::ALL.map(Loss::name).to_vec());
 const MODE: Label = label("mode", || vec!["enforce", "observe"]);
-/// There when somebody listens.
+/// There while HTTP is served.
 const PORT: Label = label("port", Vec::new);
 const REASON: Label = label("reason", || Error::REASONS.to_vec());
 const ROUTE: Label = label("route", || ROUTES.to_vec());

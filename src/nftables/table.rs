@@ -90,7 +90,7 @@ impl Table<KernelSocket> {
 }
 
 impl<T: Transport> Table<T> {
-    /// Makes the table anew with all that is in it, whether somebody has taken it away or not, in one
+    /// Makes the table anew with all that is in it, whether it was taken away or not, in one
     /// transaction: no packet meets half of it.
     ///
     /// # Errors

@@ -33,7 +33,7 @@ pub struct Changes {
     pub down: HashSet<u32>,
     /// Some device has come, gone, or changed.
     pub any: bool,
-    /// Somebody took a queueing discipline or a filter away.
+    /// A queueing discipline or a filter was taken away.
     pub stripped: HashSet<u32>,
     /// More than could be read: anything may have changed.
     pub unknown: bool,

@@ -155,7 +155,7 @@ impl<'p> Shield<'p> {
     /// How often it decided what, in the order of [`DECISIONS`].
     ///
     /// # Errors
-    /// The kernel refuses to tell.
+    /// The kernel refuses to answer.
     pub(crate) fn counts(&self) -> Result<[u64; DECISIONS.len()]> {
         self.program.counts()
     }

@@ -88,7 +88,7 @@ impl Program {
             Ok(id) => return Ok(Attached { id, how: "tcx" }),
             Err(error) => tracing::debug!(device, error = all_of(&error), "no TCX"),
         }
-        // It may be there already, and then stays: whose it is cannot be told.
+        // It may be there already, and then stays: its owner is not known.
         let _ = qdisc_add_clsact(device);
         let id = classifier
             .attach_with_options(device, ingress, TcAttachOptions::Netlink(FIRST))

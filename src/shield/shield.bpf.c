@@ -52,13 +52,13 @@ struct {
 } decisions SEC(".maps");
 
 // A connection that conntrack has seen a FIN for. It stands here until TCP has taken the FIN, which
-// mostly is at once, or the socket is gone; whoever wants the place looks whether that is so.
+// mostly is at once, or the socket is gone; a newcomer to the place looks whether that is so.
 struct place {
 	struct bpf_spin_lock lock;
-	// 0 where nobody has been yet.
+	// 0 where it was never used.
 	__u32 device;
 	bool is_ipv4;
-	// Our own first sequence number: it tells a connection from the next with the same tuple.
+	// Our own first sequence number: it differs from that of the next connection with the same tuple.
 	__u32 isn;
 	struct bpf_sock_tuple tuple;
 };
@@ -72,7 +72,7 @@ struct {
 	__type(value, struct place);
 } places SEC(".maps");
 
-// Where nobody can foresee two connections to meet. Set before loading.
+// So that no client can foresee which connections meet. Set before loading.
 const volatile __u32 seed = 0;
 
 // Sockets that conntrack has seen a FIN for and whose place is taken by another. Dies with the
@@ -393,7 +393,7 @@ static __always_inline enum decision learn(struct __sk_buff *skb, struct packet 
 			return FIN_HIDDEN;
 		if (!is_needed(skb, &was)) {
 			bpf_spin_lock(&place->lock);
-			// Nobody was quicker.
+			// No other processor was quicker.
 			if (place->isn == was.isn && is_same(&place->tuple, &was.tuple)) {
 				place->device = skb->ifindex;
 				place->is_ipv4 = packet->tuple_size == sizeof(packet->tuple.ipv4);

@@ -35,7 +35,7 @@ pub(super) fn socket(frame: Frame<'_>) -> Result<Option<Socket>, DecodeError> {
     Ok(from_header(&header))
 }
 
-/// Who has opened the connection of the socket in a message, where that can be told.
+/// Which side opened the connection of the socket in a message, where that is known.
 ///
 /// # Errors
 /// Another message type, or one too short.

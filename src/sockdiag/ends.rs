@@ -1,4 +1,4 @@
-//! Sockets that end, as the kernel tells it (`SKNLGRP_INET_TCP_DESTROY`, since 4.2): when the object is
+//! Sockets that end, as the kernel reports it (`SKNLGRP_INET_TCP_DESTROY`, since 4.2): when the object is
 //! freed, which is a hint to look and never evidence.
 //!
 //! Every TCP socket of the namespace that ends is reported, so it is listened to only while there is
@@ -19,7 +19,7 @@ const SKNLGRP_INET6_TCP_DESTROY: u32 = 3;
 /// Some 4 000 messages, of sockets that end between two looks.
 const BUFFER: usize = 4 << 20;
 
-/// Datagrams read before what they tell is acted upon.
+/// Datagrams read before their contents are acted upon.
 const DRAIN: usize = 4096;
 
 /// Listens to the ends of sockets in one network namespace.
