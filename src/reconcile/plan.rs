@@ -329,9 +329,12 @@ pub fn verdict(
             Verdict::Act(ActionKind::Recount, Reason::BrokenOff)
         }
         // `nf_conntrack_tcp_loose`; once, for then the entry is ours.
-        (Verdict::Leave(NoAction::Agree), Some((Direction::FromPeer, TcpState::Established)), ..)
-            if cell.socket == Some(State::Established)
-                && entry.is_some_and(|entry| entry.is_picked_up()) =>
+        (
+            Verdict::Leave(NoAction::Agree),
+            Some((Direction::FromPeer, TcpState::Established)),
+            ..,
+        ) if cell.socket == Some(State::Established)
+            && entry.is_some_and(|entry| entry.is_picked_up()) =>
         {
             Verdict::Act(ActionKind::Recount, Reason::PickedUp)
         }
