@@ -147,7 +147,7 @@ stage: all
 	strip target/stage/usr/sbin/ctkeep
 	packaging/changelog.sh >target/stage/changelog
 
-# VERSION, if given, is that of the package: make deb VERSION=0.1.0-2
+# VERSION, if given, is that of the package: make deb VERSION=0.2.0-2
 deb: stage cargo-deb
 	$(CARGO) deb --no-build --no-strip --locked $(if $(filter dev,$(PROFILE)),--fast) $(if $(VERSION),--deb-version $(VERSION)) --output target/debian/
 
