@@ -51,7 +51,7 @@ fn closes_as_ever(source: &str, args: &[&str]) {
         let gone = holds_within(SOON, || scene.lab.socket_state(conn).is_none());
         assert!(gone, "the RST has not reached TCP:\n{}", scene.daemon().log());
     }
-    half_closed.rst(0);
+    half_closed.rst_at(0);
     let over = holds_within(SOON, || scene.open_sockets() == 0);
     assert!(over, "the last RST has not reached TCP:\n{}", scene.daemon().log());
     assert_free(&scene.peer, "places of connections that are over stay taken");
