@@ -169,7 +169,8 @@ mod tests {
                 assert!(!read.contains(&minute(1)) || read.len() == 2, "{place} {bit}");
                 // Upper and lower case of a digit of the checksum are the same number.
                 assert!(read.contains(&minute(2)) || place == first - 1, "{place} {bit}");
-                assert_eq!(whole(&all), all.len());
+                // Without its end it is one line with the other, and neither can be read.
+                assert!(whole(&all) == all.len() || place == first - 1, "{place} {bit}");
                 all[place] ^= 1 << bit;
             }
         }
