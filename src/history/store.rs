@@ -3,6 +3,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use super::record::{Record, records, whole};
@@ -28,9 +29,7 @@ impl Store {
     /// Of the file system; [`io::ErrorKind::WouldBlock`] where another process writes there.
     pub fn open(dir: &Path, room: u64) -> io::Result<Self> {
         fs::create_dir_all(dir)?;
-        let path = dir.join(NEWER);
-        let mut file =
-            OpenOptions::new().create(true).truncate(false).read(true).write(true).open(path)?;
+        let mut file = private().create(true).truncate(false).open(dir.join(NEWER))?;
         file.try_lock()?;
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes)?;
@@ -66,7 +65,7 @@ impl Store {
     fn turn(&mut self) -> io::Result<()> {
         let path = self.dir.join(NEWER);
         fs::rename(&path, self.dir.join(OLDER))?;
-        let file = OpenOptions::new().create_new(true).read(true).write(true).open(path)?;
+        let file = private().create_new(true).open(path)?;
         file.try_lock()?;
         (self.file, self.length) = (file, 0);
         Ok(())
@@ -97,8 +96,17 @@ pub fn read(dir: &Path) -> io::Result<(Vec<Record>, usize)> {
     found.map(|()| (all, damaged))
 }
 
+/// A file that addresses of peers are in.
+fn private() -> OpenOptions {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).mode(0o600);
+    options
+}
+
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     #[test]
@@ -113,6 +121,8 @@ mod tests {
         let size: u64 =
             [NEWER, OLDER].map(|name| fs::metadata(dir.join(name)).unwrap().len()).iter().sum();
         assert!(size <= 4096, "{size}");
+        let mode = fs::metadata(dir.join(NEWER)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o077, 0, "it is readable to others");
         // Torn in the middle of the last line.
         let file = OpenOptions::new().write(true).open(dir.join(NEWER)).unwrap();
         file.set_len(file.metadata().unwrap().len() - 3).unwrap();
