@@ -287,7 +287,7 @@ fn an_event_source_that_cannot_be_opened_anew_is_tried_again() {
         let failing = Failing::attach_to_each(scene.daemon().pid(), "socket", effect);
         every(if effect.ends_with("EPERM") { "500ms" } else { "400ms" });
         scene.daemon().signal(Signal::SIGHUP);
-        wait_for("failure", SOON, || says(&scene, "no events, the sweep alone"));
+        wait_for("failure", SOON, || says(&scene, "no event source, sweeps alone"));
         failing.detach();
         wait_for("events", SOON, || says(&scene, "listening"));
         conn.rst(-5);

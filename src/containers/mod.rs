@@ -34,6 +34,7 @@ impl Member {
     /// It is gone, or another one has its name, or it may not be entered.
     pub fn open(namespace: &Namespace, id: u64) -> Result<Self> {
         namespace.run(|| {
+            // One that is named can be another by now.
             if Namespace::Own.identity().map(|(_, inode)| inode) != Some(id) {
                 return Err(Op::new("enter network namespace").malformed("it has changed"));
             }

@@ -207,7 +207,7 @@ impl Guard {
 pub(super) fn name(namespace: &Namespace) -> String {
     match namespace {
         Namespace::Own => OWN.to_owned(),
-        Namespace::Named(name) => name.clone(),
+        Namespace::Named(name) | Namespace::Found { path: name, .. } => name.clone(),
     }
 }
 

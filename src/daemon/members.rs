@@ -3,7 +3,6 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::os::fd::AsFd;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -250,9 +249,12 @@ impl Finder {
                         "more containers than are guarded"
                     );
                 }
-                let named = |path: PathBuf| Some(Namespace::Named(path.to_str()?.to_owned()));
                 let found = found.behind.into_iter();
-                self.found = found.filter_map(|(id, path)| Some((id, named(path)?))).collect();
+                let named = found.filter_map(|(inode, path)| {
+                    let path = path.to_str()?.to_owned();
+                    Some((inode, Namespace::Found { path, inode }))
+                });
+                self.found = named.collect();
             }
             Err(error) => tracing::debug!(%error, "containers are not looked for"),
         }

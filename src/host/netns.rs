@@ -22,8 +22,15 @@ const RUN_NETNS: &str = "/run/netns";
 pub enum Namespace {
     /// The one that the program was started in.
     Own,
-    /// A name of `ip netns`, or a path such as `/proc/PID/ns/net`.
+    /// A name of `ip netns`, or a path such as `/proc/PID/ns/net`, and whatever namespace that leads to.
     Named(String),
+    /// The one of this inode, and no other that its path leads to later: process ids are used again.
+    Found {
+        /// A path that led to it.
+        path: String,
+        /// Its inode.
+        inode: u64,
+    },
 }
 
 impl Namespace {
@@ -31,7 +38,7 @@ impl Namespace {
     pub fn name(&self) -> &str {
         match self {
             Self::Own => "",
-            Self::Named(name) => name,
+            Self::Named(name) | Self::Found { path: name, .. } => name,
         }
     }
 
@@ -46,18 +53,15 @@ impl Namespace {
     pub fn run<R: Send>(&self, work: impl FnOnce() -> Result<R> + Send) -> Result<R> {
         match self {
             Self::Own => work(),
-            Self::Named(name) => {
-                let file = open(name)?;
-                thread::scope(|scope| {
-                    scope
-                        .spawn(|| {
-                            enter(name, &file)?;
-                            work()
-                        })
-                        .join()
-                        .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-                })
-            }
+            Self::Named(_) | Self::Found { .. } => thread::scope(|scope| {
+                scope
+                    .spawn(|| {
+                        self.enter()?;
+                        work()
+                    })
+                    .join()
+                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            }),
         }
     }
 
@@ -69,6 +73,16 @@ impl Namespace {
         match self {
             Self::Own => Ok(()),
             Self::Named(name) => enter(name, &open(name)?),
+            Self::Found { path, inode } => {
+                let file = open(path)?;
+                let found = file
+                    .metadata()
+                    .map_err(|error| Op::new("enter network namespace").io(error))?;
+                if found.ino() != *inode {
+                    return Err(Op::new("enter network namespace").malformed("it has changed"));
+                }
+                enter(path, &file)
+            }
         }
     }
 
@@ -78,11 +92,12 @@ impl Namespace {
         const OWN: &str = "/proc/thread-self/ns/net";
         let path = match self {
             Self::Own => PathBuf::from(OWN),
-            Self::Named(name) => Self::path(name),
+            Self::Named(name) | Self::Found { path: name, .. } => Self::path(name),
         };
         let file = fs::metadata(path).ok()?;
+        let is_it = !matches!(self, Self::Found { inode, .. } if *inode != file.ino());
         // All namespaces are files of one file system.
-        (file.dev() == fs::metadata(OWN).ok()?.dev()).then(|| (file.dev(), file.ino()))
+        (is_it && file.dev() == fs::metadata(OWN).ok()?.dev()).then(|| (file.dev(), file.ino()))
     }
 
     /// Checks that the namespace exists.
@@ -125,4 +140,21 @@ fn not_permitted(what: String) -> Error {
     Op::new("--netns").failed(Cause::Unavailable(format!(
         "{what}; to work in another network namespace takes CAP_SYS_ADMIN"
     )))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_that_leads_to_another_namespace_now_is_not_followed() {
+        let path = "/proc/self/ns/net".to_owned();
+        let (_, inode) = Namespace::Own.identity().unwrap();
+        let found = |inode| Namespace::Found { path: path.clone(), inode };
+        assert_eq!(found(inode).identity(), Namespace::Own.identity());
+        let other = found(inode + 1);
+        assert_eq!(other.identity(), None);
+        let error = other.run(|| Ok(())).unwrap_err();
+        assert_eq!(error.to_string(), "enter network namespace: malformed answer: it has changed");
+    }
 }
