@@ -6,6 +6,7 @@ mod lab;
 
 use std::fs;
 use std::os::unix::fs::symlink;
+use std::thread;
 use std::time::Duration;
 
 use guests::{Guest, LIMIT};
@@ -170,7 +171,12 @@ fn a_new_container_is_guarded_at_once_and_one_that_ends_is_let_go() {
     };
     // What questions to limits take is opened with the first, and stays.
     wait_for("a question", SOON, || daemon.log().contains("source=198.51.100.99"));
-    let open = descriptors(daemon.pid());
+    // Looking for containers opens some for a moment.
+    let samples = (0..20).map(|_| {
+        thread::sleep(Duration::from_millis(10));
+        descriptors(daemon.pid())
+    });
+    let open = samples.min().expect("samples");
     let (before, actions) = (kept(), daemon.log().matches("198.51.100.99:").count());
     for (round, source) in ["198.51.100.7", "198.51.100.8", "198.51.100.9"].iter().enumerate() {
         let guest = if round == 0 { Guest::start(&lab, 2) } else { Guest::start_again(&lab, 2) };
@@ -180,7 +186,7 @@ fn a_new_container_is_guarded_at_once_and_one_that_ends_is_let_go() {
         drop(namespace);
         // As runtimes do: the kernel keeps the namespace while a socket of it is closing.
         lab.server.run("ip link del guest2");
-        wait_for("its end in the daemon", SOON, || descriptors(daemon.pid()) == open);
+        wait_for("its end in the daemon", SOON, || descriptors(daemon.pid()) <= open);
     }
     assert_eq!(kept(), before, "entries of another container");
     assert_eq!(daemon.log().matches("198.51.100.99:").count(), actions, "{}", daemon.log());

@@ -17,8 +17,12 @@ use crate::flow::{AF_INET, AF_INET6, Endpoint, FourTuple};
 use crate::netlink::Request;
 use crate::netlink::attribute::{nested, nla};
 
-/// `struct nf_ct_tcp_flags { flags, mask }`: the flag that tells our entries ([`Insert`]).
-const OURS: [u8; 2] = [IP_CT_TCP_SIMULTANEOUS_OPEN; 2];
+/// Flags of both directions of what we insert, or hold as ESTABLISHED where it is. Liberal: the windows
+/// are not known to a new entry, and without the flag the rest of the stream would be INVALID; so would
+/// be answers to a hidden FIN, and a hidden RST without ACK, whose acknowledgement number is any. And a
+/// flag that the kernel gives to no direction, nor looks at there: it marks our entries
+/// ([`Entry::is_ours`]; seen to last on 6.18, guarded by tests/live_release.rs).
+const OURS: u8 = IP_CT_TCP_FLAG_BE_LIBERAL | IP_CT_TCP_SIMULTANEOUS_OPEN;
 
 /// One change to the table.
 #[derive(Clone, Copy, Debug)]
@@ -105,8 +109,9 @@ impl Change {
                     info.push(nla(CTA_PROTOINFO_TCP_FLAGS_ORIGINAL, &reusable));
                 }
                 if state == TcpState::Established && status.is_some() {
-                    info.push(nla(CTA_PROTOINFO_TCP_FLAGS_ORIGINAL, &OURS));
-                    info.push(nla(CTA_PROTOINFO_TCP_FLAGS_REPLY, &OURS));
+                    // struct nf_ct_tcp_flags { flags, mask }
+                    info.push(nla(CTA_PROTOINFO_TCP_FLAGS_ORIGINAL, &[OURS; 2]));
+                    info.push(nla(CTA_PROTOINFO_TCP_FLAGS_REPLY, &[OURS; 2]));
                 }
                 attributes.push(protoinfo(&info));
                 out.push(request("conntrack update", key.orig, IPCTNL_MSG_CT_NEW, 0, &attributes));
@@ -149,19 +154,14 @@ impl Insert {
         request("conntrack insert", like.orig, IPCTNL_MSG_CT_NEW, flags, &attributes)
     }
 
-    /// Always liberal both ways: the windows are not known to a new entry, and without the flag
-    /// the rest of the stream would be INVALID. And with a flag that the kernel gives to no
-    /// direction, nor looks at there: it marks our entries ([`Entry::is_ours`];
-    /// seen to last on 6.18, guarded by tests/live_release.rs).
     fn tcp(&self) -> DefaultNla {
         const KEPT: u8 = IP_CT_TCP_FLAG_WINDOW_SCALE;
-        const INSERTED: u8 = IP_CT_TCP_FLAG_BE_LIBERAL | IP_CT_TCP_SIMULTANEOUS_OPEN;
         let (flags, mask) = match self.like.tcp {
             Some(tcp) => (tcp.flags.map(|flags| flags & KEPT), KEPT),
             None => ([0; 2], 0),
         };
         // struct nf_ct_tcp_flags { flags, mask }
-        let [mut orig, reply] = flags.map(|flags| [flags, mask].map(|byte| byte | INSERTED));
+        let [mut orig, reply] = flags.map(|flags| [flags, mask].map(|byte| byte | OURS));
         // Conntrack learns who closed first from a FIN that this entry may never see. Without the
         // flag it ignores a SYN that uses the tuple again after the end, and connlimit, which
         // cannot count an ignored one, drops it (seen on 6.18; guarded by
