@@ -13,6 +13,8 @@ STATIC = x86_64-unknown-linux-musl
 # Without root the live tests run in a user namespace, where the kernel allows it.
 AS_ROOT := $(if $(filter 0,$(shell id -u)),,unshare --user --map-root-user)
 
+# Live tests wait more than they work: four at a time, on two cores, take 17 minutes.
+TEST_THREADS ?= 4
 FUZZ_SECONDS ?= 60
 FUZZ_TARGETS = conntrack sockdiag netlink nflog ruleset saved options http
 # Debian's: bullseye, bookworm, trixie, and the newest of all. Any other that its suites list goes, too:
@@ -34,7 +36,7 @@ demo: tools
 # Everything: unit, golden bytes, conversations, plan table, command line, live kernel.
 test: test-tools
 	$(CARGO) test --locked --no-run
-	$(AS_ROOT) $(CARGO) test --locked
+	$(AS_ROOT) env RUST_TEST_THREADS=$(TEST_THREADS) $(CARGO) test --locked
 
 # Thousands of random rule sets, played and tried on the running kernel; CTKEEP_RULE_SETS says how many.
 play-test:
