@@ -37,6 +37,7 @@ if [ "${1-}" = tests ]; then
     need ethtool ethtool
     need prometheus prometheus
     need strace strace
+    need tmux tmux
     # Not every distribution has it as a package; without it one test is skipped.
     ! grep -qx 'ID=debian' /etc/os-release || need chromium chromium
     # A library, and no program in anybody's PATH.
