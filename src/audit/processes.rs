@@ -1,8 +1,8 @@
 //! Which processes hold a socket, by procfs, or as a text has it.
 
 use std::collections::{HashMap, HashSet};
-use std::fs;
 use std::path::Path;
+use std::{fmt, fs};
 
 use crate::containers::name;
 use crate::sockdiag::{Cookie, Socket, State};
@@ -18,6 +18,21 @@ pub struct Holder {
     pub processes: usize,
     /// The container that they are in, where they are in one.
     pub container: Option<String>,
+}
+
+impl Holder {
+    /// `123/apache2`
+    pub fn process(&self) -> String {
+        format!("{}/{}", self.pid, self.command)
+    }
+}
+
+/// `123/apache2`, or `123/apache2 in web`.
+impl fmt::Display for Holder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.process())?;
+        self.container.as_ref().map_or(Ok(()), |name| write!(f, " in {name}"))
+    }
 }
 
 /// Who has a socket.

@@ -1,7 +1,7 @@
 //! `ctkeep history`: what was so, from the files that the daemon keeps.
 
 use std::path::Path;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, UNIX_EPOCH};
 
 use serde_json::json;
 
@@ -10,7 +10,7 @@ use super::args::{Format, History};
 use super::output::{self, Rows};
 use crate::error::{Error, Result};
 use crate::history::record::{Record, Source};
-use crate::history::store;
+use crate::history::{now, store};
 
 pub(super) fn run(args: &History) -> Result<Exit> {
     let since = now().saturating_sub(args.since.as_secs());
@@ -63,11 +63,6 @@ pub(super) fn read(dir: &Path) -> Result<(Vec<Record>, usize)> {
     store::read(dir).map_err(|error| {
         Error::usage("history", format!("{}: {error}; run --history keeps one", dir.display()))
     })
-}
-
-#[allow(clippy::disallowed_methods, reason = "a command may read the clock")]
-pub(super) fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 
 pub(super) fn time(at: u64) -> String {

@@ -70,10 +70,7 @@ fn print(args: &Kill, netns: &str, found: &Found, fates: &[Fate]) -> Result<()> 
 fn row(candidate: &Candidate, fate: Option<&Fate>) -> Vec<String> {
     let socket = &candidate.socket;
     let holder = candidate.holder.as_ref();
-    let process = holder.map_or("-".to_owned(), |holder| {
-        let process = format!("{}/{}", holder.pid, holder.command);
-        holder.container.as_ref().map_or(process.clone(), |name| format!("{process} in {name}"))
-    });
+    let process = holder.map_or("-".to_owned(), ToString::to_string);
     vec![
         socket.state.to_string(),
         socket.remote.to_string(),

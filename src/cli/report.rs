@@ -189,11 +189,7 @@ fn connections(report: &Report, all: bool, no_header: bool) -> Option<String> {
                 format!("{state}{unreplied}")
             }),
             timeout.map_or("-".to_owned(), |time| format!("{}s", time.as_secs())),
-            holder.map_or("-".to_owned(), |holder| {
-                let process = format!("{}/{}", holder.pid, holder.command);
-                let container = holder.container.as_ref();
-                container.map_or(process.clone(), |name| format!("{process} in {name}"))
-            }),
+            holder.map_or("-".to_owned(), ToString::to_string),
         ]
     };
     let rows: Vec<_> = report.listed(all).into_iter().map(row).collect();

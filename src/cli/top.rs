@@ -11,6 +11,7 @@ use super::args::{Format, Moment, Top};
 use super::{Exit, history, output};
 use crate::error::{Error, Result};
 use crate::flow::FourTuple;
+use crate::history::now;
 use crate::history::record::Record;
 use crate::host::netns::Namespace;
 use crate::top::model::Model;
@@ -28,13 +29,14 @@ pub(super) fn run(args: &Top) -> Result<Exit> {
         #[allow(clippy::disallowed_methods, reason = "a command may read the clock")]
         namespace.run(|| look(namespace.name(), &policy, asks, SystemTime::now()))
     };
-    if args.once || args.output.format == Format::Json || !io::stdout().is_terminal() {
+    if is_printed(args) {
         print(args, &look(false)?)?;
         return Ok(Exit::Done);
     }
-    let model = Model { is_past: false, ..model(args) };
     let orders = |order| look(order == Order::Ask);
-    terminal::run(model, means(), Some(args.interval), orders, |flow| explain(&namespace, flow))?;
+    terminal::run(model(args), means(), Some(args.interval), orders, |flow| {
+        explain(&namespace, flow)
+    })?;
     Ok(Exit::Done)
 }
 
@@ -51,7 +53,7 @@ fn past(args: &Top, moment: Moment) -> Result<Exit> {
     let at = match moment {
         Moment::Time(at) => at,
         Moment::Clock(clock) => {
-            let (now, day) = (history::now(), 86_400);
+            let (now, day) = (now(), 86_400);
             let today = now - now % day + clock;
             if today > now { today.saturating_sub(day) } else { today }
         }
@@ -65,7 +67,7 @@ fn past(args: &Top, moment: Moment) -> Result<Exit> {
         let (netns, past) = (netns.clone(), sources.clone());
         Ok(Seen { at: history::time(*at), netns, past, ..Seen::default() })
     };
-    if args.once || args.output.format == Format::Json || !io::stdout().is_terminal() {
+    if is_printed(args) {
         print(args, &seen(place)?)?;
         return Ok(Exit::Done);
     }
@@ -80,6 +82,11 @@ fn past(args: &Top, moment: Moment) -> Result<Exit> {
     };
     terminal::run(model, means(), None, steps, |_| Vec::new())?;
     Ok(Exit::Done)
+}
+
+/// Whether one look is printed, and no live table is shown.
+fn is_printed(args: &Top) -> bool {
+    args.once || args.output.format == Format::Json || !io::stdout().is_terminal()
 }
 
 fn model(args: &Top) -> Model {
@@ -124,7 +131,7 @@ fn print(args: &Top, seen: &Seen) -> Result<()> {
             "schema": 1,
             "generated_at": seen.at,
             "netns": seen.netns,
-            "fold": args.fold,
+            "fold": args.fold.name(),
             "guarded": seen.is_guarded,
             "defence_level": seen.level,
             "table": {"entries": seen.table.0, "maximum": seen.table.1},

@@ -6,9 +6,10 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::mpsc::{self, SyncSender};
 use std::thread;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use crate::audit::survey::SourceCounts;
+use crate::history::now;
 use crate::history::record::{Record, SOURCES, Source};
 use crate::history::store::Store;
 
@@ -72,11 +73,6 @@ impl History {
             let _ = queue.try_send(record(now()));
         }
     }
-}
-
-#[allow(clippy::disallowed_methods, reason = "records have the time of the wall")]
-fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 
 /// The minutes of one worker.

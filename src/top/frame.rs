@@ -1,7 +1,8 @@
 //! The screen as lines of text. Pure: size and letters are arguments.
 
 use super::model::{Model, Screen};
-use super::rows::{Row, Totals, process};
+use super::rows::{Row, Totals};
+use crate::audit::processes::Holder;
 
 /// How a piece of a line is shown; without colours by what is left of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -237,7 +238,7 @@ fn details(model: &Model, name: &str, size: Size) -> Vec<Line> {
             queue(|socket| socket.recv_queue),
             queue(|socket| socket.send_queue),
             entry.unwrap_or_else(|| "-".to_owned()),
-            connection.holder.as_ref().map_or("-".to_owned(), process),
+            connection.holder.as_ref().map_or("-".to_owned(), Holder::process),
         );
         let look = if place == model.at[1] { Look::Selected } else { Look::Plain };
         lines.push(Line { text, look });

@@ -1,7 +1,7 @@
 //! What the operator has asked the table to show, and what each key does to it. Pure.
 
 use super::filter::Filter;
-use super::rows::{Fold, Row, Seen, Sort, Totals};
+use super::rows::{Fold, Row, Seen, Sort};
 use crate::flow::FourTuple;
 
 /// Looks whose sum the line at the top shows.
@@ -106,8 +106,7 @@ impl Model {
         // The cursor stays with its source.
         let place = name.and_then(|name| self.rows.iter().position(|row| row.name == name));
         self.at[0] = place.unwrap_or(self.at[0]);
-        let open = self.seen.rows(Fold::Port, &Filter::default(), Sort::Open, false);
-        self.past.push(Totals::of(&open).open);
+        self.past.push(self.seen.open());
         let surplus = self.past.len().saturating_sub(LOOKS);
         self.past.drain(..surplus);
         self.complaint = None;

@@ -21,8 +21,7 @@ use crate::sockdiag::State;
 const NETWORK: [u8; 2] = [24, 64];
 
 /// What a row stands for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Fold {
     /// A source as the limits count it.
     #[default]
@@ -56,8 +55,7 @@ impl Fold {
     /// The next one.
     #[must_use]
     pub fn next(self) -> Self {
-        let place = Self::ALL.iter().position(|it| *it == self).unwrap_or(0);
-        Self::ALL.into_iter().cycle().nth(place + 1).unwrap_or_default()
+        next(&Self::ALL, self)
     }
 }
 
@@ -121,8 +119,7 @@ impl Sort {
     /// The next one.
     #[must_use]
     pub fn next(self) -> Self {
-        let place = Self::ALL.iter().position(|it| *it == self).unwrap_or(0);
-        Self::ALL.into_iter().cycle().nth(place + 1).unwrap_or_default()
+        next(&Self::ALL, self)
     }
 }
 
@@ -235,13 +232,14 @@ impl Seen {
     /// The rows of the connections that a filter lets through, sorted.
     pub fn rows(&self, fold: Fold, filter: &Filter, sort: Sort, is_reversed: bool) -> Vec<Row> {
         let mut groups: BTreeMap<String, Vec<&Shown>> = BTreeMap::new();
+        let measure = self.measure(fold);
         for connection in self.connections.iter().filter(|it| filter.admits(it)) {
-            groups.entry(self.group(fold, connection)).or_default().push(connection);
+            groups.entry(group(fold, measure, connection)).or_default().push(connection);
         }
         let limits = self.limits(fold);
         let mut rows: Vec<_> =
             groups.into_iter().map(|(name, group)| self.row(name, &group, &limits)).collect();
-        rows.extend(self.past_rows(fold, filter));
+        rows.extend(self.past_rows(fold, measure, filter));
         rows.retain(|row| row.open + row.counted + row.waiting > 0);
         rows.sort_by(|one, other| {
             let order = (key(sort, one), &one.name).cmp(&(key(sort, other), &other.name));
@@ -250,7 +248,7 @@ impl Seen {
         rows
     }
 
-    fn past_rows(&self, fold: Fold, filter: &Filter) -> Vec<Row> {
+    fn past_rows(&self, fold: Fold, measure: Measure<'_>, filter: &Filter) -> Vec<Row> {
         let mut rows: BTreeMap<String, Row> = BTreeMap::new();
         for past in &self.past {
             let local = Endpoint::new(IpAddr::from([0, 0, 0, 0]), past.port);
@@ -260,9 +258,8 @@ impl Seen {
             if !filter.admits(&connection) {
                 continue;
             }
-            let name = self.group(fold, &connection);
+            let name = group(fold, measure, &connection);
             let row = rows.entry(name.clone()).or_insert_with(|| Row { name, ..Row::default() });
-            let size = |n: u64| usize::try_from(n).unwrap_or(usize::MAX);
             row.open += size(past.open);
             row.counted += size(past.counted);
             row.half_closed += size(past.half_closed);
@@ -272,8 +269,22 @@ impl Seen {
 
     /// The connections of a row.
     pub fn members(&self, fold: Fold, filter: &Filter, name: &str) -> Vec<&Shown> {
-        let is_member = |it: &&Shown| filter.admits(it) && self.group(fold, it) == name;
+        let measure = self.measure(fold);
+        let is_member = |it: &&Shown| filter.admits(it) && group(fold, measure, it) == name;
         self.connections.iter().filter(is_member).collect()
+    }
+
+    /// Open sockets, whatever is filtered.
+    pub fn open(&self) -> usize {
+        let views = self.connections.iter().map(|it| it.view);
+        let all = sources(views, self.everything(), &[], &HashMap::new());
+        let past = self.past.iter().map(|past| size(past.open));
+        all.iter().map(|part| part.held).chain(past).sum()
+    }
+
+    /// No source apart from another.
+    fn everything(&self) -> Measure<'_> {
+        Measure { mask: 0, mask6: 0, limit: None, limiter: &self.limiter }
     }
 
     fn measure(&self, fold: Fold) -> Measure<'_> {
@@ -284,20 +295,6 @@ impl Seen {
             }
         };
         Measure { mask, mask6, limit: None, limiter: &self.limiter }
-    }
-
-    fn group(&self, fold: Fold, connection: &Shown) -> String {
-        let holder = connection.holder.as_ref();
-        match fold {
-            Fold::Source | Fold::Network => {
-                self.measure(fold).net(connection.view.flow.dst.addr()).to_string()
-            }
-            Fold::Port => format!(":{}", connection.view.flow.src.port()),
-            Fold::Process => holder.map_or("-".to_owned(), process),
-            Fold::Container => {
-                holder.and_then(|it| it.container.clone()).unwrap_or_else(|| "-".to_owned())
-            }
-        }
     }
 
     /// Limits go by the whole of a source, whatever is filtered.
@@ -316,8 +313,8 @@ impl Seen {
         group: &[&Shown],
         limits: &HashMap<String, (Option<u32>, Option<bool>)>,
     ) -> Row {
-        let whole = Measure { mask: 0, mask6: 0, limit: None, limiter: &self.limiter };
-        let parts = sources(group.iter().map(|it| it.view), whole, &[], &self.half_closed);
+        let views = group.iter().map(|it| it.view);
+        let parts = sources(views, self.everything(), &[], &self.half_closed);
         let mut row = Row { name, ..Row::default() };
         for part in parts {
             row.open += part.held;
@@ -336,7 +333,7 @@ impl Seen {
             row.repairs = Some(peers.iter().filter_map(|peer| self.repairs.get(peer)).sum());
         }
         let holders = || group.iter().filter_map(|it| it.holder.as_ref());
-        row.process = most(holders().map(process));
+        row.process = most(holders().map(Holder::process));
         row.container = most(holders().filter_map(|it| it.container.clone()));
         if let Some((limit, over)) = limits.get(&row.name) {
             (row.limit, row.over_limit) = (*limit, *over);
@@ -365,9 +362,27 @@ fn key(sort: Sort, row: &Row) -> Reverse<i128> {
     })
 }
 
-/// `123/apache2`, and how many more hold the same socket.
-pub fn process(holder: &Holder) -> String {
-    format!("{}/{}", holder.pid, holder.command)
+/// The row that a connection belongs to.
+fn group(fold: Fold, measure: Measure<'_>, connection: &Shown) -> String {
+    let holder = connection.holder.as_ref();
+    match fold {
+        Fold::Source | Fold::Network => measure.net(connection.view.flow.dst.addr()).to_string(),
+        Fold::Port => format!(":{}", connection.view.flow.src.port()),
+        Fold::Process => holder.map_or("-".to_owned(), Holder::process),
+        Fold::Container => {
+            holder.and_then(|it| it.container.clone()).unwrap_or_else(|| "-".to_owned())
+        }
+    }
+}
+
+/// The one behind `this`, and behind the last the first.
+fn next<V: Copy + PartialEq>(all: &[V], this: V) -> V {
+    let behind = all.iter().cycle().skip_while(|it| **it != this).nth(1);
+    behind.copied().unwrap_or(this)
+}
+
+fn size(number: u64) -> usize {
+    usize::try_from(number).unwrap_or(usize::MAX)
 }
 
 fn most(names: impl Iterator<Item = String>) -> Option<String> {
