@@ -108,8 +108,7 @@ impl<'p> Worker<'p> {
         // Before the first dump, so that nothing happens unseen between the two.
         let desk = Desk::open(control, live, &keeper.scope().ports, share)?;
         desk.share.recount_available(is_available);
-        keeper.rely_on_events(desk.events.longest_unseen());
-        keeper.rely_on_syns(desk.quiet());
+        rely_on_events(&mut keeper, &desk);
         keeper.read_beside();
         let reader = Reader::open()?;
         let rules = if foundation.follow_rules {
@@ -118,7 +117,7 @@ impl<'p> Worker<'p> {
             None
         };
         match &rules {
-            Some(rules) => keeper.tables.tracking = rules.tracking(),
+            Some(rules) => know_rules(&mut keeper, rules),
             None => keeper.tables.follow_tracking(&Ruleset::read()),
         }
         let (claim, sweep_failing) = (None, false);
@@ -257,9 +256,7 @@ impl<'p> Worker<'p> {
         let looked = rules.look(Instant::now());
         if looked.is_some() {
             self.desk.rules_changed();
-            self.keeper.know_limits(rules.limits().cloned());
-            self.keeper.know_all_limits(rules.all_limits());
-            self.keeper.tables.tracking = rules.tracking();
+            know_rules(&mut self.keeper, rules);
         }
         let (anew, since) = looked.unwrap_or_else(|| (Vec::new(), Instant::now()));
         self.desk.limits_lost(&anew);
@@ -292,10 +289,6 @@ impl<'p> Worker<'p> {
 
     /// The deep sweep of the start: what comes before it is not guarded.
     pub(super) fn sweep_first(&mut self) -> Result<()> {
-        if let Some(rules) = &self.rules {
-            self.keeper.know_limits(rules.limits().cloned());
-            self.keeper.know_all_limits(rules.all_limits());
-        }
         let worked = cpu_time();
         self.list_for_survey();
         let sweep = self.keeper.sweep(Depth::Deep, Instant::now(), &mut self.desk)?;
@@ -409,8 +402,7 @@ impl<'p> Worker<'p> {
     fn swept(&mut self, sweep: &Sweep, cost: Duration) {
         if self.desk.reopen_events(&self.keeper.scope().ports) {
             self.keeper.suspect_all();
-            self.keeper.rely_on_events(self.desk.events.longest_unseen());
-            self.keeper.rely_on_syns(self.desk.quiet());
+            rely_on_events(&mut self.keeper, &self.desk);
         }
         if sweep.depth == Depth::Deep {
             self.keeper.idle_timeout = kernel_timeout(TcpState::Established);
@@ -446,8 +438,7 @@ impl<'p> Worker<'p> {
         self.keeper.apply_settings(live.keeper(self.desk.foundation.dry_run));
         self.overloads.apply_settings(live.clone(), &self.desk.share);
         self.desk.apply_settings(live, &self.keeper.scope().ports);
-        self.keeper.rely_on_events(self.desk.events.longest_unseen());
-        self.keeper.rely_on_syns(self.desk.quiet());
+        rely_on_events(&mut self.keeper, &self.desk);
         self.list_for_survey();
         self.say_unheard();
     }
@@ -479,6 +470,19 @@ impl<'p> Worker<'p> {
         }
         self.keeper.give_back(kernel_timeout)
     }
+}
+
+/// Has the keeper go by the rules as they are.
+fn know_rules(keeper: &mut Keeper, rules: &Rules) {
+    keeper.know_limits(rules.limits().cloned());
+    keeper.know_all_limits(rules.all_limits());
+    keeper.tables.tracking = rules.tracking();
+}
+
+/// Has the keeper go by the event source that has been opened.
+fn rely_on_events(keeper: &mut Keeper, desk: &Desk<'_>) {
+    keeper.rely_on_events(desk.events.longest_unseen());
+    keeper.rely_on_syns(desk.quiet());
 }
 
 /// Makes what recount needs, and says what that is.
