@@ -8,14 +8,13 @@ mod traffic;
 use std::cell::{Cell, RefCell};
 use std::collections::HashSet;
 use std::io;
-use std::net::Ipv4Addr;
 use std::process::{Command, Stdio};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use ctkeep::Op;
-use ctkeep::conntrack::{Change, Conntrack, Entry, Filter, Insert, Status, TcpState, Zone};
-use ctkeep::flow::{AF_INET, Endpoint, FourTuple};
+use ctkeep::conntrack::{Change, Conntrack, Entry, Filter, TcpState};
+use ctkeep::flow::AF_INET;
 use ctkeep::netlink::{KernelSocket, Transport};
 use ctkeep::reconcile::keeper::{Acted, Depth, Keeper, Settings, Trigger, Witness};
 use ctkeep::reconcile::observe::Tables;
@@ -53,12 +52,12 @@ fn main() {
     traffic::half_close(&lab, &mut server, 80, &sources, GUARDED);
     lab.server.within(|| {
         let mut bench = Bench::open();
-        bench.fill(0..TABLE - GUARDED);
+        bench.change(&traffic::passing(0..TABLE - GUARDED));
         bench.keep_alive();
         bench.sweep();
         bench.repair(&lab);
         bench.keep_alive();
-        bench.fill(TABLE - GUARDED..WHOLE_TABLE - GUARDED);
+        bench.change(&traffic::passing(TABLE - GUARDED..WHOLE_TABLE - GUARDED));
         bench.dump(&lab);
     });
     assert_eq!(server.held(), GUARDED, "the server's sockets");
@@ -162,29 +161,6 @@ impl Bench {
         let recounter = Recounter::open(Mode::Auto, "ctbench0", now).expect("recount");
         let keeper = Keeper::new(tables, recounter, settings, Defence::Auto, now, || 0);
         Self { keeper: keeper.expect("keeper"), entries, sockets }
-    }
-
-    /// Inserts entries of connections that do not end here.
-    fn fill(&mut self, numbers: std::ops::Range<usize>) {
-        let inserts: Vec<_> = numbers
-            .map(|number| {
-                let number = u32::try_from(number).expect("a small number");
-                let source =
-                    Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 0, 0, 0)) + number / 20_000);
-                let port = u16::try_from(20_000 + number % 20_000).expect("a port");
-                let flow = FourTuple::new(
-                    Endpoint::new(source.into(), port),
-                    Endpoint::new(Ipv4Addr::new(203, 0, 113, 9).into(), 443),
-                );
-                Change::Insert(Insert {
-                    like: Entry::plain(flow, Zone::default()),
-                    state: TcpState::Established,
-                    status: Status::ASSURED,
-                    timeout: Duration::from_secs(3_600),
-                })
-            })
-            .collect();
-        self.change(&inserts);
     }
 
     fn change(&mut self, changes: &[Change]) {

@@ -9,14 +9,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use guests::{LIMIT, gain};
+use guests::{LIMIT, SERVER, gain_of};
 use lab::{Lab, Namespace, wait_for};
 
 const CTKEEP: &str = env!("CARGO_BIN_EXE_ctkeep");
 const SOON: Duration = Duration::from_secs(60);
-/// Accepts, and holds what it has accepted.
-const SERVER: &str = "import socket\ns = socket.create_server(('', 8080), backlog=100)\nh = []\n\
-                      while True: h.append(s.accept())\n";
 
 /// podman in a network and mount namespace of its own, with its own folders.
 struct Podman<'l> {
@@ -103,11 +100,7 @@ fn containers_of_podman_are_guarded_over_restarts_and_beside_others() {
     guests::limit(&lab);
     let podman = Podman::start(&lab, root);
     podman.serve("web", 80);
-    let gain = |source: &str, with_ctkeep| {
-        let scout = lab.peer("203.0.113.77");
-        wait_for("the server", SOON, || scout.connect(80).map(|conn| conn.rst(0)).is_some());
-        gain(&lab, &lab.peer(source), 80, with_ctkeep)
-    };
+    let gain = |source: &str, with_ctkeep| gain_of(&lab, source, with_ctkeep);
     assert_eq!(gain("198.51.100.1", false), LIMIT, "the control");
     let daemon = lab.daemon(CTKEEP, &[]);
     assert_eq!(gain("198.51.100.2", true), 0, "{}", daemon.log());

@@ -5,6 +5,7 @@
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::ops::Range;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -310,8 +311,14 @@ pub fn half_close(lab: &Lab, server: &mut Server, port: u16, sources: &[Ipv4Addr
 
 /// Inserts entries of connections that do not end here.
 pub fn fill(conntrack: &mut Conntrack, count: usize) {
+    // Some may be there already.
+    drop(conntrack.change(&passing(0..count)).expect("inserts"));
+}
+
+/// Entries of connections that do not end here, each number one.
+pub fn passing(numbers: Range<usize>) -> Vec<Change> {
     const PORTS: usize = 20_000;
-    let inserts: Vec<_> = (0..count)
+    numbers
         .map(|number| {
             let host = u32::try_from(number / PORTS).expect("a small number");
             let source = Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 0, 0, 0)) + host);
@@ -327,9 +334,7 @@ pub fn fill(conntrack: &mut Conntrack, count: usize) {
                 timeout: Duration::from_secs(3_600),
             })
         })
-        .collect();
-    // Some may be there already.
-    drop(conntrack.change(&inserts).expect("inserts"));
+        .collect()
 }
 
 /// Processor time that a process has used so far.

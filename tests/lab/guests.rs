@@ -12,6 +12,10 @@ pub const LIMIT: usize = 3;
 /// Where the server of each listens, behind its published port.
 pub const INSIDE: u16 = 8080;
 
+/// A server for containers of a runtime: accepts, and holds what it has accepted.
+pub const SERVER: &str = "import socket\ns = socket.create_server(('', 8080), backlog=100)\nh = []\n\
+                          while True: h.append(s.accept())\n";
+
 const SOON: Duration = Duration::from_secs(10);
 
 /// A container with a server.
@@ -98,6 +102,14 @@ pub fn gain(lab: &Lab, peer: &Peer, port: u16, with_ctkeep: bool) -> usize {
     let is_settled = |conn: &RawConn| is_counted(lab, conn) == with_ctkeep;
     wait_for("what comes of them", SOON, || conns.iter().all(is_settled));
     peer.admitted(port, LIMIT + 2)
+}
+
+/// The same of a source at port 80, once the server of a runtime's container listens there.
+pub fn gain_of(lab: &Lab, source: &str, with_ctkeep: bool) -> usize {
+    let scout = lab.peer("203.0.113.77");
+    let listens = || scout.connect(80).map(|conn| conn.rst(0)).is_some();
+    wait_for("the server", Duration::from_secs(60), listens);
+    gain(lab, &lab.peer(source), 80, with_ctkeep)
 }
 
 /// Whether the entry is one that a limit counts for its client.
