@@ -6,11 +6,10 @@ mod lab;
 
 use std::fs;
 use std::os::unix::fs::symlink;
-use std::thread;
 use std::time::Duration;
 
 use guests::{Guest, LIMIT};
-use lab::{Lab, RawConn, wait_for};
+use lab::{Lab, RawConn, process, wait_for};
 use nix::sys::signal::Signal;
 
 const CTKEEP: &str = env!("CARGO_BIN_EXE_ctkeep");
@@ -148,10 +147,6 @@ fn a_named_port_is_that_of_clients_as_well_as_that_of_the_container() {
     }
 }
 
-fn descriptors(pid: u32) -> usize {
-    fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count)
-}
-
 /// A container that comes after the daemon, and one that ends and comes again at the same address,
 /// while another holds its connections all along.
 #[test]
@@ -171,12 +166,7 @@ fn a_new_container_is_guarded_at_once_and_one_that_ends_is_let_go() {
     };
     // What questions to limits take is opened with the first, and stays.
     wait_for("a question", SOON, || daemon.log().contains("source=198.51.100.99"));
-    // Looking for containers opens some for a moment.
-    let samples = (0..20).map(|_| {
-        thread::sleep(Duration::from_millis(10));
-        descriptors(daemon.pid())
-    });
-    let open = samples.min().expect("samples");
+    let open = process::descriptors_at_rest(daemon.pid());
     let (before, actions) = (kept(), daemon.log().matches("198.51.100.99:").count());
     for (round, source) in ["198.51.100.7", "198.51.100.8", "198.51.100.9"].iter().enumerate() {
         let guest = if round == 0 { Guest::start(&lab, 2) } else { Guest::start_again(&lab, 2) };
@@ -186,7 +176,7 @@ fn a_new_container_is_guarded_at_once_and_one_that_ends_is_let_go() {
         drop(namespace);
         // As runtimes do: the kernel keeps the namespace while a socket of it is closing.
         lab.server.run("ip link del guest2");
-        wait_for("its end in the daemon", SOON, || descriptors(daemon.pid()) <= open);
+        wait_for("its end in the daemon", SOON, || process::descriptors(daemon.pid()) <= open);
     }
     assert_eq!(kept(), before, "entries of another container");
     assert_eq!(daemon.log().matches("198.51.100.99:").count(), actions, "{}", daemon.log());

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::thread;
+use std::time::Duration;
 
 /// What every daemon keeps.
 pub const NET_ADMIN_AND_RAW: u64 = 1 << 12 | 1 << 13;
@@ -17,4 +19,19 @@ pub fn status(pid: u32) -> BTreeMap<String, String> {
 pub fn capabilities(pid: u32, set: &str) -> u64 {
     let mask = status(pid).remove(set).expect("a mask");
     u64::from_str_radix(&mask, 16).expect("a mask in hexadecimal digits")
+}
+
+/// Open descriptors.
+pub fn descriptors(pid: u32) -> usize {
+    fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count)
+}
+
+/// Open descriptors at rest, the least of half a second: who reads rules or looks at processes has
+/// more for a moment.
+pub fn descriptors_at_rest(pid: u32) -> usize {
+    let samples = (0..50).map(|_| {
+        thread::sleep(Duration::from_millis(10));
+        descriptors(pid)
+    });
+    samples.min().expect("samples")
 }
