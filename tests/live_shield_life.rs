@@ -173,40 +173,45 @@ fn a_fin_beyond_the_window_is_not_learned() {
     }
 }
 
-/// What the server answers to whatever the shield hides is what it answers without: under plain
-/// rules, and under strict ones with the rule of docs/shield.md.
+/// What the server answers to whatever the shield hides is what it answers without, also where rules
+/// drop what is invalid, and what is neither new nor established.
 #[test]
 fn tcp_answers_as_before() {
-    let accepted =
-        "-A INPUT -p tcp --dport 80 -m conntrack --ctstate UNTRACKED ! --syn -j ACCEPT\n";
-    let strict = STRICT.replace("COMMIT\n", &format!("{accepted}COMMIT\n"));
-    let answers = |is_shielded: bool| -> Option<Vec<String>> {
+    let answers = |source: &str, is_shielded: bool| -> Option<Vec<String>> {
         let lab = lab()?;
         if is_shielded {
-            lab.server.feed("iptables-restore", &strict);
+            for restore in ["iptables-restore", "ip6tables-restore"] {
+                lab.server.feed(restore, STRICT);
+            }
         }
-        let _server = lab.serve("0.0.0.0:80");
+        let _server = lab.serve("[::]:80");
         let daemon = is_shielded.then(|| shielded(&lab));
         if let Some(daemon) = &daemon {
             daemon.stop();
         }
-        let peer = lab.peer(SOURCE);
+        let peer = lab.peer(source);
         let mut all = Vec::new();
         // One connection each: challenge ACKs are rationed.
-        for trick in 0..5 {
+        for trick in 0..8 {
             let mut conn = peer.connect(80).expect("a connection");
             if trick < 4 {
                 lab.half_close(&mut conn);
                 // Or it goes with the next answer.
                 assert!(conn.await_ack(), "the FIN is acknowledged");
             }
+            let rst = |flags, ack| Segment { ack, ..conn.segment(flags, 100) };
             let frames = lab.client_sees(|| {
                 match trick {
                     0 => conn.rst(6),
                     1 => conn.rst(200_000),
                     2 => conn.fin_again(),
                     3 => conn.syn(),
-                    _ => conn.rst_at(100),
+                    4 => conn.rst_at(100),
+                    // Without an ACK its acknowledgement number is whatever the sender likes.
+                    5 => peer.send(&rst(RST, 0)),
+                    6 => peer.send(&rst(RST | ACK, conn.segment(RST, 0).ack)),
+                    // A probe whether the server is there.
+                    _ => conn.ack_at(-1),
                 }
                 thread::sleep(Duration::from_millis(100));
             });
@@ -219,9 +224,42 @@ fn tcp_answers_as_before() {
         }
         Some(all)
     };
-    let (Some(stock), Some(shielded)) = (answers(false), answers(true)) else { return };
-    assert!(stock.len() >= 4, "{stock:?}");
-    assert_eq!(stock, shielded);
+    for source in [SOURCE, SOURCE6] {
+        let stock = answers(source, false);
+        let (Some(stock), Some(shielded)) = (stock, answers(source, true)) else { return };
+        assert!(stock.len() >= 7, "{stock:?}");
+        assert_eq!(stock, shielded, "{source}");
+    }
+}
+
+/// The first FIN, which conntrack has seen, is lost on its way to TCP: its repetition, which
+/// conntrack must not see, ends the connection, under rules that drop what is not established.
+#[test]
+fn a_repeated_fin_reaches_tcp_under_strict_rules() {
+    for address in ["192.0.2.1:80", "[2001:db8::1]:80"] {
+        let Some(lab) = lab() else { return };
+        let neighbours = "-A INPUT -p ipv6-icmp -j ACCEPT\nCOMMIT\n";
+        lab.server.feed("iptables-restore", STRICT);
+        lab.server.feed("ip6tables-restore", &STRICT.replace("COMMIT\n", neighbours));
+        let address: SocketAddr = address.parse().expect("an address");
+        let listener = lab.server.within(|| TcpListener::bind(address)).expect("a listener");
+        let _daemon = shielded(&lab);
+        let program = if address.is_ipv4() { "iptables" } else { "ip6tables" };
+        let lost = "INPUT -i eth0 -p tcp --tcp-flags FIN FIN -j DROP";
+        lab.server.run(&format!("{program} -I {lost}"));
+        let mut stream = lab.client.within(|| TcpStream::connect(address)).expect("a server");
+        let (mut accepted, _) = listener.accept().expect("a client");
+        accepted.set_read_timeout(Some(SOON)).expect("a timeout");
+        stream.write_all(b"GET").expect("a server that reads");
+        stream.shutdown(Shutdown::Write).expect("a half-close");
+        await_decisions(&lab, &[("fin_learned", 1.0)]);
+        lab.server.run(&format!("{program} -D {lost}"));
+        let mut request = String::new();
+        accepted.read_to_string(&mut request).expect("the end of the request");
+        assert_eq!(request, "GET");
+        drop(accepted);
+        assert_eq!(stream.read(&mut [0]).expect("the end of the answer"), 0);
+    }
 }
 
 /// A client that half-closes gets all that the server has to say, under rules that drop what is

@@ -100,8 +100,6 @@ pub enum Expr {
     CountOver(u32),
     /// Have the packet's further way reported, if what was loaded is not 0. `meta nftrace set`
     Trace,
-    /// Conntrack leaves the packet alone.
-    NoTrack,
     /// This chain is done with the packet.
     Accept,
     /// Drop the packet.
@@ -204,7 +202,6 @@ impl Expr {
                     word(NFTA_CONNLIMIT_FLAGS, NFT_CONNLIMIT_F_INV),
                 ],
             ),
-            Self::NoTrack => ("notrack", Vec::new()),
             Self::Accept => ("immediate", verdict(NF_ACCEPT)),
             Self::Drop => ("immediate", verdict(NF_DROP)),
         };

@@ -24,6 +24,16 @@ const URG: u16 = 0x0020;
 /// Not the fourth of them: AccECN uses it (RFC 9768).
 const RESERVED: u16 = 0x0e00;
 
+/// Who hides a packet. Each has bits of its own, so that neither turns back, or clears, what the
+/// other has hidden.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum By {
+    /// The reply filter, by the packet's tuple: one bit.
+    Tuple,
+    /// The shield, by the packet itself: the two others.
+    Shield,
+}
+
 /// What closes a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Closing {
@@ -39,12 +49,13 @@ impl Closing {
     /// All of them.
     pub(crate) const ALL: [Self; 3] = [Self::Fin, Self::RstAck, Self::Rst];
 
-    fn bit(self) -> u16 {
-        match self {
+    fn bits(self, by: By) -> u16 {
+        let bit = match self {
             Self::Fin => 0x0200,
             Self::RstAck => 0x0400,
             Self::Rst => 0x0800,
-        }
+        };
+        if by == By::Tuple { bit } else { RESERVED ^ bit }
     }
 
     fn flag(self) -> u16 {
@@ -57,18 +68,24 @@ impl Closing {
     }
 
     /// Turns it into an ACK, where `found` goes on with the packet.
-    pub(crate) fn hide(self, found: &[Expr]) -> Vec<Expr> {
+    pub(crate) fn hide(self, by: By, found: &[Expr]) -> Vec<Expr> {
         let urgent = if self == Self::Fin { 0 } else { URG };
         let mask = SYN | FIN | RST | ACK | urgent;
         let value = self.flag() | ACK ^ self.lent();
-        let change = change(!(RESERVED | FIN | RST), self.bit() | self.lent());
+        let change = change(!(RESERVED | FIN | RST), self.bits(by) | self.lent());
         [&is(mask, value)[..], found, &change, &[Expr::Accept]].concat()
     }
 
     /// Turns it into what it was.
-    pub(crate) fn show(self, found: &[Expr]) -> Vec<Expr> {
+    pub(crate) fn show(self, by: By, found: &[Expr]) -> Vec<Expr> {
         let change = change(!(RESERVED | self.lent()), self.flag());
-        [&is(RESERVED, self.bit())[..], found, &change, &[Expr::Accept]].concat()
+        [&is(RESERVED, self.bits(by))[..], found, &change, &[Expr::Accept]].concat()
+    }
+
+    /// Takes the reserved bits away with which a packet came in that would be taken for this one.
+    pub(crate) fn unmask(self, by: By, found: &[Expr]) -> Vec<Expr> {
+        let bits = is(RESERVED, self.bits(by));
+        [&bits[..], found, &change(!RESERVED, 0), &[Expr::Accept]].concat()
     }
 }
 

@@ -16,7 +16,7 @@ use super::Hidden;
 use crate::error::Result;
 use crate::flow::FourTuple;
 use crate::host::random;
-use crate::nftables::hidden::{self, Closing};
+use crate::nftables::hidden::{self, By, Closing};
 use crate::nftables::{ChainSpec, Expr, Hook, SetSpec, Table, TableSpec, key};
 
 const IPPROTO_ICMP: u8 = 1;
@@ -46,7 +46,7 @@ const TOGETHER: usize = 512;
 
 /// Before conntrack (-200) and before the raw table (-300).
 const BEFORE_CONNTRACK: i32 = -310;
-/// And before the shield: what both want to hide the first of them hides.
+/// And before the shield (-310): what both want to hide the first of them hides.
 const BEFORE_SHIELD: i32 = -311;
 /// Right after conntrack.
 const AFTER_CONNTRACK: i32 = -199;
@@ -268,8 +268,8 @@ fn hide_and_show() -> [ChainSpec; 2] {
         let found = |set| [&of_family[..], &key, &[Expr::In(set)]].concat();
         for closing in Closing::ALL {
             let set = if closing == Closing::Fin { fins } else { rsts };
-            hide.push(closing.hide(&found(set)));
-            show.push(closing.show(&found(fins)));
+            hide.push(closing.hide(By::Tuple, &found(set)));
+            show.push(closing.show(By::Tuple, &found(fins)));
         }
         hide.push(hidden::without_reserved_bits(&found(fins)));
     }

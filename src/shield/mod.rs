@@ -2,7 +2,7 @@
 //!
 //! A packet program at the ingress of every device looks at the FINs and RSTs of guarded ports,
 //! asks the kernel's own socket what TCP will make of them, and marks those that TCP will not act
-//! on. An nftables chain of our own takes the mark away and says `notrack`. So the limiter never
+//! on. An nftables table of our own takes the mark away, and has conntrack see an ACK. So the limiter never
 //! forgets, not even within one batch of packets, where a repair comes too late by nature. What it
 //! does not cover (docs/shield.md) stays the reconciler's.
 

@@ -3,8 +3,9 @@
 // The shield: a FIN or RST that TCP would not act on never reaches conntrack. README.md in this
 // folder tells how, docs/shield.md why.
 //
-// Runs at the ingress of a device, before IP. What it hides from conntrack it marks; an nftables
-// chain takes the mark away and says notrack. TCP sees every packet as it came.
+// Runs at the ingress of a device, before IP. What it hides from conntrack it marks; nftables
+// chains take the mark away and make it an ACK for as long as conntrack looks. TCP sees every packet
+// as it came, but for the acknowledgement number of an RST without ACK, which means nothing.
 
 #include <stdbool.h>
 #include <stddef.h>
@@ -439,6 +440,29 @@ static __always_inline enum decision on_rst(struct tcp_sock *tcp, __u32 state, _
 	return closes(tcp, state, seq, payload) ? RST_SHOWN : RST_HIDDEN;
 }
 
+// An RST without ACK has any acknowledgement number, and to conntrack it will be an ACK: with a wrong
+// number an invalid one, which strict rules drop. Where the packet does not begin as on Ethernet, nor
+// with IP, it keeps its number.
+static __always_inline void acknowledge(struct __sk_buff *skb, struct packet *packet,
+					struct tcp_header *header, __be32 ack)
+{
+	struct tcp_header there;
+	__u32 at = ETH_HLEN + packet->tcp_at;
+
+	for (int i = 0; i < 2; i++) {
+		if (!bpf_skb_load_bytes(skb, at, &there, sizeof(there)) &&
+		    there.source == header->source && there.dest == header->dest &&
+		    there.seq == header->seq && there.check == header->check) {
+			bpf_l4_csum_replace(skb, at + offsetof(struct tcp_header, check), header->ack,
+					    ack, sizeof(ack));
+			bpf_skb_store_bytes(skb, at + offsetof(struct tcp_header, ack), &ack,
+					    sizeof(ack), 0);
+			return;
+		}
+		at = packet->tcp_at;
+	}
+}
+
 static __always_inline int judge(struct __sk_buff *skb, bool again)
 {
 	struct packet packet = {};
@@ -448,6 +472,7 @@ static __always_inline int judge(struct __sk_buff *skb, bool again)
 	enum decision decision = DECISIONS;
 	enum found found;
 	__u32 seq, payload, header_length, state;
+	__be32 ack = 0;
 	bool is_ipv4;
 	__u8 flags;
 
@@ -505,12 +530,16 @@ static __always_inline int judge(struct __sk_buff *skb, bool again)
 					   : on_rst(tcp, state, seq, payload, again);
 	else if (!again && is_before_connection(state))
 		decision = DELAYED;
+	if (tcp)
+		ack = bpf_htonl(tcp->snd_una);
 	bpf_sk_release(socket);
 	if (decision == DECISIONS)
 		return TC_ACT_UNSPEC;
 	count(decision);
 	if (decision == FIN_HIDDEN || decision == RST_HIDDEN)
 		skb->mark |= mark;
+	if (decision == RST_HIDDEN && !(flags & TCP_ACK))
+		acknowledge(skb, &packet, &header, ack);
 	if (decision == DELAYED) {
 		skb->mark |= mark;
 		return bpf_redirect(skb->ifindex, BPF_F_INGRESS);

@@ -91,8 +91,6 @@ const ACK: u8 = 0x10;
 
 /// `NF_CT_STATE_BIT` of `IP_CT_ESTABLISHED` and `IP_CT_RELATED`: there was an entry before.
 const TRACKED: u32 = 1 << 1 | 1 << 2;
-/// `NF_CT_STATE_UNTRACKED_BIT`
-const UNTRACKED: u32 = 1 << 6;
 /// `enum ip_conntrack_status`
 const IPS_DST_NAT: u32 = 1 << 5;
 /// `enum ip_conntrack_dir`
@@ -168,14 +166,6 @@ fn ordinary(group: u16) -> Vec<Vec<Expr>> {
         &[port(), Expr::In(RESET), HURRIES, log(group, Some(HURRY), 1)],
     ])]);
     rules.extend(syns());
-    // Conntrack does not see these: no entry changes, but one may have to be given back.
-    for family in FAMILIES {
-        rules.push(rule(&[
-            &ct(Expr::CtState, UNTRACKED, true),
-            &family.key(),
-            &[Expr::In(family.held), log(group, None, 1), Expr::Accept],
-        ]));
-    }
     rules.push(rule(&[&ct(Expr::CtState, TRACKED, false), &[Expr::Accept]]));
     rules
 }
