@@ -7,7 +7,7 @@ use std::time::SystemTime;
 
 use ctkeep::audit::report::{Report, Request};
 use ctkeep::audit::saved::{Host, Saved};
-use ctkeep::cli::report as text;
+use ctkeep::cli::audit::text;
 use ctkeep::firewall::limits::Limiter;
 use ctkeep::firewall::{Chain, Family, Ruleset, parse_saved};
 use ctkeep::reconcile::policy::Policy;

@@ -1,5 +1,7 @@
 //! `ctkeep audit`: one look, changes nothing.
 
+pub mod text;
+
 use std::fs;
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
@@ -9,7 +11,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use super::Exit;
 use super::args::{Audit, Format};
-use super::{output, report};
+use super::output;
 use crate::audit::asked::ask_for_sources;
 use crate::audit::report::{Report, Request, Seen};
 use crate::audit::saved::{File, Host, Refusal, Saved};
@@ -64,7 +66,7 @@ fn show(args: &Audit, report: &Report) -> Result<Exit> {
     match args.output.format {
         Format::Json => output::line(&report.to_json(args.all, args.top))?,
         Format::Table => {
-            output::text(&report::text(report, args.all, args.top, args.output.no_header))?;
+            output::text(&text::text(report, args.all, args.top, args.output.no_header))?;
         }
     }
     Ok(if report.has_disagreements() { Exit::Disagreement } else { Exit::Done })

@@ -1,7 +1,7 @@
 //! The commands: what was typed becomes what it means, and an outcome becomes an exit code.
 
 mod args;
-mod audit;
+pub mod audit;
 mod config;
 mod doctor;
 mod explain;
@@ -12,7 +12,6 @@ mod manual;
 pub mod output;
 mod reconcile;
 mod recount;
-pub mod report;
 mod run;
 mod top;
 

@@ -1,6 +1,6 @@
 //! The report of `ctkeep audit` as a text for people.
 
-use super::output::{Rows, coloured, table, with_advice};
+use super::super::output::{Rows, coloured, table, with_advice};
 use crate::audit::cover::Coverage;
 use crate::audit::finding::{Finding, Verdict};
 use crate::audit::layers::{Application, Full, Layers, LimitFigures, Queue};
