@@ -21,6 +21,7 @@
 //!   held.
 //! - [`audit`]: the report of one look. [`doctor`]: whether this host is set up so that limits work.
 //! - [`history`]: what sources held, minute by minute, in a file.
+//! - [`report`]: one file for a bug report, and how it is read again.
 //! - [`top`]: the live table of who holds what.
 //! - [`overload`]: sets of sources that hold too much. [`kill`]: closes sockets that the administrator names.
 //! - [`metrics`]: what the daemon publishes, and how.
@@ -44,6 +45,7 @@ pub mod nftables;
 pub mod overload;
 pub mod reconcile;
 pub mod recount;
+pub mod report;
 pub mod rtnetlink;
 pub mod shield;
 pub mod sockdiag;

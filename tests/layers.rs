@@ -17,14 +17,14 @@ const LAYERS: [&[&str]; 11] = [
     &["firewall", "watch", "shield", "recount", "containers", "overload"],
     &["reconcile"],
     &["audit"],
-    &["doctor", "kill", "top"],
+    &["doctor", "kill", "report", "top"],
     &["metrics"],
     &["daemon"],
     &["cli"],
 ];
 
 /// Values and decisions: no clock, no I/O, no log.
-const PURE: [&str; 28] = [
+const PURE: [&str; 31] = [
     "flow.rs",
     "audit/survey.rs",
     "conntrack/decode.rs",
@@ -42,6 +42,9 @@ const PURE: [&str; 28] = [
     "firewall/xt.rs",
     "history/record.rs",
     "kill/choose.rs",
+    "report/anonymous.rs",
+    "report/file.rs",
+    "report/tables.rs",
     "top/filter.rs",
     "top/frame.rs",
     "top/model.rs",

@@ -214,11 +214,12 @@ impl Report {
             owners: &seen.owners,
         });
         let holder = |view: &View| seen.owners.holder(&view.socket?).cloned();
-        // A limit makes the kernel track what it is for. Of saved tables the rules are not known.
+        // A limit makes the kernel track what it is for. Of saved tables the rules may not be known.
+        let are_rules_open = seen.figures.is_none() && !limiter.unread.is_empty();
         let mut is_limited = |view: &View| {
             let played = plays.of(view);
             played.tracked != Some(false)
-                && (seen.figures.is_none() || request.limit.is_some() || !played.hits.is_empty())
+                && (are_rules_open || request.limit.is_some() || !played.hits.is_empty())
         };
         let mut class = |view: &View| {
             let cell = cell(view, &snapshot.evidence, scope, policy, ledger);

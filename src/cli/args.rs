@@ -3,6 +3,7 @@
 mod history;
 mod kill;
 mod overload;
+mod report;
 mod top;
 
 use std::collections::HashSet;
@@ -28,6 +29,7 @@ use crate::watch::EventSource;
 
 pub(super) use history::{History, Kept};
 pub(super) use kill::Kill;
+pub(super) use report::Report;
 pub(super) use top::{Moment, Top};
 
 /// Keeps half-closed TCP connections counted: makes conntrack, and with it connlimit and
@@ -63,6 +65,8 @@ pub(super) enum Command {
     History(History),
     /// Close sockets by state, age, source, port, process or container; prints which, unless --yes
     Kill(Kill),
+    /// Write one file for a bug report to stdout: tables, rules, settings, the last hour
+    Report(Report),
     /// Check a configuration file as run reads it; changes nothing
     Check(Check),
     /// Write a completion script for a shell to stdout
@@ -161,6 +165,10 @@ pub(super) struct Audit {
     /// Read entries from this file, as `conntrack -L -o extended` prints them
     #[arg(long, value_name = "FILE", requires = "sockets", conflicts_with = "netns")]
     pub conntrack: Option<PathBuf>,
+
+    /// Read tables and rules from this file, as `ctkeep report` writes it, instead of the kernel
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["sockets", "conntrack", "netns", "ask"])]
+    pub report: Option<PathBuf>,
 
     /// State of the sockets in a file without State column (`ss` with a filter for one state)
     #[arg(long, value_name = "STATE", requires = "sockets")]

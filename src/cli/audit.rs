@@ -17,6 +17,7 @@ use crate::audit::report::{Report, Request, Seen};
 use crate::audit::saved::{File, Host, Refusal, Saved};
 use crate::error::{Error, Result};
 use crate::reconcile::policy::Policy;
+use crate::report::file;
 use crate::sockdiag::State;
 
 const SOCKETS: &str = "--sockets";
@@ -37,6 +38,13 @@ pub(super) fn run(args: &Audit) -> Result<Exit> {
     };
     if let (Some(sockets), Some(entries)) = (&args.sockets, &args.conntrack) {
         let Host { seen, scope, notes } = read(sockets, entries, args.socket_state, &policy)?;
+        for note in notes {
+            eprintln!("ctkeep: {note}");
+        }
+        return show(args, &Report::of(seen, &scope, &policy, request));
+    }
+    if let Some(path) = &args.report {
+        let Host { seen, scope, notes } = read_report(path, &policy)?;
         for note in notes {
             eprintln!("ctkeep: {note}");
         }
@@ -93,6 +101,26 @@ fn read(sockets: &Path, entries: &Path, filter: Option<State>, policy: &Policy) 
         }
     }
     saved.join(policy).map_err(refused)
+}
+
+/// What `ctkeep report` has written.
+fn read_report(path: &Path, policy: &Policy) -> Result<Host> {
+    let refused = |what: String| Error::usage("--report", format!("{}: {what}", path.display()));
+    let bytes = fs::read(path).map_err(|error| refused(error.to_string()))?;
+    let file = file::File::read(&String::from_utf8_lossy(&bytes)).map_err(refused)?;
+    for section in [file::SOCKETS, file::ENTRIES] {
+        if let Some(failure) = file.failure(section) {
+            return Err(refused(failure));
+        }
+    }
+    crate::report::read(&file, policy).map_err(|refusal| {
+        let section = match refusal.file {
+            File::Sockets => file::SOCKETS,
+            File::Entries => file::ENTRIES,
+        };
+        let line = refusal.line.map_or(String::new(), |line| format!(" line {line}:"));
+        refused(format!("section {section}:{line} {}", refusal.what))
+    })
 }
 
 /// Does `work`; where it takes long and stderr is a terminal, says on stderr that it goes on.

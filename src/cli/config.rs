@@ -17,7 +17,8 @@ use crate::error::Error;
 
 /// What is said on the command line only: a question to a limit is a packet, and a file names no other
 /// file.
-pub(super) const NEVER_IN_FILE: [&str; 13] = [
+pub(super) const NEVER_IN_FILE: [&str; 15] = [
+    "anonymous",
     "ask",
     "at",
     "config",
@@ -28,6 +29,7 @@ pub(super) const NEVER_IN_FILE: [&str; 13] = [
     "help",
     "interval",
     "once",
+    "report",
     "sockets",
     "sort",
     "version",

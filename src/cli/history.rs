@@ -1,5 +1,6 @@
 //! `ctkeep history`: what was so, from the files that the daemon keeps.
 
+use std::net::IpAddr;
 use std::path::Path;
 use std::time::{Duration, UNIX_EPOCH};
 
@@ -18,41 +19,62 @@ pub(super) fn run(args: &History) -> Result<Exit> {
     if damaged > 0 {
         eprintln!("ctkeep: passed over {damaged} damaged lines of {}", args.dir.display());
     }
-    // Records of a clock that was set back stay: they are newer than what stands before them.
-    let first = records.iter().position(|record| record.at() >= since).unwrap_or(records.len());
-    let records = records.get(first..).unwrap_or_default();
-    let is_wanted = |source: &std::net::IpAddr, port: u16| {
-        (args.sources.is_empty() || args.sources.iter().any(|net| net.contains(source)))
-            && (args.ports.is_empty() || args.ports.contains(&port))
-    };
     let is_narrow = !args.sources.is_empty() || !args.ports.is_empty();
-    let mut rows = Vec::new();
-    for record in records {
-        match record {
-            Record::Minute { at, netns, sources, .. } => {
-                let wanted = sources.iter().filter(|it| is_wanted(&it.source, it.port));
-                rows.extend(wanted.take(args.top).map(|it| minute(*at, netns, it)));
-            }
-            Record::Action { source, port, .. } if is_wanted(source, *port) => {
-                rows.push(event(record));
-            }
-            Record::Reload { .. } | Record::Level { .. } if !is_narrow => rows.push(event(record)),
-            _ => {}
+    let rows = rows(self::since(&records, since), args.top, |of| match of {
+        Some((source, port)) => {
+            (args.sources.is_empty() || args.sources.iter().any(|net| net.contains(&source)))
+                && (args.ports.is_empty() || args.ports.contains(&port))
         }
-    }
+        None => !is_narrow,
+    });
     match args.output.format {
         Format::Json => {
             let records: Vec<_> = rows.into_iter().map(|(_, value)| value).collect();
             output::line(&json!({"schema": 1, "damaged": damaged, "records": records}))?;
         }
         Format::Table if rows.is_empty() => output::text("nothing is kept of that time\n")?,
-        Format::Table => {
-            let headings = ["TIME", "WHAT", "SOURCE", "PORT", "OPEN", "HALF", "COUNTED", "MORE"];
-            let rows = rows.into_iter().map(|(row, _)| row).collect();
-            output::text(&output::table(&headings, rows, Rows::Whole, args.output.no_header))?;
-        }
+        Format::Table => output::text(&table(rows, args.output.no_header))?,
     }
     Ok(Exit::Done)
+}
+
+/// The records from that time on; those of a clock that was set back stay: they are newer than what
+/// stands before them.
+pub(super) fn since(records: &[Record], since: u64) -> &[Record] {
+    let first = records.iter().position(|record| record.at() >= since).unwrap_or(records.len());
+    records.get(first..).unwrap_or_default()
+}
+
+/// The rows of what `is_wanted`, by source and port, or of what is of all of them; of each minute the
+/// first `top` sources.
+pub(super) fn rows(
+    records: &[Record],
+    top: usize,
+    is_wanted: impl Fn(Option<(IpAddr, u16)>) -> bool,
+) -> Vec<Row> {
+    let mut rows = Vec::new();
+    for record in records {
+        match record {
+            Record::Minute { at, netns, sources, .. } => {
+                let wanted = sources.iter().filter(|it| is_wanted(Some((it.source, it.port))));
+                rows.extend(wanted.take(top).map(|it| minute(*at, netns, it)));
+            }
+            Record::Action { source, port, .. } if is_wanted(Some((*source, *port))) => {
+                rows.push(event(record));
+            }
+            Record::Reload { .. } | Record::Level { .. } if is_wanted(None) => {
+                rows.push(event(record));
+            }
+            _ => {}
+        }
+    }
+    rows
+}
+
+pub(super) fn table(rows: Vec<Row>, no_header: bool) -> String {
+    let headings = ["TIME", "WHAT", "SOURCE", "PORT", "OPEN", "HALF", "COUNTED", "MORE"];
+    let rows = rows.into_iter().map(|(row, _)| row).collect();
+    output::table(&headings, rows, Rows::Whole, no_header)
 }
 
 /// The records of a folder.
@@ -69,7 +91,7 @@ pub(super) fn time(at: u64) -> String {
     humantime::format_rfc3339_seconds(UNIX_EPOCH + Duration::from_secs(at)).to_string()
 }
 
-type Row = (Vec<String>, serde_json::Value);
+pub(super) type Row = (Vec<String>, serde_json::Value);
 
 fn minute(at: u64, netns: &str, it: &Source) -> Row {
     let numbers = [it.port.into(), it.open, it.half_closed, it.counted].map(|n: u64| n.to_string());

@@ -12,6 +12,7 @@ mod manual;
 pub mod output;
 mod reconcile;
 mod recount;
+mod report;
 mod run;
 mod top;
 
@@ -107,6 +108,7 @@ fn dispatch(command: Command) -> Result<Exit> {
         Command::Top(args) => top::run(&args),
         Command::History(args) => history::run(&args),
         Command::Kill(args) => kill::run(&args),
+        Command::Report(args) => report::run(&args),
         Command::Check(args) => run::check(&args),
         Command::Completions(args) => manual::completions(&args),
         Command::Man(args) => manual::man(&args),

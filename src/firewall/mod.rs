@@ -29,6 +29,7 @@ pub use limits::Key;
 pub use nft::chains as nft_chains;
 pub use ports::Ports;
 pub use rule::{Base, Chain, Family, Outcome, Rule, Step, Test};
+pub use save_program::read as read_legacy;
 pub use scope::{Match, STATE_ESTABLISHED, STATE_NEW};
 
 pub use crate::nftables::Hook;

@@ -15,7 +15,7 @@ const FOLDERS: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/local/sbin", "/usr/bin"]
 ///
 /// # Errors
 /// There are some, and no such program is there, or it failed.
-pub(super) fn read(family: Family, arguments: &[&str]) -> Result<Option<String>, String> {
+pub fn read(family: Family, arguments: &[&str]) -> Result<Option<String>, String> {
     let (names, tool) = match family {
         Family::Ip6 => ("/proc/thread-self/net/ip6_tables_names", "ip6tables"),
         _ => ("/proc/thread-self/net/ip_tables_names", "iptables"),

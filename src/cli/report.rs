@@ -1,0 +1,142 @@
+//! `ctkeep report`: one file for a bug report.
+
+use std::hash::RandomState;
+use std::path::{Path, PathBuf};
+use std::time::{Instant, SystemTime};
+
+use super::args::Report;
+use super::audit::text;
+use super::{Exit, history, output};
+use crate::audit::report::{self, Request, Seen};
+use crate::doctor::examine;
+use crate::error::{Error, Result};
+use crate::firewall::Family;
+use crate::history::{now, store};
+use crate::host::instance;
+use crate::reconcile::policy::Policy;
+use crate::report::anonymous::Anonymous;
+use crate::report::file::{
+    ARRIVALS, ENTRIES, File, IP6TABLES, IPTABLES, LEGACY, LEGACY6, NFT, SOCKETS,
+};
+use crate::report::host::{self, Tables};
+use crate::report::tables;
+
+/// The file of the service.
+const SETTINGS: &str = "/etc/ctkeep/ctkeep.toml";
+/// Seconds of the history.
+const HOUR: u64 = 3600;
+
+pub(super) fn run(args: &Report) -> Result<Exit> {
+    let policy = args.scope.policy();
+    let namespace = args.scope.namespace()?;
+    let (file, exit) = namespace.run(|| Ok(collect(args, namespace.name(), &policy)))?;
+    let text = file.text();
+    let text = if args.anonymous { Anonymous::text(RandomState::new(), &text) } else { text };
+    output::text(&text)?;
+    Ok(exit)
+}
+
+/// What cannot be had says why in its place: the rest is wanted all the more.
+fn collect(args: &Report, netns: &str, policy: &Policy) -> (File, Exit) {
+    #[allow(clippy::disallowed_methods, reason = "a command may read the clock")]
+    let clock = SystemTime::now();
+    let mut exit = Exit::Done;
+    let mut failed = |error: &Error| {
+        exit = super::exit_of(error);
+        error.to_string()
+    };
+    let mut file = File::default();
+    file.say("made", humantime::format_rfc3339_seconds(clock).to_string());
+    file.say("ctkeep", env!("CARGO_PKG_VERSION"));
+    if let Ok(name) = nix::sys::utsname::uname() {
+        file.say("kernel", name.release().to_string_lossy());
+        file.say("machine", name.machine().to_string_lossy());
+    }
+    file.say("addresses", if args.anonymous { "replaced one for one" } else { "as they are" });
+    let tables = Tables::read().map_err(|error| failed(&error));
+    if let Ok(tables) = &tables
+        && tables.one_of > 1
+    {
+        file.note(format!(
+            "the tables are too large for a report: one of {} connections is in it, and sources \
+             hold so many times more",
+            tables.one_of
+        ));
+    }
+    let looked = Seen::look(netns, policy).map_err(|error| failed(&error));
+    file.add("settings", Ok(settings(args.scope.config.as_deref())));
+    file.add("daemon", Ok(daemon()));
+    file.add(
+        "doctor",
+        Ok(plain(&output::findings(
+            &examine(policy, false, Instant::now(), clock).findings,
+            false,
+        ))),
+    );
+    let arrivals = looked
+        .as_ref()
+        .map(|(seen, _)| seen.arrivals.iter().filter_map(tables::arrival_line).collect::<String>());
+    file.add(ARRIVALS, Ok(arrivals.unwrap_or_default()));
+    file.add(
+        "audit",
+        looked.map(|(seen, scope)| {
+            let request = Request { limit: None, mask: None, mask6: None, now: clock };
+            plain(&text::text(
+                &report::Report::of(seen, &scope, policy, request),
+                false,
+                None,
+                false,
+            ))
+        }),
+    );
+    file.add("history", last_hour(&args.dir));
+    file.add(NFT, host::printed("nft", &["list", "ruleset"]));
+    for (section, program) in [(IPTABLES, "iptables-nft-save"), (IP6TABLES, "ip6tables-nft-save")] {
+        file.add(section, host::printed(program, &[]));
+    }
+    for (section, family) in [(LEGACY, Family::Ip), (LEGACY6, Family::Ip6)] {
+        file.add(section, host::legacy(family));
+    }
+    let (sockets, entries) = match tables {
+        Ok(tables) => (Ok(tables.sockets), Ok(tables.entries)),
+        Err(error) => (Err(error.clone()), Err(error)),
+    };
+    file.add(SOCKETS, sockets);
+    file.add(ENTRIES, entries);
+    (file, exit)
+}
+
+fn settings(named: Option<&Path>) -> String {
+    let path = named.map_or_else(|| PathBuf::from(SETTINGS), Path::to_owned);
+    let text = host::without_comments(&path).unwrap_or_else(|error| format!("{error}\n"));
+    text + &host::sysctls()
+}
+
+fn daemon() -> String {
+    let told = instance::ask("ctkeep");
+    let answer = match told.level {
+        Some(level) => format!(
+            "answers: level {level}, holds {} sockets, {} half-closed, repaired {} in the last minute, \
+             shield {}, containers {}\n",
+            told.ages.len(),
+            told.half_closed.len(),
+            told.repairs.values().sum::<u64>(),
+            if told.shield.is_some() { "up" } else { "not up" },
+            told.containers.map_or("unknown", |are| if are { "yes" } else { "no" }),
+        ),
+        None => "none answers in this namespace\n".to_owned(),
+    };
+    host::daemons() + &answer
+}
+
+fn last_hour(dir: &Path) -> std::result::Result<String, String> {
+    let (records, _) = store::read(dir).map_err(|error| format!("{}: {error}", dir.display()))?;
+    let rows =
+        history::rows(history::since(&records, now().saturating_sub(HOUR)), usize::MAX, |_| true);
+    Ok(history::table(rows, false))
+}
+
+/// Without what a terminal makes colours of.
+fn plain(text: &str) -> String {
+    anstream::adapter::strip_str(text).to_string()
+}
