@@ -22,7 +22,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use ctkeep::Op;
-use ctkeep::netlink::{Connection, KernelSocket, Request};
+use ctkeep::netlink::{Conversation, KernelSocket, Request};
 use ctkeep::reconcile::observe::Tables;
 use ctkeep::reconcile::policy::{Policy, Scope};
 use ctkeep::reconcile::whole::{By, Reading};
@@ -312,12 +312,12 @@ fn measure(lab: &Lab, arm: &mut Arm) {
 }
 
 /// Asks the kernel when an entry came into the table.
-struct Births(Connection<KernelSocket>);
+struct Births(Conversation<KernelSocket>);
 
 impl Births {
     fn open() -> Self {
         let op = Op::new("open conntrack");
-        Self(Connection::new(KernelSocket::open(op, NETLINK_NETFILTER).expect("socket")))
+        Self(Conversation::new(KernelSocket::open(op, NETLINK_NETFILTER).expect("socket")))
     }
 
     /// Since the epoch; `None` where there is no entry.

@@ -1,4 +1,5 @@
-//! The vocabulary that both kernel tables share: endpoints and directed four-tuples. No I/O.
+//! The vocabulary that both kernel tables share: endpoints, directed four-tuples of packets and
+//! entries, connections as their sockets see them. No I/O.
 
 use std::cmp::Ordering;
 use std::fmt;
@@ -119,6 +120,55 @@ impl FourTuple {
     /// Address family as both netlink families spell it: `AF_INET` (2) or `AF_INET6` (10).
     pub fn family(&self) -> u8 {
         if self.is_ipv4() { AF_INET } else { AF_INET6 }
+    }
+}
+
+/// A TCP connection as its socket sees it, in the words of `ss`. Packets and conntrack entries have a
+/// [`FourTuple`] for each way; which of them it is stands in the name of the call.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Connection {
+    /// The socket's own side.
+    pub local: Endpoint,
+    /// The peer.
+    pub remote: Endpoint,
+}
+
+impl Connection {
+    /// The connection of `local` with `remote`.
+    pub fn new(local: Endpoint, remote: Endpoint) -> Self {
+        Self { local, remote }
+    }
+
+    /// That of the socket whose packets have this tuple.
+    pub fn of_sender(flow: FourTuple) -> Self {
+        Self::new(flow.src, flow.dst)
+    }
+
+    /// That of the socket that packets with this tuple are for.
+    pub fn of_receiver(flow: FourTuple) -> Self {
+        Self::new(flow.dst, flow.src)
+    }
+
+    /// The tuple of what the socket sends: the reply tuple of its entry, where the peer opened it.
+    pub fn sent(self) -> FourTuple {
+        FourTuple::new(self.local, self.remote)
+    }
+
+    /// The tuple of what the socket gets.
+    pub fn received(self) -> FourTuple {
+        FourTuple::new(self.remote, self.local)
+    }
+}
+
+impl fmt::Display for Connection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.sent(), f)
+    }
+}
+
+impl fmt::Debug for Connection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
     }
 }
 

@@ -8,7 +8,7 @@
 //!
 //! From the bottom up (imports only ever go down):
 //!
-//! - [`flow`] and [`Error`]: endpoints, four-tuples, and the one error.
+//! - [`flow`] and [`Error`]: endpoints, four-tuples of packets, connections of sockets, and the one error.
 //! - [`netlink`]: bytes to and from the kernel; a list is whole or an error.
 //! - [`conntrack`], [`sockdiag`]: the two tables, one typed request for each thing asked;
 //!   [`nftables`]: tables of our own, lists of all; [`rtnetlink`]: devices and routes; [`host`]: settings,

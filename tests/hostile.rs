@@ -17,7 +17,7 @@ use ctkeep::conntrack::{Entry, Tcp, TcpState, decode};
 use ctkeep::firewall::limits::Limiter;
 use ctkeep::firewall::{Key, Ruleset, nft_chains};
 use ctkeep::flow::{Endpoint, FourTuple};
-use ctkeep::netlink::{Connection, Request, Transport};
+use ctkeep::netlink::{Conversation, Request, Transport};
 use ctkeep::reconcile::apply::Outcome;
 use ctkeep::reconcile::keeper::{Acted, Depth, Keeper, Settings, Trigger, Witness};
 use ctkeep::reconcile::plan::Action;
@@ -482,7 +482,7 @@ fn an_answer_without_end_is_an_error() {
     };
     let endless = |kind| {
         let endless = move |seq| played::message(kind, 2, seq, &[0; 60_000]);
-        Connection::new(Endless(Box::new(endless), Vec::new()))
+        Conversation::new(Endless(Box::new(endless), Vec::new()))
     };
     let dumped = endless(CT_NEW).dump(&request, |(): &mut (), _| Ok(()));
     let asked = endless(NLMSG_NOOP).execute(&request);
@@ -540,7 +540,7 @@ fn a_mask_in_a_rule_dump_is_never_longer_than_its_address() {
         let payload = [vec![2, 0, 0, 0], parts.concat()].concat();
         Ok(vec![played::message(10 << 8 | kind, 2, request.seq, &payload)])
     });
-    let chains = nft_chains(&mut Connection::new(kernel)).unwrap();
+    let chains = nft_chains(&mut Conversation::new(kernel)).unwrap();
     let limiter = Limiter::of(&Ruleset { chains, unread: Vec::new() });
     assert_eq!(limiter.rules[0].limit.key, Key::Source(32));
     assert_eq!((limiter.prefix(true), limiter.prefix(false)), (Some(32), None));

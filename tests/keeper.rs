@@ -14,7 +14,7 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use ctkeep::conntrack::{Conntrack, Entry, TcpState, Zone};
-use ctkeep::flow::FourTuple;
+use ctkeep::flow::{Connection, FourTuple};
 use ctkeep::netlink::Transport;
 use ctkeep::reconcile::keeper::{Acted, Depth, Keeper, Settings, Sweep, Trigger, Witness};
 use ctkeep::reconcile::observe::Tables;
@@ -80,7 +80,8 @@ impl Witness for Deeds {
         for outcome in &acted.outcomes {
             match outcome.result {
                 Ok(()) => {
-                    self.done.push((outcome.action.kind, outcome.action.view.flow.dst.port()));
+                    self.done
+                        .push((outcome.action.kind, outcome.action.view.connection.remote.port()));
                 }
                 Err(_) => self.failed += 1,
             }
@@ -145,7 +146,8 @@ impl World {
     /// The socket gets into this state.
     fn socket(&self, port: u16, state: State) {
         let mut host = self.host.borrow_mut();
-        host.sockets.iter_mut().find(|it| it.flow() == of(port)).unwrap().state = state;
+        host.sockets.iter_mut().find(|it| it.connection().sent() == of(port)).unwrap().state =
+            state;
     }
 
     /// The entry gets into this state.
@@ -174,7 +176,7 @@ impl World {
 
     /// The socket ends.
     fn close(&self, port: u16) {
-        self.host.borrow_mut().sockets.retain(|socket| socket.flow() != of(port));
+        self.host.borrow_mut().sockets.retain(|socket| socket.connection().sent() != of(port));
     }
 
     /// An event source has seen a packet of this connection.
@@ -223,17 +225,17 @@ impl World {
 }
 
 /// An event source has seen a packet of this connection, which came in by this device.
-fn suspects_of(port: u16, interface: u32) -> HashMap<FourTuple, Suspect> {
-    let flow = of(port);
+fn suspects_of(port: u16, interface: u32) -> HashMap<Connection, Suspect> {
+    let connection = Connection::of_sender(of(port));
     let suspect = Suspect {
-        flow,
+        connection,
         interface,
         is_translated: false,
         is_spoofed: false,
         destroyed: None,
         at: None,
     };
-    [(flow, suspect)].into()
+    [(connection, suspect)].into()
 }
 
 /// The connection of a port of the peer, seen from the server.
@@ -744,7 +746,7 @@ mod bound_to_a_device {
     fn bound() -> World {
         let world = World::with(4000..4003);
         for socket in &mut world.host.borrow_mut().sockets {
-            if socket.flow() == of(4000) {
+            if socket.connection().sent() == of(4000) {
                 socket.interface = ETH0;
             }
         }

@@ -17,7 +17,7 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use ctkeep::conntrack::{Entry, TcpState};
-use ctkeep::flow::FourTuple;
+use ctkeep::flow::{Connection, FourTuple};
 use ctkeep::netlink::Transport;
 use ctkeep::reconcile::keeper::{Acted, Depth, Keeper, Settings, Trigger, Witness};
 use ctkeep::reconcile::observe::Tables;
@@ -128,7 +128,7 @@ impl Watched {
         let outgoing =
             |entry: &Entry| entry.orig == flow && !entry.is_picked_up() && !entry.is_ours();
         assert!(!entry.is_some_and(outgoing), "{orig} was opened by this host");
-        match host.sockets.iter().find(|socket| socket.flow() == flow) {
+        match host.sockets.iter().find(|socket| socket.connection().sent() == flow) {
             Some(socket) => {
                 assert!([State::CloseWait, State::Established].contains(&socket.state), "{orig}");
             }
@@ -155,8 +155,8 @@ impl Witness for Deeds {
     fn acted(&mut self, acted: Acted) {
         for outcome in acted.outcomes.iter().filter(|outcome| outcome.result.is_ok()) {
             let Action { kind, view, .. } = outcome.action;
-            let first = !kind.needs_recount() || self.repaired.insert(view.flow);
-            assert!(first || !self.is_sound, "right after its repair: {kind} {}", view.flow);
+            let first = !kind.needs_recount() || self.repaired.insert(view.connection.sent());
+            assert!(first || !self.is_sound, "right after its repair: {kind} {}", view.connection);
         }
     }
 
@@ -244,7 +244,8 @@ impl World {
             let mut deeds = Deeds { is_sound, ..Deeds::default() };
             let line = &self.line;
             let hold = |keeper: &Keeper<Watched, Counting>| {
-                line.held.replace(keeper.held().map(|held| held.lookup.flow).collect());
+                line.held
+                    .replace(keeper.held().map(|held| held.lookup.connection.sent()).collect());
             };
             let failed = line.failed.get();
             let check = |done: ctkeep::Result<()>| {
@@ -272,15 +273,16 @@ impl World {
             Events::Late => std::mem::replace(&mut self.late, now),
             Events::Prompt | Events::Doubled => [std::mem::take(&mut self.late), now].concat(),
         };
-        let suspect = |flow| Suspect {
-            flow,
+        let suspect = |connection| Suspect {
+            connection,
             interface: 0,
             is_translated: false,
             is_spoofed: false,
             destroyed: None,
             at: None,
         };
-        let suspects: HashMap<_, _> = told.iter().map(|flow| (*flow, suspect(*flow))).collect();
+        let suspects: HashMap<_, _> =
+            told.iter().map(|it| Connection::of_sender(*it)).map(|it| (it, suspect(it))).collect();
         for _ in 0..if self.events == Events::Doubled { 2 } else { 1 } {
             self.act(|keeper, now, deeds| keeper.suspects(suspects.clone(), now, now, deeds));
         }
@@ -311,7 +313,7 @@ impl World {
     fn flows(&self, source: u8) -> Vec<FourTuple> {
         let of = Model::flow(source, 1).dst.addr();
         let host = self.model.host.borrow();
-        let flows = host.sockets.iter().map(|socket| socket.flow());
+        let flows = host.sockets.iter().map(|socket| socket.connection().sent());
         flows.filter(|flow| flow.dst.addr() == of).collect()
     }
 
@@ -420,10 +422,14 @@ impl World {
     fn disagreements(&mut self) -> Vec<String> {
         let sockets = self.model.host.borrow().sockets.clone();
         let mut all = Vec::new();
-        let bystanders: Vec<_> = bystanders().0.iter().map(Socket::flow).collect();
-        for socket in sockets.iter().filter(|socket| !bystanders.contains(&socket.flow())) {
-            let flow = socket.flow();
-            let view = View { flow, socket: Some(*socket), entry: self.model.entry(flow) };
+        let bystanders: Vec<_> = bystanders().0.iter().map(Socket::connection).collect();
+        for socket in sockets.iter().filter(|socket| !bystanders.contains(&socket.connection())) {
+            let flow = socket.connection().sent();
+            let view = View {
+                connection: Connection::of_sender(flow),
+                socket: Some(*socket),
+                entry: self.model.entry(flow),
+            };
             match view.entry_side() {
                 Some((Direction::FromPeer, state)) if state.is_counted() => {}
                 other => all.push(format!("{flow}, socket in {}: {other:?}", socket.state)),
@@ -445,7 +451,8 @@ impl World {
     /// What both tables have, without identities.
     fn tables(&self) -> (Vec<FourTuple>, Vec<Entry>) {
         let host = self.model.host.borrow();
-        let mut flows: Vec<_> = host.sockets.iter().map(|socket| socket.flow()).collect();
+        let mut flows: Vec<_> =
+            host.sockets.iter().map(|socket| socket.connection().sent()).collect();
         let mut entries: Vec<_> =
             host.entries.iter().map(|entry| Entry { id: None, ..*entry }).collect();
         flows.sort();

@@ -78,7 +78,7 @@ const IMPURE: [&str; 19] = [
     "nix::",
     "Transport",
     "KernelSocket",
-    "Connection",
+    "Conversation",
 ];
 
 /// Crates that only these modules may use.

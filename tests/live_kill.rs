@@ -112,7 +112,7 @@ fn another_socket_that_has_taken_the_tuple_meanwhile_lives() {
     // The control: by its own cookie it goes.
     let new = lab.server.within(|| killer.find(&policy).expect("sockets")).choice.chosen;
     let new = new.first().expect("one").socket;
-    assert!(new.flow() == old.flow() && new.cookie != old.cookie, "{new:?}");
+    assert!(new.connection() == old.connection() && new.cookie != old.cookie, "{new:?}");
     assert!(matches!(killer.close(&new).expect("an answer"), Fate::Closed));
     assert_eq!(lab.socket_state(&conn), None);
     assert!(matches!(killer.close(&new).expect("an answer"), Fate::Gone));

@@ -40,7 +40,7 @@ fn a_table_of_closing_connections_that_is_full_says_so() {
     fins(&conns);
     let mut logged = HashSet::new();
     let mut note = |flow| logged.insert(flow);
-    watch.drain(1000, |suspect| _ = note(suspect.flow)).expect("the log");
+    watch.drain(1000, |suspect| _ = note(suspect.connection)).expect("the log");
     assert!((16..20).contains(&logged.len()), "{} FINs were logged", logged.len());
     let holds = holds_within(SOON, || {
         fins(some);
@@ -89,7 +89,7 @@ fn a_group_that_is_taken_stands_in_nobodys_way() {
     for mut watch in watches {
         let mut logged = HashSet::new();
         wait_for("three RSTs", SOON, || {
-            watch.drain(1000, |suspect| _ = logged.insert(suspect.flow)).expect("the log");
+            watch.drain(1000, |suspect| _ = logged.insert(suspect.connection)).expect("the log");
             logged.len() == 3
         });
     }

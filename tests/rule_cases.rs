@@ -59,7 +59,7 @@ impl Case {
                 let remote = format!("{source}:{}", 40_000 + port);
                 let flow = flow(local, &remote);
                 View {
-                    flow,
+                    connection: ctkeep::flow::Connection::of_sender(flow),
                     socket: Some(socket(local, &remote, State::Established, u64::from(port))),
                     entry: Some(entry(flow, TcpState::Established, 432_000)),
                 }

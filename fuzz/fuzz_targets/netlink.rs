@@ -4,7 +4,7 @@
 
 use ctkeep::Op;
 use ctkeep::netlink::script::{Reply, Script};
-use ctkeep::netlink::{Connection, Request, Transport, frames};
+use ctkeep::netlink::{Conversation, Request, Transport, frames};
 use ctkeep_fuzz::{played, set_seq, telling};
 use libfuzzer_sys::fuzz_target;
 
@@ -27,7 +27,7 @@ fuzz_target!(|bytes: &[u8]| {
     framed(bytes);
 
     let mut sends = 0;
-    let mut connection = Connection::new(Script::new(|sent: &[u8]| {
+    let mut conversation = Conversation::new(Script::new(|sent: &[u8]| {
         sends += 1;
         let first = played::requests(sent)[0].seq;
         replies(bytes, cuts, failure, first)
@@ -43,14 +43,14 @@ fuzz_target!(|bytes: &[u8]| {
                 Ok(())
             };
             let outcomes = if way == 0 {
-                connection.batch(&requests, answer)
+                conversation.batch(&requests, answer)
             } else {
-                connection.look_up(&requests, answer)
+                conversation.look_up(&requests, answer)
             };
             assert!(outcomes.is_err() || outcomes.is_ok_and(|all| all.len() == REQUESTS));
         }
         2 => {
-            let dumped = connection.dump(&requests[0], |all: &mut usize, _| {
+            let dumped = conversation.dump(&requests[0], |all: &mut usize, _| {
                 *all += 1;
                 taken += 1;
                 Ok(())
@@ -58,10 +58,10 @@ fuzz_target!(|bytes: &[u8]| {
             assert!(dumped.is_err() || dumped.is_ok_and(|all| all <= taken));
         }
         _ => {
-            let _ = connection.transaction(&requests[0], &requests[1..2], &requests[2]);
+            let _ = conversation.transaction(&requests[0], &requests[1..2], &requests[2]);
         }
     }
-    drop(connection);
+    drop(conversation);
     assert!(sends <= 5, "{sends} sends");
 });
 

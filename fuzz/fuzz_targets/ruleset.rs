@@ -6,7 +6,7 @@
 use ctkeep::firewall::limits::Limiter;
 use ctkeep::firewall::{Ruleset, nft_chains};
 use ctkeep::netlink::script::Reply;
-use ctkeep::netlink::{Connection, frames};
+use ctkeep::netlink::{Conversation, frames};
 use ctkeep_fuzz::{played, played_through};
 use libfuzzer_sys::fuzz_target;
 
@@ -16,7 +16,7 @@ const ANSWERS: [(u16, u16); 6] = [(1, 0), (4, 3), (7, 6), (10, 9), (13, 12), (19
 // The messages of all dumps in one datagram: each question gets those of its kind.
 fuzz_target!(|bytes: &[u8]| {
     let datagram = bytes.to_vec();
-    let mut connection = Connection::new(played::script(move |sent| {
+    let mut connection = Conversation::new(played::script(move |sent| {
         let request = &played::requests(sent)[0];
         let wanted = ANSWERS.iter().find(|(asked, _)| *asked == request.kind & 0xff).unwrap().1;
         let mut replies: Vec<Reply> = frames(&datagram)

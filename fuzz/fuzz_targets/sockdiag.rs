@@ -48,7 +48,7 @@ fuzz_target!(|bytes: &[u8]| {
         let lookup = Lookup::from(socket);
         if let Ok(found) = SockDiag::new(answering(bytes)).lookup(&[lookup]) {
             let [found] = found[..] else { panic!("one question, {} answers", found.len()) };
-            let is_asked = |s: Socket| s.flow() == lookup.flow && s.state != State::Listen;
+            let is_asked = |s: Socket| s.connection() == lookup.connection && s.state != State::Listen;
             assert!(found.is_none_or(is_asked));
         }
     }

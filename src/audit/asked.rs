@@ -95,7 +95,7 @@ impl<'r> Asker<'r> {
     /// No limit is for it, or it cannot be asked.
     pub fn ask(&mut self, view: &View, now: Instant) -> Result<Answer> {
         let met = self.plays.met(view);
-        let op = Op::on("ask the limit", view.flow.inverse());
+        let op = Op::on("ask the limit", view.connection.received());
         let cannot = |what: &str| Err(op.failed(Cause::Unavailable(what.to_owned())));
         let Some(tightest) = met.iter().min_by_key(|met| met.limit).copied() else {
             return cannot("no limit is for it");
@@ -104,7 +104,7 @@ impl<'r> Asker<'r> {
         if self.is_careful && met.iter().any(tells) {
             return cannot("its limit logs or bans what exceeds it, and would do so with a probe");
         }
-        if view.entry.is_some_and(|entry| entry.orig.src.addr() != view.flow.dst.addr()) {
+        if view.entry.is_some_and(|entry| entry.orig.src.addr() != view.connection.remote.addr()) {
             return cannot("its source is translated");
         }
         if self.plays.of(view).is_synproxied {

@@ -46,7 +46,7 @@ impl Class {
         if view.entry.is_some_and(|entry| entry.state().is_none()) {
             return Self::Offloaded;
         }
-        if cell.guarded && evidence.untracked.contains(&view.flow) {
+        if cell.guarded && evidence.untracked.contains(&view.connection) {
             return Self::Untracked;
         }
         let reversed = matches!(cell.entry, Some((Direction::Reversed, _)));
@@ -58,7 +58,7 @@ impl Class {
             Verdict::Leave(NoAction::NotGuarded) if reversed => Self::EntryReversed,
             Verdict::Leave(NoAction::OverCount) => Self::SocketMissing,
             Verdict::Leave(NoAction::Untracked)
-                if evidence.tracked.contains(&view.flow.src.port()) =>
+                if evidence.tracked.contains(&view.connection.local.port()) =>
             {
                 Self::EntryMissing
             }
@@ -101,14 +101,14 @@ impl fmt::Display for Class {
 mod tests {
     use super::*;
     use crate::conntrack::{Entry, Tcp, TcpState, Zone};
-    use crate::flow::FourTuple;
+    use crate::flow::Connection;
     use crate::sockdiag::State;
 
     #[test]
     fn a_connection_in_a_flow_table_is_neither_missing_nor_in_disagreement() {
         let server = "192.0.2.1:80".parse().expect("an endpoint");
-        let flow = FourTuple::new(server, "198.51.100.7:4000".parse().expect("an endpoint"));
-        let entry = Entry::plain(flow.inverse(), Zone::default());
+        let connection = Connection::new(server, "198.51.100.7:4000".parse().expect("an endpoint"));
+        let entry = Entry::plain(connection.received(), Zone::default());
         let cell = Cell {
             socket: Some(State::CloseWait),
             guarded: true,
@@ -118,12 +118,12 @@ mod tests {
             tracked: true,
         };
         let none = Evidence::default();
-        let of = |entry, cell| Class::of(&View { flow, socket: None, entry }, cell, &none);
+        let of = |entry, cell| Class::of(&View { connection, socket: None, entry }, cell, &none);
         assert_eq!(of(Some(entry), cell), Class::Offloaded);
         assert_eq!(of(None, cell), Class::EntryMissing);
         assert_eq!(of(None, Cell { tracked: false, ..cell }), Class::Untracked);
         let siblings = Evidence { tracked: [80].into(), ..Evidence::default() };
-        let view = View { flow, socket: None, entry: None };
+        let view = View { connection, socket: None, entry: None };
         let class = Class::of(&view, Cell { tracked: false, ..cell }, &siblings);
         assert_eq!(class, Class::EntryMissing, "translated, and nobody knows how");
         let tcp = Some(Tcp { state: TcpState::Close, wscale: [0; 2], flags: [0; 2] });

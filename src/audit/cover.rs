@@ -27,7 +27,9 @@ impl Coverage {
     pub fn of(shield: Option<&Shielded>, view: &View) -> Self {
         match shield {
             None => Self::NoShield,
-            Some(shield) if !shield.ports.contains(&view.flow.src.port()) => Self::OtherPort,
+            Some(shield) if !shield.ports.contains(&view.connection.local.port()) => {
+                Self::OtherPort
+            }
             Some(_) if view.entry.is_some_and(|entry| entry.is_translated()) => Self::Translated,
             Some(_) if is_local(view) => Self::Loopback,
             Some(shield) if !shield.is_whole => Self::PerhapsCovered,
@@ -42,7 +44,8 @@ impl Coverage {
 }
 
 fn is_local(view: &View) -> bool {
-    view.flow.dst.addr().is_loopback() || view.flow.dst.addr() == view.flow.src.addr()
+    view.connection.remote.addr().is_loopback()
+        || view.connection.remote.addr() == view.connection.local.addr()
 }
 
 impl fmt::Display for Coverage {
@@ -62,26 +65,32 @@ impl fmt::Display for Coverage {
 mod tests {
     use super::*;
     use crate::conntrack::{Entry, Zone};
-    use crate::flow::FourTuple;
+    use crate::flow::Connection;
 
     #[test]
     fn what_the_wire_shows_of_a_guarded_port_is_covered() {
-        let flow = |local: &str, remote: &str| {
-            FourTuple::new(local.parse().unwrap(), remote.parse().unwrap())
+        let connection = |local: &str, remote: &str| {
+            Connection::new(local.parse().unwrap(), remote.parse().unwrap())
         };
-        let plain = flow("192.0.2.1:80", "198.51.100.7:4000");
-        let view = |flow, entry| View { flow, socket: None, entry };
+        let plain = connection("192.0.2.1:80", "198.51.100.7:4000");
+        let view = |connection, entry| View { connection, socket: None, entry };
         let shield = Shielded { ports: [80].into(), is_whole: true };
         let partly = Shielded { is_whole: false, ..shield.clone() };
         let of = |view| Coverage::of(Some(&shield), &view);
         assert_eq!(of(view(plain, None)), Coverage::Covered);
         assert_eq!(Coverage::of(Some(&partly), &view(plain, None)), Coverage::PerhapsCovered);
         assert_eq!(Coverage::of(None, &view(plain, None)), Coverage::NoShield);
-        assert_eq!(of(view(flow("192.0.2.1:81", "198.51.100.7:4000"), None)), Coverage::OtherPort);
-        assert_eq!(of(view(flow("127.0.0.1:80", "127.0.0.1:4000"), None)), Coverage::Loopback);
+        assert_eq!(
+            of(view(connection("192.0.2.1:81", "198.51.100.7:4000"), None)),
+            Coverage::OtherPort
+        );
+        assert_eq!(
+            of(view(connection("127.0.0.1:80", "127.0.0.1:4000"), None)),
+            Coverage::Loopback
+        );
         let redirected = Entry {
-            reply: flow("192.0.2.1:8080", "198.51.100.7:4000"),
-            ..Entry::plain(plain.inverse(), Zone::default())
+            reply: connection("192.0.2.1:8080", "198.51.100.7:4000").sent(),
+            ..Entry::plain(plain.received(), Zone::default())
         };
         assert_eq!(of(view(plain, Some(redirected))), Coverage::Translated);
     }

@@ -34,8 +34,8 @@ pub fn fronts(views: impl Iterator<Item = View>) -> Result<Vec<Front>> {
     let mut ports: BTreeMap<u16, Option<(IpAddr, usize)>> = BTreeMap::new();
     let is_open = |view: &View| view.socket.is_some_and(|socket| socket.takes_a_slot());
     for view in views.filter(|view| is_open(view) && !view.is_outgoing()) {
-        let from = view.flow.dst.addr();
-        let one = ports.entry(view.flow.src.port()).or_insert(Some((from, 0)));
+        let from = view.connection.remote.addr();
+        let one = ports.entry(view.connection.local.port()).or_insert(Some((from, 0)));
         *one = one.filter(|(known, _)| *known == from).map(|(known, count)| (known, count + 1));
     }
     let mut found = Vec::new();

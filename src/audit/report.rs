@@ -24,7 +24,7 @@ use crate::containers;
 use crate::error::Result;
 use crate::firewall::Ruleset;
 use crate::firewall::limits::{LimitRule, Limiter};
-use crate::flow::FourTuple;
+use crate::flow::Connection;
 use crate::host::instance::{self, DaemonStatus};
 use crate::reconcile::ledger::Ledger;
 use crate::reconcile::observe::Tables;
@@ -50,7 +50,7 @@ pub struct Request {
 
 /// One connection of the report.
 #[derive(Clone, Debug)]
-pub struct Connection {
+pub struct ReportedConnection {
     /// Both tables' view, after an exact look-up where they disagree.
     pub view: View,
     /// How they stand to each other.
@@ -123,12 +123,12 @@ impl Seen {
         let evidence = &snapshot.evidence;
         snapshot.views.retain(|view| {
             let cell = cell(view, evidence, &scope, policy, &ledger);
-            !tables.sockets.is_of_member(view.flow.src.addr())
+            !tables.sockets.is_of_member(view.connection.local.addr())
                 || Class::of(view, cell, evidence) != Class::Untracked
         });
         let sockets = snapshot.views.iter().filter_map(|view| view.socket);
         let owners = Owners::look(sockets, &listeners);
-        let behind = snapshot.views.iter().map(|view| view.flow.src.addr());
+        let behind = snapshot.views.iter().map(|view| view.connection.local.addr());
         let behind = behind.filter(|addr| tables.sockets.is_of_member(*addr)).collect();
         let arrivals = arrivals(&rules, snapshot.views.iter())?;
         let fronts = fronts(snapshot.views.iter())?;
@@ -168,7 +168,7 @@ pub struct Report {
     sockets: BTreeMap<State, usize>,
     entries: BTreeMap<TcpState, usize>,
     /// Every connection of the scope.
-    pub connections: Vec<Connection>,
+    pub connections: Vec<ReportedConnection>,
     /// Sources, those that hurt most first.
     pub sources: Vec<Source>,
     /// What a connection passes on its way in.
@@ -231,10 +231,10 @@ impl Report {
         let connections: Vec<_> = snapshot
             .views
             .iter()
-            .map(|view| Connection {
+            .map(|view| ReportedConnection {
                 class: class(&view),
                 holder: holder(&view),
-                other_zones: other_zones(&snapshot.others, view.flow),
+                other_zones: other_zones(&snapshot.others, view.connection),
                 cover: seen.told.as_ref().map(|told| Coverage::of(told.shield.as_ref(), &view)),
                 view,
             })
@@ -251,7 +251,7 @@ impl Report {
         }
         let untracked = connections
             .iter()
-            .filter(|connection: &&Connection| connection.class == Class::Untracked);
+            .filter(|connection: &&ReportedConnection| connection.class == Class::Untracked);
         layers.limiter.extend(checks::unseen(
             limiter,
             &seen.rules,
@@ -269,12 +269,14 @@ impl Report {
         // A saved text may leave the listeners out.
         if seen.figures.is_some() {
             let open = |view: &View| view.socket.is_some_and(|socket| socket.takes_a_slot());
-            let open = snapshot.views.iter().filter(open).map(|view| view.flow.src.port());
+            let open = snapshot.views.iter().filter(open).map(|view| view.connection.local.port());
             layers.limiter.extend(checks::listener_gone(&seen.listeners, open));
             let unheard = policy.unheard(&seen.listeners, scope, &seen.rules);
             layers.limiter.extend(checks::unheard(&unheard));
         }
-        layers.limiter.extend(checks::untracked(untracked.map(|it| it.view.flow.src.port())));
+        layers
+            .limiter
+            .extend(checks::untracked(untracked.map(|it| it.view.connection.local.port())));
         Self {
             limit: request.limit,
             mask: measure.mask,
@@ -319,10 +321,10 @@ impl Report {
     }
 
     /// The connections that are shown, in their order: those that disagree, or all.
-    pub fn listed(&self, all: bool) -> Vec<&Connection> {
-        let wanted = |connection: &&Connection| all || connection.class != Class::Agree;
+    pub fn listed(&self, all: bool) -> Vec<&ReportedConnection> {
+        let wanted = |connection: &&ReportedConnection| all || connection.class != Class::Agree;
         let mut listed: Vec<_> = self.connections.iter().filter(wanted).collect();
-        listed.sort_by_key(|connection| connection.view.flow);
+        listed.sort_by_key(|connection| connection.view.connection);
         listed
     }
 
@@ -379,20 +381,20 @@ fn listed(source: &Source, asked: &[Answered]) -> Option<Listed> {
 }
 
 /// Zones in which a connection has entries beside the one that is looked at.
-fn other_zones(others: &Others, flow: FourTuple) -> Vec<u16> {
-    others.get(&flow).into_iter().flatten().map(|entry| entry.zone.id()).collect()
+fn other_zones(others: &Others, connection: Connection) -> Vec<u16> {
+    others.get(&connection).into_iter().flatten().map(|entry| entry.zone.id()).collect()
 }
 
 fn named(counts: impl IntoIterator<Item = (&'static str, usize)>) -> Value {
     Value::Object(counts.into_iter().map(|(name, n)| (name.to_owned(), n.into())).collect())
 }
 
-fn connection_json(connection: &Connection) -> Value {
-    let View { flow, socket, entry } = connection.view;
+fn connection_json(connection: &ReportedConnection) -> Value {
+    let View { connection: seen, socket, entry } = connection.view;
     let holder = connection.holder.as_ref();
     json!({
-        "local": flow.src.to_string(),
-        "remote": flow.dst.to_string(),
+        "local": seen.local.to_string(),
+        "remote": seen.remote.to_string(),
         "socket_state": socket.map(|socket| socket.state.name()),
         "entry_state": entry.and_then(|entry| entry.state()).map(TcpState::name),
         "entry_timeout_seconds":
@@ -401,7 +403,7 @@ fn connection_json(connection: &Connection) -> Value {
         "zone": entry.map_or(0, |entry| entry.zone.id()),
         "other_zones": connection.other_zones,
         "class": connection.class.name(),
-        "asked": connection.view.entry.filter(|entry| entry.reply == flow && entry.is_translated())
+        "asked": connection.view.entry.filter(|entry| entry.reply == seen.sent() && entry.is_translated())
             .map(|entry| entry.orig.dst.to_string()),
         "container": holder.and_then(|holder| holder.container.as_ref()),
         "pid": holder.map(|holder| holder.pid),
@@ -438,7 +440,7 @@ fn make_sure(
                 !matches!(class, Class::Agree | Class::Offloaded)
             })
             .map(|view| Lookup {
-                flow: view.flow,
+                connection: view.connection,
                 interface: view.socket.map_or(0, |socket| socket.interface),
             })
             .collect();
@@ -448,9 +450,9 @@ fn make_sure(
         thread::sleep(pause);
         let exact = tables.exactly(&suspects, ledger)?;
         snapshot.evidence.opened_here.clone_from(&exact.evidence.opened_here);
-        let exact: HashMap<FourTuple, View> =
-            exact.views.iter().map(|view| (view.flow, view)).collect();
-        let newest = |view: View| exact.get(&view.flow).copied().unwrap_or(view);
+        let exact: HashMap<Connection, View> =
+            exact.views.iter().map(|view| (view.connection, view)).collect();
+        let newest = |view: View| exact.get(&view.connection).copied().unwrap_or(view);
         snapshot.views = snapshot.views.iter().map(newest).collect();
     }
     snapshot.views.retain(|view| view.socket.is_some() || view.entry.is_some());

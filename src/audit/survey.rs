@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use super::classes::Class;
 use crate::conntrack::{Counters, TcpState};
-use crate::flow::FourTuple;
+use crate::flow::Connection;
 use crate::reconcile::ledger::Ledger;
 use crate::reconcile::plan::cell;
 use crate::reconcile::policy::{Policy, Scope};
@@ -45,7 +45,7 @@ pub struct SweepResult<'a> {
     /// What is held now.
     pub ledger: &'a Ledger,
     /// The connections that it has just put right.
-    pub repaired: &'a HashSet<FourTuple>,
+    pub repaired: &'a HashSet<Connection>,
 }
 
 /// The figures.
@@ -64,7 +64,7 @@ pub struct Survey {
     /// Connections to look up exactly.
     suspects: Vec<Lookup>,
     /// Those whose sockets are in [`Survey::states`].
-    closing: HashSet<FourTuple>,
+    closing: HashSet<Connection>,
 }
 
 /// The listeners of one port together.
@@ -119,12 +119,12 @@ impl Survey {
     pub fn begin(sweep: SweepResult<'_>, others: &[Socket]) -> Self {
         let (mut listeners, mut others): (Vec<Socket>, Vec<Socket>) =
             others.iter().copied().partition(|socket| socket.state == State::Listen);
-        others.retain(|socket| sweep.scope.contains(sweep.policy, socket.flow()));
+        others.retain(|socket| sweep.scope.contains(sweep.policy, socket.connection()));
         listeners.retain(|socket| sweep.scope.ports.contains(&socket.local.port()));
         let mut this = Self::default();
         this.count_sockets(others.iter().chain(&listeners).copied());
         this.count_queues(&listeners);
-        this.closing = others.iter().map(Socket::flow).collect();
+        this.closing = others.iter().map(Socket::connection).collect();
         this.classes = Class::ALL.map(|class| (class, Found::default())).into();
         this.classes.entry(Class::Agree).or_default().connections = sweep.snapshot.over;
         this
@@ -161,10 +161,10 @@ impl Survey {
         let state = view.socket.map(|socket| socket.state);
         let is_open = view.socket.is_some_and(|socket| socket.takes_a_slot());
         // The snapshot is older than the repair. What was repaired without a socket was given back.
-        let is_repaired = sweep.repaired.contains(&view.flow);
+        let is_repaired = sweep.repaired.contains(&view.connection);
         let is_counted = if is_repaired { is_open } else { view.is_counted() };
         if is_open || is_counted {
-            let key = (view.flow.dst.addr(), view.flow.src.port());
+            let key = (view.connection.remote.addr(), view.connection.local.port());
             let source = self.sources.entry(key).or_default();
             source.open += u64::from(is_open);
             source.half_closed += u64::from(state == Some(State::CloseWait));
@@ -176,12 +176,12 @@ impl Survey {
     /// Two dumps are taken at two moments, and the sweep has repaired since: what it leaves is to be
     /// looked up again.
     fn compare(&mut self, view: &View, sweep: SweepResult<'_>) {
-        let agrees = sweep.repaired.contains(&view.flow)
-            || view.socket.is_none() && self.closing.contains(&view.flow);
+        let agrees = sweep.repaired.contains(&view.connection)
+            || view.socket.is_none() && self.closing.contains(&view.connection);
         match if agrees { Class::Agree } else { class(view, sweep.snapshot, sweep) } {
             Class::Agree => self.note(Class::Agree, view),
             _ if self.suspects.len() < EXACT => self.suspects.push(Lookup {
-                flow: view.flow,
+                connection: view.connection,
                 interface: view.socket.map_or(0, |socket| socket.interface),
             }),
             class => self.note(class, view),
@@ -191,7 +191,7 @@ impl Survey {
     fn note(&mut self, class: Class, view: &View) {
         let found = self.classes.entry(class).or_default();
         found.connections += 1;
-        found.sources.insert(view.flow.dst.addr());
+        found.sources.insert(view.connection.remote.addr());
     }
 
     /// What [`Survey::make_sure`] wants looked up exactly.
@@ -226,10 +226,10 @@ mod tests {
     fn view(port: u16, state: Option<State>, entry: Option<TcpState>) -> View {
         let server: Endpoint = "192.0.2.1:80".parse().unwrap();
         let peer = Endpoint::new("198.51.100.7".parse().unwrap(), port);
-        let flow = FourTuple::new(server, peer);
+        let connection = Connection::new(server, peer);
         let socket = state.map(|state| Socket {
-            local: flow.src,
-            remote: flow.dst,
+            local: connection.local,
+            remote: connection.remote,
             state,
             inode: 1,
             uid: 0,
@@ -241,9 +241,9 @@ mod tests {
         let entry = entry.map(|state| Entry {
             timeout: Some(Duration::from_secs(3600)),
             tcp: Some(Tcp { state, wscale: [7, 7], flags: [0; 2] }),
-            ..Entry::plain(flow.inverse(), Zone::default())
+            ..Entry::plain(connection.received(), Zone::default())
         });
-        View { flow, socket, entry }
+        View { connection, socket, entry }
     }
 
     #[test]
@@ -258,7 +258,7 @@ mod tests {
         let policy = Policy::default();
         let scope = Scope { ports: [80].into(), ..Scope::default() };
         let ledger = Ledger::new(Defence::Auto, 0);
-        let put_right = [repaired.flow].into();
+        let put_right = [repaired.connection].into();
         let sweep = SweepResult {
             snapshot: &snapshot,
             scope: &scope,
@@ -268,14 +268,14 @@ mod tests {
         };
         let mut survey = Survey::begin(sweep, &[]);
         survey.take(sweep, 0..usize::MAX);
-        let source = (left.flow.dst.addr(), 80);
+        let source = (left.connection.remote.addr(), 80);
         let counts = SourceCounts { open: 3, half_closed: 3, counted: 2, uncounted: 1 };
         assert_eq!(survey.sources[&source], counts);
         assert_eq!(survey.sockets[0][&State::CloseWait], 3);
         let flows = |survey: &Survey| {
-            survey.suspects().iter().map(|suspect| suspect.flow).collect::<Vec<_>>()
+            survey.suspects().iter().map(|suspect| suspect.connection).collect::<Vec<_>>()
         };
-        assert_eq!(flows(&survey), [left.flow]);
+        assert_eq!(flows(&survey), [left.connection]);
         // Gone by now: it was no disagreement.
         let mut gone = survey.clone();
         gone.make_sure(sweep, &Snapshot::new([View { socket: None, entry: None, ..left }]));

@@ -19,7 +19,7 @@ use crate::containers;
 use crate::error::{Error, Result};
 use crate::firewall::Ruleset;
 use crate::firewall::limits::Limiter;
-use crate::flow::FourTuple;
+use crate::flow::Connection;
 use crate::host::instance;
 use crate::reconcile::ledger::Ledger;
 use crate::reconcile::observe::Tables;
@@ -31,17 +31,18 @@ use crate::sockdiag::{Lookup, States};
 
 pub(super) fn run(args: &Explain) -> Result<Exit> {
     let policy = args.scope.policy();
-    let flow = FourTuple::new(args.local, args.remote);
-    if flow.src.addr().is_ipv4() != flow.dst.addr().is_ipv4() {
-        return Err(Error::usage("explain", format!("{flow}: addresses of two families")));
+    let connection = Connection::new(args.local, args.remote);
+    if connection.local.addr().is_ipv4() != connection.remote.addr().is_ipv4() {
+        return Err(Error::usage("explain", format!("{connection}: addresses of two families")));
     }
     let found = args.scope.namespace()?.run(|| {
         let mut tables = Tables::open()?;
         containers::join(&mut tables.sockets)?;
         // Either form: what the client asked for, or where its packets get to.
-        let asked = tables.conntrack.get(&[(flow.inverse(), Zone::both(policy.zone))])?.pop();
-        let translated = asked.flatten().filter(|entry| entry.orig == flow.inverse());
-        let flow = translated.map_or(flow, |entry| entry.reply);
+        let asked =
+            tables.conntrack.get(&[(connection.received(), Zone::both(policy.zone))])?.pop();
+        let translated = asked.flatten().filter(|entry| entry.orig == connection.received());
+        let connection = translated.map_or(connection, |entry| Connection::of_sender(entry.reply));
         let rules = Ruleset::read();
         tables.follow_tracking(&rules);
         let mut scope = tables.scope(&policy)?;
@@ -49,40 +50,43 @@ pub(super) fn run(args: &Explain) -> Result<Exit> {
         scope.ports.extend(tables.served_without_listener(&sockets, &scope, &policy)?);
         // Siblings of the same port tell whether it is tracked, and in which zones.
         let mut siblings = scope.clone();
-        siblings.ports = std::iter::once(flow.src.port()).collect();
+        siblings.ports = std::iter::once(connection.local.port()).collect();
         let mut around = tables.with_entries(sockets, &mut siblings, &policy, Over::Each)?;
         let mut ledger = Ledger::new(Defence::Auto, policy.zone);
         ledger.note(&around);
         let interface = around
             .views
             .iter()
-            .find(|view| view.flow == flow)
+            .find(|view| view.connection == connection)
             .and_then(|view| view.socket)
             .map_or(0, |socket| socket.interface);
-        let snapshot = tables.exactly(&[Lookup { flow, interface }], &ledger)?;
+        let snapshot = tables.exactly(&[Lookup { connection, interface }], &ledger)?;
         around.evidence.opened_here.clone_from(&snapshot.evidence.opened_here);
         around.evidence.untracked.clone_from(&snapshot.evidence.untracked);
         snapshot.views.iter().filter_map(|view| view.entry).for_each(|entry| {
             scope.learn(&policy, &entry);
         });
-        let view = snapshot.views.iter().next().unwrap_or(View { flow, socket: None, entry: None });
+        let view =
+            snapshot.views.iter().next().unwrap_or(View { connection, socket: None, entry: None });
         let daemon = instance::ask("ctkeep");
         let held_for = view.socket.and_then(|socket| daemon.ages.get(&socket.cookie.0)).copied();
         if let (Some(_), Some(socket)) = (held_for, view.socket) {
-            let plain = Entry::plain(flow.inverse(), Zone::both(policy.zone));
+            let plain = Entry::plain(connection.received(), Zone::both(policy.zone));
             ledger.hold(socket, view.entry.unwrap_or(plain), Instant::now());
         }
         let cell = cell(&view, &around.evidence, &scope, &policy, &ledger);
         let verdict = verdict(&view, &around.evidence, &scope, &policy, &ledger);
         let class = Class::of(&view, cell, &around.evidence);
-        let swapped = Lookup { flow: flow.inverse(), interface: 0 };
+        let swapped =
+            Lookup { connection: Connection::of_sender(connection.received()), interface: 0 };
         let is_swapped = view.socket.is_none()
             && tables.exactly(&[swapped], &ledger)?.views.iter().any(|view| view.socket.is_some());
         let owners = Owners::look(view.socket.into_iter(), &tables.sockets.listeners()?);
         let limiter = Limiter::of(&rules);
         let views = around.views.iter().chain(std::iter::once(view));
         let arrivals = arrivals(&rules, views)?;
-        let behind = Some(flow.src.addr()).filter(|addr| tables.sockets.is_of_member(*addr));
+        let behind =
+            Some(connection.local.addr()).filter(|addr| tables.sockets.is_of_member(*addr));
         let behind: HashSet<_> = behind.into_iter().collect();
         let limits = limits(
             Plays::new(&limiter, &rules).arriving(&arrivals).behind(&behind),
@@ -94,8 +98,8 @@ pub(super) fn run(args: &Explain) -> Result<Exit> {
             let now = Instant::now();
             Asker::open(&rules, &limiter, &arrivals, now)?.come_what_may().ask(&view, now)
         });
-        let others = around.others.remove(&flow).unwrap_or_default();
-        let in_scope = scope.contains(&policy, flow);
+        let others = around.others.remove(&connection).unwrap_or_default();
+        let in_scope = scope.contains(&policy, connection);
         let cover = Coverage::of(daemon.shield.as_ref(), &view);
         Ok(Found {
             view,
@@ -147,7 +151,7 @@ struct Found {
 fn limits(mut plays: Plays<'_>, limiter: &Limiter, view: &View, around: &Snapshot) -> Vec<String> {
     // Also of a connection that is over, or has no entry: as its SYN would meet them.
     let mine = plays.met(view);
-    let others = around.views.iter().filter(|other| other.flow != view.flow);
+    let others = around.views.iter().filter(|other| other.connection != view.connection);
     let all = loads(others.chain(std::iter::once(*view)), &mut plays);
     let load = |met: &Met| all.iter().find(|load| (load.rule, load.net) == (met.rule, met.net));
     mine.iter()
@@ -234,8 +238,8 @@ fn to_text(found: &Found) -> String {
          would do    {verdict}\n\
          because     {reason}\n\
          {hint}",
-        view.flow.src,
-        view.flow.dst,
+        view.connection.local,
+        view.connection.remote,
         direction(cell),
         yes(view.is_counted()),
         yes(*in_scope),
@@ -329,8 +333,8 @@ fn to_json(found: &Found) -> serde_json::Value {
     };
     json!({
         "schema": 1,
-        "local": view.flow.src.to_string(),
-        "remote": view.flow.dst.to_string(),
+        "local": view.connection.local.to_string(),
+        "remote": view.connection.remote.to_string(),
         "socket_state": view.socket.map(|socket| socket.state.name()),
         "entry_state": view.entry.and_then(|entry| entry.state()).map(|state| state.name()),
         "entry_timeout_seconds":

@@ -98,8 +98,8 @@ fn pass(args: &Reconcile, policy: &Policy) -> Result<(Done, usize)> {
     let mut done = Done::default();
     let sweep = keeper.sweep(Depth::Deep, now, &mut done)?;
     make_sure(&mut keeper, &mut done)?;
-    done.outcomes.sort_by_key(|outcome| outcome.action.view.flow);
-    done.planned.sort_by_key(|action| action.view.flow);
+    done.outcomes.sort_by_key(|outcome| outcome.action.view.connection);
+    done.planned.sort_by_key(|action| action.view.connection);
     let (_, scope, policy, ledger) = keeper.parts();
     let evidence = &sweep.snapshot.evidence;
     let untracked = Verdict::Leave(NoAction::Untracked);
@@ -168,8 +168,8 @@ fn print(args: &Reconcile, netns: &str, done: &Done) -> Result<()> {
             let row = |(action, outcome): (&Action, Option<&Outcome>)| {
                 vec![
                     action.kind.to_string(),
-                    action.view.flow.dst.to_string(),
-                    action.view.flow.src.to_string(),
+                    action.view.connection.remote.to_string(),
+                    action.view.connection.local.to_string(),
                     action.reason.to_string(),
                     outcome.map_or("planned".to_owned(), |it| result_text(it, done)),
                 ]
@@ -184,7 +184,7 @@ fn print(args: &Reconcile, netns: &str, done: &Done) -> Result<()> {
 }
 
 fn result_text(outcome: &Outcome, done: &Done) -> String {
-    let counted = done.counted(outcome.action.view.flow.dst.addr());
+    let counted = done.counted(outcome.action.view.connection.remote.addr());
     match (&outcome.result, &outcome.recount) {
         (Err(error), _) => error.cause.to_string(),
         (Ok(()), Some(Err(error))) => format!("done, not recounted: {}", error.cause),
@@ -200,8 +200,8 @@ fn result_text(outcome: &Outcome, done: &Done) -> String {
 pub(super) fn action_json(action: &Action, outcome: Option<&Outcome>) -> serde_json::Value {
     json!({
         "action": action.kind.name(),
-        "local": action.view.flow.src.to_string(),
-        "remote": action.view.flow.dst.to_string(),
+        "local": action.view.connection.local.to_string(),
+        "remote": action.view.connection.remote.to_string(),
         "reason": action.reason.to_string(),
         "zone": action.template.zone.id(),
         "error": outcome.and_then(|o| o.result.as_ref().err()).map(|e| e.to_string()),

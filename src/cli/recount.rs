@@ -96,8 +96,8 @@ fn pass(args: &Recount, policy: &Policy) -> Result<(Done, Vec<LimitRule>, Vec<St
     make_sure(&mut keeper, &mut done)?;
     done.outcomes.retain(|outcome| outcome.action.kind.needs_recount());
     done.planned.retain(|action| action.kind.needs_recount());
-    done.outcomes.sort_by_key(|outcome| outcome.action.view.flow);
-    done.planned.sort_by_key(|action| action.view.flow);
+    done.outcomes.sort_by_key(|outcome| outcome.action.view.connection);
+    done.planned.sort_by_key(|action| action.view.connection);
     Ok((done, limits, lists.unread().to_vec()))
 }
 
@@ -111,9 +111,9 @@ fn sources(done: &Done, limits: &[LimitRule]) -> Sources {
     for (action, is_sent) in done.planned.iter().map(|it| (it, false)).chain(carried_out) {
         for limit in limits
             .iter()
-            .filter(|limit| uncounted::is_for(limit, action.view.flow, &action.template))
+            .filter(|limit| uncounted::is_for(limit, action.view.connection, &action.template))
         {
-            let key = (limit.place(), action.view.flow.dst.addr());
+            let key = (limit.place(), action.view.connection.remote.addr());
             let shown = all.entry(key).or_default();
             shown.open += 1;
             shown.sent += usize::from(is_sent);
@@ -132,8 +132,8 @@ fn ask(sources: &mut Sources, done: &Done) {
     let mut asked = HashSet::new();
     for outcome in &done.outcomes {
         let view = outcome.action.view;
-        let source = view.flow.dst.addr();
-        if asked.len() >= SOURCES || !asked.insert((source, view.flow.src)) {
+        let source = view.connection.remote.addr();
+        if asked.len() >= SOURCES || !asked.insert((source, view.connection.local)) {
             continue;
         }
         // By the entry that it has now.

@@ -10,7 +10,7 @@ use serde_json::json;
 use super::args::{Format, Moment, Top};
 use super::{Exit, history, output};
 use crate::error::{Error, Result};
-use crate::flow::FourTuple;
+use crate::flow::Connection;
 use crate::history::now;
 use crate::history::record::Record;
 use crate::host::netns::Namespace;
@@ -104,10 +104,10 @@ fn means() -> Means {
 }
 
 /// The very command, as text.
-fn explain(namespace: &Namespace, flow: FourTuple) -> Vec<String> {
+fn explain(namespace: &Namespace, connection: Connection) -> Vec<String> {
     let explained = env::current_exe().and_then(|program| {
         let mut command = Command::new(program);
-        command.arg("explain").arg(flow.src.to_string()).arg(flow.dst.to_string());
+        command.arg("explain").arg(connection.local.to_string()).arg(connection.remote.to_string());
         if !namespace.name().is_empty() {
             command.args(["--netns", namespace.name()]);
         }

@@ -10,7 +10,7 @@ use nix::errno::Errno;
 
 use crate::error::{Cause, Error, Op, Result};
 use crate::flow::FourTuple;
-use crate::netlink::{Connection, KernelSocket, Transport};
+use crate::netlink::{Conversation, KernelSocket, Transport};
 
 pub use entry::{Entry, EntryKey, HelperName, SeqAdj, Status, SynProxy, Tcp, TcpState, Zone};
 pub use request::{Change, Filter, Insert};
@@ -18,7 +18,7 @@ pub use request::{Change, Filter, Insert};
 /// Reads and changes the conntrack table of one network namespace.
 #[derive(Debug)]
 pub struct Conntrack<T = KernelSocket> {
-    connection: Connection<T>,
+    conversation: Conversation<T>,
 }
 
 /// Size of the table.
@@ -65,19 +65,19 @@ impl Conntrack<KernelSocket> {
 
     /// Netlink port of this socket: events that its requests cause carry it.
     pub fn port(&self) -> u32 {
-        self.connection.transport().port()
+        self.conversation.transport().port()
     }
 }
 
 impl<T: Transport> Conntrack<T> {
     /// A conversation over any transport.
     pub fn new(transport: T) -> Self {
-        Self { connection: Connection::new(transport) }
+        Self { conversation: Conversation::new(transport) }
     }
 
     /// Has `alive` called at each datagram of an answer: a dump of millions takes its time.
     pub fn on_answer(&mut self, alive: impl Fn() + Send + 'static) {
-        self.connection.on_answer(alive);
+        self.conversation.on_answer(alive);
     }
 
     /// Size of the table.
@@ -87,7 +87,7 @@ impl<T: Transport> Conntrack<T> {
     pub fn size(&mut self) -> Result<TableSize> {
         let request = request::stats();
         let mut size = None;
-        self.connection
+        self.conversation
             .query(&request, |frame| {
                 let (entries, maximum) =
                     decode::stats(frame.payload).map_err(|e| request.op.malformed(e))?;
@@ -104,7 +104,7 @@ impl<T: Transport> Conntrack<T> {
     /// The kernel refused, or a message was lost or malformed.
     pub fn counters(&mut self) -> Result<Counters> {
         let request = request::counters();
-        self.connection.dump(&request, |sum, frame| {
+        self.conversation.dump(&request, |sum, frame| {
             decode::counters(frame.payload, sum).map_err(|error| request.op.malformed(error))
         })
     }
@@ -123,7 +123,7 @@ impl<T: Transport> Conntrack<T> {
         mut take: impl FnMut(&mut A, &Entry),
     ) -> Result<A> {
         let request = request::dump(family, filter);
-        self.connection
+        self.conversation
             .dump(&request, |all, frame| {
                 match &decode::entry(frame.payload) {
                     Ok(Some(entry)) => take(all, entry),
@@ -142,7 +142,7 @@ impl<T: Transport> Conntrack<T> {
     /// A broken conversation or a refusal. An unanswered question is never `None`.
     pub fn get(&mut self, keys: &[(FourTuple, Zone)]) -> Result<Vec<Option<Entry>>> {
         let requests: Vec<_> = keys.iter().map(|(flow, zone)| request::get(*flow, *zone)).collect();
-        self.connection.find(&requests, "an entry", |index, op, frame| {
+        self.conversation.find(&requests, "an entry", |index, op, frame| {
             let entry = decode::entry(frame.payload).map_err(|error| op.malformed(error))?;
             Ok(entry.filter(|entry| {
                 keys.get(index).is_some_and(|(flow, _)| entry.orig == *flow || entry.reply == *flow)
@@ -159,7 +159,7 @@ impl<T: Transport> Conntrack<T> {
         for change in changes {
             change.write(&mut requests);
         }
-        let mut outcomes = self.connection.batch(&requests, |_, _| Ok(()))?.into_iter();
+        let mut outcomes = self.conversation.batch(&requests, |_, _| Ok(()))?.into_iter();
         let mut results = Vec::with_capacity(changes.len());
         for change in changes {
             if matches!(change, Change::Replace { .. }) {

@@ -338,7 +338,8 @@ impl<'p> Desk<'p> {
         let is_repair = |it: &&Outcome| {
             it.result.is_ok() && matches!(it.action.kind, Revive | Reinsert | Reverse)
         };
-        let peers = outcomes.iter().filter(is_repair).map(|it| it.action.view.flow.dst.addr());
+        let peers =
+            outcomes.iter().filter(is_repair).map(|it| it.action.view.connection.remote.addr());
         self.repairs.extend(peers.map(|peer| (now, peer)));
         let is_old = |(at, _): &(Instant, IpAddr)| now - *at >= MINUTE;
         while self.repairs.len() > REPAIRS || self.repairs.front().is_some_and(is_old) {
@@ -348,7 +349,7 @@ impl<'p> Desk<'p> {
 
     fn log_outcome(&mut self, outcome: &Outcome, trigger: Trigger) {
         let action = &outcome.action;
-        let flow = action.view.flow.inverse();
+        let flow = action.view.connection.received();
         // ctkeep comes before an entry that it has seen expires.
         if action.reason == Reason::EntryMissing && action.template.tcp.is_some() {
             self.deleted.note();
@@ -386,7 +387,7 @@ impl<'p> Desk<'p> {
             self.lines.fits(action.kind.name()),
             info,
             action = action.kind.name(),
-            flow = %action.view.flow.inverse(),
+            flow = %action.view.connection.received(),
             reason = %action.reason,
             trigger = ?trigger,
             zone = action.template.zone.id(),
@@ -402,7 +403,7 @@ impl Witness for Desk<'_> {
         if let Some(sockets) = half_closed {
             self.share.half_closed(sockets, Instant::now());
         }
-        let flows = half_closed.map(|sockets| sockets.iter().map(Socket::flow).collect());
+        let flows = half_closed.map(|sockets| sockets.iter().map(Socket::connection).collect());
         if let Err(error) = self.events.follow(ports, flows) {
             // Somebody took its table away, or a set is full.
             tracing::warn!(%error, "event source failed, opening it again");
@@ -423,8 +424,8 @@ impl Witness for Desk<'_> {
                     netns: self.share.name().to_owned(),
                     action: kind.name().to_owned(),
                     reason: reason.to_string(),
-                    source: view.flow.dst.addr(),
-                    port: view.flow.src.port(),
+                    source: view.connection.remote.addr(),
+                    port: view.connection.local.port(),
                 });
             }
         }

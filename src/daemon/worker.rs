@@ -334,7 +334,7 @@ impl<'p> Worker<'p> {
         let mut since = now;
         let drained = self.desk.events.drain(own, |suspect| {
             since = since.min(suspect.at.map_or(since, instant_of));
-            let known = suspects.entry(suspect.flow).or_insert(suspect);
+            let known = suspects.entry(suspect.connection).or_insert(suspect);
             *known = known.and_then(suspect);
         })?;
         let now = Instant::now();

@@ -12,7 +12,7 @@ use tun_rs::SyncDevice;
 use crate::conntrack::{Change, Conntrack, Entry, Insert, Status, TcpState, Zone};
 use crate::error::{Cause, Op, Result};
 use crate::flow::{Endpoint, FourTuple};
-use crate::netlink::{Connection, KernelSocket, Request};
+use crate::netlink::{Conversation, KernelSocket, Request};
 use crate::nftables::{ChainSpec, Expr, Hook, SetSpec, Table, TableSpec, key};
 use crate::recount::{Mode, Recipe, Recount, Recounter, Route, tap};
 
@@ -132,5 +132,5 @@ fn set_loopback_up() -> Result<()> {
     let mut body = vec![0; message.buffer_len()];
     message.emit(&mut body);
     let request = Request { op, kind: RTM_NEWLINK, flags: 0, body, joined: false };
-    Connection::new(KernelSocket::open(op, NETLINK_ROUTE)?).execute(&request)
+    Conversation::new(KernelSocket::open(op, NETLINK_ROUTE)?).execute(&request)
 }

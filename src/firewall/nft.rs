@@ -13,7 +13,7 @@ use super::set::{Element, Set};
 use super::value::{Bits, Change, Field, Operand};
 use super::{Base, Chain, Family, Hook, Outcome, Rule, Step, Test, xt};
 use crate::error::{Op, Result};
-use crate::netlink::{Attributes, Connection, KernelSocket, Transport};
+use crate::netlink::{Attributes, Conversation, KernelSocket, Transport};
 use crate::nftables::dump::{self, RawChain, RawObject, RawSet, listed};
 use crate::nftables::uapi::*;
 
@@ -23,16 +23,16 @@ const ELEMENTS: usize = 262_144;
 /// The chains of the network namespace that the calling thread is in.
 pub(super) fn read() -> Result<Vec<Chain>> {
     let op = Op::new("open nftables netlink");
-    chains(&mut Connection::new(KernelSocket::open(op, NETLINK_NETFILTER)?))
+    chains(&mut Conversation::new(KernelSocket::open(op, NETLINK_NETFILTER)?))
 }
 
 /// The chains that a kernel reports, with their rules.
 ///
 /// # Errors
 /// The kernel refused, or a message was lost or malformed.
-pub fn chains<T: Transport>(connection: &mut Connection<T>) -> Result<Vec<Chain>> {
-    let Some(tables) = dump::tables(connection)? else { return Ok(Vec::new()) };
-    let mut chains: Vec<Chain> = dump::chains(connection)?.into_iter().map(chain).collect();
+pub fn chains<T: Transport>(conversation: &mut Conversation<T>) -> Result<Vec<Chain>> {
+    let Some(tables) = dump::tables(conversation)? else { return Ok(Vec::new()) };
+    let mut chains: Vec<Chain> = dump::chains(conversation)?.into_iter().map(chain).collect();
     for table in tables.iter().filter(|table| table.flags & NFT_TABLE_F_DORMANT != 0) {
         let family = Family::from_kernel(table.family);
         let of_table = |chain: &&mut Chain| chain.family == family && chain.table == table.name;
@@ -42,9 +42,9 @@ pub fn chains<T: Transport>(connection: &mut Connection<T>) -> Result<Vec<Chain>
     for (at, chain) in chains.iter().enumerate() {
         places.insert((chain.family, chain.table.clone(), chain.name.clone()), at);
     }
-    let declared = dump::sets(connection)?;
-    let objects = dump::objects(connection)?;
-    let rules = dump::rules(connection)?;
+    let declared = dump::sets(conversation)?;
+    let objects = dump::objects(conversation)?;
+    let rules = dump::rules(conversation)?;
     let mut read: HashMap<(u8, String, String), Arc<Set>> = HashMap::new();
     for rule in rules {
         let family = Family::from_kernel(rule.family);
@@ -54,7 +54,7 @@ pub fn chains<T: Transport>(connection: &mut Connection<T>) -> Result<Vec<Chain>
             registers: BTreeMap::new(),
             steps: Vec::new(),
             known: Known {
-                connection: &mut *connection,
+                conversation: &mut *conversation,
                 family: rule.family,
                 table: &rule.table,
                 declared: &declared,
@@ -90,7 +90,7 @@ fn chain(raw: RawChain) -> Chain {
 
 /// What is known beside the rule: sets and objects of its table.
 struct Known<'c, T> {
-    connection: &'c mut Connection<T>,
+    conversation: &'c mut Conversation<T>,
     family: u8,
     table: &'c str,
     declared: &'c [RawSet],
@@ -119,7 +119,7 @@ impl<T: Transport> Known<'_, T> {
         if let Some(set) = self.read.get(&key) {
             return Ok(Arc::clone(set));
         }
-        let raw = dump::elements(self.connection, self.family, self.table, name)?;
+        let raw = dump::elements(self.conversation, self.family, self.table, name)?;
         let set = self.build(name, &raw);
         let set = Arc::new(set);
         self.read.insert(key, Arc::clone(&set));

@@ -96,7 +96,7 @@ impl Which {
     /// first, then the oldest.
     pub fn choose(&self, candidates: Vec<Candidate>, overloads: &[(Load, Vec<Socket>)]) -> Choice {
         let mut meant: Vec<_> = candidates.into_iter().filter(|it| self.is_meant(it)).collect();
-        meant.sort_by_key(|it| (Reverse(it.age.map(|age| age.time)), it.socket.flow()));
+        meant.sort_by_key(|it| (Reverse(it.age.map(|age| age.time)), it.socket.connection()));
         if self.over_limit {
             let excess = excess(&meant, overloads);
             meant.retain(|it| excess.contains(&it.socket.cookie));

@@ -77,7 +77,7 @@ impl Killer {
         let listeners = self.sockets.listeners()?;
         let scope = policy.scope(&listeners);
         let mut sockets = self.sockets.sockets(self.which.states)?;
-        sockets.retain(|socket| scope.contains(policy, socket.flow()));
+        sockets.retain(|socket| scope.contains(policy, socket.connection()));
         let owners = Owners::look(sockets.iter().copied(), &listeners);
         let asks_for_owner = self.which.process.is_some() || self.which.container.is_some();
         let is_unseen = |socket: &&Socket| asks_for_owner && owners.of(socket) == Owner::Unseen;

@@ -52,7 +52,7 @@ impl History {
             return;
         }
         self.last.truncate(LAST - 1);
-        let flow = view.flow.inverse();
+        let flow = view.connection.received();
         self.last.push_front(ActionRecord { at: clock(), kind, reason, trigger, flow });
     }
 

@@ -38,7 +38,7 @@ use crate::audit::survey::Survey;
 use crate::conntrack::TableSize;
 use crate::error::Error;
 use crate::firewall::lists::Loss;
-use crate::flow::FourTuple;
+use crate::flow::Connection;
 use crate::reconcile::apply::Outcome;
 use crate::reconcile::checks::Counted;
 use crate::reconcile::keeper::Trigger;
@@ -281,7 +281,7 @@ pub struct GuardMetrics {
     /// The ledger's holds that the gauges show, and the oldest of them.
     held: (u64, Option<Instant>),
     /// Connections that the sweep under way has repaired.
-    repaired: HashSet<FourTuple>,
+    repaired: HashSet<Connection>,
 }
 
 impl GuardMetrics {
@@ -378,7 +378,7 @@ impl GuardMetrics {
                         counts.observe(Histogram::Reaction, &[trigger.name()], took);
                     }
                     if trigger == Trigger::Sweep {
-                        self.repaired.insert(action.view.flow);
+                        self.repaired.insert(action.view.connection);
                     }
                 }
                 Err(error) => failed(action.kind.name(), error),
@@ -456,7 +456,7 @@ impl GuardMetrics {
     }
 
     /// The connections that the sweep under way has put right.
-    pub fn repaired(&self) -> &HashSet<FourTuple> {
+    pub fn repaired(&self) -> &HashSet<Connection> {
         &self.repaired
     }
 
@@ -503,7 +503,7 @@ impl GuardMetrics {
         let mut sources: HashMap<IpAddr, u64> = HashMap::new();
         let (mut held, mut oldest) = ([0_u32; 2], None);
         for entry in ledger.held() {
-            let addr = entry.lookup.flow.dst.addr();
+            let addr = entry.lookup.connection.remote.addr();
             let [ipv4, ipv6] = &mut held;
             *(if addr.is_ipv4() { ipv4 } else { ipv6 }) += 1;
             *sources.entry(addr).or_default() += 1;

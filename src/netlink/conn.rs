@@ -81,7 +81,7 @@ impl fmt::Debug for OnAnswer {
 
 /// A conversation with one kernel subsystem.
 #[derive(Debug)]
-pub struct Connection<T> {
+pub struct Conversation<T> {
     transport: T,
     seq: u32,
     outgoing: Vec<u8>,
@@ -90,7 +90,7 @@ pub struct Connection<T> {
     on_answer: Option<OnAnswer>,
 }
 
-impl<T: Transport> Connection<T> {
+impl<T: Transport> Conversation<T> {
     /// A conversation over `transport`.
     pub fn new(transport: T) -> Self {
         Self {
@@ -166,11 +166,11 @@ impl<T: Transport> Connection<T> {
         self.exchange(requests, End::Acknowledgement, answer)
     }
 
-    /// As [`Connection::batch`], for look-ups: each is answered by one message or by a refusal, and
+    /// As [`Conversation::batch`], for look-ups: each is answered by one message or by a refusal, and
     /// asks for no acknowledgement behind it. That is half of what there is to receive.
     ///
     /// # Errors
-    /// As [`Connection::batch`].
+    /// As [`Conversation::batch`].
     pub fn look_up(
         &mut self,
         requests: &[Request],
@@ -179,11 +179,11 @@ impl<T: Transport> Connection<T> {
         self.exchange(requests, End::Answer, answer)
     }
 
-    /// As [`Connection::look_up`], with what `read` makes of each answer; `None` where what was asked
+    /// As [`Conversation::look_up`], with what `read` makes of each answer; `None` where what was asked
     /// for, `what`, is absent, or something else came in its place.
     ///
     /// # Errors
-    /// As [`Connection::batch`], and any other refusal. An unanswered question is never `None`.
+    /// As [`Conversation::batch`], and any other refusal. An unanswered question is never `None`.
     pub fn find<V>(
         &mut self,
         requests: &[Request],

@@ -12,7 +12,7 @@ pub mod script;
 mod transport;
 
 pub use attribute::Attributes;
-pub use conn::{Connection, Request};
+pub use conn::{Conversation, Request};
 pub use drain::{Drained, drain};
 pub use frame::{Frame, frames};
 pub use transport::{KernelSocket, Transport};

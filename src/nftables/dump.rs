@@ -9,7 +9,7 @@ use nix::errno::Errno;
 use super::uapi::*;
 use crate::error::{Op, Result};
 use crate::netlink::attribute::{emitted, nested, nla, text};
-use crate::netlink::{Attributes, Connection, Request, Transport};
+use crate::netlink::{Attributes, Conversation, Request, Transport};
 
 /// A table.
 #[derive(Clone, Debug)]
@@ -76,25 +76,25 @@ pub(crate) struct RawObject {
 
 /// All tables; `None` where the kernel has no nf_tables.
 pub(crate) fn tables<T: Transport>(
-    connection: &mut Connection<T>,
+    conversation: &mut Conversation<T>,
 ) -> Result<Option<Vec<RawTable>>> {
     let table = |family, attributes: Attributes<'_>| {
         let name = attributes.text(NFTA_TABLE_NAME)?;
         Some(RawTable { family, name, flags: attributes.number(NFTA_TABLE_FLAGS).unwrap_or(0) })
     };
-    match list(connection, "dump of nft tables", NFT_MSG_GETTABLE, table) {
+    match list(conversation, "dump of nft tables", NFT_MSG_GETTABLE, table) {
         Err(error) if matches!(error.errno(), Some(Errno::EINVAL | Errno::EOPNOTSUPP)) => Ok(None),
         found => found.map(Some),
     }
 }
 
 /// All chains.
-pub(crate) fn chains<T: Transport>(connection: &mut Connection<T>) -> Result<Vec<RawChain>> {
-    list(connection, "dump of nft chains", NFT_MSG_GETCHAIN, chain)
+pub(crate) fn chains<T: Transport>(conversation: &mut Conversation<T>) -> Result<Vec<RawChain>> {
+    list(conversation, "dump of nft chains", NFT_MSG_GETCHAIN, chain)
 }
 
 /// All rules, in the order of their chains.
-pub(crate) fn rules<T: Transport>(connection: &mut Connection<T>) -> Result<Vec<RawRule>> {
+pub(crate) fn rules<T: Transport>(conversation: &mut Conversation<T>) -> Result<Vec<RawRule>> {
     let rule = |family, attributes: Attributes<'_>| {
         Some(RawRule {
             family,
@@ -104,16 +104,16 @@ pub(crate) fn rules<T: Transport>(connection: &mut Connection<T>) -> Result<Vec<
             expressions: attributes.value(NFTA_RULE_EXPRESSIONS)?.to_vec(),
         })
     };
-    list(connection, "dump of nft rules", NFT_MSG_GETRULE, rule)
+    list(conversation, "dump of nft rules", NFT_MSG_GETRULE, rule)
 }
 
 /// All sets and maps.
-pub(crate) fn sets<T: Transport>(connection: &mut Connection<T>) -> Result<Vec<RawSet>> {
-    list(connection, "dump of nft sets", NFT_MSG_GETSET, set)
+pub(crate) fn sets<T: Transport>(conversation: &mut Conversation<T>) -> Result<Vec<RawSet>> {
+    list(conversation, "dump of nft sets", NFT_MSG_GETSET, set)
 }
 
 /// All named objects.
-pub(crate) fn objects<T: Transport>(connection: &mut Connection<T>) -> Result<Vec<RawObject>> {
+pub(crate) fn objects<T: Transport>(conversation: &mut Conversation<T>) -> Result<Vec<RawObject>> {
     let object = |family, attributes: Attributes<'_>| {
         Some(RawObject {
             family,
@@ -123,19 +123,19 @@ pub(crate) fn objects<T: Transport>(connection: &mut Connection<T>) -> Result<Ve
             data: attributes.value(NFTA_OBJ_DATA).unwrap_or_default().to_vec(),
         })
     };
-    list(connection, "dump of nft objects", NFT_MSG_GETOBJ, object)
+    list(conversation, "dump of nft objects", NFT_MSG_GETOBJ, object)
 }
 
 /// The elements of a set, each a nest.
 pub(crate) fn elements<T: Transport>(
-    connection: &mut Connection<T>,
+    conversation: &mut Conversation<T>,
     family: u8,
     table: &str,
     set: &str,
 ) -> Result<Vec<Vec<u8>>> {
     let attributes = [text(NFTA_SET_ELEM_LIST_TABLE, table), text(NFTA_SET_ELEM_LIST_SET, set)];
     let request = get("dump of an nft set", NFT_MSG_GETSETELEM, family, &attributes);
-    connection.dump(&request, |all: &mut Vec<Vec<u8>>, frame| {
+    conversation.dump(&request, |all: &mut Vec<Vec<u8>>, frame| {
         let message = Attributes(frame.payload.get(NFGENMSG_LEN..).unwrap_or_default());
         let elements = message.nest(NFTA_SET_ELEM_LIST_ELEMENTS).map(Attributes::iter);
         all.extend(elements.into_iter().flatten().map(|(_, value)| value.to_vec()));
@@ -146,7 +146,7 @@ pub(crate) fn elements<T: Transport>(
 /// What is left of the time of these elements of a set, in their order; `None` for one that is not in
 /// it, zero for one that stays.
 pub(crate) fn time_left<T: Transport>(
-    connection: &mut Connection<T>,
+    conversation: &mut Conversation<T>,
     table: &str,
     set: &str,
     keys: &[Vec<u8>],
@@ -161,7 +161,7 @@ pub(crate) fn time_left<T: Transport>(
         get("look into nftables set", NFT_MSG_GETSETELEM, NFPROTO_INET, &attributes)
     };
     let requests: Vec<_> = keys.iter().map(one).collect();
-    connection.find(&requests, "element", |_, _, frame| {
+    conversation.find(&requests, "element", |_, _, frame| {
         let message = Attributes(frame.payload.get(NFGENMSG_LEN..).unwrap_or_default());
         let elements = message.nest(NFTA_SET_ELEM_LIST_ELEMENTS);
         let element = elements.and_then(|all| all.iter().next());
@@ -171,12 +171,12 @@ pub(crate) fn time_left<T: Transport>(
 }
 
 fn list<T: Transport, V>(
-    connection: &mut Connection<T>,
+    conversation: &mut Conversation<T>,
     verb: &'static str,
     message: u16,
     decode: impl Fn(u8, Attributes<'_>) -> Option<V>,
 ) -> Result<Vec<V>> {
-    connection.dump(&get(verb, message, 0, &[]), |all: &mut Vec<V>, frame| {
+    conversation.dump(&get(verb, message, 0, &[]), |all: &mut Vec<V>, frame| {
         let attributes = Attributes(frame.payload.get(NFGENMSG_LEN..).unwrap_or_default());
         all.extend(frame.payload.first().and_then(|family| decode(*family, attributes)));
         Ok(())

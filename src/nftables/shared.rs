@@ -11,7 +11,7 @@ use super::table::{edges, message_of};
 use super::uapi::*;
 use crate::error::{Cause, Op, Result};
 use crate::netlink::attribute::{nested, nla, text, word};
-use crate::netlink::{Connection, Request, Transport};
+use crate::netlink::{Conversation, Request, Transport};
 
 /// A set to be made: with timeouts, small at first, growing.
 #[derive(Clone, Copy, Debug)]
@@ -51,7 +51,7 @@ pub struct Element {
 /// # Errors
 /// nf_tables is missing, or a set of one of these names is of another kind.
 pub fn make<T: Transport>(
-    connection: &mut Connection<T>,
+    conversation: &mut Conversation<T>,
     table: &str,
     sets: &[SharedSet],
 ) -> Result<()> {
@@ -71,7 +71,7 @@ pub fn make<T: Transport>(
         ];
         messages.push(message_of(op, NFPROTO_INET, NFT_MSG_NEWSET, NLM_F_CREATE, &attributes));
     }
-    transact(connection, op, &messages)
+    transact(conversation, op, &messages)
 }
 
 /// Looks at a set.
@@ -79,13 +79,13 @@ pub fn make<T: Transport>(
 /// # Errors
 /// There is none, or a broken conversation.
 pub fn shape<T: Transport>(
-    connection: &mut Connection<T>,
+    conversation: &mut Conversation<T>,
     family: &str,
     table: &str,
     set: &str,
 ) -> Result<Shape> {
     let number = family_number(family);
-    let sets = dump::sets(connection)?;
+    let sets = dump::sets(conversation)?;
     let is_it =
         |it: &&dump::RawSet| Some(it.family) == number && it.table == table && it.name == set;
     let found = sets.iter().find(is_it).ok_or_else(|| {
@@ -105,7 +105,7 @@ pub fn shape<T: Transport>(
 /// # Errors
 /// The set is gone, full, or has something that overlaps.
 pub fn put<T: Transport>(
-    connection: &mut Connection<T>,
+    conversation: &mut Conversation<T>,
     shape: Shape,
     place: [&str; 3],
     element: &Element,
@@ -114,8 +114,8 @@ pub fn put<T: Transport>(
     let add = request(op, NFT_MSG_NEWSETELEM, shape, place, element);
     let remove = request(op, NFT_MSG_DELSETELEM, shape, place, element);
     // A removal of what is not there fails, and with it all that is sent with it.
-    match transact(connection, op, &[remove, add.clone()]) {
-        Err(error) if error.is_absent() => transact(connection, op, &[add]),
+    match transact(conversation, op, &[remove, add.clone()]) {
+        Err(error) if error.is_absent() => transact(conversation, op, &[add]),
         result => result,
     }
 }
@@ -125,13 +125,13 @@ pub fn put<T: Transport>(
 /// # Errors
 /// A broken conversation.
 pub fn take<T: Transport>(
-    connection: &mut Connection<T>,
+    conversation: &mut Conversation<T>,
     shape: Shape,
     place: [&str; 3],
     element: &Element,
 ) -> Result<()> {
     let op = Op::new("take out of nftables set");
-    match transact(connection, op, &[request(op, NFT_MSG_DELSETELEM, shape, place, element)]) {
+    match transact(conversation, op, &[request(op, NFT_MSG_DELSETELEM, shape, place, element)]) {
         Err(error) if error.is_absent() => Ok(()),
         result => result,
     }
@@ -171,10 +171,10 @@ fn family_number(name: &str) -> Option<u8> {
 }
 
 fn transact<T: Transport>(
-    connection: &mut Connection<T>,
+    conversation: &mut Conversation<T>,
     op: Op,
     messages: &[Request],
 ) -> Result<()> {
     let (begin, end) = edges(op);
-    connection.transaction(&begin, messages, &end)
+    conversation.transaction(&begin, messages, &end)
 }

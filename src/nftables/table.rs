@@ -15,7 +15,7 @@ use super::uapi::*;
 use super::{Expr, Hook};
 use crate::error::{Op, Result};
 use crate::netlink::attribute::{emitted, nested, nla, text, word};
-use crate::netlink::{Connection, KernelSocket, Request, Transport};
+use crate::netlink::{Conversation, KernelSocket, Request, Transport};
 
 /// Elements in one message: an attribute holds at most 64 KiB.
 const ELEMENTS: usize = 512;
@@ -61,7 +61,7 @@ pub struct ChainSpec {
 /// A table of the `inet` family that lives as long as this value.
 #[derive(Debug)]
 pub struct Table<T: Transport = KernelSocket> {
-    connection: Connection<T>,
+    conversation: Conversation<T>,
     name: String,
     owned: bool,
 }
@@ -75,8 +75,8 @@ impl Table<KernelSocket> {
     pub fn create(name: &str, layout: &TableSpec) -> Result<Self> {
         let op = Op::new("create nftables table");
         let socket = KernelSocket::open(op, NETLINK_NETFILTER)?;
-        let connection = Connection::new(socket);
-        let mut this = Self { connection, name: name.to_owned(), owned: true };
+        let conversation = Conversation::new(socket);
+        let mut this = Self { conversation, name: name.to_owned(), owned: true };
         match this.build(op, layout, NFT_TABLE_F_OWNER) {
             // Before 5.12 tables have no owner; 5.10 knows no such flag and says EINVAL.
             Err(error) if matches!(error.errno(), Some(Errno::EOPNOTSUPP | Errno::EINVAL)) => {
@@ -204,7 +204,7 @@ impl<T: Transport> Table<T> {
             Request { joined: false, ..request }
         };
         let requests: Vec<_> = elements.iter().map(get).collect();
-        let answers = self.connection.batch(&requests, |_, _| Ok(()))?;
+        let answers = self.conversation.batch(&requests, |_, _| Ok(()))?;
         let is_there = |answer: Result<()>| match answer {
             Ok(()) => Ok(true),
             Err(error) if error.is_absent() => Ok(false),
@@ -229,7 +229,7 @@ impl<T: Transport> Table<T> {
         let op = Op::new("look for nftables table");
         let mut get = message(op, NFT_MSG_GETTABLE, 0, &[text(NFTA_TABLE_NAME, &self.name)]);
         get.joined = false;
-        match self.connection.query(&get, |_| Ok(())) {
+        match self.conversation.query(&get, |_| Ok(())) {
             Ok(()) => Ok(true),
             Err(error) if error.is_absent() => Ok(false),
             Err(error) => Err(error),
@@ -252,7 +252,7 @@ impl<T: Transport> Table<T> {
 
     fn transact(&mut self, op: Op, messages: &[Request]) -> Result<()> {
         let (begin, end) = edges(op);
-        self.connection.transaction(&begin, messages, &end)
+        self.conversation.transaction(&begin, messages, &end)
     }
 }
 

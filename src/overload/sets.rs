@@ -9,7 +9,7 @@ use netlink_sys::protocols::NETLINK_NETFILTER;
 
 use super::Place;
 use crate::error::{Op, Result};
-use crate::netlink::{Connection, KernelSocket};
+use crate::netlink::{Conversation, KernelSocket};
 use crate::nftables::Field;
 use crate::nftables::shared::{self, Element, Shape, SharedSet};
 
@@ -21,7 +21,7 @@ const OVER6: &str = "over6";
 /// The conversation about sets of one network namespace.
 #[derive(Debug)]
 pub struct Sets {
-    connection: Connection<KernelSocket>,
+    conversation: Conversation<KernelSocket>,
 }
 
 /// Our own set for a family of addresses.
@@ -37,7 +37,7 @@ impl Sets {
     /// A missing privilege or module.
     pub fn open() -> Result<Self> {
         let socket = KernelSocket::open(Op::new("open nftables netlink"), NETLINK_NETFILTER)?;
-        Ok(Self { connection: Connection::new(socket) })
+        Ok(Self { conversation: Conversation::new(socket) })
     }
 
     /// Makes our own table and sets where they are missing; `of_networks` says of IPv4 and of IPv6
@@ -51,7 +51,7 @@ impl Sets {
             SharedSet { name: OVER4, key: Field::Ipv4Addr, of_networks: networks },
             SharedSet { name: OVER6, key: Field::Ipv6Addr, of_networks: networks6 },
         ];
-        match shared::make(&mut self.connection, TABLE, &sets) {
+        match shared::make(&mut self.conversation, TABLE, &sets) {
             // There, and not as it would be made: it is taken as it is.
             Err(error) if error.is_already_there() => Ok(()),
             result => result,
@@ -63,7 +63,7 @@ impl Sets {
     /// # Errors
     /// There is none.
     pub fn shape(&mut self, place: &Place) -> Result<Shape> {
-        shared::shape(&mut self.connection, &place.family, &place.table, &place.set)
+        shared::shape(&mut self.conversation, &place.family, &place.table, &place.set)
     }
 
     /// Puts a source into a set for so long, or for longer if it is there already.
@@ -73,7 +73,7 @@ impl Sets {
     pub fn put(&mut self, place: &Place, shape: Shape, net: IpNet, time: Duration) -> Result<()> {
         let Place { family, table, set } = place;
         let element = element(net, Some(time));
-        shared::put(&mut self.connection, shape, [family, table, set], &element)
+        shared::put(&mut self.conversation, shape, [family, table, set], &element)
     }
 
     /// Takes a source out of a set; it may be gone already.
@@ -82,7 +82,7 @@ impl Sets {
     /// A broken conversation.
     pub fn take(&mut self, place: &Place, shape: Shape, net: IpNet) -> Result<()> {
         let Place { family, table, set } = place;
-        shared::take(&mut self.connection, shape, [family, table, set], &element(net, None))
+        shared::take(&mut self.conversation, shape, [family, table, set], &element(net, None))
     }
 }
 

@@ -95,7 +95,7 @@ pub fn apply<T: Transport, R: Recount>(
             ledger.set_counted(&socket);
         }
         match (kind, view.socket) {
-            (ActionKind::Release | ActionKind::Reap, _) => ledger.drop_flow(view.flow),
+            (ActionKind::Release | ActionKind::Reap, _) => ledger.drop_connection(view.connection),
             // What is right as it is stays the kernel's to time.
             (ActionKind::Recount, Some(Socket { state: State::Established, .. })) => {}
             (ActionKind::Extend, _) if matches!(outcome.action.reason, Reason::EntryIdle(_)) => {}
@@ -126,13 +126,13 @@ fn raise<R: Recount>(
 fn hiding(actions: &[Action], ledger: &Ledger) -> Vec<Option<Hidden>> {
     let mut repairs: HashMap<IpAddr, u32> = HashMap::new();
     for action in actions.iter().filter(|action| action.reason.is_fooled()) {
-        *repairs.entry(client_of(action.view.flow.dst.addr())).or_default() += 1;
+        *repairs.entry(client_of(action.view.connection.remote.addr())).or_default() += 1;
     }
     actions
         .iter()
         .map(|action| {
             let socket = action.view.socket?;
-            let source = action.view.flow.dst.addr();
+            let source = action.view.connection.remote.addr();
             let more = repairs.get(&client_of(source)).copied().unwrap_or(0);
             let again = ledger.hidden(&socket).is_some() || ledger.pressure().offends(source, more);
             let had_its_fin =
@@ -166,7 +166,7 @@ fn apply_chunk<T: Transport, R: Recount>(
 
     let mut following: HashMap<IpAddr, usize> = HashMap::new();
     for action in actions {
-        *following.entry(action.view.flow.dst.addr()).or_default() += 1;
+        *following.entry(action.view.connection.remote.addr()).or_default() += 1;
     }
     let mut chunk = Vec::with_capacity(actions.len());
     let mut last_steps = Vec::new();
@@ -176,7 +176,7 @@ fn apply_chunk<T: Transport, R: Recount>(
         let mut outcome = Outcome { action, result, recount: None, is_in_place, seal: None };
         let action = &action;
         let entry = &action.template;
-        let more = following.entry(action.view.flow.dst.addr()).or_default();
+        let more = following.entry(action.view.connection.remote.addr()).or_default();
         *more = more.saturating_sub(1);
         if !way.is_fresh() {
             outcome.result = results.next().unwrap_or(Ok(()));
@@ -419,17 +419,18 @@ pub(super) fn believed(state: State) -> TcpState {
 mod tests {
     use super::*;
     use crate::conntrack::{Entry, Zone};
+    use crate::flow::Connection;
     use crate::reconcile::plan::Reason;
     use crate::reconcile::snapshot::View;
 
     fn revive(port: u16) -> Action {
-        let flow = FourTuple::new(
+        let connection = Connection::new(
             "192.0.2.1:80".parse().unwrap(),
             format!("198.51.100.7:{port}").parse().unwrap(),
         );
         let socket = Socket {
-            local: flow.src,
-            remote: flow.dst,
+            local: connection.local,
+            remote: connection.remote,
             state: State::CloseWait,
             cookie: Cookie(u64::from(port)),
             inode: 1,
@@ -438,11 +439,11 @@ mod tests {
             recv_queue: 0,
             send_queue: 0,
         };
-        let entry = Entry::plain(flow.inverse(), Zone::default());
+        let entry = Entry::plain(connection.received(), Zone::default());
         Action {
             kind: ActionKind::Revive,
             reason: Reason::EntryClosed(TcpState::Close),
-            view: View { flow, socket: Some(socket), entry: Some(entry) },
+            view: View { connection, socket: Some(socket), entry: Some(entry) },
             template: entry,
         }
     }

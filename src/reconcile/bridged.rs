@@ -7,7 +7,7 @@ use std::net::IpAddr;
 use super::observe::Tables;
 use super::snapshot::View;
 use crate::error::Result;
-use crate::flow::FourTuple;
+use crate::flow::Connection;
 use crate::host::sysctl;
 use crate::netlink::Transport;
 use crate::rtnetlink::route::{Destination, Routes};
@@ -17,19 +17,22 @@ impl<T: Transport> Tables<T> {
     pub(super) fn bridged(
         &mut self,
         views: impl Iterator<Item = View>,
-    ) -> Result<HashSet<FourTuple>> {
+    ) -> Result<HashSet<Connection>> {
         let mut bridged = HashSet::new();
-        for View { flow, socket, entry } in views {
-            if entry.is_some() || socket.is_none() || !self.sockets.is_of_member(flow.src.addr()) {
+        for View { connection, socket, entry } in views {
+            if entry.is_some()
+                || socket.is_none()
+                || !self.sockets.is_of_member(connection.local.addr())
+            {
                 continue;
             }
             let Some(routes) = self.homes.first_mut() else { break };
-            let behind = link(routes, flow.src.addr())?;
+            let behind = link(routes, connection.local.addr())?;
             if behind.is_some()
-                && behind == link(routes, flow.dst.addr())?
-                && !bridges_are_tracked(flow.src.addr())
+                && behind == link(routes, connection.remote.addr())?
+                && !bridges_are_tracked(connection.local.addr())
             {
-                bridged.insert(flow);
+                bridged.insert(connection);
             }
         }
         Ok(bridged)

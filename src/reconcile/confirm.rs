@@ -35,7 +35,7 @@ impl Confirmed {
         let sockets = snapshot.views.iter().filter_map(|view| view.socket);
         Self {
             plan: plan::plan_for(snapshot.views.iter(), evidence, scope, policy, ledger),
-            opened_here: sockets.filter(|socket| own.contains(&socket.flow())).collect(),
+            opened_here: sockets.filter(|socket| own.contains(&socket.connection())).collect(),
         }
     }
 
@@ -77,8 +77,8 @@ pub fn confirm<T: Transport>(
         .map(|action| match action.view.socket {
             Some(socket) => Lookup::from(&socket),
             None => {
-                let interface = ledger.interface(action.view.flow).unwrap_or(0);
-                Lookup { flow: action.view.flow, interface }
+                let interface = ledger.interface(action.view.connection).unwrap_or(0);
+                Lookup { connection: action.view.connection, interface }
             }
         })
         .collect();

@@ -8,10 +8,10 @@ use crate::recount::{Question, Step, Trace};
 
 /// Whether one more connection like this one would be let in; in `zone` where no entry tells.
 pub fn question(view: &View, zone: Zone) -> Question {
-    let entry = view.entry.filter(|entry| entry.reply == view.flow);
+    let entry = view.entry.filter(|entry| entry.reply == view.connection.sent());
     Question {
-        client: view.flow.dst.addr(),
-        server: entry.map_or(view.flow.src, |entry| entry.orig.dst),
+        client: view.connection.remote.addr(),
+        server: entry.map_or(view.connection.local, |entry| entry.orig.dst),
         zone: entry.map_or(zone, |entry| entry.zone),
     }
 }

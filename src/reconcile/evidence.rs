@@ -6,7 +6,7 @@ use std::net::IpAddr;
 
 use super::snapshot::{View, Views};
 use crate::conntrack::{Entry, Zone};
-use crate::flow::{Endpoint, FourTuple};
+use crate::flow::{Connection, Endpoint};
 
 /// Local endpoints whose siblings are remembered: those of all containers of a large host. A transparent
 /// proxy has as many as its clients have destinations; of the others nothing is inferred.
@@ -24,9 +24,9 @@ pub struct Evidence {
     /// Local addresses of other namespaces: what gets to a port of this host says nothing of them.
     pub behind: HashSet<IpAddr>,
     /// Connections that sockets of this host have opened, though no entry shows it.
-    pub opened_here: HashSet<FourTuple>,
+    pub opened_here: HashSet<Connection>,
     /// Connections that the firewall's rules keep out of conntrack, or may.
-    pub untracked: HashSet<FourTuple>,
+    pub untracked: HashSet<Connection>,
 }
 
 /// What one entry shows: its local endpoint, its zone, and how packets get there.
@@ -48,12 +48,12 @@ pub enum Arrival {
 
 impl Arrival {
     fn of(view: &View, entry: &Entry) -> Option<Self> {
-        if entry.reply != view.flow {
+        if entry.reply != view.connection.sent() {
             return None;
         }
         Some(match entry.orig {
-            orig if orig.src != view.flow.dst => Self::Various,
-            orig if orig.dst == view.flow.src => Self::Direct(entry.zone),
+            orig if orig.src != view.connection.remote => Self::Various,
+            orig if orig.dst == view.connection.local => Self::Direct(entry.zone),
             orig => Self::Translated(orig.dst, entry.zone),
         })
     }
@@ -70,7 +70,7 @@ impl Evidence {
     /// One connection more; `last` is what the one before it showed.
     pub(super) fn see(&mut self, view: &View, last: &mut Option<Shown>) {
         let Some(entry) = view.entry else { return };
-        let local = view.flow.src;
+        let local = view.connection.local;
         let arrival = Arrival::of(view, &entry);
         // Most say what the one before them said.
         let now = Some((local, entry.zone, arrival));
@@ -96,7 +96,7 @@ impl Evidence {
     /// `before`: one in the place of a translated entry that is not would break the connection.
     /// `None` where no sibling says anything.
     pub fn arrival(&self, view: &View, before: &Arrivals) -> Option<Arrival> {
-        let local = view.flow.src;
+        let local = view.connection.local;
         let known = self.arrivals.get(&local).or_else(|| before.get(&local));
         known.copied().or_else(|| match self.behind.contains(&local.addr()) {
             true => Some(Arrival::Various),
@@ -120,6 +120,7 @@ impl Evidence {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::flow::FourTuple;
 
     const HOST: &str = "192.0.2.1:8080";
     const POD: &str = "10.1.1.2:8080";
@@ -131,10 +132,10 @@ mod tests {
 
     /// A connection of `client`, which asked for `asked` and is shown to the socket as `shown`.
     fn view(local: &str, asked: &str, client: &str, shown: &str, zone: u16) -> View {
-        let flow = FourTuple::new(end(local), end(shown));
+        let connection = Connection::new(end(local), end(shown));
         let orig = FourTuple::new(end(client), end(asked));
-        let entry = Entry { orig, ..Entry::plain(flow.inverse(), Zone::both(zone)) };
-        View { flow, socket: None, entry: Some(entry) }
+        let entry = Entry { orig, ..Entry::plain(connection.received(), Zone::both(zone)) };
+        View { connection, socket: None, entry: Some(entry) }
     }
 
     fn arrival(siblings: &[View], local: &str) -> Option<Arrival> {

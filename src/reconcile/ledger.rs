@@ -13,7 +13,7 @@ use super::pressure::{Defence, Pressure};
 use super::snapshot::{Snapshot, View};
 use crate::conntrack::{Entry, EntryKey, Tcp, TcpState, Zone};
 use crate::firewall::lists::Loss;
-use crate::flow::FourTuple;
+use crate::flow::{Connection, FourTuple};
 use crate::recount::Hidden;
 use crate::sockdiag::{Cookie, Lookup, Socket, State};
 
@@ -36,8 +36,8 @@ pub struct Held {
 #[derive(Clone, Debug, Default)]
 pub struct Ledger {
     known: HashMap<Cookie, Known>,
-    /// The sockets of held entries, seen from the server.
-    flows: HashMap<FourTuple, Cookie>,
+    /// The sockets of held entries.
+    by_connection: HashMap<Connection, Cookie>,
     distrusted: HashSet<Cookie>,
     /// Open sockets that a limit is not known to count.
     uncounted: HashMap<Cookie, (Loss, Lookup)>,
@@ -59,7 +59,7 @@ pub struct Ledger {
 /// What is known of a socket. There are many: it is kept small.
 #[derive(Clone, Debug)]
 struct Known {
-    flow: FourTuple,
+    connection: Connection,
     interface: u32,
     /// Of the socket, when it was last seen.
     state: State,
@@ -98,24 +98,24 @@ enum Last {
 
 impl Known {
     fn new(socket: &Socket, entry: Entry) -> Self {
-        let flow = socket.flow();
-        let entry = if entry.is_plain() && entry.reply == flow {
+        let connection = socket.connection();
+        let entry = if entry.is_plain() && entry.reply == connection.sent() {
             Last::Plain(entry.tcp)
         } else {
             Last::Other(Box::new(entry))
         };
         let Socket { interface, state, .. } = *socket;
-        Self { flow, interface, state, dump: 0, entry, hold: None, look: None }
+        Self { connection, interface, state, dump: 0, entry, hold: None, look: None }
     }
 
     fn lookup(&self) -> Lookup {
-        Lookup { flow: self.flow, interface: self.interface }
+        Lookup { connection: self.connection, interface: self.interface }
     }
 
     fn last_entry(&self) -> Entry {
         match &self.entry {
             Last::Plain(tcp) => {
-                Entry { tcp: *tcp, ..Entry::plain(self.flow.inverse(), Zone::default()) }
+                Entry { tcp: *tcp, ..Entry::plain(self.connection.received(), Zone::default()) }
             }
             Last::Other(entry) => **entry,
         }
@@ -125,7 +125,7 @@ impl Known {
         let Hold { since, hidden } = self.hold?;
         let lookup = self.lookup();
         let orig = match &self.entry {
-            Last::Plain(_) => self.flow.inverse(),
+            Last::Plain(_) => self.connection.received(),
             Last::Other(entry) => entry.orig,
         };
         Some(Held { cookie, lookup, orig, since, hidden })
@@ -186,7 +186,7 @@ impl Ledger {
 
     /// What is known of this very socket.
     fn known(&self, socket: &Socket) -> Option<&Known> {
-        self.known.get(&socket.cookie).filter(|known| known.flow == socket.flow())
+        self.known.get(&socket.cookie).filter(|known| known.connection == socket.connection())
     }
 
     /// Whether the entry of this very socket is held.
@@ -194,14 +194,14 @@ impl Ledger {
         self.known(socket).is_some_and(|known| known.hold.is_some())
     }
 
-    /// Whether an entry of this connection, seen from the server, is held for some socket.
-    pub fn holds_flow(&self, flow: FourTuple) -> bool {
-        self.flows.contains_key(&flow)
+    /// Whether an entry of this connection is held for some socket.
+    pub fn holds_connection(&self, connection: Connection) -> bool {
+        self.by_connection.contains_key(&connection)
     }
 
     /// The device that the socket of a held entry is bound to, 0 for none.
-    pub fn interface(&self, flow: FourTuple) -> Option<u32> {
-        let known = self.flows.get(&flow).and_then(|cookie| self.known.get(cookie));
+    pub fn interface(&self, connection: Connection) -> Option<u32> {
+        let known = self.by_connection.get(&connection).and_then(|cookie| self.known.get(cookie));
         known.map(|known| known.interface)
     }
 
@@ -311,7 +311,7 @@ impl Ledger {
         // Of siblings that come in in various ways each is remembered, or a forgotten one could not
         // be put back.
         let is_one_of_many =
-            |view: &View| evidence.arrivals.get(&view.flow.src) == Some(&Arrival::Various);
+            |view: &View| evidence.arrivals.get(&view.connection.local) == Some(&Arrival::Various);
         for view in views {
             if let (Some(socket), Some(entry)) = (view.socket, view.entry)
                 && (socket.state != State::Established && socket.takes_a_slot()
@@ -327,14 +327,14 @@ impl Ledger {
     pub fn remember(&mut self, socket: &Socket, entry: Entry) {
         let mut known = Known::new(socket, entry);
         match self.known.get(&socket.cookie) {
-            Some(before) if before.flow == known.flow => {
+            Some(before) if before.connection == known.connection => {
                 let Known { hold, look, dump, .. } = *before;
                 known = Known { hold, look, dump, ..known };
             }
             // A socket can be connected anew; the lease ends what was held for it.
             Some(before) => {
                 self.changes += u64::from(before.hold.is_some());
-                self.flows.remove(&before.flow);
+                self.by_connection.remove(&before.connection);
                 self.agenda.move_look(socket.cookie, before.look, None);
             }
             None => {}
@@ -350,8 +350,8 @@ impl Ledger {
     }
 
     /// The held entry of this connection is looked at again at `at`.
-    pub fn look_at_flow(&mut self, flow: FourTuple, at: Instant) {
-        if let Some(cookie) = self.flows.get(&flow) {
+    pub fn look_at_connection(&mut self, connection: Connection, at: Instant) {
+        if let Some(cookie) = self.by_connection.get(&connection) {
             self.set_look(*cookie, Some(at));
         }
     }
@@ -373,7 +373,7 @@ impl Ledger {
     /// The same for those of these sources.
     pub fn look_at_sources(&mut self, sources: &HashSet<IpAddr>, at: Instant) {
         let mut all = self.agenda.later_than(at);
-        let is_theirs = |known: &Known| sources.contains(&known.flow.dst.addr());
+        let is_theirs = |known: &Known| sources.contains(&known.connection.remote.addr());
         all.retain(|cookie| self.known.get(cookie).is_some_and(is_theirs));
         for cookie in all {
             self.set_look(cookie, Some(at));
@@ -409,7 +409,7 @@ impl Ledger {
 
     /// Whether any entry is held.
     pub fn holds_any(&self) -> bool {
-        !self.flows.is_empty()
+        !self.by_connection.is_empty()
     }
 
     /// How many connections are watched.
@@ -425,7 +425,11 @@ impl Ledger {
         self.dumps = self.dumps.wrapping_add(1);
         let mut differing = Vec::new();
         for socket in dump {
-            match self.known.get_mut(&socket.cookie).filter(|it| it.flow == socket.flow()) {
+            match self
+                .known
+                .get_mut(&socket.cookie)
+                .filter(|it| it.connection == socket.connection())
+            {
                 Some(known) if known.look.is_some() && known.state == socket.state => {
                     known.dump = self.dumps;
                 }
@@ -435,16 +439,19 @@ impl Ledger {
         let is_dumped = |known: &Known| known.state != State::Established || !ends_are_told;
         let is_lacking =
             |known: &&Known| known.look.is_some() && known.dump != self.dumps && is_dumped(known);
-        let found: HashSet<_> = differing.iter().map(|lookup| lookup.flow).collect();
+        let found: HashSet<_> = differing.iter().map(|lookup| lookup.connection).collect();
         let lacking = self.known.values().filter(is_lacking).map(Known::lookup);
-        differing.extend(lacking.filter(|lookup| !found.contains(&lookup.flow)));
+        differing.extend(lacking.filter(|lookup| !found.contains(&lookup.connection)));
         differing
     }
 
     /// Remembers that this socket has opened its connection itself: that is none of our business.
     pub fn remember_own(&mut self, socket: &Socket) {
         let tcp = Some(Tcp { state: TcpState::Established, wscale: [0; 2], flags: [0; 2] });
-        self.remember(socket, Entry { tcp, ..Entry::plain(socket.flow(), Zone::default()) });
+        self.remember(
+            socket,
+            Entry { tcp, ..Entry::plain(socket.connection().sent(), Zone::default()) },
+        );
     }
 
     /// Forgets how the entries of sockets other than these looked. What is watched may have come
@@ -475,7 +482,7 @@ impl Ledger {
     /// Answers for `entry` from now on.
     pub fn hold(&mut self, socket: Socket, entry: Entry, now: Instant) {
         // A tuple that is used again before its last holder was seen gone.
-        if let Some(cookie) = self.flows.insert(socket.flow(), socket.cookie)
+        if let Some(cookie) = self.by_connection.insert(socket.connection(), socket.cookie)
             && cookie != socket.cookie
         {
             self.forget(cookie);
@@ -489,8 +496,8 @@ impl Ledger {
     }
 
     /// Answers no longer for the entry of this connection.
-    pub fn drop_flow(&mut self, flow: FourTuple) {
-        if let Some(cookie) = self.flows.remove(&flow) {
+    pub fn drop_connection(&mut self, connection: Connection) {
+        if let Some(cookie) = self.by_connection.remove(&connection) {
             self.forget(cookie);
         }
     }
@@ -508,13 +515,13 @@ impl Ledger {
     /// released first.
     pub fn settle(&mut self, snapshot: &Snapshot) {
         for view in snapshot.views.iter() {
-            let Some(cookie) = self.flows.get(&view.flow) else { continue };
+            let Some(cookie) = self.by_connection.get(&view.connection) else { continue };
             let over = match view.socket {
                 Some(socket) => socket.cookie != *cookie,
                 None => !matches!(view.entry_side(), Some((_, state)) if !state.is_closing()),
             };
             if over {
-                self.drop_flow(view.flow);
+                self.drop_connection(view.connection);
             }
         }
     }

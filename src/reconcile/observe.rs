@@ -14,7 +14,7 @@ use crate::conntrack::{Conntrack, Entry, Zone};
 use crate::error::Result;
 use crate::firewall::Ruleset;
 use crate::firewall::tracking::{Opened, Tracking};
-use crate::flow::FourTuple;
+use crate::flow::{Connection, FourTuple};
 use crate::netlink::{KernelSocket, Transport};
 use crate::rtnetlink::route::Routes;
 use crate::sockdiag::{Lookup, Opener, SockDiag, Socket, State};
@@ -92,7 +92,8 @@ impl<T: Transport> Tables<T> {
         let states = policy.states.iter().filter(|state| *state != State::Established).collect();
         let mut sockets = self.sockets.sockets_lately(states)?;
         sockets.retain(|socket| {
-            ledger.holds(socket) || policy.guards(socket) && scope.contains(policy, socket.flow())
+            ledger.holds(socket)
+                || policy.guards(socket) && scope.contains(policy, socket.connection())
         });
         Ok(sockets)
     }
@@ -110,7 +111,7 @@ impl<T: Transport> Tables<T> {
         // What is in TIME_WAIT is over: the kernel only remembers its tuple.
         let is_there = |socket: &Socket| socket.state != State::TimeWait;
         let views = lookups.iter().zip(sockets).zip(entries).map(|((lookup, socket), entry)| {
-            View { flow: lookup.flow, socket: socket.filter(is_there), entry }
+            View { connection: lookup.connection, socket: socket.filter(is_there), entry }
         });
         let mut snapshot = Snapshot::new(views);
         let unseen = snapshot
@@ -119,7 +120,7 @@ impl<T: Transport> Tables<T> {
             .filter(|view| view.socket.is_some_and(|socket| ledger.last_entry(&socket).is_none()));
         let aside = self.bridged(unseen)?;
         if !aside.is_empty() {
-            let set_aside = |view: View| match aside.contains(&view.flow) {
+            let set_aside = |view: View| match aside.contains(&view.connection) {
                 true => View { socket: None, ..view },
                 false => view,
             };
@@ -134,10 +135,11 @@ impl<T: Transport> Tables<T> {
     /// Local addresses of other namespaces that have a connection whose entry does not show how its
     /// packets get there.
     pub(super) fn behind(&self, snapshot: &Snapshot) -> HashSet<IpAddr> {
-        let shows = |view: &View| view.entry.is_some_and(|entry| entry.reply == view.flow);
+        let shows =
+            |view: &View| view.entry.is_some_and(|entry| entry.reply == view.connection.sent());
         let hidden = snapshot.views.iter().filter(|view| !shows(view));
         hidden
-            .map(|view| view.flow.src.addr())
+            .map(|view| view.connection.local.addr())
             .filter(|it| self.sockets.is_of_member(*it))
             .collect()
     }
@@ -154,23 +156,23 @@ impl<T: Transport> Tables<T> {
         let evidence = &snapshot.evidence;
         let dark = || snapshot.views.iter().filter(|view| is_dark(view, ledger));
         let opened = dark().map(|view| {
-            let of_entry = view.entry.filter(|entry| entry.reply == view.flow);
-            let FourTuple { src, dst } = view.flow;
+            let of_entry = view.entry.filter(|entry| entry.reply == view.connection.sent());
+            let Connection { local, remote } = view.connection;
             let asked = of_entry.map(|entry| entry.orig.dst);
             let asked = asked.unwrap_or_else(|| match evidence.arrival(&view, ledger.arrivals()) {
                 Some(Arrival::Translated(first, _)) => first,
-                _ => src,
+                _ => local,
             });
-            Opened { peer: dst, asked, socket: src }
+            Opened { peer: remote, asked, socket: local }
         });
         let untracked = dark().zip(tracking.of_each(opened));
         let untracked = untracked.filter(|(_, tracked)| *tracked != Some(true));
-        snapshot.evidence.untracked = untracked.map(|(view, _)| view.flow).collect();
+        snapshot.evidence.untracked = untracked.map(|(view, _)| view.connection).collect();
     }
 
     /// The connections that this host has opened, among those of which no entry shows it: it is
     /// gone, or was made by a packet in the connection's middle.
-    fn opened_here(&mut self, snapshot: &Snapshot, ledger: &Ledger) -> Result<HashSet<FourTuple>> {
+    fn opened_here(&mut self, snapshot: &Snapshot, ledger: &Ledger) -> Result<HashSet<Connection>> {
         let dark = snapshot.views.iter().filter(|view| is_dark(view, ledger));
         let unknown = dark.filter_map(|view| view.socket).filter(|socket| {
             // Whose opener was asked before.
@@ -182,7 +184,7 @@ impl<T: Transport> Tables<T> {
         }
         let openers = lookups.iter().zip(self.sockets.openers(&lookups)?);
         let here = openers.filter(|(_, opener)| *opener == Some(Opener::Here));
-        Ok(here.map(|(lookup, _)| lookup.flow).collect())
+        Ok(here.map(|(lookup, _)| lookup.connection).collect())
     }
 
     /// The entries of these connections, in these zones.
@@ -203,12 +205,12 @@ impl<T: Transport> Tables<T> {
             let keys: Vec<(FourTuple, Zone)> = missing
                 .iter()
                 .filter_map(|index| connections.get(*index))
-                .map(|lookup| (lookup.flow, zone))
+                .map(|lookup| (lookup.connection.sent(), zone))
                 .collect();
             for (index, entry) in missing.into_iter().zip(self.conntrack.get(&keys)?) {
                 let lookup = connections.get(index);
                 if let (Some(slot), Some(lookup)) = (found.get_mut(index), lookup) {
-                    let worth = |entry: &Entry| rank(lookup.flow, entry, rules.as_ref());
+                    let worth = |entry: &Entry| rank(lookup.connection, entry, rules.as_ref());
                     if slot.is_none() || slot.as_ref().map(worth) < entry.as_ref().map(worth) {
                         *slot = entry;
                     }

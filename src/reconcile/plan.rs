@@ -295,7 +295,7 @@ pub fn verdict(
         return Verdict::Leave(NoAction::Agree);
     }
     // Conntrack may have picked it up at a packet that the rules do not name.
-    if cell.guarded && !policy.force && evidence.untracked.contains(&view.flow) {
+    if cell.guarded && !policy.force && evidence.untracked.contains(&view.connection) {
         return Verdict::Leave(NoAction::Untracked);
     }
     let uncounted = view.socket.and_then(|socket| ledger.uncounted(&socket));
@@ -353,7 +353,7 @@ pub fn verdict(
             Some((Direction::FromPeer, TcpState::FinWait | TcpState::CloseWait)),
             ..,
         ) if cell.socket == Some(State::CloseWait)
-            && ledger.pressure().pins_early(view.flow.dst.addr()) =>
+            && ledger.pressure().pins_early(view.connection.remote.addr()) =>
         {
             Verdict::Act(ActionKind::Seal, Reason::UnderAttack)
         }
@@ -374,17 +374,19 @@ pub fn cell(
     let ours = view.entry.is_some_and(|entry| entry.is_ours());
     let held = match socket {
         Some(socket) => ledger.holds(&socket),
-        None => ours || ledger.holds_flow(view.flow),
+        None => ours || ledger.holds_connection(view.connection),
     };
     let half_closed = socket.is_some_and(|socket| socket.state != State::Established);
     let seen = socket.and_then(|socket| ledger.last_entry(&socket));
     // What this host opened stays so when its entry is forgotten, or picked up anew.
     let last = View { entry: seen, ..*view }.entry_side();
     let was_outgoing = last.filter(|(direction, _)| *direction == Direction::Outgoing);
-    let is_outgoing =
-        evidence.opened_here.contains(&view.flow).then_some((Direction::Outgoing, TcpState::None));
+    let is_outgoing = evidence
+        .opened_here
+        .contains(&view.connection)
+        .then_some((Direction::Outgoing, TcpState::None));
     let entry = is_outgoing.or(was_outgoing).or(view.entry_side());
-    let in_scope = scope.contains(policy, view.flow) || held;
+    let in_scope = scope.contains(policy, view.connection) || held;
     let distrusted = socket.is_some_and(|socket| ledger.distrusts(&socket));
     let entry = match entry {
         Some((Direction::FromPeer, _)) if distrusted => {
@@ -405,26 +407,26 @@ pub fn cell(
         tracked: seen.is_some()
             || evidence.arrival(view, ledger.arrivals()) != Some(Arrival::Various)
                 && (policy.force
-                    || evidence.tracked.contains(&view.flow.src.port())
-                    || ledger.is_tracked(view.flow.src.port())),
+                    || evidence.tracked.contains(&view.connection.local.port())
+                    || ledger.is_tracked(view.connection.local.port())),
     }
 }
 
 /// What an entry for this connection must look like.
 fn template(view: &View, evidence: &Evidence, policy: &Policy, ledger: &Ledger) -> Entry {
     let last = view.socket.and_then(|socket| ledger.last_entry(&socket));
-    let right_way = |entry: &Entry| entry.reply == view.flow;
+    let right_way = |entry: &Entry| entry.reply == view.connection.sent();
     view.entry.filter(right_way).or(last.filter(right_way)).unwrap_or_else(|| {
         // A reversed entry tells its zone; else the zone that siblings are in, if it is one; else
         // the one that the administrator names.
         let (first, siblings) = match evidence.arrival(view, ledger.arrivals()) {
-            Some(Arrival::Direct(zone)) => (view.flow.src, Some(zone)),
+            Some(Arrival::Direct(zone)) => (view.connection.local, Some(zone)),
             Some(Arrival::Translated(first, zone)) => (first, Some(zone)),
-            Some(Arrival::Various) | None => (view.flow.src, evidence.zone()),
+            Some(Arrival::Various) | None => (view.connection.local, evidence.zone()),
         };
         let zone = view.entry.map(|entry| entry.zone).or(siblings);
         let zone = zone.unwrap_or(Zone::both(policy.zone));
-        let orig = FourTuple::new(view.flow.dst, first);
-        Entry { orig, ..Entry::plain(view.flow.inverse(), zone) }
+        let orig = FourTuple::new(view.connection.remote, first);
+        Entry { orig, ..Entry::plain(view.connection.received(), zone) }
     })
 }

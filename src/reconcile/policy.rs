@@ -9,7 +9,7 @@ use ipnet::IpNet;
 use crate::conntrack::Entry;
 use crate::firewall::Ruleset;
 use crate::firewall::published::is_published;
-use crate::flow::{Endpoint, FourTuple};
+use crate::flow::{Connection, Endpoint};
 use crate::sockdiag::{Socket, States};
 
 /// The administrator's wishes.
@@ -108,10 +108,11 @@ pub struct Scope {
 }
 
 impl Scope {
-    /// Whether a connection, seen from the server to its peer, is in scope.
-    pub fn contains(&self, policy: &Policy, flow: FourTuple) -> bool {
-        (self.ports.contains(&flow.src.port()) || self.published.contains_key(&flow.src))
-            && policy.admits(flow.dst.addr())
+    /// Whether a connection is in scope.
+    pub fn contains(&self, policy: &Policy, connection: Connection) -> bool {
+        (self.ports.contains(&connection.local.port())
+            || self.published.contains_key(&connection.local))
+            && policy.admits(connection.remote.addr())
     }
 
     /// Whether sockets of this port are in scope, at some address at least.

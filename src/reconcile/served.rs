@@ -58,8 +58,9 @@ impl<T: Transport> Tables<T> {
         let each = asked.iter().zip(entries).zip(openers);
         let came_in = each.filter(|((socket, entry), opener)| match entry {
             Some(entry) if !entry.is_picked_up() => {
-                let view = View { flow: socket.flow(), socket: None, entry: Some(*entry) };
-                !view.is_outgoing() && entry.reply == socket.flow()
+                let view =
+                    View { connection: socket.connection(), socket: None, entry: Some(*entry) };
+                !view.is_outgoing() && entry.reply == socket.connection().sent()
             }
             _ => *opener == Some(Opener::Peer),
         });

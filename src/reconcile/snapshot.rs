@@ -6,14 +6,14 @@ use std::time::Duration;
 
 use super::evidence::Evidence;
 use crate::conntrack::{Entry, Status, Tcp, TcpState, Zone};
-use crate::flow::FourTuple;
+use crate::flow::Connection;
 use crate::sockdiag::{Socket, State};
 
 /// One connection as both tables show it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct View {
-    /// From the server to its peer: the socket's own tuple, and the reply tuple of its entry.
-    pub flow: FourTuple,
+    /// The socket's, or what it would be: the reply tuple of the entry says so.
+    pub connection: Connection,
     /// The server's socket.
     pub socket: Option<Socket>,
     /// The conntrack entry.
@@ -38,7 +38,7 @@ impl View {
     pub fn entry_side(&self) -> Option<(Direction, TcpState)> {
         let entry = self.entry?;
         let state = entry.state()?;
-        let direction = if entry.reply == self.flow {
+        let direction = if entry.reply == self.connection.sent() {
             // Picked up by the kernel itself: no SYN of it has passed the limiter. An ESTABLISHED
             // one runs the right way and needs no more than a recount.
             let half_closed =
@@ -76,7 +76,7 @@ impl View {
         match self.entry_side() {
             Some((direction, state)) => direction == Direction::FromPeer && state.is_counted(),
             // A flow table has it: what it shows no state of is established to the limiter.
-            None => self.entry.is_some_and(|entry| entry.reply == self.flow),
+            None => self.entry.is_some_and(|entry| entry.reply == self.connection.sent()),
         }
     }
 }
@@ -91,7 +91,7 @@ enum CompactView {
     /// The socket has the connection's tuple.
     Open(Socket, Option<PackedEntry>),
     /// No socket.
-    Alone(FourTuple, Option<PackedEntry>),
+    Alone(Connection, Option<PackedEntry>),
 }
 
 /// An entry, beside the flow that its connection has in a view.
@@ -155,7 +155,7 @@ impl Views {
 
     /// Keeps the first of those that follow each other with the same tuple.
     pub(super) fn dedup(&mut self) {
-        self.0.dedup_by_key(|packed| packed.flow());
+        self.0.dedup_by_key(|packed| packed.connection());
     }
 
     /// Adds others behind.
@@ -178,16 +178,16 @@ impl FromIterator<View> for Views {
 
 impl CompactView {
     fn new(view: View) -> Self {
-        let entry = view.entry.as_ref().map(|entry| PackedEntry::new(view.flow, entry));
+        let entry = view.entry.as_ref().map(|entry| PackedEntry::new(view.connection, entry));
         match view.socket {
             Some(socket) => Self::Open(socket, entry),
-            None => Self::Alone(view.flow, entry),
+            None => Self::Alone(view.connection, entry),
         }
     }
 
-    fn flow(&self) -> FourTuple {
+    fn connection(&self) -> Connection {
         match self {
-            Self::Open(socket, _) => socket.flow(),
+            Self::Open(socket, _) => socket.connection(),
             Self::Alone(flow, _) => *flow,
         }
     }
@@ -197,14 +197,14 @@ impl CompactView {
             Self::Open(socket, entry) => (Some(*socket), entry),
             Self::Alone(_, entry) => (None, entry),
         };
-        let flow = self.flow();
-        View { flow, socket, entry: entry.as_ref().map(|entry| entry.entry(flow)) }
+        let connection = self.connection();
+        View { connection, socket, entry: entry.as_ref().map(|entry| entry.entry(connection)) }
     }
 }
 
 impl PackedEntry {
-    fn new(flow: FourTuple, entry: &Entry) -> Self {
-        if entry.is_plain() && entry.reply == flow {
+    fn new(connection: Connection, entry: &Entry) -> Self {
+        if entry.is_plain() && entry.reply == connection.sent() {
             let Entry { status, timeout, tcp, mark, id, .. } = *entry;
             Self::Plain { status, timeout, tcp, mark, id }
         } else {
@@ -212,10 +212,10 @@ impl PackedEntry {
         }
     }
 
-    fn entry(&self, flow: FourTuple) -> Entry {
+    fn entry(&self, connection: Connection) -> Entry {
         match *self {
             Self::Plain { status, timeout, tcp, mark, id } => {
-                let plain = Entry::plain(flow.inverse(), Zone::default());
+                let plain = Entry::plain(connection.received(), Zone::default());
                 Entry { status, timeout, tcp, mark, id, ..plain }
             }
             Self::Other(ref entry) => **entry,
@@ -233,7 +233,7 @@ pub struct Snapshot {
     /// What they show of each other.
     pub evidence: Evidence,
     /// Entries that their connections have in other zones, of those that have a socket.
-    pub others: HashMap<FourTuple, Vec<Entry>>,
+    pub others: HashMap<Connection, Vec<Entry>>,
 }
 
 impl Snapshot {
@@ -251,16 +251,16 @@ impl Snapshot {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::flow::Endpoint;
+    use crate::flow::{Endpoint, FourTuple};
     use crate::sockdiag::Cookie;
 
     #[test]
     fn what_is_packed_comes_back_as_it_was() {
         let server: Endpoint = "192.0.2.1:80".parse().unwrap();
-        let flow = FourTuple::new(server, "198.51.100.7:4000".parse().unwrap());
+        let connection = Connection::new(server, "198.51.100.7:4000".parse().unwrap());
         let socket = Socket {
-            local: flow.src,
-            remote: flow.dst,
+            local: connection.local,
+            remote: connection.remote,
             state: State::CloseWait,
             inode: 1,
             uid: 2,
@@ -277,20 +277,20 @@ mod tests {
             tcp,
             mark: Some(0),
             id: Some(12),
-            ..Entry::plain(flow.inverse(), Zone::default())
+            ..Entry::plain(connection.received(), Zone::default())
         };
-        let first = FourTuple::new(flow.dst, "192.0.2.1:8080".parse().unwrap());
+        let first = FourTuple::new(connection.remote, "192.0.2.1:8080".parse().unwrap());
         let entries = [
             plain,
             Entry { mark: Some(13), ..plain },
             Entry { zone: Zone::both(14), ..plain },
             Entry { labels: Some([15; 16]), ..plain },
             Entry { orig: first, ..plain },
-            Entry { orig: flow, reply: flow.inverse(), ..plain },
+            Entry { orig: connection.sent(), reply: connection.received(), ..plain },
         ];
         for entry in entries.map(Some).into_iter().chain([None]) {
             for socket in [Some(socket), None] {
-                let view = View { flow, socket, entry };
+                let view = View { connection, socket, entry };
                 assert_eq!(Views::from_iter([view]).iter().collect::<Vec<_>>(), [view]);
             }
         }

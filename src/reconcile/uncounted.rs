@@ -10,7 +10,7 @@ use super::snapshot::View;
 use crate::conntrack::Entry;
 use crate::firewall::limits::LimitRule;
 use crate::firewall::lists::{Anew, Loss};
-use crate::flow::FourTuple;
+use crate::flow::Connection;
 use crate::sockdiag::{Lookup, Socket};
 
 /// Limits whose lists are new, and what is open of theirs.
@@ -85,7 +85,7 @@ impl Uncounted {
         let mut taken = Vec::new();
         for _ in 0..most.min(self.waiting.len()) {
             let Some(lookup) = self.waiting.pop_front() else { break };
-            if sources.insert(lookup.flow.dst.addr()) {
+            if sources.insert(lookup.connection.remote.addr()) {
                 taken.push(lookup);
             } else {
                 self.waiting.push_back(lookup);
@@ -102,7 +102,7 @@ impl Uncounted {
     /// Whether one of the limits gone through is for this connection, as its entry shows.
     pub fn concerns(&self, view: &View) -> bool {
         let Some(entry) = view.entry else { return false };
-        self.current.iter().any(|one| is_for(&one.rule, view.flow, &entry))
+        self.current.iter().any(|one| is_for(&one.rule, view.connection, &entry))
     }
 }
 
@@ -112,9 +112,9 @@ pub(super) fn may_be_for(rule: &LimitRule, socket: &Socket) -> bool {
     rule.is_before_nat() && rule.family.covers(peer.is_ipv4()) || rule.covers(peer, port)
 }
 
-/// Whether a limit is for a connection, seen from the server, with this entry.
-pub fn is_for(rule: &LimitRule, flow: FourTuple, entry: &Entry) -> bool {
-    let port = if rule.is_before_nat() { entry.orig.dst.port() } else { flow.src.port() };
+/// Whether a limit is for a connection with this entry.
+pub fn is_for(rule: &LimitRule, connection: Connection, entry: &Entry) -> bool {
+    let port = if rule.is_before_nat() { entry.orig.dst.port() } else { connection.local.port() };
     rule.covers(entry.orig.src.addr(), port)
 }
 
@@ -124,6 +124,7 @@ mod tests {
     use crate::conntrack::Zone;
     use crate::firewall::{Family, parse_saved};
     use crate::firewall::{Ruleset, limits::Limiter};
+    use crate::flow::FourTuple;
     use crate::sockdiag::{Cookie, State};
 
     fn limit(table: &str, chain: &str, port: u16) -> Anew {
@@ -176,10 +177,10 @@ mod tests {
         let socket = socket("10.0.0.2:8080", 1);
         assert_eq!(found(&mut uncounted, &[socket]), [1]);
         let view = |asked: &str| {
-            let plain = Entry::plain(socket.flow().inverse(), Zone::default());
+            let plain = Entry::plain(socket.connection().received(), Zone::default());
             let orig = FourTuple::new(socket.remote, asked.parse().unwrap());
             let entry = Some(Entry { orig, ..plain });
-            View { flow: socket.flow(), socket: Some(socket), entry }
+            View { connection: socket.connection(), socket: Some(socket), entry }
         };
         assert!(uncounted.concerns(&view("192.0.2.1:80")));
         assert!(!uncounted.concerns(&view("192.0.2.1:81")));
@@ -198,7 +199,7 @@ mod tests {
         assert_eq!(found(&mut uncounted, &sockets).len(), 4);
         assert!(!uncounted.may_be_known(), "the list is new");
         let ports = |lookups: Vec<Lookup>| -> Vec<u16> {
-            lookups.iter().map(|lookup| lookup.flow.dst.port()).collect()
+            lookups.iter().map(|lookup| lookup.connection.remote.port()).collect()
         };
         assert_eq!(ports(uncounted.next_of_each(10)), [1, 3]);
         assert_eq!(ports(uncounted.next_of_each(10)), [2]);

@@ -13,7 +13,7 @@ use super::snapshot::{Direction, Snapshot, View, Views};
 use crate::conntrack::{Entry, Filter, Zone};
 use crate::error::Result;
 use crate::firewall::tracking::{Opened, Tracking, Zones};
-use crate::flow::{AF_INET, AF_INET6, Endpoint, FourTuple};
+use crate::flow::{AF_INET, AF_INET6, Connection, Endpoint};
 use crate::netlink::Transport;
 use crate::rtnetlink::route::Routes;
 use crate::sockdiag::{Cookie, Lookup, Socket, State, States};
@@ -158,7 +158,7 @@ impl<T: Transport> Tables<T> {
         }
         let open =
             snapshot.views.iter().filter(|view| view.socket.is_some() || view.entry.is_some());
-        let open: HashSet<_> = open.map(|view| view.flow.src).collect();
+        let open: HashSet<_> = open.map(|view| view.connection.local).collect();
         scope.published.retain(|local, _| open.contains(local) || led.contains_key(local));
         Ok(snapshot)
     }
@@ -195,8 +195,8 @@ impl<T: Transport> Tables<T> {
         let mut refused = None;
         let Self { conntrack, sockets: diag, homes: routes, .. } = self;
         // The sockets of connections that end elsewhere are not missing here.
-        let mut is_here = |flow: FourTuple| {
-            let addr = flow.src.addr();
+        let mut is_here = |connection: Connection| {
+            let addr = connection.local.addr();
             *homes.entry(addr).or_insert_with(|| {
                 diag.is_of_member(addr)
                     || is_home(routes, addr).unwrap_or_else(|error| {
@@ -228,14 +228,14 @@ impl<T: Transport> Tables<T> {
         scope: &Scope,
         policy: &Policy,
     ) -> Result<Snapshot> {
-        sockets.retain(|socket| scope.contains(policy, socket.flow()));
+        sockets.retain(|socket| scope.contains(policy, socket.connection()));
         let mut views = Views::default();
         for part in sockets.chunks(PART) {
             let lookups: Vec<_> = part.iter().map(Lookup::from).collect();
             let entries = self.entries_of(&lookups, zones.iter().copied())?;
             let all = part.iter().zip(entries);
             views.extend(all.map(|(socket, entry)| View {
-                flow: socket.flow(),
+                connection: socket.connection(),
                 socket: Some(*socket),
                 entry,
             }));
@@ -247,7 +247,7 @@ impl<T: Transport> Tables<T> {
     fn but_bridged(&mut self, mut snapshot: Snapshot) -> Result<Snapshot> {
         let aside = self.bridged(snapshot.views.iter())?;
         if !aside.is_empty() {
-            snapshot.views.retain(|view| !aside.contains(&view.flow));
+            snapshot.views.retain(|view| !aside.contains(&view.connection));
         }
         snapshot.evidence.behind = self.behind(&snapshot);
         Ok(snapshot)
@@ -277,7 +277,7 @@ struct Joined<'a> {
     zones: Option<Zones<'a>>,
     /// Those with sockets.
     views: Views,
-    by_flow: HashMap<FourTuple, usize>,
+    by_connection: HashMap<Connection, usize>,
     orphans: Views,
     /// Of what is over: how many, and what they show of their siblings.
     number: u64,
@@ -287,7 +287,7 @@ struct Joined<'a> {
 }
 
 /// Entries of connections that have another one, in another zone.
-pub type Others = HashMap<FourTuple, Vec<Entry>>;
+pub type Others = HashMap<Connection, Vec<Entry>>;
 
 impl<'a> Joined<'a> {
     fn of(
@@ -298,12 +298,16 @@ impl<'a> Joined<'a> {
     ) -> Self {
         let views: Views = sockets
             .into_iter()
-            .filter(|socket| scope.contains(policy, socket.flow()))
-            .map(|socket| View { flow: socket.flow(), socket: Some(socket), entry: None })
+            .filter(|socket| scope.contains(policy, socket.connection()))
+            .map(|socket| View {
+                connection: socket.connection(),
+                socket: Some(socket),
+                entry: None,
+            })
             .collect();
-        let mut by_flow = HashMap::with_capacity(views.len());
+        let mut by_connection = HashMap::with_capacity(views.len());
         for (index, view) in views.iter().enumerate() {
-            by_flow.entry(view.flow).or_insert(index);
+            by_connection.entry(view.connection).or_insert(index);
         }
         let (orphans, evidence) = (Views::default(), Evidence::default());
         Self {
@@ -312,7 +316,7 @@ impl<'a> Joined<'a> {
             over,
             zones: None,
             views,
-            by_flow,
+            by_connection,
             orphans,
             number: 0,
             evidence,
@@ -322,11 +326,11 @@ impl<'a> Joined<'a> {
     }
 
     /// One entry more; `is_here` is asked about connections without a socket.
-    fn take(&mut self, entry: &Entry, mut is_here: impl FnMut(FourTuple) -> bool) {
+    fn take(&mut self, entry: &Entry, mut is_here: impl FnMut(Connection) -> bool) {
         let places = places(entry, self.scope, self.policy);
         let mut is_orphan = true;
-        for flow in places.into_iter().flatten() {
-            let index = self.by_flow.get(&flow).copied();
+        for connection in places.into_iter().flatten() {
+            let index = self.by_connection.get(&connection).copied();
             if let Some((index, view)) = index.and_then(|it| Some((it, self.views.get(it)?))) {
                 is_orphan = false;
                 let Some(kept) = view.entry else {
@@ -334,14 +338,14 @@ impl<'a> Joined<'a> {
                     continue;
                 };
                 let zones = self.zones.as_ref();
-                let is_worth_more = rank(flow, &kept, zones) < rank(flow, entry, zones);
+                let is_worth_more = rank(connection, &kept, zones) < rank(connection, entry, zones);
                 let (one, other) = if is_worth_more { (*entry, kept) } else { (kept, *entry) };
                 self.views.set(index, View { entry: Some(one), ..view });
-                self.others.entry(flow).or_default().push(other);
+                self.others.entry(connection).or_default().push(other);
             }
         }
-        for flow in places.into_iter().flatten().filter(|flow| is_orphan && is_here(*flow)) {
-            let alone = View { flow, socket: None, entry: Some(*entry) };
+        for connection in places.into_iter().flatten().filter(|it| is_orphan && is_here(*it)) {
+            let alone = View { connection, socket: None, entry: Some(*entry) };
             if self.over == Over::Number && alone.is_over() {
                 self.evidence.see(&alone, &mut self.last);
                 self.number += 1;
@@ -358,15 +362,16 @@ impl<'a> Joined<'a> {
             number,
             mut evidence,
             mut last,
-            by_flow,
+            by_connection,
             others,
             zones,
             ..
         } = self;
-        drop(by_flow);
+        drop(by_connection);
         // In the order of the connections, and the one of two that a limiter counts first.
-        let worth = |view: &View| view.entry.map(|entry| rank(view.flow, &entry, zones.as_ref()));
-        orphans.sort_by_key(|view| (view.flow, Reverse(worth(view))));
+        let worth =
+            |view: &View| view.entry.map(|entry| rank(view.connection, &entry, zones.as_ref()));
+        orphans.sort_by_key(|view| (view.connection, Reverse(worth(view))));
         orphans.dedup();
         views.append(orphans);
         views.iter().for_each(|view| evidence.see(&view, &mut last));
@@ -394,23 +399,25 @@ fn filters(scope: &Scope) -> Vec<Filter> {
         .collect()
 }
 
-/// The connections of the scope, seen from the server, that an entry can belong to: by its answers,
+/// The connections of the scope that an entry can belong to: by its answers,
 /// or, reversed, by its first packet. Both when the peer's port is in scope too.
-fn places(entry: &Entry, scope: &Scope, policy: &Policy) -> [Option<FourTuple>; 2] {
-    [entry.reply, entry.orig].map(|flow| scope.contains(policy, flow).then_some(flow))
+fn places(entry: &Entry, scope: &Scope, policy: &Policy) -> [Option<Connection>; 2] {
+    let sides = [entry.reply, entry.orig].map(Connection::of_sender);
+    sides.map(|connection| scope.contains(policy, connection).then_some(connection))
 }
 
 /// Where two zones have an entry of one connection: which is worth most. One that runs the right way;
 /// the one in the zone that the rules keep the connection in, since a limit looks there; one that has
 /// seen the handshake, as the limit has; one that a limit counts.
 pub(super) fn rank(
-    flow: FourTuple,
+    connection: Connection,
     entry: &Entry,
     zones: Option<&Zones<'_>>,
 ) -> (bool, bool, bool, bool) {
-    let view = View { flow, socket: None, entry: Some(*entry) };
+    let view = View { connection, socket: None, entry: Some(*entry) };
     let right_way = matches!(view.entry_side(), Some((Direction::FromPeer, _)));
-    let opened = Opened { peer: flow.dst, asked: entry.orig.dst, socket: flow.src };
+    let opened =
+        Opened { peer: connection.remote, asked: entry.orig.dst, socket: connection.local };
     let zone = zones.filter(|_| right_way).and_then(|zones| zones.of(opened));
     (right_way, zone == Some(entry.zone.orig), !entry.is_picked_up(), view.is_counted())
 }

@@ -56,9 +56,9 @@ impl Tables {
         let sockets = diag.sockets(States::connected())?;
         let entries = usize::try_from(conntrack.size()?.entries).unwrap_or(usize::MAX);
         let one_of = sockets.len().max(entries) / CONNECTIONS + 1;
-        let all: HashSet<_> = sockets.iter().map(Socket::flow).collect();
+        let all: HashSet<_> = sockets.iter().map(|it| it.connection().sent()).collect();
         let kept: Vec<_> = sockets.into_iter().step_by(one_of).collect();
-        let flows: HashSet<_> = kept.iter().map(Socket::flow).collect();
+        let flows: HashSet<_> = kept.iter().map(|it| it.connection().sent()).collect();
         let mut chosen: Vec<Entry> = Vec::new();
         let mut count = 0usize;
         for family in [AF_INET, AF_INET6] {

@@ -5,7 +5,7 @@ use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkInfo, LinkMessage
 use netlink_sys::protocols::NETLINK_ROUTE;
 
 use crate::error::{Op, Result};
-use crate::netlink::{Connection, KernelSocket, Request};
+use crate::netlink::{Conversation, KernelSocket, Request};
 
 const RTM_GETLINK: u16 = 18;
 
@@ -36,8 +36,8 @@ pub fn links() -> Result<Vec<Link>> {
     let mut body = vec![0; message.buffer_len()];
     message.emit(&mut body);
     let request = Request { op, kind: RTM_GETLINK, flags: 0, body, joined: false };
-    let mut connection = Connection::new(KernelSocket::open(op, NETLINK_ROUTE)?);
-    connection.dump(&request, |all: &mut Vec<Link>, frame| {
+    let mut conversation = Conversation::new(KernelSocket::open(op, NETLINK_ROUTE)?);
+    conversation.dump(&request, |all: &mut Vec<Link>, frame| {
         let message = LinkMessage::parse(frame.payload).map_err(|error| op.malformed(error))?;
         let is_loopback = message.header.flags.contains(LinkFlags::Loopback);
         let mut link = Link { index: message.header.index, is_loopback, ..Link::default() };

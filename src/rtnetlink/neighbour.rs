@@ -10,7 +10,7 @@ use netlink_packet_route::neighbour::{
 use netlink_sys::protocols::NETLINK_ROUTE;
 
 use crate::error::{Op, Result};
-use crate::netlink::{Connection, KernelSocket, Request, Transport};
+use crate::netlink::{Conversation, KernelSocket, Request, Transport};
 
 const RTM_GETNEIGH: u16 = 30;
 
@@ -20,7 +20,7 @@ pub type Mac = [u8; 6];
 /// The neighbour tables of one network namespace.
 #[derive(Debug)]
 pub struct Neighbours<T = KernelSocket> {
-    connection: Connection<T>,
+    conversation: Conversation<T>,
 }
 
 impl Neighbours<KernelSocket> {
@@ -30,7 +30,7 @@ impl Neighbours<KernelSocket> {
     /// The process may not open sockets.
     pub fn open() -> Result<Self> {
         let socket = KernelSocket::open(Op::new("open neighbour netlink"), NETLINK_ROUTE)?;
-        Ok(Self { connection: Connection::new(socket) })
+        Ok(Self { conversation: Conversation::new(socket) })
     }
 }
 
@@ -43,7 +43,7 @@ impl<T: Transport> Neighbours<T> {
     pub fn mac(&mut self, index: u32, addr: IpAddr) -> Result<Option<Mac>> {
         let request = query(index, addr);
         let mut mac = None;
-        let asked = self.connection.query(&request, |frame| {
+        let asked = self.conversation.query(&request, |frame| {
             let found =
                 NeighbourMessage::parse(frame.payload).map_err(|e| request.op.malformed(e))?;
             mac = found.attributes.iter().find_map(|attribute| match attribute {

@@ -7,14 +7,14 @@ use netlink_packet_route::nsid::{NsidAttribute, NsidMessage};
 use netlink_sys::protocols::NETLINK_ROUTE;
 
 use crate::error::{Op, Result};
-use crate::netlink::{Connection, KernelSocket, Request};
+use crate::netlink::{Conversation, KernelSocket, Request};
 
 const RTM_GETNSID: u16 = 90;
 
 /// Asks for the numbers that the namespace of the thread that opened it has for others.
 #[derive(Debug)]
 pub struct Numbers {
-    connection: Connection<KernelSocket>,
+    conversation: Conversation<KernelSocket>,
 }
 
 impl Numbers {
@@ -24,7 +24,7 @@ impl Numbers {
     /// The process may not open sockets.
     pub fn open() -> Result<Self> {
         let socket = KernelSocket::open(Op::new("open route netlink"), NETLINK_ROUTE)?;
-        Ok(Self { connection: Connection::new(socket) })
+        Ok(Self { conversation: Conversation::new(socket) })
     }
 
     /// The number of the namespace that this file stands for; `None` where it has none here.
@@ -41,7 +41,7 @@ impl Numbers {
         message.emit(&mut body);
         let request = Request { op, kind: RTM_GETNSID, flags: 0, body, joined: false };
         let mut number = None;
-        self.connection.query(&request, |frame| {
+        self.conversation.query(&request, |frame| {
             let message = NsidMessage::parse(frame.payload).map_err(|error| op.malformed(error))?;
             number = message.attributes.iter().find_map(|attribute| match attribute {
                 // -1: it has none.

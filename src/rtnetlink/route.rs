@@ -11,14 +11,14 @@ use netlink_sys::protocols::NETLINK_ROUTE;
 use nix::errno::Errno;
 
 use crate::error::{Op, Result};
-use crate::netlink::{Connection, KernelSocket, Request, Transport};
+use crate::netlink::{Conversation, KernelSocket, Request, Transport};
 
 const RTM_GETROUTE: u16 = 26;
 
 /// The routing tables of one network namespace.
 #[derive(Debug)]
 pub struct Routes<T = KernelSocket> {
-    connection: Connection<T>,
+    conversation: Conversation<T>,
 }
 
 impl Routes<KernelSocket> {
@@ -28,7 +28,7 @@ impl Routes<KernelSocket> {
     /// The process may not open sockets.
     pub fn open() -> Result<Self> {
         let socket = KernelSocket::open(Op::new("open route netlink"), NETLINK_ROUTE)?;
-        Ok(Self { connection: Connection::new(socket) })
+        Ok(Self { conversation: Conversation::new(socket) })
     }
 }
 
@@ -95,7 +95,7 @@ impl<T: Transport> Routes<T> {
     fn ask(&mut self, addr: IpAddr, from: Option<IpAddr>) -> Result<Destination> {
         let request = query(addr, from);
         let mut destination = Destination::Unreachable;
-        self.connection.query(&request, |frame| {
+        self.conversation.query(&request, |frame| {
             let route = RouteMessage::parse(frame.payload).map_err(|e| request.op.malformed(e))?;
             let (mut out, mut gateway) = (None, None);
             for attribute in &route.attributes {

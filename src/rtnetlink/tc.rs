@@ -9,7 +9,7 @@ use netlink_packet_route::tc::{
 use netlink_sys::protocols::NETLINK_ROUTE;
 
 use crate::error::{Op, Result};
-use crate::netlink::{Connection, KernelSocket, Request};
+use crate::netlink::{Conversation, KernelSocket, Request};
 
 const RTM_NEWQDISC: u16 = 36;
 const RTM_NEWTFILTER: u16 = 44;
@@ -29,7 +29,7 @@ pub struct Selector {
 /// Speaks rtnetlink about queueing disciplines and filters.
 #[derive(Debug)]
 pub struct TrafficControl {
-    connection: Connection<KernelSocket>,
+    conversation: Conversation<KernelSocket>,
 }
 
 impl TrafficControl {
@@ -39,7 +39,7 @@ impl TrafficControl {
     /// No socket is to be had.
     pub fn open() -> Result<Self> {
         let socket = KernelSocket::open(Op::new("open traffic control netlink"), NETLINK_ROUTE)?;
-        Ok(Self { connection: Connection::new(socket) })
+        Ok(Self { conversation: Conversation::new(socket) })
     }
 
     /// `tc qdisc add dev DEVICE ingress`
@@ -103,7 +103,7 @@ impl TrafficControl {
         let mut body = vec![0; message.buffer_len()];
         message.emit(&mut body);
         let flags = NLM_F_CREATE | NLM_F_EXCL;
-        self.connection.execute(&Request { op: Op::new(verb), kind, flags, body, joined: false })
+        self.conversation.execute(&Request { op: Op::new(verb), kind, flags, body, joined: false })
     }
 }
 

@@ -10,7 +10,7 @@ use super::opener::{Octets, Opener};
 use super::request::{SOCK_DIAG_BY_FAMILY, TCPDIAG_GETSOCK};
 use super::silence::{Silence, SocketSilence};
 use super::socket::{Cookie, Socket, State};
-use crate::flow::{Endpoint, FourTuple};
+use crate::flow::{Connection, Endpoint};
 use crate::netlink::Frame;
 
 /// Offsets in `struct tcp_info`.
@@ -39,7 +39,7 @@ pub(super) fn socket(frame: Frame<'_>) -> Result<Option<Socket>, DecodeError> {
 ///
 /// # Errors
 /// Another message type, or one too short.
-pub(super) fn opener(frame: Frame<'_>) -> Result<Option<(FourTuple, Opener)>, DecodeError> {
+pub(super) fn opener(frame: Frame<'_>) -> Result<Option<(Connection, Opener)>, DecodeError> {
     let Some(socket) = socket(frame)? else { return Ok(None) };
     let octets = tcp_info(frame)?.and_then(|info| {
         let u64_at = |at: usize| info.get(at..at + 8)?.try_into().ok().map(u64::from_ne_bytes);
@@ -53,14 +53,16 @@ pub(super) fn opener(frame: Frame<'_>) -> Result<Option<(FourTuple, Opener)>, De
         })
     });
     let opener = octets.and_then(|octets| Opener::of(socket.state, octets));
-    Ok(opener.map(|opener| (socket.flow(), opener)))
+    Ok(opener.map(|opener| (socket.connection(), opener)))
 }
 
 /// The socket in a message, and for how long it has been silent, where TCP says so.
 ///
 /// # Errors
 /// Another message type, or one too short.
-pub(super) fn silence(frame: Frame<'_>) -> Result<Option<(FourTuple, SocketSilence)>, DecodeError> {
+pub(super) fn silence(
+    frame: Frame<'_>,
+) -> Result<Option<(Connection, SocketSilence)>, DecodeError> {
     let Some(socket) = socket(frame)?.filter(|socket| socket.state != State::Listen) else {
         return Ok(None);
     };
@@ -75,7 +77,7 @@ pub(super) fn silence(frame: Frame<'_>) -> Result<Option<(FourTuple, SocketSilen
             acked: time_at(TCPI_LAST_ACK_RECV)?,
         })
     });
-    Ok(Some((socket.flow(), (socket, silence))))
+    Ok(Some((socket.connection(), (socket, silence))))
 }
 
 /// `struct tcp_info` of a message; later kernels have longer ones.

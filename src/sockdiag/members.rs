@@ -141,7 +141,7 @@ impl<T: Transport> Members<T> {
         let mut of_some: HashMap<u64, Vec<usize>> = HashMap::new();
         let mut of_all = Vec::new();
         for (index, (lookup, answer)) in lookups.iter().zip(answers.iter()).enumerate() {
-            match self.homes.get(&lookup.flow.src.addr()) {
+            match self.homes.get(&lookup.connection.local.addr()) {
                 _ if answer.is_some() => {}
                 Some(ids) => ids.iter().for_each(|id| of_some.entry(*id).or_default().push(index)),
                 None => of_all.push(index),

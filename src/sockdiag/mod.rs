@@ -21,7 +21,7 @@ use netlink_sys::protocols::NETLINK_SOCK_DIAG;
 use self::members::Members;
 use self::namespace::Sockets;
 use crate::error::{Op, Result};
-use crate::flow::FourTuple;
+use crate::flow::Connection;
 use crate::netlink::{KernelSocket, Transport};
 
 pub use opener::Opener;
@@ -50,8 +50,8 @@ impl SockDiag<KernelSocket> {
 /// An exact look-up: the connection as the server sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Lookup {
-    /// From the server's endpoint to the peer's.
-    pub flow: FourTuple,
+    /// The socket's.
+    pub connection: Connection,
     /// The device that the socket is bound to, or that its packets come in by; 0 where neither is
     /// known. The kernel compares it with that of a bound socket: with 0 it finds no bound one, with
     /// a device those that are bound to it and those that are not bound.
@@ -60,7 +60,7 @@ pub struct Lookup {
 
 impl From<&Socket> for Lookup {
     fn from(socket: &Socket) -> Self {
-        Self { flow: socket.flow(), interface: socket.interface }
+        Self { connection: socket.connection(), interface: socket.interface }
     }
 }
 

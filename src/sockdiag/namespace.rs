@@ -7,8 +7,8 @@ use nix::errno::Errno;
 
 use super::{Lookup, Opener, Socket, SocketSilence, State, States, decode, request};
 use crate::error::{Cause, Error, Op, Result};
-use crate::flow::FourTuple;
-use crate::netlink::{Connection, Frame, Transport};
+use crate::flow::Connection;
+use crate::netlink::{Conversation, Frame, Transport};
 
 /// Devices that absent connections are asked for with, one by one: some VRFs or VLANs, as a rule
 /// none. Beyond them the newest are kept.
@@ -17,25 +17,25 @@ const BOUND: usize = 64;
 /// The sockets of one network namespace.
 #[derive(Debug)]
 pub(super) struct Sockets<T> {
-    connection: Connection<T>,
+    conversation: Conversation<T>,
     /// Devices that sockets of its dumps were bound to.
     bound: BTreeSet<u32>,
 }
 
 impl<T: Transport> Sockets<T> {
     pub(super) fn new(transport: T) -> Self {
-        Self { connection: Connection::new(transport), bound: BTreeSet::new() }
+        Self { conversation: Conversation::new(transport), bound: BTreeSet::new() }
     }
 
     /// Gives back the room for answers.
     pub(super) fn rest(&mut self) {
-        self.connection.rest();
+        self.conversation.rest();
     }
 
     /// All sockets in these states; some perhaps twice.
     pub(super) fn dump(&mut self, states: States) -> Result<Vec<Socket>> {
         let request = request::dump(states);
-        let all = self.connection.dump(&request, |all: &mut Vec<Socket>, frame| {
+        let all = self.conversation.dump(&request, |all: &mut Vec<Socket>, frame| {
             all.extend(decode::socket(frame).map_err(|error| request.op.malformed(error))?);
             Ok(())
         });
@@ -58,11 +58,11 @@ impl<T: Transport> Sockets<T> {
         lookups: &[Lookup],
         found: &mut [Option<Socket>],
     ) -> Result<()> {
-        let Self { connection, bound } = self;
-        look_up_missing(connection, lookups, found, |lookup| Some(*lookup))?;
+        let Self { conversation, bound } = self;
+        look_up_missing(conversation, lookups, found, |lookup| Some(*lookup))?;
         for device in bound.iter() {
             let by_it = |lookup: &Lookup| Lookup { interface: *device, ..*lookup };
-            look_up_missing(connection, lookups, found, |lookup| {
+            look_up_missing(conversation, lookups, found, |lookup| {
                 (lookup.interface != *device).then(|| by_it(lookup))
             })?;
         }
@@ -93,12 +93,13 @@ impl<T: Transport> Sockets<T> {
         &mut self,
         lookups: &[Lookup],
         answers: &mut [Option<A>],
-        read: impl Fn(Frame<'_>) -> std::result::Result<Option<(FourTuple, A)>, DecodeError>,
+        read: impl Fn(Frame<'_>) -> std::result::Result<Option<(Connection, A)>, DecodeError>,
     ) -> Result<()> {
         let requests: Vec<_> = lookups.iter().map(request::info).collect();
-        let found = self.connection.find(&requests, "a socket", |index, op, frame| {
+        let found = self.conversation.find(&requests, "a socket", |index, op, frame| {
             let answer = read(frame).map_err(|error| op.malformed(error))?;
-            let is_it = |flow| lookups.get(index).is_some_and(|asked| asked.flow == flow);
+            let is_it =
+                |connection| lookups.get(index).is_some_and(|asked| asked.connection == connection);
             Ok(answer.filter(|(flow, _)| is_it(*flow)).map(|(_, answer)| answer))
         })?;
         answers.iter_mut().zip(found).for_each(|(slot, answer)| *slot = slot.or(answer));
@@ -108,7 +109,7 @@ impl<T: Transport> Sockets<T> {
     /// Closes a socket; false where it is not here, or another one has its tuple.
     pub(super) fn destroy(&mut self, socket: &Socket) -> Result<bool> {
         let request = request::destroy(socket);
-        match self.connection.execute(&request) {
+        match self.conversation.execute(&request) {
             Ok(()) => Ok(true),
             Err(error) => match error.errno() {
                 Some(Errno::ENOENT | Errno::ESTALE) => Ok(false),
@@ -125,7 +126,7 @@ impl<T: Transport> Sockets<T> {
 
 /// Asks for what is not found yet, by what `ask` makes of it.
 fn look_up_missing<T: Transport>(
-    connection: &mut Connection<T>,
+    conversation: &mut Conversation<T>,
     lookups: &[Lookup],
     found: &mut [Option<Socket>],
     ask: impl Fn(&Lookup) -> Option<Lookup>,
@@ -133,7 +134,7 @@ fn look_up_missing<T: Transport>(
     let missing = found.iter_mut().zip(lookups).filter(|(socket, _)| socket.is_none());
     let asked = missing.filter_map(|(slot, lookup)| Some((slot, ask(lookup)?)));
     let (slots, asked): (Vec<_>, Vec<_>) = asked.unzip();
-    for (slot, socket) in slots.into_iter().zip(lookup_in(connection, &asked)?) {
+    for (slot, socket) in slots.into_iter().zip(lookup_in(conversation, &asked)?) {
         *slot = socket;
     }
     Ok(())
@@ -141,14 +142,15 @@ fn look_up_missing<T: Transport>(
 
 /// The sockets of these connections in one namespace.
 fn lookup_in<T: Transport>(
-    connection: &mut Connection<T>,
+    conversation: &mut Conversation<T>,
     lookups: &[Lookup],
 ) -> Result<Vec<Option<Socket>>> {
     let requests: Vec<_> = lookups.iter().map(request::lookup).collect();
-    connection.find(&requests, "a socket", |index, op, frame| {
+    conversation.find(&requests, "a socket", |index, op, frame| {
         let socket = decode::socket(frame).map_err(|error| op.malformed(error))?;
-        let is_it = |flow| lookups.get(index).is_some_and(|asked| asked.flow == flow);
-        Ok(socket.filter(|socket| socket.state != State::Listen && is_it(socket.flow())))
+        let is_it =
+            |connection| lookups.get(index).is_some_and(|asked| asked.connection == connection);
+        Ok(socket.filter(|socket| socket.state != State::Listen && is_it(socket.connection())))
     })
 }
 

@@ -5,6 +5,7 @@ use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, SocketId, Stat
 
 use super::{Lookup, Socket, States};
 use crate::error::Op;
+use crate::flow::Connection;
 use crate::netlink::Request;
 
 /// `TCPDIAG_GETSOCK`: the older question, and the only one that is about both families at once. A
@@ -44,7 +45,7 @@ pub(super) fn info(lookup: &Lookup) -> Request {
 /// Closes this socket, and no other that has its tuple by now: the kernel compares the cookie.
 pub(super) fn destroy(socket: &Socket) -> Request {
     let cookie = socket.cookie.0.to_ne_bytes();
-    let op = Op::on("close socket", socket.flow());
+    let op = Op::on("close socket", socket.connection().sent());
     Request { op, kind: SOCK_DESTROY, ..named(&socket.into(), ExtensionFlags::empty(), cookie) }
 }
 
@@ -53,17 +54,17 @@ fn one(lookup: &Lookup, extensions: ExtensionFlags) -> Request {
 }
 
 fn named(lookup: &Lookup, extensions: ExtensionFlags, cookie: [u8; 8]) -> Request {
-    let flow = lookup.flow;
+    let Connection { local, remote } = lookup.connection;
     let id = SocketId {
-        source_port: flow.src.port(),
-        destination_port: flow.dst.port(),
-        source_address: flow.src.addr(),
-        destination_address: flow.dst.addr(),
+        source_port: local.port(),
+        destination_port: remote.port(),
+        source_address: local.addr(),
+        destination_address: remote.addr(),
         interface_id: lookup.interface,
         cookie,
     };
     let message = InetRequest {
-        family: flow.family(),
+        family: lookup.connection.sent().family(),
         protocol: IPPROTO_TCP,
         extensions,
         states: StateFlags::empty(),
@@ -71,6 +72,6 @@ fn named(lookup: &Lookup, extensions: ExtensionFlags, cookie: [u8; 8]) -> Reques
     };
     let mut body = vec![0; message.buffer_len()];
     message.emit(&mut body);
-    let op = Op::on("socket look-up", flow);
+    let op = Op::on("socket look-up", lookup.connection.sent());
     Request { op, kind: SOCK_DIAG_BY_FAMILY, flags: 0, body, joined: false }
 }

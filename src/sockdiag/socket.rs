@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use crate::flow::{Endpoint, FourTuple};
+use crate::flow::{Connection, Endpoint};
 
 /// A TCP socket of this host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,9 +29,9 @@ pub struct Socket {
 }
 
 impl Socket {
-    /// From this host to the peer.
-    pub fn flow(&self) -> FourTuple {
-        FourTuple::new(self.local, self.remote)
+    /// Both ends.
+    pub fn connection(&self) -> Connection {
+        Connection::new(self.local, self.remote)
     }
 
     /// Whether an application has the socket, or will have it at its next `accept`: it costs a slot.

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use super::rows::Shown;
+use crate::flow::Connection;
 use crate::sockdiag::State;
 
 /// A filter; the empty one lets everything through.
@@ -68,8 +69,8 @@ impl Filter {
 
 impl Test {
     fn holds(&self, connection: &Shown) -> bool {
-        let flow = connection.view.flow;
-        let end = |side| if side == Side::Local { flow.src } else { flow.dst };
+        let Connection { local, remote } = connection.view.connection;
+        let end = |side| if side == Side::Local { local } else { remote };
         let holder = connection.holder.as_ref();
         match self {
             Self::And(one, other) => one.holds(connection) && other.holds(connection),

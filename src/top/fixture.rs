@@ -2,7 +2,7 @@
 
 use super::rows::{Seen, Shown};
 use crate::audit::processes::Holder;
-use crate::flow::{Endpoint, FourTuple};
+use crate::flow::{Connection, Endpoint};
 use crate::reconcile::snapshot::View;
 use crate::sockdiag::{Cookie, Socket, State};
 
@@ -22,7 +22,8 @@ pub(super) fn connection(peer: &str, port: u16, state: State, cookie: u64) -> Sh
         send_queue: 0,
     };
     let holder = Holder { pid: 7, command: "nginx".to_owned(), processes: 1, container: None };
-    let view = View { flow: FourTuple::new(local, remote), socket: Some(socket), entry: None };
+    let view =
+        View { connection: Connection::new(local, remote), socket: Some(socket), entry: None };
     Shown { view, holder: Some(holder), waits: false }
 }
 

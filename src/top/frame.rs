@@ -233,8 +233,8 @@ fn details(model: &Model, name: &str, size: Size) -> Vec<Line> {
         let text = format!(
             "{:<11} {:<21} {:<21} {:>7} {:>7} {:<12} {}",
             socket.map_or("-", |socket| socket.state.name()),
-            view.flow.dst.to_string(),
-            view.flow.src.to_string(),
+            view.connection.remote.to_string(),
+            view.connection.local.to_string(),
             queue(|socket| socket.recv_queue),
             queue(|socket| socket.send_queue),
             entry.unwrap_or_else(|| "-".to_owned()),

@@ -2,7 +2,7 @@
 
 use super::filter::Filter;
 use super::rows::{Fold, Row, Seen, Sort};
-use crate::flow::FourTuple;
+use crate::flow::Connection;
 
 /// Looks whose sum the line at the top shows.
 const LOOKS: usize = 120;
@@ -60,7 +60,7 @@ pub enum Wish {
     /// Look at once, and ask the limits.
     Ask,
     /// Explain this connection, from the server to the peer.
-    Explain(FourTuple),
+    Explain(Connection),
     /// Another moment of the past: so many steps on, or back.
     Step(i32),
 }
@@ -196,7 +196,7 @@ impl Model {
 
     fn press_in_details(&mut self, key: Key, page: usize) -> Wish {
         let details = self.details();
-        let chosen = details.get(self.at[1]).map(|connection| connection.view.flow);
+        let chosen = details.get(self.at[1]).map(|connection| connection.view.connection);
         let count = details.len();
         match (key, chosen) {
             (Key::Enter | Key::Char('e'), Some(flow)) if !self.is_past => {

@@ -12,7 +12,7 @@ use super::filter::Filter;
 use crate::audit::processes::Holder;
 use crate::audit::sources::{Listed, Load, Measure, sources};
 use crate::firewall::limits::Limiter;
-use crate::flow::{Endpoint, FourTuple};
+use crate::flow::{Connection, Endpoint};
 use crate::history::record::Source;
 use crate::reconcile::snapshot::View;
 use crate::sockdiag::State;
@@ -252,8 +252,8 @@ impl Seen {
         let mut rows: BTreeMap<String, Row> = BTreeMap::new();
         for past in &self.past {
             let local = Endpoint::new(IpAddr::from([0, 0, 0, 0]), past.port);
-            let flow = FourTuple::new(local, Endpoint::new(past.source, 0));
-            let view = View { flow, socket: None, entry: None };
+            let connection = Connection::new(local, Endpoint::new(past.source, 0));
+            let view = View { connection, socket: None, entry: None };
             let connection = Shown { view, holder: None, waits: false };
             if !filter.admits(&connection) {
                 continue;
@@ -327,7 +327,8 @@ impl Seen {
         row.recv_queue = sockets().map(|socket| u64::from(socket.recv_queue)).sum();
         row.send_queue = sockets().map(|socket| u64::from(socket.send_queue)).sum();
         if self.is_guarded {
-            let mut peers: Vec<_> = group.iter().map(|it| it.view.flow.dst.addr()).collect();
+            let mut peers: Vec<_> =
+                group.iter().map(|it| it.view.connection.remote.addr()).collect();
             peers.sort_unstable();
             peers.dedup();
             row.repairs = Some(peers.iter().filter_map(|peer| self.repairs.get(peer)).sum());
@@ -366,8 +367,10 @@ fn key(sort: Sort, row: &Row) -> Reverse<i128> {
 fn group(fold: Fold, measure: Measure<'_>, connection: &Shown) -> String {
     let holder = connection.holder.as_ref();
     match fold {
-        Fold::Source | Fold::Network => measure.net(connection.view.flow.dst.addr()).to_string(),
-        Fold::Port => format!(":{}", connection.view.flow.src.port()),
+        Fold::Source | Fold::Network => {
+            measure.net(connection.view.connection.remote.addr()).to_string()
+        }
+        Fold::Port => format!(":{}", connection.view.connection.local.port()),
         Fold::Process => holder.map_or("-".to_owned(), Holder::process),
         Fold::Container => {
             holder.and_then(|it| it.container.clone()).unwrap_or_else(|| "-".to_owned())

@@ -18,7 +18,7 @@ use super::frame::{Line, Look, Size, frame, page};
 use super::model::{Key, Model, Screen, Wish};
 use super::rows::Seen;
 use crate::error::{Op, Result};
-use crate::flow::FourTuple;
+use crate::flow::Connection;
 
 /// Looks may cost a tenth of a core: after each so many times its cost passes until the next.
 const REST: u32 = 9;
@@ -55,7 +55,7 @@ pub fn run(
     means: Means,
     interval: Option<Duration>,
     mut look: impl FnMut(Order) -> Result<Seen> + Send,
-    explain: impl Fn(FourTuple) -> Vec<String>,
+    explain: impl Fn(Connection) -> Vec<String>,
 ) -> Result<()> {
     let op = Op::new("use the terminal");
     // Before the screen is taken: what is missing is said as everywhere.

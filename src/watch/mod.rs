@@ -17,7 +17,7 @@ use self::ctnetlink::{Event, EventKind, Listener};
 use self::nflog::Watch;
 use crate::conntrack::{Entry, TcpState};
 use crate::error::Result;
-use crate::flow::FourTuple;
+use crate::flow::Connection;
 use crate::netlink;
 
 /// Datagrams read before what they tell is repaired.
@@ -68,8 +68,8 @@ pub enum Events {
 /// A connection that needs a look.
 #[derive(Clone, Copy, Debug)]
 pub struct Suspect {
-    /// Seen from the server.
-    pub flow: FourTuple,
+    /// The server's.
+    pub connection: Connection,
     /// The device that its packet came in by, 0 where that is not known. A socket can be bound to
     /// it, and that of a link-local peer is.
     pub interface: u32,
@@ -210,7 +210,7 @@ impl Events {
                     for flow in [event.entry.reply, event.entry.orig] {
                         let destroyed = is_gone.then_some(event.entry);
                         take(Suspect {
-                            flow,
+                            connection: Connection::of_sender(flow),
                             interface: 0,
                             is_translated: false,
                             is_spoofed: false,
@@ -233,7 +233,7 @@ impl Events {
     pub fn follow(
         &mut self,
         ports: &HashSet<u16>,
-        half_closed: Option<HashSet<FourTuple>>,
+        half_closed: Option<HashSet<Connection>>,
     ) -> Result<()> {
         match self {
             Self::Nflog(watch) | Self::Ctnetlink(_, Some(watch)) => {

@@ -25,8 +25,8 @@ use super::nflog_table::{
 };
 use super::{Drained, Suspect, tracking};
 use crate::error::{Cause, Op, Result};
-use crate::flow::FourTuple;
-use crate::netlink::{Connection, KernelSocket, Request, drain};
+use crate::flow::{Connection, FourTuple};
+use crate::netlink::{Conversation, KernelSocket, Request, drain};
 use crate::nftables::{Table, TableSpec, key};
 
 /// `NFNL_SUBSYS_ULOG << 8 | NFULNL_MSG_PACKET` and `| NFULNL_MSG_CONFIG`.
@@ -64,7 +64,7 @@ pub struct Watch {
     ports: HashSet<u16>,
     closing: u32,
     memory: Duration,
-    held: HashSet<FourTuple>,
+    held: HashSet<Connection>,
     /// Whose they are.
     holders: HashSet<IpAddr>,
     /// The chain is there: its `ct` expressions would switch conntrack on in a namespace that lives
@@ -92,7 +92,7 @@ impl Watch {
         memory: Duration,
     ) -> Result<Self> {
         let op = Op::new("open packet log");
-        let mut connection = Connection::new(KernelSocket::open(op, NETLINK_NETFILTER)?);
+        let mut connection = Conversation::new(KernelSocket::open(op, NETLINK_NETFILTER)?);
         let group = bind(&mut connection, op, group)?;
         let settings = [
             ConfigNla::Mode(ConfigMode::new_packet(SNAPLEN)),
@@ -167,26 +167,26 @@ impl Watch {
         Ok(())
     }
 
-    /// Logs every FIN and RST of exactly these half-closed connections, seen from the server:
+    /// Logs every FIN and RST of exactly these half-closed connections:
     /// the table by itself remembers a FIN for a moment only; and some SYNs of their peers.
     ///
     /// # Errors
     /// The set is full, or the table is gone.
-    pub fn set_held(&mut self, flows: HashSet<FourTuple>) -> Result<()> {
+    pub fn set_held(&mut self, connections: HashSet<Connection>) -> Result<()> {
         if !self.is_watching {
             return Ok(());
         }
         for (set, ipv4) in [(HELD4, true), (HELD6, false)] {
-            let of_family = |flow: &&FourTuple| flow.is_ipv4() == ipv4;
-            let keys = |flows: &mut dyn Iterator<Item = &FourTuple>| -> Vec<Vec<u8>> {
-                flows.filter(of_family).map(|flow| key::of(flow.inverse())).collect()
+            let keys = |all: &mut dyn Iterator<Item = &Connection>| -> Vec<Vec<u8>> {
+                let received = all.map(|it| it.received());
+                received.filter(|flow| flow.is_ipv4() == ipv4).map(key::of).collect()
             };
-            let new = keys(&mut flows.difference(&self.held));
-            let old = keys(&mut self.held.difference(&flows));
+            let new = keys(&mut connections.difference(&self.held));
+            let old = keys(&mut self.held.difference(&connections));
             self.table.add(set, &new)?;
             self.table.remove(set, &old)?;
         }
-        let holders: HashSet<_> = flows.iter().map(|flow| flow.dst.addr()).collect();
+        let holders: HashSet<_> = connections.iter().map(|it| it.remote.addr()).collect();
         for (set, ipv4) in [(HOLDERS4, true), (HOLDERS6, false)] {
             let keys = |all: &mut dyn Iterator<Item = &IpAddr>| -> Vec<Vec<u8>> {
                 all.filter(|addr| addr.is_ipv4() == ipv4).map(|addr| address_key(*addr)).collect()
@@ -196,7 +196,7 @@ impl Watch {
             self.table.add(set, &new)?;
             self.table.remove(set, &old)?;
         }
-        (self.held, self.holders) = (flows, holders);
+        (self.held, self.holders) = (connections, holders);
         Ok(())
     }
 
@@ -231,9 +231,19 @@ impl Watch {
                 let is_translated = prefix == Prefix::Translated;
                 let is_spoofed = prefix == Prefix::Spoofed;
                 // Its way is that of the server's own packets, and the device is not the socket's.
-                let (flow, interface) =
-                    if is_spoofed { (flow, 0) } else { (flow.inverse(), interface) };
-                take(Suspect { flow, interface, is_translated, is_spoofed, destroyed: None, at });
+                let (connection, interface) = if is_spoofed {
+                    (Connection::of_sender(flow), 0)
+                } else {
+                    (Connection::of_receiver(flow), interface)
+                };
+                take(Suspect {
+                    connection,
+                    interface,
+                    is_translated,
+                    is_spoofed,
+                    destroyed: None,
+                    at,
+                });
             } else {
                 // Anybody can send one; it says nothing of other packets.
                 drained.unreadable += 1;
@@ -254,7 +264,7 @@ impl AsFd for Watch {
 
 /// Takes the first group from `first` on that nobody has, and returns it. The kernel refuses one
 /// that another socket has with EPERM, as it refuses all to a process without `CAP_NET_ADMIN`.
-fn bind(connection: &mut Connection<KernelSocket>, op: Op, first: u16) -> Result<u16> {
+fn bind(connection: &mut Conversation<KernelSocket>, op: Op, first: u16) -> Result<u16> {
     let mut refused = None;
     for group in (first..=u16::MAX).take(GROUPS) {
         match connection.execute(&config(op, group, &[ConfigNla::Cmd(ConfigCmd::Bind)])) {

@@ -4,11 +4,11 @@ use super::*;
 
 /// Asks in every way, each time with `replies` in place of an answer.
 fn every_way(replies: &[Reply]) -> [Error; 3] {
-    let single = connection(vec![replies.to_vec()]).execute(&question("single")).unwrap_err();
-    let batch = connection(vec![replies.to_vec()])
+    let single = conversation(vec![replies.to_vec()]).execute(&question("single")).unwrap_err();
+    let batch = conversation(vec![replies.to_vec()])
         .batch(&[question("batch"), question("batch")], |_, _| Ok(()))
         .unwrap_err();
-    let dump = numbers(&mut connection(vec![replies.to_vec()])).unwrap_err();
+    let dump = numbers(&mut conversation(vec![replies.to_vec()])).unwrap_err();
     [single, batch, dump]
 }
 

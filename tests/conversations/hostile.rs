@@ -224,14 +224,14 @@ proptest! {
         damage in proptest::collection::vec(damage(), 1..4)
     ) {
         let mut diag = SockDiag::new(damaged(socket_answer, damage));
-        let lookups = asked().map(|flow| Lookup { flow, interface: 0 });
+        let lookups = asked().map(|flow| Lookup { connection: Connection::of_sender(flow), interface: 0 });
         // The second round meets what the first has left behind.
         for _ in 0..2 {
             let Ok(found) = diag.lookup(&lookups) else { continue };
             prop_assert_eq!(found.len(), lookups.len());
             for (lookup, socket) in lookups.iter().zip(found) {
                 if let Some(socket) = socket {
-                    prop_assert_eq!(socket.flow(), lookup.flow);
+                    prop_assert_eq!(socket.connection(), lookup.connection);
                     prop_assert_ne!(socket.state, State::Listen);
                 }
             }

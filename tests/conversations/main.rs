@@ -26,9 +26,9 @@ use std::time::Duration;
 use ctkeep::conntrack::{
     Change, Conntrack, Entry, EntryKey, Filter, Insert, Status, TcpState, Zone,
 };
-use ctkeep::flow::{AF_INET, FourTuple};
+use ctkeep::flow::{AF_INET, Connection, FourTuple};
 use ctkeep::netlink::script::{Reply, Script};
-use ctkeep::netlink::{Connection, Drained, Request, Transport};
+use ctkeep::netlink::{Conversation, Drained, Request, Transport};
 use ctkeep::sockdiag::{Lookup, SockDiag, Socket, State, States};
 use ctkeep::watch::ctnetlink::{EventKind, Listener};
 use ctkeep::{Cause, Error, Op};
@@ -80,8 +80,8 @@ fn renumbered(reply: Reply, by: u32) -> Reply {
     Reply::Datagram(bytes)
 }
 
-fn connection(answers: Vec<Vec<Reply>>) -> Connection<Played> {
-    Connection::new(scripted(answers))
+fn conversation(answers: Vec<Vec<Reply>>) -> Conversation<Played> {
+    Conversation::new(scripted(answers))
 }
 
 /// One part of a dump: a message whose payload is one number.
@@ -93,15 +93,15 @@ fn interrupted_part(number: u32) -> Vec<u8> {
     message(KIND, NLM_F_MULTI | NLM_F_DUMP_INTR, 1, &number.to_ne_bytes())
 }
 
-fn numbers(connection: &mut Connection<Played>) -> ctkeep::Result<Vec<u32>> {
-    connection.dump(&question("count"), |all: &mut Vec<u32>, frame| {
+fn numbers(conversation: &mut Conversation<Played>) -> ctkeep::Result<Vec<u32>> {
+    conversation.dump(&question("count"), |all: &mut Vec<u32>, frame| {
         all.push(u32_at(frame.payload, 0));
         Ok(())
     })
 }
 
 fn lookup(local: &str, remote: &str) -> Lookup {
-    Lookup { flow: flow(local, remote), interface: 0 }
+    Lookup { connection: Connection::of_sender(flow(local, remote)), interface: 0 }
 }
 
 fn close_wait(remote: &str, cookie: u64) -> Socket {

@@ -43,7 +43,7 @@ fn the_ipv4_peer_of_a_dual_stack_listener_has_an_ipv4_address() {
     let wanted = close_wait(PEER, 1);
     let mut diag = dumping(Ok(vec![played::mapped_socket_payload(&wanted)]));
     assert_eq!(diag.sockets(all()).unwrap(), [wanted]);
-    assert_eq!(wanted.flow().family(), AF_INET);
+    assert_eq!(wanted.connection().sent().family(), AF_INET);
 }
 
 #[test]

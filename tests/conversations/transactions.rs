@@ -4,9 +4,9 @@ use super::*;
 
 /// Three messages between a beginning and an end, over this kernel.
 fn run(kernel: impl FnMut(&[u8]) -> Vec<Reply> + 'static) -> ctkeep::Result<()> {
-    let mut connection = Connection::new(script(kernel));
+    let mut conversation = Conversation::new(script(kernel));
     let messages = [question("one"), question("two"), question("three")];
-    connection.transaction(&question("begin"), &messages, &question("end"))
+    conversation.transaction(&question("begin"), &messages, &question("end"))
 }
 
 #[test]
@@ -42,12 +42,12 @@ fn a_transaction_that_is_answered_in_part_is_an_error() {
 
 #[test]
 fn what_follows_a_refusal_does_not_disturb_the_next_request() {
-    let mut connection = Connection::new(script(|datagram| match requests(datagram)[0].seq {
+    let mut conversation = Conversation::new(script(|datagram| match requests(datagram)[0].seq {
         1 => datagrams([refusal(2, EINVAL), refusal(3, EPERM), ack(4)]),
         seq => datagrams([ack(seq)]),
     }));
     let messages = [question("one"), question("two"), question("three")];
-    let answer = connection.transaction(&question("begin"), &messages, &question("end"));
+    let answer = conversation.transaction(&question("begin"), &messages, &question("end"));
     assert_eq!(answer.unwrap_err().errno().map(|errno| errno as i32), Some(EINVAL));
-    connection.execute(&question("next")).unwrap();
+    conversation.execute(&question("next")).unwrap();
 }

@@ -260,7 +260,7 @@ fn not_tcp(lab: &Lab) {
             body: vec![AF_INET, 0, 0, 0],
             joined: false,
         };
-        ctkeep::netlink::Connection::new(recorder).dump(&dump, |(): &mut (), _| Ok(())).unwrap();
+        ctkeep::netlink::Conversation::new(recorder).dump(&dump, |(): &mut (), _| Ok(())).unwrap();
         datagrams.take()
     });
     let udp = datagrams
@@ -344,7 +344,9 @@ fn look_ups(lab: &Lab, mapped: &RawConn, v6: &RawConn, v4: &RawConn) {
         let flow = server_to_peer(conn, port);
         let words = ss_line(lab, "eo", &format!(":{} ", conn.client.port()));
         record_sockets(namespace, &format!("sockets/{name}"), &words, |diag| {
-            let found = diag.lookup(&[Lookup { flow, interface: 0 }]).unwrap();
+            let found = diag
+                .lookup(&[Lookup { connection: Connection::of_sender(flow), interface: 0 }])
+                .unwrap();
             assert!(found[0].is_some(), "{name}");
         });
     }
@@ -354,7 +356,9 @@ fn look_ups(lab: &Lab, mapped: &RawConn, v6: &RawConn, v4: &RawConn) {
     ] {
         let nobody = played::flow(&format!("192.0.2.1:{port}"), "198.51.100.99:1");
         record_sockets(namespace, &format!("sockets/{name}"), &words, |diag| {
-            let found = diag.lookup(&[Lookup { flow: nobody, interface: 0 }]).unwrap();
+            let found = diag
+                .lookup(&[Lookup { connection: Connection::of_sender(nobody), interface: 0 }])
+                .unwrap();
             assert_eq!(found, [None]);
         });
     }

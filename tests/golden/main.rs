@@ -30,7 +30,7 @@ use ctkeep::conntrack::{
     Change, Conntrack, Entry, EntryKey, Filter, Insert, SeqAdj, Status, SynProxy, TableSize, Tcp,
     TcpState, Zone, decode,
 };
-use ctkeep::flow::{AF_INET, AF_INET6, FourTuple};
+use ctkeep::flow::{AF_INET, AF_INET6, Connection, FourTuple};
 use ctkeep::netlink::script::Reply;
 use ctkeep::netlink::{Drained, KernelSocket, Transport, frames};
 use ctkeep::sockdiag::{Cookie, Lookup, SockDiag, Socket, State, States};

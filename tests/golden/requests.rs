@@ -192,8 +192,8 @@ fn dumps_of_sockets_are_filtered_in_the_kernel() {
 #[test]
 fn look_ups_travel_together() {
     let lookups = [
-        Lookup { flow: client().inverse(), interface: 0 },
-        Lookup { flow: client_v6().inverse(), interface: 3 },
+        Lookup { connection: Connection::of_receiver(client()), interface: 0 },
+        Lookup { connection: Connection::of_receiver(client_v6()), interface: 3 },
     ];
     let sends = sends(|transport| {
         assert_eq!(SockDiag::new(transport).lookup(&lookups).unwrap(), [None, None]);

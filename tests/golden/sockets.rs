@@ -3,7 +3,7 @@
 use super::*;
 
 fn found(name: &str, server: &str, peer: &str) -> Option<Socket> {
-    let lookup = Lookup { flow: flow(server, peer), interface: 0 };
+    let lookup = Lookup { connection: Connection::of_sender(flow(server, peer)), interface: 0 };
     let name = format!("sockets/{name}");
     SockDiag::new(replay(&name)).lookup(&[lookup]).unwrap().remove(0)
 }

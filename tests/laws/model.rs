@@ -157,7 +157,7 @@ impl Model {
     }
 
     pub fn socket(&self, flow: FourTuple) -> Option<Socket> {
-        self.host.borrow().sockets.iter().find(|socket| socket.flow() == flow).copied()
+        self.host.borrow().sockets.iter().find(|socket| socket.connection().sent() == flow).copied()
     }
 
     pub fn entry(&self, flow: FourTuple) -> Option<Entry> {
@@ -260,7 +260,7 @@ impl Model {
         if socket.state == State::Established && !hole {
             is_first = true;
             let mut host = self.host.borrow_mut();
-            let socket = host.sockets.iter_mut().find(|s| s.flow() == flow).unwrap();
+            let socket = host.sockets.iter_mut().find(|s| s.connection().sent() == flow).unwrap();
             socket.state = State::CloseWait;
         }
         if self.hidden(flow).is_some() {
@@ -283,7 +283,7 @@ impl Model {
             return;
         }
         if rst == Rst::Exact {
-            self.host.borrow_mut().sockets.retain(|socket| socket.flow() != flow);
+            self.host.borrow_mut().sockets.retain(|socket| socket.connection().sent() != flow);
         }
         if self.hidden(flow) == Some(Hidden::FinsAndRsts) {
             return;
@@ -323,7 +323,7 @@ impl Model {
         if self.socket(flow).is_none() {
             return;
         }
-        self.host.borrow_mut().sockets.retain(|socket| socket.flow() != flow);
+        self.host.borrow_mut().sockets.retain(|socket| socket.connection().sent() != flow);
         match self.entry(flow).and_then(|entry| entry.state()) {
             Some(TcpState::Established) => self.set_state(flow, TcpState::FinWait),
             Some(TcpState::CloseWait | TcpState::FinWait) => {

@@ -95,8 +95,11 @@ fn a_missing_entry_is_put_back_only_with_evidence_that_the_port_is_tracked() {
 
     // Another connection of the port has one in this very snapshot.
     let sibling = flow(SERVER, "198.51.100.8:4000");
-    let sibling =
-        View { flow: sibling, socket: None, entry: Some(entry(sibling, TcpState::TimeWait, 9)) };
+    let sibling = View {
+        connection: Connection::of_sender(sibling),
+        socket: None,
+        entry: Some(entry(sibling, TcpState::TimeWait, 9)),
+    };
     let plan_now = plan_of(vec![view(missing, None), sibling], &Ledger::default());
     assert_eq!(kinds(&plan_now.actions), [ActionKind::Reinsert]);
 
@@ -248,7 +251,11 @@ fn a_translated_connection_is_matched_by_its_answers() {
     let redirected = Entry { orig: flow(PEER, SERVER), ..entry(server, TcpState::Close, 9) };
     let policy = Policy { ports: HashSet::from([8080]), ..policy() };
     let socket = socket("192.0.2.1:8080", PEER, State::CloseWait, 1);
-    let view = View { flow: server, socket: Some(socket), entry: Some(redirected) };
+    let view = View {
+        connection: Connection::of_sender(server),
+        socket: Some(socket),
+        entry: Some(redirected),
+    };
     let plan = plan(&Snapshot::new(vec![view]), &policy.scope(&[]), &policy, &Ledger::default());
     assert_eq!(kinds(&plan.actions), [ActionKind::Revive]);
     // And is put back as it was.

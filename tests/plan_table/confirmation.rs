@@ -153,7 +153,7 @@ fn evidence_of_the_plan_holds_for_its_confirmation() {
     let said = vec![
         view(Some(close_wait(1)), None),
         View {
-            flow: sibling,
+            connection: Connection::of_sender(sibling),
             socket: None,
             entry: Some(entry(sibling, TcpState::Established, 99)),
         },

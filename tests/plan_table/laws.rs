@@ -40,15 +40,19 @@ fn any_view() -> impl Strategy<Value = View> {
             proptest::option::weighted(0.8, any_socket(flow)),
             proptest::option::weighted(0.8, any_entry(flow)),
         )
-            .prop_map(|(flow, socket, entry)| View { flow, socket, entry })
+            .prop_map(|(flow, socket, entry)| View {
+                connection: Connection::of_sender(flow),
+                socket,
+                entry,
+            })
     })
 }
 
 /// Each connection once.
 fn any_views() -> impl Strategy<Value = Vec<View>> {
     proptest::collection::vec(any_view(), 0..12).prop_map(|mut views| {
-        views.sort_by_key(|view| view.flow);
-        views.dedup_by_key(|view| view.flow);
+        views.sort_by_key(|view| view.connection);
+        views.dedup_by_key(|view| view.connection);
         // A cookie belongs to one socket.
         for (view, cookie) in views.iter_mut().zip(1..) {
             if let Some(socket) = &mut view.socket {
@@ -68,13 +72,13 @@ fn any_ledger(views: &[View]) -> impl Strategy<Value = Ledger> + use<> {
             let mut ledger = Ledger::default();
             for (view, choice) in views.iter().zip(choices) {
                 let gone = socket(
-                    &view.flow.src.to_string(),
-                    &view.flow.dst.to_string(),
+                    &view.connection.local.to_string(),
+                    &view.connection.remote.to_string(),
                     State::CloseWait,
                     99,
                 );
                 let socket = view.socket.unwrap_or(gone);
-                let last = entry(view.flow, TcpState::CloseWait, 60);
+                let last = entry(view.connection.sent(), TcpState::CloseWait, 60);
                 match choice {
                     0 => ledger.hold(socket, view.entry.unwrap_or(last), Instant::now()),
                     1 => ledger.remember(&socket, last),
@@ -110,7 +114,7 @@ fn agreeing_view() -> impl Strategy<Value = View> {
     (any_flow(), select(rules)).prop_flat_map(move |(flow, (sockets, states))| {
         (select(sockets), select(states), 30..400_u64).prop_map(
             move |(state, entry_state, seconds)| View {
-                flow,
+                connection: Connection::of_sender(flow),
                 socket: state.map(|state| {
                     let (local, remote) = (flow.src.to_string(), flow.dst.to_string());
                     let socket = socket(&local, &remote, state, 1);
@@ -135,7 +139,7 @@ proptest! {
         })
     ) {
         let sorted = |mut plan: Plan| {
-            plan.actions.sort_by_key(|action| action.view.flow);
+            plan.actions.sort_by_key(|action| action.view.connection);
             plan
         };
         prop_assert_eq!(sorted(plan_of(views, &ledger)), sorted(plan_of(order, &ledger)));
@@ -146,15 +150,15 @@ proptest! {
         (views, ledger) in any_situation()
     ) {
         for action in plan_of(views, &ledger).actions {
-            let View { flow, socket, .. } = action.view;
+            let View { connection, socket, .. } = action.view;
             match socket {
                 Some(socket) => {
                     prop_assert!(policy().states.contains(socket.state));
-                    prop_assert!(scope().contains(&policy(), flow) || ledger.holds(&socket));
+                    prop_assert!(scope().contains(&policy(), connection) || ledger.holds(&socket));
                 }
                 None => {
                     let inserted = action.view.entry.is_some_and(|entry| entry.is_ours());
-                    prop_assert!(inserted || ledger.holds_flow(flow));
+                    prop_assert!(inserted || ledger.holds_connection(connection));
                 }
             }
         }
@@ -192,14 +196,14 @@ proptest! {
         (views, ledger) in any_situation()
     ) {
         for action in plan_of(views, &ledger).actions {
-            prop_assert_eq!(action.template.reply, action.view.flow);
+            prop_assert_eq!(action.template.reply, action.view.connection.sent());
         }
     }
 
     #[test]
     fn one_connection_gets_one_action_at_most((views, ledger) in any_situation()) {
         let actions = plan_of(views, &ledger).actions;
-        let flows: HashSet<_> = actions.iter().map(|action| action.view.flow).collect();
+        let flows: HashSet<_> = actions.iter().map(|action| action.view.connection).collect();
         prop_assert_eq!(flows.len(), actions.len());
     }
 
@@ -246,7 +250,7 @@ proptest! {
             for outcome in &outcomes {
                 prop_assert!(outcome.result.is_ok(), "{:?}", outcome);
             }
-            touched.extend(planned.actions.iter().map(|action| action.view.flow));
+            touched.extend(planned.actions.iter().map(|action| action.view.connection.sent()));
         }
         let untouched = |host: &Host| {
             let of_nobody = |entry: &&Entry| {

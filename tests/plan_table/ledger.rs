@@ -4,7 +4,7 @@ use super::*;
 
 fn held(socket: Socket) -> Ledger {
     let mut ledger = Ledger::default();
-    let entry = entry(socket.flow(), TcpState::CloseWait, 60);
+    let entry = entry(socket.connection().sent(), TcpState::CloseWait, 60);
     ledger.hold(socket, entry, Instant::now());
     ledger
 }
@@ -14,7 +14,7 @@ fn a_hold_belongs_to_a_socket_and_not_to_its_tuple() {
     let ledger = held(close_wait(1));
     assert!(ledger.holds(&close_wait(1)));
     assert!(!ledger.holds(&close_wait(2)));
-    assert!(ledger.holds_flow(server_to_peer()));
+    assert!(ledger.holds_connection(Connection::of_sender(server_to_peer())));
 }
 
 #[test]
@@ -25,7 +25,7 @@ fn a_tuple_that_is_used_again_is_held_once() {
     assert!(ledger.holds(&close_wait(2)));
     assert!(!ledger.holds(&close_wait(1)));
     assert_eq!(ledger.held().count(), 1);
-    ledger.drop_flow(server_to_peer());
+    ledger.drop_connection(Connection::of_sender(server_to_peer()));
     assert_eq!(ledger.held().count(), 0);
 }
 
@@ -71,7 +71,7 @@ fn a_hold_ends_when_another_socket_has_the_tuple() {
     let entry = entry(server_to_peer(), TcpState::Established, 9);
     ledger.settle(&Snapshot::new(vec![view(Some(established(2)), Some(entry))]));
     assert_eq!(ledger.held().count(), 0);
-    assert!(!ledger.holds_flow(server_to_peer()));
+    assert!(!ledger.holds_connection(Connection::of_sender(server_to_peer())));
 }
 
 #[test]

@@ -18,7 +18,7 @@ use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use ctkeep::conntrack::{Entry, Status, Tcp, TcpState, Zone};
-use ctkeep::flow::FourTuple;
+use ctkeep::flow::{Connection, FourTuple};
 use ctkeep::reconcile::apply::apply;
 use ctkeep::reconcile::confirm::{Confirmed, confirm};
 use ctkeep::reconcile::evidence::Evidence;
@@ -262,7 +262,7 @@ fn established(cookie: u64) -> Socket {
 }
 
 fn view(socket: Option<Socket>, entry: Option<Entry>) -> View {
-    View { flow: server_to_peer(), socket, entry }
+    View { connection: Connection::of_sender(server_to_peer()), socket, entry }
 }
 
 fn plan_of(views: Vec<View>, ledger: &Ledger) -> Plan {

@@ -38,8 +38,12 @@ fn sockets_meet_their_entries_in_both_families_and_each_remains_alone_without_th
     };
     let expected = [
         view(Some(close_wait(1)), None),
-        View { flow: v6, socket: Some(socket_v6), entry: Some(entry_v6) },
-        View { flow: alone, socket: None, entry: Some(entry_alone) },
+        View {
+            connection: Connection::of_sender(v6),
+            socket: Some(socket_v6),
+            entry: Some(entry_v6),
+        },
+        View { connection: Connection::of_sender(alone), socket: None, entry: Some(entry_alone) },
     ];
     assert_eq!(views(&whole(host)), expected);
 }
@@ -66,7 +70,11 @@ fn an_entry_between_two_ports_in_scope_is_one_connection() {
     let between = flow(SERVER, "198.51.100.7:443");
     let (socket, entry) = (socket_of(between), entry(between, TcpState::CloseWait, 60));
     let host = Host { sockets: vec![socket], entries: vec![entry], ..Host::default() };
-    let expected = View { flow: between, socket: Some(socket), entry: Some(entry) };
+    let expected = View {
+        connection: Connection::of_sender(between),
+        socket: Some(socket),
+        entry: Some(entry),
+    };
     assert_eq!(views(&whole(host)), [expected]);
 }
 

@@ -6,7 +6,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use ctkeep::conntrack::{Conntrack, Entry, Status, Tcp, TcpState, Zone};
-use ctkeep::flow::{Endpoint, FourTuple};
+use ctkeep::flow::{Connection, Endpoint, FourTuple};
 use ctkeep::netlink::Transport;
 use ctkeep::reconcile::observe::Tables;
 use ctkeep::sockdiag::{Cookie, SockDiag, Socket, State};
@@ -89,14 +89,15 @@ impl Host {
             2 => Endpoint::new(<[u8; 4]>::try_from(&body[at..at + 4]).unwrap().into(), port),
             _ => Endpoint::new(<[u8; 16]>::try_from(&body[at..at + 16]).unwrap().into(), port),
         };
-        let asked = FourTuple::new(end(12, port(8)), end(28, port(10)));
+        let asked = Connection::new(end(12, port(8)), end(28, port(10)));
         let device = u32::from_ne_bytes(body[44..48].try_into().unwrap());
         // `inet_sk_bound_dev_eq()`
         let is_by = |s: &Socket| s.interface == 0 || s.interface == device;
-        let exact = |s: &&Socket| s.flow() == asked && s.state != State::Listen && is_by(s);
+        let exact = |s: &&Socket| s.connection() == asked && s.state != State::Listen && is_by(s);
         let exact = self.sockets.iter().find(exact);
         // The kernel falls back to whoever listens on the port.
-        let listener = |s: &&Socket| s.state == State::Listen && s.local.port() == asked.src.port();
+        let listener =
+            |s: &&Socket| s.state == State::Listen && s.local.port() == asked.local.port();
         let socket = exact.or_else(|| self.sockets.iter().find(listener)).ok_or(ENOENT)?;
         Ok(vec![socket_message(request.seq, socket)])
     }

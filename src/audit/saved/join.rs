@@ -8,7 +8,7 @@ use super::refusal::{File, Refusal};
 use crate::audit::processes::Owners;
 use crate::audit::report::Seen;
 use crate::conntrack::Entry;
-use crate::flow::FourTuple;
+use crate::flow::{Connection, FourTuple};
 use crate::reconcile::policy::{Policy, Scope};
 use crate::reconcile::snapshot::{Direction, View};
 use crate::reconcile::whole::join;
@@ -73,7 +73,7 @@ impl Saved {
         }
         if let Some(mentioned) = &self.entries.mentioned {
             let before = snapshot.views.len();
-            snapshot.views.retain(|view| is_mentioned(mentioned, view.flow));
+            snapshot.views.retain(|view| is_mentioned(mentioned, view.connection));
             let left_out = before - snapshot.views.len();
             if left_out > 0 {
                 notes.push(format!(
@@ -112,13 +112,13 @@ impl Saved {
         let mut dialled: HashSet<u16> = HashSet::new();
         let mut served = HashSet::new();
         for socket in connected.iter().filter(|socket| is_open(socket)) {
-            let (port, flow) = (socket.local.port(), socket.flow());
+            let (port, sent) = (socket.local.port(), socket.connection().sent());
             if scope.ports.contains(&port) {
                 continue;
             }
-            if begun_here.contains(&flow) || scope.ports.contains(&socket.remote.port()) {
+            if begun_here.contains(&sent) || scope.ports.contains(&socket.remote.port()) {
                 dialled.insert(port);
-            } else if replies.contains_key(&flow) {
+            } else if replies.contains_key(&sent) {
                 served.insert(port);
             } else {
                 peers.entry(port).or_default().insert(socket.remote.port());
@@ -186,10 +186,10 @@ impl Homes {
     /// Whether the server's end of this entry is here: a known address, or one that a listener on
     /// every address takes, unless the entry leads elsewhere.
     fn contain(&self, view: &View) -> bool {
-        let local = view.flow.src;
+        let local = view.connection.local;
         let leads_here = || {
             view.entry.is_some_and(|entry| {
-                entry.reply == view.flow && entry.orig.dst.addr() == local.addr()
+                entry.reply == view.connection.sent() && entry.orig.dst.addr() == local.addr()
             })
         };
         self.addresses.contains(&local.addr())
@@ -197,8 +197,8 @@ impl Homes {
     }
 }
 
-fn is_mentioned(mentioned: &HashSet<FourTuple>, flow: FourTuple) -> bool {
-    mentioned.contains(&flow) || mentioned.contains(&flow.inverse())
+fn is_mentioned(mentioned: &HashSet<FourTuple>, connection: Connection) -> bool {
+    mentioned.contains(&connection.sent()) || mentioned.contains(&connection.received())
 }
 
 /// An entry that begins at a port of the scope belongs to a connection that this host opened from
@@ -208,7 +208,7 @@ fn unknown_direction(views: impl Iterator<Item = View>, scope: &Scope) -> Option
         let is_begun_here = matches!(view.entry_side(), Some((Direction::Outgoing, _)));
         view.socket.is_some_and(|socket| is_open(&socket))
             && is_begun_here
-            && scope.ports.contains(&view.flow.src.port())
+            && scope.ports.contains(&view.connection.local.port())
     };
     let count = views.filter(is_unknown).count();
     (count > 0).then(|| {
@@ -226,7 +226,7 @@ fn without_any_entry(views: impl Iterator<Item = View>) -> Option<String> {
         let is_missing = view.entry.is_none() && view.socket.is_some_and(|socket| is_open(&socket));
         let has_entry = view.entry.is_some();
         if is_missing || has_entry {
-            *ports.entry(view.flow.src.port()).or_default() |= has_entry;
+            *ports.entry(view.connection.local.port()).or_default() |= has_entry;
         }
     }
     let ports: Vec<_> =

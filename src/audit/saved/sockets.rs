@@ -250,7 +250,7 @@ mod tests {
         let read = read(text);
         let [listener, half, open] = read.values.as_slice() else { panic!("{read:?}") };
         assert_eq!((listener.state, listener.local.port()), (State::Listen, 80));
-        assert_eq!(half.flow().to_string(), "192.0.2.1:80 > 198.51.100.7:4000");
+        assert_eq!(half.connection().to_string(), "192.0.2.1:80 > 198.51.100.7:4000");
         assert_eq!(
             (half.inode, half.uid, half.cookie, half.recv_queue),
             (4711, 33, Cookie(26), 422)

@@ -4,7 +4,7 @@ use super::super::output::{Rows, coloured, table, with_advice};
 use crate::audit::cover::Coverage;
 use crate::audit::finding::{Finding, Verdict};
 use crate::audit::layers::{Application, Full, Layers, LimitFigures, Queue};
-use crate::audit::report::{Connection, Report};
+use crate::audit::report::{Report, ReportedConnection};
 use crate::audit::sources::{Listed, Source};
 use crate::sockdiag::State;
 
@@ -174,15 +174,15 @@ fn sources(report: &Report, top: Option<usize>, no_header: bool) -> Option<Strin
 /// The connections about which the tables disagree, or all.
 fn connections(report: &Report, all: bool, no_header: bool) -> Option<String> {
     let headings = ["CLASS", "REMOTE", "LOCAL", "SOCKET", "ENTRY", "LEFT", "PROCESS"];
-    let row = |connection: &Connection| {
+    let row = |connection: &ReportedConnection| {
         let view = &connection.view;
         let entry = view.entry.and_then(|entry| entry.state());
         let timeout = view.entry.and_then(|entry| entry.timeout);
         let holder = connection.holder.as_ref();
         vec![
             connection.class.to_string(),
-            view.flow.dst.to_string(),
-            view.flow.src.to_string(),
+            view.connection.remote.to_string(),
+            view.connection.local.to_string(),
             view.socket.map_or("-", |socket| socket.state.name()).to_owned(),
             entry.map_or("-".to_owned(), |state| {
                 let unreplied = if view.is_unreplied() { "/unreplied" } else { "" };

@@ -19,7 +19,7 @@ use super::limits::{LimitRule, Limiter};
 use super::tracking::{Tracking, bears_on_tracking};
 use super::{Chain, Family, Match, Outcome, Rule, Ruleset, Step, nft_chains, parse_saved};
 use crate::error::{Cause, Op, Result};
-use crate::netlink::{Connection, KernelSocket, Transport};
+use crate::netlink::{Conversation, KernelSocket, Transport};
 
 /// Rules that change while they are read are read anew so often.
 const ATTEMPTS: u32 = 4;
@@ -125,7 +125,7 @@ impl Lists {
             }
             None => {
                 let op = Op::new("open nftables netlink");
-                read_nft(&mut Connection::new(KernelSocket::open(op, NETLINK_NETFILTER)?))?
+                read_nft(&mut Conversation::new(KernelSocket::open(op, NETLINK_NETFILTER)?))?
             }
         };
         let mut saved_chains = Vec::new();
@@ -202,12 +202,12 @@ impl Lists {
     }
 }
 
-fn read_nft<T: Transport>(connection: &mut Connection<T>) -> Result<Lists> {
+fn read_nft<T: Transport>(conversation: &mut Conversation<T>) -> Result<Lists> {
     for _ in 0..ATTEMPTS {
-        let numbers = Numbers::read(connection)?;
-        let chains = nft_chains(connection)?;
+        let numbers = Numbers::read(conversation)?;
+        let chains = nft_chains(conversation)?;
         // Places are the same in both readings if nothing changed from the first to the last.
-        if nft::generation(connection)? == numbers.generation() {
+        if nft::generation(conversation)? == numbers.generation() {
             let ruleset = Ruleset { chains, unread: Vec::new() };
             let known = |rule: LimitRule| {
                 let identity = numbers.identity(&rule);

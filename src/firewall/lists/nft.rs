@@ -9,7 +9,7 @@ use super::{RuleKey, SetKey, Since};
 use crate::error::{Op, Result};
 use crate::firewall::Family;
 use crate::firewall::limits::LimitRule;
-use crate::netlink::{Attributes, Connection, Request, Transport};
+use crate::netlink::{Attributes, Conversation, Request, Transport};
 
 const NFNL_SUBSYS_NFTABLES: u16 = 10;
 const NFT_MSG_GETTABLE: u16 = 1;
@@ -74,17 +74,17 @@ impl Numbers {
     ///
     /// # Errors
     /// The kernel refused, or a message was lost or malformed.
-    pub(super) fn read<T: Transport>(connection: &mut Connection<T>) -> Result<Self> {
-        let generation = generation(connection)?;
+    pub(super) fn read<T: Transport>(conversation: &mut Conversation<T>) -> Result<Self> {
+        let generation = generation(conversation)?;
         if generation == 0 {
             return Ok(Self::default());
         }
-        let tables = tables(connection)?;
-        let sets = sets(connection)?;
+        let tables = tables(conversation)?;
+        let sets = sets(conversation)?;
         let request = get("dump of nft rules", NFT_MSG_GETRULE);
         let mut places: HashMap<(u8, String, String), usize> = HashMap::new();
         let mut identities = HashMap::new();
-        let rules = connection.dump(&request, |all: &mut Vec<Rule>, frame| {
+        let rules = conversation.dump(&request, |all: &mut Vec<Rule>, frame| {
             all.extend(Rule::decode(frame.payload));
             Ok(())
         })?;
@@ -159,10 +159,10 @@ impl Rule {
 }
 
 /// The generation of the rules: each transaction makes a new one. 0 where there is no nf_tables.
-pub(super) fn generation<T: Transport>(connection: &mut Connection<T>) -> Result<u32> {
+pub(super) fn generation<T: Transport>(conversation: &mut Conversation<T>) -> Result<u32> {
     let request = get("nft generation", NFT_MSG_GETGEN);
     let mut generation = None;
-    let answered = connection.query(&request, |frame| {
+    let answered = conversation.query(&request, |frame| {
         let attributes = Attributes(frame.payload.get(NFGENMSG_LEN..).unwrap_or_default());
         generation = attributes.number(NFTA_GEN_ID);
         Ok(())
@@ -174,9 +174,9 @@ pub(super) fn generation<T: Transport>(connection: &mut Connection<T>) -> Result
     }
 }
 
-fn tables<T: Transport>(connection: &mut Connection<T>) -> Result<BTreeMap<(u8, String), u64>> {
+fn tables<T: Transport>(conversation: &mut Conversation<T>) -> Result<BTreeMap<(u8, String), u64>> {
     let request = get("dump of nft tables", NFT_MSG_GETTABLE);
-    connection.dump(&request, |all: &mut BTreeMap<_, _>, frame| {
+    conversation.dump(&request, |all: &mut BTreeMap<_, _>, frame| {
         let table = Attributes(frame.payload.get(NFGENMSG_LEN..).unwrap_or_default());
         if let (Some(family), Some(name)) = (frame.payload.first(), table.text(NFTA_TABLE_NAME)) {
             // Kernels before 4.17 number no tables; one that is made anew looks the same there.
@@ -188,11 +188,11 @@ fn tables<T: Transport>(connection: &mut Connection<T>) -> Result<BTreeMap<(u8, 
 
 /// The sets in which limits may have their lists: those with `ct count` in their declaration, and
 /// those that rules add to.
-fn sets<T: Transport>(connection: &mut Connection<T>) -> Result<HashMap<SetKey, u64>> {
+fn sets<T: Transport>(conversation: &mut Conversation<T>) -> Result<HashMap<SetKey, u64>> {
     const NFTA_SET_FLAGS: u16 = 3;
     const NFT_SET_EVAL: u32 = 0x20;
     let request = get("dump of nft sets", NFT_MSG_GETSET);
-    connection.dump(&request, |all: &mut HashMap<_, _>, frame| {
+    conversation.dump(&request, |all: &mut HashMap<_, _>, frame| {
         let set = Attributes(frame.payload.get(NFGENMSG_LEN..).unwrap_or_default());
         let declared =
             [NFTA_SET_EXPR, NFTA_SET_EXPRESSIONS].iter().any(|kind| set.value(*kind).is_some());

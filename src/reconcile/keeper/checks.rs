@@ -118,7 +118,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
     /// Sources of connections that were shown to limits are to be asked for.
     pub(super) fn note_shown(&mut self, outcomes: &[Outcome], now: Instant) {
         for outcome in outcomes.iter().filter(|outcome| matches!(outcome.recount, Some(Ok(_)))) {
-            self.checks.shown(outcome.action.view.flow.dst.addr(), now);
+            self.checks.shown(outcome.action.view.connection.remote.addr(), now);
         }
         if let Some(next) = self.checks.next() {
             self.timers.hasten(Timer::Check, next);
@@ -145,7 +145,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         // A list has what is ending until its entry is given back.
         let open: HashSet<_> = sockets.iter().map(|socket| socket.cookie).collect();
         let held = self.ledger.held().filter(|held| !open.contains(&held.cookie));
-        let ending: Vec<_> = held.map(|held| held.lookup.flow).collect();
+        let ending: Vec<_> = held.map(|held| held.lookup.connection).collect();
         for rule in self.checks.telling() {
             let limit = usize::try_from(rule.limit.count).unwrap_or(usize::MAX);
             let mut places: HashMap<IpNet, usize> = HashMap::new();
@@ -157,8 +157,8 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
                     *places.entry(net).or_default() += usize::from(is_counted);
                 }
             }
-            for flow in ending.iter().filter(|it| rule.covers(it.dst.addr(), it.src.port())) {
-                if let Some(net) = net(rule, flow.dst.addr()) {
+            for it in ending.iter().filter(|it| rule.covers(it.remote.addr(), it.local.port())) {
+                if let Some(net) = net(rule, it.remote.addr()) {
                     *places.entry(net).or_default() += 1;
                 }
             }
@@ -216,7 +216,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         let lookups: Vec<_> = own.iter().take(1).map(|socket| Lookup::from(*socket)).collect();
         let snapshot = self.tables.exactly(&lookups, &self.ledger)?;
         Ok(snapshot.views.iter().next().and_then(|view| {
-            let entry = view.entry.filter(|entry| entry.reply == view.flow);
+            let entry = view.entry.filter(|entry| entry.reply == view.connection.sent());
             // The limit may know it by the address before its translation.
             let is_translated = entry.is_some_and(|entry| entry.orig.src.addr() != source);
             (!is_translated).then(|| question(&view, Zone::both(self.settings.policy.zone)))

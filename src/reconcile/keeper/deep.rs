@@ -246,9 +246,9 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         if !skipped.is_empty() {
             let found = self.tables.exactly(&skipped, &self.ledger)?.into_snapshot().views;
             let found: Vec<_> = found.iter().filter(|view| view.socket.is_some()).collect();
-            let flows: HashSet<_> = found.iter().map(|view| view.flow).collect();
+            let flows: HashSet<_> = found.iter().map(|view| view.connection).collect();
             let views = &mut whole.snapshot.views;
-            views.retain(|view| view.socket.is_some() || !flows.contains(&view.flow));
+            views.retain(|view| view.socket.is_some() || !flows.contains(&view.connection));
             let sockets = found.iter().filter_map(|view| view.socket);
             whole.cookies.extend(sockets.map(|socket| socket.cookie));
             views.extend(found);

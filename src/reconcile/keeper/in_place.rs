@@ -13,7 +13,7 @@ use crate::conntrack::Zone;
 use crate::error::Result;
 use crate::firewall::Hook;
 use crate::firewall::limits::{Key, LimitRule};
-use crate::flow::FourTuple;
+use crate::flow::Connection;
 use crate::netlink::Transport;
 use crate::reconcile::apply::Outcome;
 use crate::reconcile::plan::{Action, ActionKind};
@@ -25,9 +25,9 @@ use crate::watch::Suspect;
 /// The chain that notes SYNs stands there in prerouting: what a limit before it drops is not noted.
 const NOTED_AT: i32 = -199;
 
-/// Says of each connection, seen from the server, whether surely no packet with SYN has come from its
+/// Says of each connection whether surely no packet with SYN has come from its
 /// source since that time.
-pub type Quiet = Box<dyn FnMut(&[(FourTuple, Instant)]) -> Result<Vec<bool>> + Send>;
+pub type Quiet = Box<dyn FnMut(&[(Connection, Instant)]) -> Result<Vec<bool>> + Send>;
 
 /// What is known of limits that may still have a connection on their lists.
 #[derive(Default)]
@@ -37,7 +37,7 @@ pub(super) struct InPlace {
     /// is noted.
     limits: Option<Vec<LimitRule>>,
     /// The packets that called for a look, by connections of the server: the first of each.
-    since: HashMap<FourTuple, Instant>,
+    since: HashMap<Connection, Instant>,
     /// Packets may have come that nothing was heard of; until the end of a deep sweep that has begun
     /// since.
     is_blind: bool,
@@ -90,14 +90,14 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         }
         for suspect in suspects.filter(|it| !it.is_translated && it.destroyed.is_none()) {
             if let Some(at) = suspect.at.and_then(crate::watch::exact_instant_of) {
-                self.in_place.since.entry(suspect.flow).or_insert(at);
+                self.in_place.since.entry(suspect.connection).or_insert(at);
             }
         }
     }
 
     /// What was called for has been looked at, but for what is looked at again in a moment.
     pub(super) fn forget_packets(&mut self) {
-        let waiting: HashSet<_> = self.open_look.lookups.iter().map(|it| it.flow).collect();
+        let waiting: HashSet<_> = self.open_look.lookups.iter().map(|it| it.connection).collect();
         self.in_place.since.retain(|flow, _| waiting.contains(flow));
     }
 
@@ -127,8 +127,9 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         let Some(quiet) = quiet.as_mut().filter(|_| !sockets.is_empty()) else {
             return Ok(vec![false; sockets.len()]);
         };
-        let asked =
-            |socket: &Socket| since.get(&socket.flow()).map(|since| (socket.flow(), *since));
+        let asked = |socket: &Socket| {
+            since.get(&socket.connection()).map(|since| (socket.connection(), *since))
+        };
         let Some(asked) = sockets.iter().map(asked).collect::<Option<Vec<_>>>() else {
             return Ok(vec![false; sockets.len()]);
         };
@@ -143,10 +144,12 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         let is_repaired = ledger.holds(&socket)
             && (socket.state == State::Established || ledger.hidden(&socket).is_some());
         let is_plain = |entry: &crate::conntrack::Entry| {
-            !entry.is_translated() && !entry.is_ours() && entry.reply == action.view.flow
+            !entry.is_translated()
+                && !entry.is_ours()
+                && entry.reply == action.view.connection.sent()
         };
         action.kind == ActionKind::Revive
-            && since.contains_key(&action.view.flow)
+            && since.contains_key(&action.view.connection)
             && action.view.entry.as_ref().is_some_and(is_plain)
             && action.template.zone == Zone::default()
             && !is_repaired

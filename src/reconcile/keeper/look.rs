@@ -133,7 +133,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         let left = self.looks.len().saturating_sub(LOOKS - part.len());
         part.extend(self.looks.drain(left..));
         let mut flows = HashSet::new();
-        part.retain(|lookup| flows.insert(lookup.flow));
+        part.retain(|lookup| flows.insert(lookup.connection));
         let looked = self.look_at_watched(&part, now, witness);
         if looked.is_err() {
             self.looks.append(&mut part);
@@ -197,14 +197,14 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
                 Some(socket) => {
                     let is_half_closed = socket.state != State::Established
                         && self.settings.policy.guards(&socket)
-                        && self.scope.contains(&self.settings.policy, view.flow);
+                        && self.scope.contains(&self.settings.policy, view.connection);
                     if is_half_closed || self.ledger.holds(&socket) {
                         let at = now + self.unseen_for(&view);
                         self.ledger.look_at(&socket, at);
                     }
                 }
                 // Its entry is still to be released.
-                None => self.ledger.look_at_flow(view.flow, now + SOON),
+                None => self.ledger.look_at_connection(view.connection, now + SOON),
             }
         }
     }

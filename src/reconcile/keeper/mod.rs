@@ -364,8 +364,9 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
     fn guarded(&mut self) -> Result<Vec<Socket>> {
         let policy = &self.settings.policy;
         let mut sockets = self.tables.sockets.sockets(policy.states)?;
-        sockets
-            .retain(|socket| policy.guards(socket) && self.scope.contains(policy, socket.flow()));
+        sockets.retain(|socket| {
+            policy.guards(socket) && self.scope.contains(policy, socket.connection())
+        });
         Ok(sockets)
     }
 
@@ -380,7 +381,8 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
     /// sweep knows.
     fn but_releases_of_others(&self, mut confirmed: Confirmed) -> Confirmed {
         confirmed.retain(|action| {
-            action.kind != ActionKind::Release || self.ledger.holds_flow(action.view.flow)
+            action.kind != ActionKind::Release
+                || self.ledger.holds_connection(action.view.connection)
         });
         confirmed
     }

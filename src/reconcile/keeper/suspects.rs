@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use super::{Keeper, Trigger, Witness, checks};
 use crate::conntrack::TcpState;
 use crate::error::Result;
-use crate::flow::FourTuple;
+use crate::flow::Connection;
 use crate::netlink::Transport;
 use crate::reconcile::plan::Action;
 use crate::reconcile::timers::Timer;
@@ -73,7 +73,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
     /// A conversation broke: they are looked at again one sweep interval later.
     pub fn suspects(
         &mut self,
-        suspects: HashMap<FourTuple, Suspect>,
+        suspects: HashMap<Connection, Suspect>,
         since: Instant,
         now: Instant,
         witness: &mut impl Witness,
@@ -92,8 +92,8 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         self.note_packets(suspects.values());
         // A held socket's device is known; any other's can be that of the packet.
         let lookup = |suspect: &Suspect| Lookup {
-            flow: suspect.flow,
-            interface: self.ledger.interface(suspect.flow).unwrap_or(suspect.interface),
+            connection: suspect.connection,
+            interface: self.ledger.interface(suspect.connection).unwrap_or(suspect.interface),
         };
         let lookups: Vec<_> = suspects.values().map(lookup).collect();
         let looked = self.look_at_suspects(&suspects, &lookups, since, now, witness);
@@ -106,7 +106,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
 
     fn look_at_suspects(
         &mut self,
-        suspects: &HashMap<FourTuple, Suspect>,
+        suspects: &HashMap<Connection, Suspect>,
         lookups: &[Lookup],
         since: Instant,
         now: Instant,
@@ -114,16 +114,16 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
     ) -> Result<()> {
         let snapshot = self.tables.exactly(lookups, &self.ledger)?;
         let recent: HashSet<_> =
-            self.second_look.lookups.iter().map(|lookup| lookup.flow).collect();
+            self.second_look.lookups.iter().map(|lookup| lookup.connection).collect();
         for view in snapshot.views.iter() {
             // What conntrack makes of it is not what the server has done: the next FIN would end it.
             if let Some(socket) = view.socket.filter(|it| it.state == State::Established)
-                && suspects.get(&view.flow).is_some_and(|suspect| suspect.is_spoofed)
+                && suspects.get(&view.connection).is_some_and(|suspect| suspect.is_spoofed)
                 && let Some((_, TcpState::FinWait | TcpState::CloseWait)) = view.entry_side()
             {
                 self.ledger.distrust(&socket);
             }
-            let destroyed = suspects.get(&view.flow).map(|suspect| suspect.destroyed);
+            let destroyed = suspects.get(&view.connection).map(|suspect| suspect.destroyed);
             match (view.socket, destroyed) {
                 // A destroyed entry is known from its last event alone.
                 (Some(socket), Some(Some(entry))) if self.ledger.last_entry(&socket).is_none() => {
@@ -131,7 +131,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
                 }
                 // Perhaps it closed the entry in the midst of its repair.
                 (Some(socket), Some(None))
-                    if recent.contains(&view.flow)
+                    if recent.contains(&view.connection)
                         && self.ledger.holds(&socket)
                         && self.ledger.hidden(&socket) != Some(Hidden::FinsAndRsts) =>
                 {

@@ -102,7 +102,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         is_beside: bool,
         now: Instant,
     ) -> Result<Sweep> {
-        let held = self.ledger.held().flat_map(|held| [held.orig, held.lookup.flow]);
+        let held = self.ledger.held().flat_map(|held| [held.orig, held.lookup.connection.sent()]);
         let narrowed = self.recounter.as_mut().map(|it| it.narrow_hidden(held, now));
         let (table, maximum, transition) = self.weigh(now)?;
         let hidden = narrowed.and_then(Result::err);
@@ -205,7 +205,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             .views
             .iter()
             .filter(|view| view.socket.is_some())
-            .map(|view| view.flow.src.port())
+            .map(|view| view.connection.local.port())
             .collect();
         self.former_listeners.retain(|port| alive.contains(port) || listening.contains(port));
     }
