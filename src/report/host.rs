@@ -14,7 +14,7 @@ use crate::error::Result;
 use crate::firewall::{Family, read_legacy};
 use crate::flow::{AF_INET, AF_INET6};
 use crate::host::sysctl;
-use crate::sockdiag::{SockDiag, Socket, States};
+use crate::sockdiag::{SockDiag, States};
 
 /// Connections of each table that a report has at most: some 8 MB. Of more each so-manieth.
 const CONNECTIONS: usize = 20_000;
