@@ -24,7 +24,7 @@ const LAYERS: [&[&str]; 11] = [
 ];
 
 /// Values and decisions: no clock, no I/O, no log.
-const PURE: [&str; 31] = [
+const PURE: [&str; 32] = [
     "flow.rs",
     "audit/survey.rs",
     "conntrack/decode.rs",
@@ -52,6 +52,7 @@ const PURE: [&str; 31] = [
     "sockdiag/decode.rs",
     "sockdiag/silence.rs",
     "sockdiag/socket.rs",
+    "reconcile/groups.rs",
     "reconcile/ledger.rs",
     "reconcile/plan.rs",
     "reconcile/policy.rs",

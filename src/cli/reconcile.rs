@@ -1,7 +1,6 @@
 //! `ctkeep reconcile`: one repair pass.
 
 use std::collections::HashSet;
-use std::net::IpAddr;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -16,6 +15,7 @@ use crate::error::Result;
 use crate::firewall::Hook;
 use crate::firewall::limits::LimitRule;
 use crate::firewall::lists::Lists;
+use crate::flow::Connection;
 use crate::host::random;
 use crate::reconcile::apply::Outcome;
 use crate::reconcile::checks::{Checked, Counted};
@@ -27,6 +27,7 @@ use crate::reconcile::pressure::Defence;
 use crate::reconcile::snapshot::View;
 use crate::recount::{Mode, Recounter};
 use crate::sockdiag::Socket;
+use crate::watch::rules::{Heard, RuleEvents};
 
 /// Beside the daemon's own, which may be there.
 pub(super) const DEVICE: &str = "ctkeep1";
@@ -44,10 +45,10 @@ pub(super) struct Done {
 }
 
 impl Done {
-    /// What a limit said of this source at last.
-    pub(super) fn counted(&self, source: IpAddr) -> Counted {
-        let of_source = |one: &&Checked| one.net.contains(&source);
-        self.checked.iter().rev().find(of_source).map_or(Counted::Unknown, |one| one.counted)
+    /// What limits said at last of this connection's source, at this endpoint.
+    fn counted(&self, of: Connection) -> Counted {
+        let is_it = |one: &&Checked| (one.source, one.local) == (of.remote.addr(), of.local);
+        self.checked.iter().rev().find(is_it).map_or(Counted::Unknown, |one| one.counted)
     }
 }
 
@@ -93,11 +94,13 @@ pub(super) fn run(args: &Reconcile) -> Result<Exit> {
 /// One deep sweep, and how many open connections it left alone for want of evidence.
 fn pass(args: &Reconcile, policy: &Policy) -> Result<(Done, usize)> {
     let now = Instant::now();
+    // Before they are read, so that no change is between the two.
+    let mut events = RuleEvents::open()?;
     let lists = Lists::read(None).unwrap_or_default();
     let mut keeper = keeper(policy, args.recount, args.dry_run, &lists, now)?;
     let mut done = Done::default();
     let sweep = keeper.sweep(Depth::Deep, now, &mut done)?;
-    make_sure(&mut keeper, &mut done)?;
+    make_sure(&mut keeper, &mut events, &mut done)?;
     done.outcomes.sort_by_key(|outcome| outcome.action.view.connection);
     done.planned.sort_by_key(|action| action.view.connection);
     let (_, scope, policy, ledger) = keeper.parts();
@@ -129,19 +132,28 @@ pub(super) fn keeper(
     tables.tracking = lists.tracking().map(Arc::new);
     let defence = Defence::Auto;
     let mut keeper = Keeper::new(tables, recounter, settings, defence, now, random::bits)?;
-    let is_of_here = |rule: &&LimitRule| matches!(rule.hook, Hook::Prerouting | Hook::Input);
-    keeper.know_limits(lists.limits().filter(is_of_here).cloned());
+    let is_of_here = |rule: &LimitRule| matches!(rule.hook, Hook::Prerouting | Hook::Input);
+    keeper.know_limits(lists.limited(is_of_here));
     Ok(keeper)
 }
 
 /// Asks the limits that are reached whether they count what was shown to them, and shows them again
 /// what they do not, for a while.
-pub(super) fn make_sure(keeper: &mut Keeper, done: &mut Done) -> Result<()> {
+pub(super) fn make_sure(
+    keeper: &mut Keeper,
+    events: &mut RuleEvents,
+    done: &mut Done,
+) -> Result<()> {
     let end = Instant::now() + PATIENCE;
+    let mut heard = Heard::default();
+    let mut as_read = || {
+        heard.add(events.drain("ctkeep")?);
+        Ok(heard.leaves_rules())
+    };
     let mut again = Done::default();
     while let Some(due) = keeper.next_check().filter(|due| *due < end) {
         thread::sleep(due.saturating_duration_since(Instant::now()));
-        keeper.check(Instant::now(), &mut again)?;
+        keeper.check(Instant::now(), &mut as_read, &mut again)?;
         while let Some(due) = keeper.next_recount() {
             thread::sleep(due.saturating_duration_since(Instant::now()));
             keeper.recount(Instant::now(), &mut again)?;
@@ -184,7 +196,7 @@ fn print(args: &Reconcile, netns: &str, done: &Done) -> Result<()> {
 }
 
 fn result_text(outcome: &Outcome, done: &Done) -> String {
-    let counted = done.counted(outcome.action.view.connection.remote.addr());
+    let counted = done.counted(outcome.action.view.connection);
     match (&outcome.result, &outcome.recount) {
         (Err(error), _) => error.cause.to_string(),
         (Ok(()), Some(Err(error))) => format!("done, not recounted: {}", error.cause),

@@ -22,6 +22,7 @@ use crate::reconcile::keeper::Depth;
 use crate::reconcile::policy::Policy;
 use crate::reconcile::snapshot::View;
 use crate::reconcile::uncounted;
+use crate::watch::rules::RuleEvents;
 
 /// Sources whose limits are asked at the end, a tenth of a second each.
 const SOURCES: usize = 100;
@@ -77,6 +78,8 @@ pub(super) fn run(args: &Recount) -> Result<Exit> {
 /// then every other connection that a limit is for.
 fn pass(args: &Recount, policy: &Policy) -> Result<(Done, Vec<LimitRule>, Vec<String>)> {
     let now = Instant::now();
+    // Before they are read, so that no change is between the two.
+    let mut events = RuleEvents::open()?;
     let lists = Lists::read(None)?;
     let of_here =
         |rule: &&LimitRule| matches!(rule.hook, Hook::Prerouting | Hook::Input | Hook::Forward);
@@ -93,7 +96,7 @@ fn pass(args: &Recount, policy: &Policy) -> Result<(Done, Vec<LimitRule>, Vec<St
         thread::sleep(due.saturating_duration_since(Instant::now()));
         keeper.recount(Instant::now(), &mut done)?;
     }
-    make_sure(&mut keeper, &mut done)?;
+    make_sure(&mut keeper, &mut events, &mut done)?;
     done.outcomes.retain(|outcome| outcome.action.kind.needs_recount());
     done.planned.retain(|action| action.kind.needs_recount());
     done.outcomes.sort_by_key(|outcome| outcome.action.view.connection);

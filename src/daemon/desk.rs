@@ -459,15 +459,22 @@ impl Witness for Desk<'_> {
 
     fn checked(&mut self, checked: Checked) {
         self.share.checked(checked.counted);
-        let Checked { net, limit, held, counted, again } = checked;
+        let Checked { source, local, limit, held, counted, why, again } = checked;
         match (counted, again) {
-            (Counted::Yes, _) => {
-                line!(self.lines.fits("recounted"), info, source = %net, limit, held, "recounted");
-            }
+            (Counted::Yes, _) => line!(
+                self.lines.fits("recounted"),
+                info,
+                %source,
+                %local,
+                limit,
+                held,
+                "recounted"
+            ),
             (Counted::No, Some(again)) => line!(
                 self.lines.fits("not counted"),
                 warn,
-                source = %net,
+                %source,
+                %local,
                 limit,
                 held,
                 ?again,
@@ -476,7 +483,8 @@ impl Witness for Desk<'_> {
             (Counted::No, None) => line!(
                 self.lines.fits("never counted"),
                 warn,
-                source = %net,
+                %source,
+                %local,
                 limit,
                 held,
                 "the limit does not count them, however often they were shown"
@@ -484,9 +492,10 @@ impl Witness for Desk<'_> {
             (Counted::Unknown, _) => line!(
                 self.lines.fits("unknown"),
                 info,
-                source = %net,
+                %source,
+                %local,
                 limit,
-                held,
+                why,
                 "sent, and the limit could not be asked"
             ),
         }

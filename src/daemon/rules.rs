@@ -9,7 +9,7 @@ use super::threads::cpu_time;
 use crate::error::Result;
 use crate::firewall::Hook;
 use crate::firewall::limits::LimitRule;
-use crate::firewall::lists::{Anew, Lists, Loss, Since};
+use crate::firewall::lists::{Anew, Limited, Lists, Loss, Since};
 use crate::firewall::tracking::Tracking;
 use crate::watch::rules::{Heard, RuleEvents};
 
@@ -103,9 +103,18 @@ impl Rules {
         self.spare.spend(cost, now);
     }
 
-    /// The limits that count these sockets.
-    pub(super) fn limits(&self) -> impl Iterator<Item = &LimitRule> {
-        self.lists.limits().filter(|rule| self.is_of_these(rule.hook))
+    /// The limits that count these sockets, and all rules.
+    pub(super) fn limited(&self) -> Limited {
+        self.lists.limited(|rule| self.is_of_these(rule.hook))
+    }
+
+    /// Whether the rules of nf_tables are those that were read last, as far as the kernel has said by now.
+    ///
+    /// # Errors
+    /// A source is broken.
+    pub(super) fn are_as_read(&mut self, now: Instant) -> Result<bool> {
+        self.hear(now)?;
+        Ok(self.heard.leaves_rules())
     }
 
     /// All limits, where all are known and no rule closes entries by itself.

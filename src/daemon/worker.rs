@@ -280,7 +280,10 @@ impl<'p> Worker<'p> {
             return Ok(());
         }
         let worked = cpu_time();
-        let checked = self.keeper.check(began, &mut self.desk);
+        let rules = &mut self.rules;
+        let mut as_read =
+            || rules.as_mut().map_or(Ok(true), |rules| rules.are_as_read(Instant::now()));
+        let checked = self.keeper.check(began, &mut as_read, &mut self.desk);
         let cost = cpu_time().saturating_sub(worked);
         self.keeper.no_questions_before(Instant::now() + cost * CHECKS);
         self.desk.uncounted(self.keeper.ledger().uncounted_sockets());
@@ -474,7 +477,7 @@ impl<'p> Worker<'p> {
 
 /// Has the keeper go by the rules as they are.
 fn know_rules(keeper: &mut Keeper, rules: &Rules) {
-    keeper.know_limits(rules.limits().cloned());
+    keeper.know_limits(rules.limited());
     keeper.know_all_limits(rules.all_limits());
     keeper.tables.tracking = rules.tracking();
 }

@@ -4,11 +4,13 @@
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ipnet::IpNet;
-
-use crate::firewall::limits::{Key, LimitRule};
+use crate::firewall::limits::LimitRule;
+use crate::firewall::lists::Limited;
+use crate::flow::Endpoint;
+use crate::sockdiag::Socket;
 
 /// From a recount to the question: the repairs of one burst are asked for together.
 const FIRST: Duration = Duration::from_millis(20);
@@ -59,14 +61,18 @@ impl fmt::Display for Counted {
 /// One answer.
 #[derive(Clone, Debug)]
 pub struct Checked {
-    /// Whose connections the limit counts together.
-    pub net: IpNet,
-    /// The limit, in words.
-    pub limit: String,
-    /// How many connections they hold.
+    /// For whose connections.
+    pub source: IpAddr,
+    /// And to which endpoint of this host.
+    pub local: Endpoint,
+    /// The limit, in words; `None` where it is not known which one answers.
+    pub limit: Option<String>,
+    /// How many connections it counts together with them.
     pub held: usize,
     /// What it said.
     pub counted: Counted,
+    /// Why that is not known.
+    pub why: Option<String>,
     /// When it is tried again; `None` where it is not.
     pub again: Option<Duration>,
 }
@@ -85,36 +91,32 @@ struct Check {
 /// What waits to be asked.
 #[derive(Clone, Debug, Default)]
 pub struct Checks {
-    limits: Vec<LimitRule>,
-    /// Those that tell of what exceeds them.
-    telling: Vec<LimitRule>,
+    known: Arc<Limited>,
     sources: HashMap<IpAddr, Check>,
-    /// Limits whose lists may be younger than what is open, each with a source to ask for.
-    samples: VecDeque<(LimitRule, IpAddr)>,
+    /// Limits whose lists may be younger than what is open, each with a connection to ask for.
+    samples: VecDeque<(LimitRule, Socket)>,
 }
 
 impl Checks {
-    /// These limits can be asked: those that count by source, or all together, and do not tell of what
-    /// exceeds them.
-    pub fn know(&mut self, limits: impl Iterator<Item = LimitRule>) {
-        let limits = limits.filter(|rule| prefix(rule).is_some());
-        (self.telling, self.limits) = limits.partition(|rule| rule.tells);
+    /// These limits count what is guarded here.
+    pub fn know(&mut self, known: Limited) {
+        self.known = Arc::new(known);
         self.samples.clear();
     }
 
-    /// The limits that tell of what exceeds them: nothing of ours may.
-    pub fn telling(&self) -> &[LimitRule] {
-        &self.telling
+    /// The limits, and their rules.
+    pub fn known(&self) -> Arc<Limited> {
+        self.known.clone()
     }
 
-    /// The limits that can be asked.
-    pub fn limits(&self) -> &[LimitRule] {
-        &self.limits
+    /// Whether limits tell of what exceeds them: nothing of ours may.
+    pub fn are_told_of(&self) -> bool {
+        self.known.limits.iter().any(|rule| rule.tells)
     }
 
     /// Connections of this source were shown to limits.
     pub fn shown(&mut self, source: IpAddr, now: Instant) {
-        if self.limits.is_empty() {
+        if self.known.limits.is_empty() {
             return;
         }
         if self.sources.len() >= SOURCES {
@@ -186,13 +188,18 @@ impl Checks {
         (Some(pause), (from..from + fewer).map(|place| place % held).collect())
     }
 
-    /// These sources are to be asked for, each for the sake of a limit.
-    pub fn sample(&mut self, samples: impl IntoIterator<Item = (LimitRule, IpAddr)>) {
+    /// This source is not asked for again: nothing would come of it.
+    pub fn give_up(&mut self, source: IpAddr) {
+        self.sources.remove(&source);
+    }
+
+    /// These connections are to be asked for, each for the sake of a limit.
+    pub fn sample(&mut self, samples: impl IntoIterator<Item = (LimitRule, Socket)>) {
         self.samples.extend(samples);
     }
 
     /// The next of them.
-    pub fn next_sample(&mut self) -> Option<(LimitRule, IpAddr)> {
+    pub fn next_sample(&mut self) -> Option<(LimitRule, Socket)> {
         self.samples.pop_front()
     }
 
@@ -205,15 +212,4 @@ impl Checks {
     pub fn drop_samples(&mut self, limit: &LimitRule) {
         self.samples.retain(|(other, _)| other.place() != limit.place());
     }
-}
-
-/// Prefix length of the sources whose connections a limit counts together.
-fn prefix(rule: &LimitRule) -> Option<u8> {
-    if rule.limit.key == Key::All { Some(0) } else { rule.source_prefix() }
-}
-
-/// Whose connections a limit counts together with those of this source.
-pub fn net(rule: &LimitRule, source: IpAddr) -> Option<IpNet> {
-    let bits = prefix(rule)?.min(if source.is_ipv4() { 32 } else { 128 });
-    IpNet::new(source, bits).ok().map(|net| net.trunc())
 }

@@ -11,6 +11,7 @@ pub mod checks;
 pub mod confirm;
 pub mod deciding;
 pub mod evidence;
+pub mod groups;
 pub mod keeper;
 pub mod ledger;
 pub mod observe;

@@ -19,11 +19,12 @@ mod trace;
 mod trial;
 
 use std::fmt;
+use std::net::IpAddr;
 use std::time::Instant;
 
 use crate::conntrack::Entry;
-use crate::error::Result;
-use crate::flow::FourTuple;
+use crate::error::{Cause, Error, Op, Result};
+use crate::flow::{Endpoint, FourTuple};
 
 pub use ingress::tap;
 pub use probe::{Asked, Question, Room};
@@ -184,25 +185,39 @@ pub trait Recount {
     /// The kernel refuses; what could not be taken out is tried again at the next call.
     fn narrow_hidden(&mut self, held: impl Iterator<Item = FourTuple>, now: Instant) -> Result<()>;
 
-    /// Asks whether one more connection would be let in, by a probe; `None` where that cannot be
-    /// asked.
+    /// The name and number of the device that packets of this client come in by, where that is known.
     ///
     /// # Errors
     /// A broken conversation.
-    fn ask(&mut self, question: Question, now: Instant) -> Result<Option<Asked>> {
-        let _ = (question, now);
+    fn interface(&mut self, client: IpAddr, server: IpAddr) -> Result<Option<(String, u32)>> {
+        let _ = (client, server);
         Ok(None)
     }
 
-    /// Asks how many more would be let in, at most `most`; `None` where that cannot be asked.
+    /// Asks whether one more connection would be let in, by a probe.
     ///
     /// # Errors
-    /// A broken conversation.
-    fn room(&mut self, question: Question, most: u32, now: Instant) -> Result<Option<Room>> {
-        let _ = (question, most, now);
-        Ok(None)
+    /// It cannot be asked, or a conversation broke.
+    fn ask(&mut self, question: Question, now: Instant) -> Result<Asked> {
+        let _ = now;
+        Err(unasked(question))
+    }
+
+    /// Asks how many more would be let in, at most `most`.
+    ///
+    /// # Errors
+    /// It cannot be asked, or a conversation broke.
+    fn room(&mut self, question: Question, most: u32, now: Instant) -> Result<Room> {
+        let _ = (most, now);
+        Err(unasked(question))
     }
 
     /// Forgets what the kernel can be asked for again: how addresses are reached.
     fn refresh(&mut self, now: Instant);
+}
+
+fn unasked(question: Question) -> Error {
+    let op =
+        Op::on("ask the limit", FourTuple::new(Endpoint::new(question.client, 0), question.server));
+    op.failed(Cause::Unavailable("nothing here asks".to_owned()))
 }

@@ -92,7 +92,8 @@ pub enum Room {
 #[derive(Debug)]
 pub(super) struct Asking {
     table: Table,
-    tracer: Tracer,
+    /// What reports the ways of probes; or why nothing does.
+    tracer: std::result::Result<Tracer, String>,
     conntrack: Conntrack,
     /// Whose lists may still have a probe, since when; a few at most, as older ones go.
     recent: HashMap<IpAddr, Instant>,
@@ -143,8 +144,19 @@ impl Asking {
         let layout = TableSpec { sets: vec![arrived], chains: chains.into() };
         let table = Table::create(&format!("{name}-ask"), &layout)?;
         let next = u16::try_from(random::bits() % u64::from(PORTS)).unwrap_or(0);
-        let (tracer, conntrack) = (Tracer::open(name, marks)?, Conntrack::open()?);
+        // Whether a probe arrives is known without it.
+        let tracer = Tracer::open(name, marks)
+            .map_err(|error| format!("the ways of probes are not reported: {error}"));
+        let conntrack = Conntrack::open()?;
         Ok(Self { table, tracer, conntrack, recent: HashMap::new(), next })
+    }
+
+    /// The way of the last probe.
+    fn trace(&mut self) -> Result<Trace> {
+        match &mut self.tracer {
+            Ok(tracer) => tracer.read(),
+            Err(why) => Ok(Trace { lacks: Some(why.clone()), ..Trace::default() }),
+        }
     }
 
     /// Whether the probe from this port got behind all rules.
@@ -178,11 +190,11 @@ impl Recounter {
         let way = self.way_of(question, now)?;
         self.asking()?.await_forgotten(question.client, now);
         let port = self.unused_port_by(&way)?;
-        self.asking()?.tracer.read()?;
+        self.asking()?.trace()?;
         if self.probe(&way, port)? {
             return Ok(Asked::LetIn);
         }
-        self.asking()?.tracer.read().map(Asked::Stopped)
+        self.asking()?.trace().map(Asked::Stopped)
     }
 
     /// How many more connections would be let in; no more than `most` are tried.
@@ -223,9 +235,9 @@ impl Recounter {
         keeping: &mut Vec<Entry>,
     ) -> Result<Option<Trace>> {
         for port in ports {
-            self.asking()?.tracer.read()?;
+            self.asking()?.trace()?;
             if !self.probe(way, *port)? {
-                return self.asking()?.tracer.read().map(Some);
+                return self.asking()?.trace().map(Some);
             }
             let flow =
                 FourTuple::new(Endpoint::new(way.question.client, *port), way.question.server);

@@ -18,12 +18,16 @@ use super::{
 use crate::conntrack::Entry;
 use crate::error::{Cause, Error, Op, Result};
 use crate::flow::FourTuple;
+use crate::rtnetlink::link::links;
 use crate::rtnetlink::neighbour::Neighbours;
 use crate::rtnetlink::route::{Destination, Routes};
 
 /// Addresses whose destination is remembered between two refreshes: all clients of a busy host,
 /// in some 5 MiB.
 const REMEMBERED: usize = 65_536;
+
+/// `LOOPBACK_IFINDEX`: the same in every namespace.
+const LOOPBACK: u32 = 1;
 
 /// For so long after its last use the reply filter stays, and costs every packet a little.
 const FILTER_REST: Duration = Duration::from_secs(60);
@@ -74,6 +78,8 @@ pub struct Recounter {
     routes: Routes,
     neighbours: Neighbours,
     remembered: HashMap<(IpAddr, Option<IpAddr>), Hop>,
+    /// Of devices, by their numbers.
+    names: HashMap<u32, String>,
     budget: Budget,
     tried: Vec<Tried>,
     /// Opened at the first question.
@@ -115,6 +121,7 @@ impl Recounter {
             routes: Routes::open()?,
             neighbours: Neighbours::open()?,
             remembered: HashMap::new(),
+            names: HashMap::new(),
             budget: Budget::new(now),
             tried: Vec::new(),
             asking: None,
@@ -437,26 +444,30 @@ impl Recount for Recounter {
         filter.show_again(&over)
     }
 
-    fn ask(&mut self, question: Question, now: Instant) -> Result<Option<Asked>> {
-        if_available(Self::ask(self, question, now))
+    fn interface(&mut self, client: IpAddr, server: IpAddr) -> Result<Option<(String, u32)>> {
+        let index = match self.hop(client, Some(server))? {
+            Hop::Local => LOOPBACK,
+            Hop::Entrance(entrance) => entrance.interface,
+            Hop::Unreachable => return Ok(None),
+        };
+        if !self.names.contains_key(&index) {
+            self.names = links()?.into_iter().map(|link| (link.index, link.name)).collect();
+        }
+        Ok(self.names.get(&index).map(|name| (name.clone(), index)))
     }
 
-    fn room(&mut self, question: Question, most: u32, now: Instant) -> Result<Option<Room>> {
-        if_available(Self::room(self, question, most, now))
+    fn ask(&mut self, question: Question, now: Instant) -> Result<Asked> {
+        Self::ask(self, question, now)
+    }
+
+    fn room(&mut self, question: Question, most: u32, now: Instant) -> Result<Room> {
+        Self::room(self, question, most, now)
     }
 
     fn refresh(&mut self, now: Instant) {
         self.remembered.clear();
+        self.names.clear();
         self.budget.prune(now);
-    }
-}
-
-/// Loopback alone, a client of this host, no nf_tables: it cannot be asked.
-fn if_available<A>(answer: Result<A>) -> Result<Option<A>> {
-    match answer {
-        Ok(answer) => Ok(Some(answer)),
-        Err(error) if error.is_unavailable() => Ok(None),
-        Err(error) => Err(error),
     }
 }
 

@@ -24,6 +24,8 @@ const HEADER: usize = 4;
 pub struct Trace {
     /// The rules that took it on, and the policies, in their order.
     pub steps: Vec<Step>,
+    /// Why nothing is reported.
+    pub lacks: Option<String>,
 }
 
 /// A rule or policy that a packet met.
@@ -80,7 +82,7 @@ impl Tracer {
             Ok(())
         })?;
         steps.retain(|step: &Step| !step.table.starts_with("ctkeep"));
-        Ok(Trace { steps })
+        Ok(Trace { steps, lacks: None })
     }
 }
 

@@ -34,12 +34,22 @@ pub type RuleKey = (u8, String, u64);
 pub struct Lists {
     nft: Vec<(LimitRule, Identity)>,
     legacy: Vec<(Family, Saved, Vec<LimitRule>)>,
-    /// The chains of nf_tables, and those of iptables-legacy, where some bear on tracking.
-    on_tracking: [Vec<Chain>; 2],
+    /// The chains of nf_tables, and those of iptables-legacy, where there are limits, or some bear on
+    /// tracking.
+    chains: [Vec<Chain>; 2],
     /// Of nf_tables and of iptables-legacy: whether a limit could not be read, or a rule may reset a
     /// connection that is open.
     is_unclear: [bool; 2],
     unread: Vec<String>,
+}
+
+/// Limits, and the rules that they stand among.
+#[derive(Clone, Debug, Default)]
+pub struct Limited {
+    /// All rules; none where there are no limits.
+    pub rules: Ruleset,
+    /// The limits that are meant.
+    pub limits: Vec<LimitRule>,
 }
 
 /// What has been heard of since the lists were read before.
@@ -118,17 +128,13 @@ impl Lists {
     /// [`Lists::unread`].
     pub fn read(known: Option<&Self>) -> Result<Self> {
         let mut this = match known {
-            Some(Self { nft, on_tracking: [chains, _], is_unclear: [nft_unclear, _], .. }) => {
-                let on_tracking = [chains.clone(), Vec::new()];
+            Some(Self { nft, chains: [chains, _], is_unclear: [nft_unclear, _], .. }) => {
+                let chains = [chains.clone(), Vec::new()];
                 let is_unclear = [*nft_unclear, false];
-                Self { nft: nft.clone(), on_tracking, is_unclear, ..Self::default() }
+                Self { nft: nft.clone(), chains, is_unclear, ..Self::default() }
             }
-            None => {
-                let op = Op::new("open nftables netlink");
-                read_nft(&mut Conversation::new(KernelSocket::open(op, NETLINK_NETFILTER)?))?
-            }
+            None => open_and_read_nft()?,
         };
-        let mut saved_chains = Vec::new();
         for family in [Family::Ip, Family::Ip6] {
             match Saved::read(family) {
                 Ok(None) => {}
@@ -137,19 +143,49 @@ impl Lists {
                     let ruleset = Ruleset { chains, unread: Vec::new() };
                     let (limits, is_unclear) = limits(&ruleset);
                     this.is_unclear[1] |= is_unclear;
-                    this.legacy.push((family, saved, limits));
-                    saved_chains.extend(ruleset.chains);
+                    this.legacy.push((family, saved, at(limits, this.chains[1].len())));
+                    this.chains[1].extend(ruleset.chains);
                 }
                 Err(what) => this.unread.push(what),
             }
         }
-        this.on_tracking[1] = if_on_tracking(saved_chains);
+        let is_limited = this.limits().next().is_some();
+        if is_limited && known.is_some_and(|known| known.limits().next().is_none()) {
+            // These were not kept.
+            let nft = open_and_read_nft()?;
+            (this.nft, this.is_unclear[0]) = (nft.nft, nft.is_unclear[0]);
+            let [chains, _] = nft.chains;
+            this.chains[0] = chains;
+        }
+        for chains in &mut this.chains {
+            // Most hosts have nothing that bears on tracking: their rules are not kept.
+            if !is_limited && !chains.iter().any(bears_on_tracking) {
+                *chains = Vec::new();
+            }
+        }
         Ok(this)
+    }
+
+    /// Those limits that are `wanted`, with all rules.
+    pub fn limited(&self, wanted: impl Fn(&LimitRule) -> bool) -> Limited {
+        if self.limits().next().is_none() {
+            return Limited::default();
+        }
+        let of_nft = self.nft.iter().map(|(rule, _)| rule.clone());
+        let of_legacy = self.legacy.iter().flat_map(|(_, _, rules)| rules.iter().cloned());
+        let all = of_nft.chain(at(of_legacy.collect(), self.chains[0].len()));
+        let rules = Ruleset {
+            chains: self.chains.iter().flatten().cloned().collect(),
+            unread: self.unread.clone(),
+        };
+        Limited { rules, limits: all.filter(wanted).collect() }
     }
 
     /// The rules that say which connections conntrack does not see; `None` where it sees all.
     pub fn tracking(&self) -> Option<Tracking> {
-        Tracking::of(self.on_tracking.iter().flatten().cloned())
+        let mut chains = self.chains.iter().flatten();
+        chains.any(bears_on_tracking).then_some(())?;
+        Tracking::of(self.chains.iter().flatten().cloned())
     }
 
     /// All limits.
@@ -202,6 +238,11 @@ impl Lists {
     }
 }
 
+fn open_and_read_nft() -> Result<Lists> {
+    let op = Op::new("open nftables netlink");
+    read_nft(&mut Conversation::new(KernelSocket::open(op, NETLINK_NETFILTER)?))
+}
+
 fn read_nft<T: Transport>(conversation: &mut Conversation<T>) -> Result<Lists> {
     for _ in 0..ATTEMPTS {
         let numbers = Numbers::read(conversation)?;
@@ -216,8 +257,8 @@ fn read_nft<T: Transport>(conversation: &mut Conversation<T>) -> Result<Lists> {
             let (limits, is_unclear) = limits(&ruleset);
             let nft = limits.into_iter().map(known).collect();
             let is_unclear = [is_unclear, false];
-            let on_tracking = [if_on_tracking(ruleset.chains), Vec::new()];
-            return Ok(Lists { nft, on_tracking, is_unclear, ..Lists::default() });
+            let chains = [ruleset.chains, Vec::new()];
+            return Ok(Lists { nft, chains, is_unclear, ..Lists::default() });
         }
     }
     Err(Op::new("read nft rules").failed(Cause::Interrupted { attempts: ATTEMPTS }))
@@ -237,9 +278,10 @@ fn may_reset(chains: &[Chain]) -> bool {
     chains.iter().any(|chain| chain.rules.iter().any(resets))
 }
 
-/// Most hosts have nothing that bears on tracking: their rules are not kept.
-fn if_on_tracking(chains: Vec<Chain>) -> Vec<Chain> {
-    if chains.iter().any(bears_on_tracking) { chains } else { Vec::new() }
+/// The limits, where so many chains stand before theirs.
+fn at(mut limits: Vec<LimitRule>, before: usize) -> Vec<LimitRule> {
+    limits.iter_mut().for_each(|rule| rule.at.chain += before);
+    limits
 }
 
 /// Whether the same packets reach a limit.

@@ -1,6 +1,6 @@
 //! Limits are asked whether they count: after a recount, and at the start.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
@@ -10,17 +10,22 @@ use super::{Keeper, Witness};
 use crate::conntrack::Zone;
 use crate::error::Result;
 use crate::firewall::limits::LimitRule;
-use crate::firewall::lists::{Anew, Loss};
+use crate::firewall::lists::{Anew, Limited, Loss};
+use crate::firewall::packet::{Interface, Syn};
+use crate::flow::{Connection, Endpoint};
 use crate::netlink::Transport;
 use crate::reconcile::apply::Outcome;
-use crate::reconcile::checks::{Checked, Counted, net};
+use crate::reconcile::checks::{Checked, Counted};
 use crate::reconcile::deciding::{limit_of, question};
+use crate::reconcile::evidence::Arrival;
+use crate::reconcile::groups::{Group, Groups, Member};
 use crate::reconcile::plan::Action;
+use crate::reconcile::snapshot::View;
 use crate::reconcile::timers::Timer;
-use crate::recount::{Asked, Question, Recount, Room};
+use crate::recount::{Asked, Recount, Room};
 use crate::sockdiag::{Cookie, Lookup, Socket};
 
-/// Sources that are asked for at the start, for each limit.
+/// Groups of connections that are asked for at the start, for each limit.
 const SAMPLES: usize = 4;
 /// What happens at the start shows itself by then.
 const AT_START: Duration = Duration::from_millis(500);
@@ -28,11 +33,48 @@ const AT_START: Duration = Duration::from_millis(500);
 pub(super) const QUIET: Duration = Duration::from_secs(1);
 /// Room of a sample that is counted at most: each probe in it takes a place for some milliseconds.
 const MOST: u32 = 64;
+/// Endpoints of this host that are asked for on behalf of one source.
+const ENDPOINTS: usize = 4;
+
+/// Says whether the rules are still those that the limits were found in.
+pub type AsRead<'a> = &'a mut dyn FnMut() -> Result<bool>;
+
+/// What was said for the sake of one source's connections to one endpoint.
+struct Answer<'r> {
+    local: Endpoint,
+    rule: Option<&'r LimitRule>,
+    held: Vec<Socket>,
+    counted: Counted,
+    why: Option<String>,
+    /// Another question would get no other answer.
+    is_final: bool,
+}
+
+impl Answer<'_> {
+    /// Those come first that something is to be done about.
+    fn urgency(&self) -> u8 {
+        match (self.counted, self.is_final) {
+            (Counted::No, _) => 3,
+            (Counted::Unknown, false) => 2,
+            (Counted::Yes, _) => 1,
+            (Counted::Unknown, true) => 0,
+        }
+    }
+}
+
+/// A limit that is reached, and what it counts.
+struct Reached<'r> {
+    rule: &'r LimitRule,
+    limit: usize,
+    held: Vec<Socket>,
+    /// So many of them count for sure.
+    sure: usize,
+}
 
 impl<T: Transport, R: Recount> Keeper<T, R> {
-    /// These limits count what is guarded here, and can be asked.
-    pub fn know_limits(&mut self, limits: impl Iterator<Item = LimitRule>) {
-        self.checks.know(limits);
+    /// These limits count what is guarded here.
+    pub fn know_limits(&mut self, known: Limited) {
+        self.checks.know(known);
     }
 
     /// Has the lists of all limits tried: they may be younger than what is open. Nothing is changed
@@ -41,19 +83,27 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
     /// # Errors
     /// The kernel refused to list its sockets.
     pub fn doubt_limits(&mut self, now: Instant) -> Result<()> {
+        let known = self.checks.known();
+        let mut groups = Groups::new(&known);
         let sockets = self.guarded()?;
-        for rule in self.checks.limits().to_vec() {
-            let mut held: HashMap<IpNet, (usize, IpAddr)> = HashMap::new();
-            for socket in sockets.iter().filter(|socket| is_for(&rule, socket)) {
-                if let Some(net) = net(&rule, socket.remote.addr()) {
-                    held.entry(net).or_insert((0, socket.remote.addr())).0 += 1;
+        let mut held: HashMap<Group, (usize, &LimitRule, Socket)> = HashMap::new();
+        for socket in &sockets {
+            let syn = self.syn(socket.connection(), None, &groups)?;
+            for member in groups.of(&syn).iter() {
+                if let Some(group) = &member.group {
+                    held.entry(group.clone()).or_insert((0, member.rule, *socket)).0 += 1;
                 }
             }
-            let mut all: Vec<_> = held.into_values().collect();
-            all.sort_unstable_by(|one, other| other.cmp(one));
-            let samples = all.into_iter().take(SAMPLES);
-            self.checks.sample(samples.map(|(_, source)| (rule.clone(), source)));
         }
+        let mut all: Vec<_> = held.into_values().collect();
+        all.sort_unstable_by_key(|(held, _, socket)| (usize::MAX - held, socket.cookie));
+        let mut taken: HashMap<String, usize> = HashMap::new();
+        all.retain(|(_, rule, _)| {
+            let taken = taken.entry(rule.place()).or_default();
+            *taken += 1;
+            *taken <= SAMPLES
+        });
+        self.checks.sample(all.into_iter().map(|(_, rule, socket)| (rule.clone(), socket)));
         self.no_questions_before(now + AT_START);
         self.timers.hasten(Timer::Check, now);
         Ok(())
@@ -83,9 +133,14 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
     ///
     /// # Errors
     /// A conversation broke: what was to be asked stays unknown.
-    pub fn check(&mut self, now: Instant, witness: &mut impl Witness) -> Result<()> {
+    pub fn check(
+        &mut self,
+        now: Instant,
+        as_read: AsRead<'_>,
+        witness: &mut impl Witness,
+    ) -> Result<()> {
         self.timers.take(Timer::Check, now);
-        let checked = self.try_check(now, witness);
+        let checked = self.try_check(now, as_read, witness);
         if self.checks.has_samples() {
             self.timers.hasten(Timer::Check, now);
         } else if let Some(next) = self.checks.next() {
@@ -94,23 +149,42 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         checked
     }
 
-    fn try_check(&mut self, now: Instant, witness: &mut impl Witness) -> Result<()> {
-        if let Some((rule, source)) = self.checks.next_sample() {
-            return self.try_sample(&rule, source, now);
+    fn try_check(
+        &mut self,
+        now: Instant,
+        as_read: AsRead<'_>,
+        witness: &mut impl Witness,
+    ) -> Result<()> {
+        if let Some((rule, socket)) = self.checks.next_sample() {
+            return self.try_sample(&rule, &socket, now, as_read);
         }
         let sources = self.checks.take_due(now);
         if sources.is_empty() {
             return Ok(());
         }
+        let known = self.checks.known();
+        let mut groups = Groups::new(&known);
         let sockets = self.guarded()?;
         for source in sources {
-            let Some((rule, net, held)) = self.tightest(source, &sockets) else { continue };
-            let counted = self.ask(source, &rule, &held, now)?;
-            let (again, places) = self.checks.answered(source, counted, held.len(), now);
-            let shown = places.iter().filter_map(|place| held.get(*place)).copied();
-            self.show_again(&rule, shown.collect(), now);
-            let limit = rule.to_string();
-            witness.checked(Checked { net, limit, held: held.len(), counted, again });
+            let answers = self.ask_for(source, &sockets, &mut groups, now, as_read)?;
+            let Some(first) = answers.iter().max_by_key(|it| it.urgency()) else { continue };
+            let mut again = None;
+            if first.is_final {
+                self.checks.give_up(source);
+            } else {
+                let (pause, places) =
+                    self.checks.answered(source, first.counted, first.held.len(), now);
+                again = pause;
+                let shown = places.iter().filter_map(|place| first.held.get(*place)).copied();
+                if let Some(rule) = first.rule {
+                    self.show_again(rule, shown.collect(), now);
+                }
+            }
+            for Answer { local, rule, held, counted, why, is_final } in answers {
+                let (limit, held) = (rule.map(LimitRule::to_string), held.len());
+                let again = again.filter(|_| counted != Counted::Yes && !is_final);
+                witness.checked(Checked { source, local, limit, held, counted, why, again });
+            }
         }
         Ok(())
     }
@@ -126,101 +200,240 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
     }
 
     /// Connections that may not be shown to a limit, since they would exceed it and it tells of what
-    /// does: beyond what its source holds already. They wait until others end.
+    /// does: beyond what it counts together with them already. They wait until others end.
     pub(super) fn withheld(&mut self, actions: &[Action]) -> Result<HashSet<Cookie>> {
         let mut withheld = HashSet::new();
-        if self.checks.telling().is_empty() {
+        if !self.checks.are_told_of() {
             return Ok(withheld);
         }
-        let wanted: Vec<_> = actions
-            .iter()
-            .filter(|action| action.kind.needs_recount())
-            .filter_map(|action| action.view.socket)
-            .collect();
-        if wanted.is_empty() {
+        let known = self.checks.known();
+        let mut groups = Groups::new(&known);
+        let mut wanted = Vec::new();
+        let mut places: HashMap<Group, usize> = HashMap::new();
+        // Of whom others may be counted together with these; `None` is everybody.
+        let mut near: Option<HashSet<IpNet>> = Some(HashSet::new());
+        for action in actions.iter().filter(|action| action.kind.needs_recount()) {
+            let Some(socket) = action.view.socket else { continue };
+            let syn = self.syn(socket.connection(), Some(action.template.orig.dst), &groups)?;
+            let members = groups.of(&syn);
+            for member in members.iter().filter(|member| member.rule.tells) {
+                places.extend(member.group.clone().map(|group| (group, 0)));
+                near = match (near, net(member.rule, syn.source)) {
+                    (Some(mut near), Some(net)) => {
+                        near.insert(net);
+                        Some(near)
+                    }
+                    _ => None,
+                };
+            }
+            wanted.push((socket.cookie, members));
+        }
+        if wanted.iter().all(|(_, members)| members.iter().all(|member| !member.rule.tells)) {
             return Ok(withheld);
         }
-        let shown: HashSet<_> = wanted.iter().map(|socket| socket.cookie).collect();
+        let is_near = |peer: IpAddr| {
+            near.as_ref().is_none_or(|near| near.iter().any(|net| net.contains(&peer)))
+        };
         let sockets = self.guarded()?;
+        let shown: HashSet<_> = wanted.iter().map(|(cookie, _)| *cookie).collect();
+        let is_counted = |socket: &&Socket| {
+            !shown.contains(&socket.cookie) && self.ledger.uncounted(socket).is_none()
+        };
+        let counted = sockets.iter().filter(is_counted).map(Socket::connection);
         // A list has what is ending until its entry is given back.
         let open: HashSet<_> = sockets.iter().map(|socket| socket.cookie).collect();
         let held = self.ledger.held().filter(|held| !open.contains(&held.cookie));
-        let ending: Vec<_> = held.map(|held| held.lookup.connection).collect();
-        for rule in self.checks.telling() {
-            let limit = usize::try_from(rule.limit.count).unwrap_or(usize::MAX);
-            let mut places: HashMap<IpNet, usize> = HashMap::new();
-            let of_rule = |socket: &&Socket| is_for(rule, socket);
-            for socket in sockets.iter().filter(of_rule) {
-                let is_counted =
-                    !shown.contains(&socket.cookie) && self.ledger.uncounted(socket).is_none();
-                if let Some(net) = net(rule, socket.remote.addr()) {
-                    *places.entry(net).or_default() += usize::from(is_counted);
-                }
-            }
-            for it in ending.iter().filter(|it| rule.covers(it.remote.addr(), it.local.port())) {
-                if let Some(net) = net(rule, it.remote.addr()) {
-                    *places.entry(net).or_default() += 1;
-                }
-            }
-            for socket in wanted.iter().filter(of_rule) {
-                let Some(net) = net(rule, socket.remote.addr()) else { continue };
-                let taken = places.entry(net).or_default();
-                if *taken < limit {
+        let ending = held.map(|held| held.lookup.connection);
+        let all: Vec<_> = counted.chain(ending).filter(|it| is_near(it.remote.addr())).collect();
+        for connection in all {
+            let syn = self.syn(connection, None, &groups)?;
+            for group in groups.of(&syn).iter().filter_map(|member| member.group.as_ref()) {
+                if let Some(taken) = places.get_mut(group) {
                     *taken += 1;
-                } else {
-                    withheld.insert(socket.cookie);
                 }
+            }
+        }
+        for (cookie, members) in wanted {
+            let telling = || members.iter().filter(|member| member.rule.tells);
+            let taken = |member: &Member<'_>| places.get(member.group.as_ref()?).copied();
+            if telling().all(|member| taken(member).is_some_and(|taken| taken < member.limit)) {
+                for group in telling().filter_map(|member| member.group.clone()) {
+                    *places.entry(group).or_default() += 1;
+                }
+            } else {
+                withheld.insert(cookie);
             }
         }
         Ok(withheld)
     }
 
-    /// The limit that this source has reached, with what it counts; `None` where there is none.
-    fn tightest(
-        &self,
-        source: IpAddr,
-        sockets: &[Socket],
-    ) -> Option<(LimitRule, IpNet, Vec<Socket>)> {
-        let reached = self.checks.limits().iter().filter_map(|rule| {
-            let net = net(rule, source)?;
-            let counted = sockets
-                .iter()
-                .filter(|socket| net.contains(&socket.remote.addr()) && is_for(rule, socket));
-            let held: Vec<_> = counted.copied().collect();
-            let is_reached = held.len() >= usize::try_from(rule.limit.count).unwrap_or(usize::MAX);
-            is_reached.then(|| (rule.clone(), net, held))
-        });
-        reached.min_by_key(|(rule, ..)| rule.limit.count)
-    }
-
-    /// Whether a limit that is reached lets one more in.
-    fn ask(
+    /// What the limits say that this source has reached, for each endpoint that it has connections to.
+    fn ask_for<'r>(
         &mut self,
         source: IpAddr,
-        rule: &LimitRule,
-        held: &[Socket],
+        sockets: &[Socket],
+        groups: &mut Groups<'r>,
         now: Instant,
-    ) -> Result<Counted> {
-        let Some(question) = self.question(source, held)? else { return Ok(Counted::Unknown) };
-        let Some(recounter) = &mut self.recounter else { return Ok(Counted::Unknown) };
-        Ok(match recounter.ask(question, now)? {
-            Some(Asked::LetIn) => Counted::No,
-            Some(Asked::Stopped(trace)) if limit_of(&trace, &[rule]).is_some() => Counted::Yes,
-            Some(Asked::Stopped(_)) | None => Counted::Unknown,
+        as_read: AsRead<'_>,
+    ) -> Result<Vec<Answer<'r>>> {
+        let own = sockets.iter().filter(|socket| socket.remote.addr() == source);
+        let one_each: BTreeMap<_, _> = own.map(|it| (it.local, Lookup::from(it))).collect();
+        let lookups: Vec<_> = one_each.into_values().take(ENDPOINTS).collect();
+        let snapshot = self.tables.exactly(&lookups, &self.ledger)?;
+        let mut answers = Vec::new();
+        for view in snapshot.views.iter().filter(|view| view.socket.is_some()) {
+            let entry = view.entry.filter(|entry| entry.reply == view.connection.sent());
+            let syn = self.syn(view.connection, entry.map(|entry| entry.orig.dst), groups)?;
+            let members = groups.of(&syn);
+            let Some(member) = members.first() else { continue };
+            let unknown = |rule: &'r LimitRule, why: &str| Answer {
+                local: view.connection.local,
+                rule: Some(rule),
+                held: Vec::new(),
+                counted: Counted::Unknown,
+                why: Some(why.to_owned()),
+                is_final: true,
+            };
+            if let Some(member) = members.iter().find(|member| member.rule.tells) {
+                let why = "it logs or bans what exceeds it, and would do so with a question";
+                answers.push(unknown(member.rule, why));
+                continue;
+            }
+            if entry.is_some_and(|entry| entry.orig.src.addr() != source) {
+                answers.push(unknown(member.rule, "the source is translated"));
+                continue;
+            }
+            let mut reached = Vec::new();
+            for member in members.iter() {
+                let Some(group) = &member.group else {
+                    let why = "what it counts together cannot be told";
+                    answers.push(unknown(member.rule, why));
+                    continue;
+                };
+                let (held, sure) = self.together(member.rule, group, source, sockets, groups)?;
+                if held.len() >= member.limit {
+                    let Member { rule, limit, .. } = *member;
+                    reached.push(Reached { rule, limit, held, sure });
+                }
+            }
+            reached.sort_by_key(|one| one.limit);
+            if !reached.is_empty() {
+                answers.push(self.ask(&view, reached, now, as_read)?);
+            }
+        }
+        Ok(answers)
+    }
+
+    /// Whether limits that are reached let one more in.
+    fn ask<'r>(
+        &mut self,
+        view: &View,
+        mut reached: Vec<Reached<'r>>,
+        now: Instant,
+        as_read: AsRead<'_>,
+    ) -> Result<Answer<'r>> {
+        let (at, counted, why, is_final) = self.try_ask(view, &reached, now, as_read)?;
+        let one = (at < reached.len()).then(|| reached.swap_remove(at));
+        let rule = one.as_ref().map(|one| one.rule);
+        let held = one.map(|one| one.held).unwrap_or_default();
+        Ok(Answer { local: view.connection.local, rule, held, counted, why, is_final })
+    }
+
+    /// Which of these limits answers, what, why that is not known, and whether it stays so.
+    fn try_ask(
+        &mut self,
+        view: &View,
+        reached: &[Reached<'_>],
+        now: Instant,
+        as_read: AsRead<'_>,
+    ) -> Result<(usize, Counted, Option<String>, bool)> {
+        let unknown = |why: &str, is_final| (0, Counted::Unknown, Some(why.to_owned()), is_final);
+        let Some(recounter) = &mut self.recounter else {
+            return Ok(unknown("nothing is sent here", true));
+        };
+        let asked = recounter.ask(question(view, Zone::both(self.settings.policy.zone)), now);
+        // A limit that has just been taken away lets everything in.
+        if !as_read()? {
+            return Ok(unknown("the rules have changed meanwhile", false));
+        }
+        let rules: Vec<_> = reached.iter().map(|one| one.rule).collect();
+        Ok(match asked {
+            Ok(Asked::Stopped(trace)) => match limit_of(&trace, &rules) {
+                Some(limit) => {
+                    let at = rules.iter().position(|rule| std::ptr::eq(*rule, limit));
+                    (at.unwrap_or(0), Counted::Yes, None, false)
+                }
+                None => {
+                    let why = "it is not reported which rule refuses one more";
+                    unknown(trace.lacks.as_deref().unwrap_or(why), false)
+                }
+            },
+            Ok(Asked::LetIn) => {
+                let is_sure = |one: &&Reached<'_>| one.sure >= one.limit;
+                let Some(one) = reached.iter().find(is_sure) else {
+                    return Ok(unknown("it may not be for all of these", true));
+                };
+                let open: HashSet<_> = self.guarded()?.iter().map(|it| it.cookie).collect();
+                let still = one.held.iter().filter(|it| open.contains(&it.cookie)).count();
+                if still < one.limit {
+                    return Ok(unknown("connections have ended meanwhile", false));
+                }
+                let at = reached.iter().position(|other| std::ptr::eq(other, one));
+                (at.unwrap_or(0), Counted::No, None, false)
+            }
+            Err(error) if error.is_unavailable() => unknown(&error.cause.to_string(), true),
+            Err(error) => return Err(error),
         })
     }
 
-    /// What is asked for the sake of this source's connections.
-    fn question(&mut self, source: IpAddr, held: &[Socket]) -> Result<Option<Question>> {
-        let own: Vec<_> = held.iter().filter(|socket| socket.remote.addr() == source).collect();
-        let lookups: Vec<_> = own.iter().take(1).map(|socket| Lookup::from(*socket)).collect();
-        let snapshot = self.tables.exactly(&lookups, &self.ledger)?;
-        Ok(snapshot.views.iter().next().and_then(|view| {
-            let entry = view.entry.filter(|entry| entry.reply == view.connection.sent());
-            // The limit may know it by the address before its translation.
-            let is_translated = entry.is_some_and(|entry| entry.orig.src.addr() != source);
-            (!is_translated).then(|| question(&view, Zone::both(self.settings.policy.zone)))
-        }))
+    /// The sockets that a limit counts together with those of a source, and how many of them for sure.
+    fn together<'r>(
+        &mut self,
+        rule: &LimitRule,
+        group: &Group,
+        source: IpAddr,
+        sockets: &[Socket],
+        groups: &mut Groups<'r>,
+    ) -> Result<(Vec<Socket>, usize)> {
+        let near = net(rule, source);
+        let (mut held, mut sure) = (Vec::new(), 0);
+        for socket in sockets {
+            if near.is_some_and(|near| !near.contains(&socket.remote.addr())) {
+                continue;
+            }
+            let syn = self.syn(socket.connection(), None, groups)?;
+            let members = groups.of(&syn);
+            let found = members.iter().find(|member| member.group.as_ref() == Some(group));
+            if let Some(member) = found {
+                held.push(*socket);
+                sure += usize::from(member.is_sure);
+            }
+        }
+        Ok((held, sure))
+    }
+
+    /// The SYN that opened a connection; where it is not known what it asked for,
+    /// as its siblings did.
+    fn syn(
+        &mut self,
+        connection: Connection,
+        asked: Option<Endpoint>,
+        groups: &Groups<'_>,
+    ) -> Result<Syn> {
+        let Connection { local, remote: peer } = connection;
+        let asked = asked.unwrap_or_else(|| match self.ledger.arrivals().get(&local) {
+            Some(Arrival::Translated(first, _)) => *first,
+            _ => local,
+        });
+        let is_forwarded = self.tables.sockets.is_of_member(local.addr());
+        let mut syn = Syn { asked, is_forwarded, ..Syn::new(peer.addr(), local) };
+        if groups.ask_for_interfaces()
+            && let Some(recounter) = &mut self.recounter
+            && let Some((name, index)) = recounter.interface(peer.addr(), asked.addr())?
+        {
+            syn.interface = Interface::Known(name, index);
+        }
+        Ok(syn)
     }
 
     fn show_again(&mut self, rule: &LimitRule, sockets: Vec<Socket>, now: Instant) {
@@ -234,27 +447,54 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         self.timers.hasten(Timer::Recount, now);
     }
 
-    /// Whether the list of a limit has what a source holds; if not, all that is open is shown to it.
-    fn try_sample(&mut self, rule: &LimitRule, source: IpAddr, now: Instant) -> Result<()> {
-        let held = |sockets: Vec<Socket>| -> Vec<Socket> {
-            let of_net = |socket: &Socket| {
-                net(rule, source).is_some_and(|net| net.contains(&socket.remote.addr()))
-            };
-            sockets.into_iter().filter(|it| of_net(it) && is_for(rule, it)).collect()
+    /// Whether the list of a limit has all that is open of a group; if not, all that is open is shown
+    /// to it.
+    fn try_sample(
+        &mut self,
+        rule: &LimitRule,
+        socket: &Socket,
+        now: Instant,
+        as_read: AsRead<'_>,
+    ) -> Result<()> {
+        let known = self.checks.known();
+        let mut groups = Groups::new(&known);
+        let snapshot = self.tables.exactly(&[Lookup::from(socket)], &self.ledger)?;
+        let Some(view) = snapshot.views.iter().find(|view| view.socket.is_some()) else {
+            return Ok(());
         };
-        let before = held(self.guarded()?);
-        let limit = rule.limit.count;
-        let room = limit.saturating_sub(u32::try_from(before.len()).unwrap_or(u32::MAX));
+        let entry = view.entry.filter(|entry| entry.reply == view.connection.sent());
+        let source = view.connection.remote.addr();
+        let syn = self.syn(view.connection, entry.map(|entry| entry.orig.dst), &groups)?;
+        let members = groups.of(&syn);
+        let is_it = |member: &&Member<'_>| member.rule.place() == rule.place();
+        let (Some(Member { group: Some(group), limit, .. }), false) = (
+            members.iter().find(is_it),
+            // The limit may know it by the address before its translation.
+            members.iter().any(|member| member.rule.tells)
+                || entry.is_some_and(|entry| entry.orig.src.addr() != source),
+        ) else {
+            return Ok(());
+        };
+        let sockets = self.guarded()?;
+        let (before, _) = self.together(rule, group, source, &sockets, &mut groups)?;
+        let room = u32::try_from(limit.saturating_sub(before.len())).unwrap_or(u32::MAX);
         if before.is_empty() || room > MOST {
             return Ok(());
         }
-        let Some(question) = self.question(source, &before)? else { return Ok(()) };
         let Some(recounter) = &mut self.recounter else { return Ok(()) };
         // One more than there should be is enough to know.
-        let asked = recounter.room(question, room.saturating_add(1), now)?;
-        let lacks = matches!(asked, Some(Room::AtLeast(_)));
+        let question = question(&view, Zone::both(self.settings.policy.zone));
+        let asked = match recounter.room(question, room.saturating_add(1), now) {
+            Err(error) if error.is_unavailable() => return Ok(()),
+            asked => asked?,
+        };
+        if !matches!(asked, Room::AtLeast(_)) || !as_read()? {
+            return Ok(());
+        }
         // Connections end meanwhile.
-        if lacks && held(self.guarded()?).len() >= before.len() {
+        let sockets = self.guarded()?;
+        let (after, _) = self.together(rule, group, source, &sockets, &mut groups)?;
+        if after.len() >= before.len() {
             self.checks.drop_samples(rule);
             let anew = Anew { rule: rule.clone(), loss: Loss::New };
             self.limits_lost(vec![anew], now, now);
@@ -263,6 +503,8 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
     }
 }
 
-fn is_for(rule: &LimitRule, socket: &Socket) -> bool {
-    rule.covers(socket.remote.addr(), socket.local.port())
+/// The sources that a limit counts together with this one at most; `None` are all.
+fn net(rule: &LimitRule, source: IpAddr) -> Option<IpNet> {
+    let bits = rule.source_prefix()?.min(if source.is_ipv4() { 32 } else { 128 });
+    IpNet::new(source, bits).ok().map(|net| net.trunc())
 }

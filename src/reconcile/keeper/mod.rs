@@ -37,6 +37,7 @@ use crate::netlink::{KernelSocket, Transport};
 use crate::recount::{Recount, Recounter};
 use crate::sockdiag::{Cookie, Lookup, Socket, State, States};
 
+pub use checks::AsRead;
 pub use deep::Shown;
 use in_place::InPlace;
 pub use in_place::Quiet;

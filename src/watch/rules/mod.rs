@@ -36,12 +36,17 @@ pub struct Heard {
 impl Heard {
     /// Whether a list can have been lost.
     pub fn is_loss(&self) -> bool {
-        self.rules > 0 || !self.emptied.is_empty() || self.legacy > 0 || self.lost
+        !self.leaves_rules() || self.legacy > 0
     }
 
     /// Whether rules of nf_tables may be others than before, or be for other packets.
     pub fn is_of_nft(&self) -> bool {
-        self.rules > 0 || !self.emptied.is_empty() || !self.grown.is_empty() || self.lost
+        !self.leaves_rules() || !self.grown.is_empty()
+    }
+
+    /// Whether rules of nf_tables are the same as before, but for elements that sets have gained.
+    pub fn leaves_rules(&self) -> bool {
+        self.rules == 0 && self.emptied.is_empty() && !self.lost
     }
 
     /// Whether there is nothing to look at.
