@@ -184,7 +184,12 @@ struct World {
     now: Instant,
     events: Events,
     late: Vec<FourTuple>,
+    /// The server is in another namespace, which ctkeep knows of or not.
+    inside: Option<bool>,
 }
+
+/// Of the namespace that a server can be in.
+const INSIDE: u64 = 7;
 
 type Truth = Rc<RefCell<Option<Shared>>>;
 
@@ -227,9 +232,34 @@ impl World {
         let now = Instant::now();
         let keepers = vec![keeper(tables, &model, 0, now)];
         let (events, late) = (Events::Prompt, Vec::new());
-        let mut this = Self { model, keepers, line, now, events, late };
+        let mut this = Self { model, keepers, line, now, events, late, inside: None };
         this.sweep(true);
         this
+    }
+
+    /// The server is in a namespace of its own, which ctkeep has found.
+    fn with_a_container() -> Self {
+        let mut this = Self::new(LIMIT, None, false);
+        this.model.host.borrow_mut().inside = Some(PORT);
+        this.inside = Some(true);
+        this.meet();
+        this.sweep(true);
+        this
+    }
+
+    /// All keepers know of the server's namespace, or none does any more.
+    fn meet(&mut self) {
+        let host = &self.model.host;
+        let truth = Rc::new(RefCell::new(Some(host.clone())));
+        for keeper in &mut self.keepers {
+            let sockets = &mut keeper.parts().0.sockets;
+            sockets.leave(INSIDE);
+            if self.inside == Some(true) {
+                let way = watched(&truth, &self.line);
+                let addresses = [model::server().addr()].into();
+                sockets.join(INSIDE, Host::sockets_inside(host, way), addresses);
+            }
+        }
     }
 
     /// Lets each keeper act, and look again at what it has repaired. What fails is an error only
@@ -294,6 +324,7 @@ impl World {
         self.model.drop_hidden(0);
         self.line.fails.set(None);
         self.keepers.insert(0, keeper(tables, &self.model, 0, self.now));
+        self.meet();
     }
 
     /// Another instance begins to work on the same table, or ends without a word.
@@ -307,6 +338,7 @@ impl World {
         let truth = Rc::new(RefCell::new(Some(self.model.host.clone())));
         let tables = Host::tables(&self.model.host, watched(&truth, &self.line));
         self.keepers.push(keeper(tables, &self.model, 1, self.now));
+        self.meet();
         self.sweep(true);
     }
 
@@ -349,6 +381,10 @@ impl World {
                 self.now += Duration::from_secs(seconds);
             }
             Step::Second => self.second(),
+            Step::Namespace => {
+                self.inside = self.inside.map(|is_known| !is_known);
+                self.meet();
+            }
         }
         self.react();
     }
@@ -413,6 +449,8 @@ impl World {
         self.line.fails.set(None);
         self.line.loses.set(None);
         self.line.interrupted.set(false);
+        self.inside = self.inside.and(Some(true));
+        self.meet();
         self.sweep(true);
         self.pass(120);
         self.sweep(true);
@@ -527,6 +565,8 @@ enum Step {
     Jump(u64),
     /// Another instance comes, or goes.
     Second,
+    /// The server's namespace is not seen for a while, or found again.
+    Namespace,
 }
 
 fn any_source() -> impl Strategy<Value = u8> {
@@ -600,7 +640,10 @@ fn without_ctkeep_every_trick_breaks_the_bound() {
 
 /// Plays a history and its quiet end.
 fn agree_after(steps: &[Step], maximum: Option<usize>) {
-    let mut world = World::new(LIMIT, maximum, false);
+    agree(World::new(LIMIT, maximum, false), steps);
+}
+
+fn agree(mut world: World, steps: &[Step]) {
     steps.iter().for_each(|step| world.play(step));
     world.assert_bystanders_untouched();
     world.rest();
@@ -693,6 +736,17 @@ proptest! {
         maximum in proptest::option::of(24..60_usize),
     ) {
         agree_after(&steps, maximum);
+    }
+
+    /// The same, where the server is in a container that comes and goes as ctkeep sees it.
+    #[test]
+    fn after_namespaces_came_and_went_the_tables_agree(
+        steps in proptest::collection::vec(prop_oneof![
+            6 => any_faulty_step(),
+            1 => Just(Step::Namespace),
+        ], 1..32),
+    ) {
+        agree(World::with_a_container(), &steps);
     }
 
     /// What ctkeep has put into the table goes with it: but for open connections that conntrack has

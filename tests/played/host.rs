@@ -25,6 +25,8 @@ const EBUSY: i32 = 16;
 pub struct Host {
     pub sockets: Vec<Socket>,
     pub entries: Vec<Entry>,
+    /// The port whose sockets are in another namespace, where there is one.
+    pub inside: Option<u16>,
     /// Sockets that dumps skip, as they do under churn; look-ups find them.
     pub skipped: Vec<Cookie>,
     /// Entries that the table has room for, where it is limited.
@@ -60,7 +62,7 @@ impl Host {
     pub fn tables<T: Transport>(host: &Shared, way: impl Fn(Played, bool) -> T) -> Tables<T> {
         let (for_entries, for_sockets) = (host.clone(), host.clone());
         let conntrack = obliging(move |request| for_entries.borrow_mut().entries(request));
-        let sockets = obliging(move |request| for_sockets.borrow_mut().sockets(request));
+        let sockets = obliging(move |request| for_sockets.borrow_mut().sockets(request, false));
         Tables {
             conntrack: Conntrack::new(way(conntrack, true)),
             sockets: SockDiag::new(way(sockets, false)),
@@ -69,14 +71,27 @@ impl Host {
         }
     }
 
+    /// The sockets of the other namespace.
+    pub fn sockets_inside<T: Transport>(
+        host: &Shared,
+        way: impl Fn(Played, bool) -> T,
+    ) -> SockDiag<T> {
+        let host = host.clone();
+        let sockets = obliging(move |request| host.borrow_mut().sockets(request, true));
+        SockDiag::new(way(sockets, false))
+    }
+
     /// A dump by states, or one socket by its tuple (`struct inet_diag_req_v2`).
-    fn sockets(&mut self, request: &Request) -> Result<Vec<Vec<u8>>, i32> {
+    fn sockets(&mut self, request: &Request, inside: bool) -> Result<Vec<Vec<u8>>, i32> {
         let body = &request.body;
+        let is_there = |socket: &Socket| (self.inside == Some(socket.local.port())) == inside;
         if request.is_dump() {
             let states = dumped_states(request);
             self.half_closed += usize::from(states & (1 << State::CloseWait as u8) != 0);
             let wanted = |socket: &&Socket| {
-                states & (1 << socket.state as u8) != 0 && !self.skipped.contains(&socket.cookie)
+                states & (1 << socket.state as u8) != 0
+                    && is_there(socket)
+                    && !self.skipped.contains(&socket.cookie)
             };
             let found = self.sockets.iter().filter(wanted);
             let found = found.map(|socket| listed_socket(request.seq, socket)).collect();
@@ -94,11 +109,12 @@ impl Host {
         // `inet_sk_bound_dev_eq()`
         let is_by = |s: &Socket| s.interface == 0 || s.interface == device;
         let exact = |s: &&Socket| s.connection() == asked && s.state != State::Listen && is_by(s);
-        let exact = self.sockets.iter().find(exact);
+        let exact = self.sockets.iter().filter(|socket| is_there(socket)).find(exact);
         // The kernel falls back to whoever listens on the port.
         let listener =
             |s: &&Socket| s.state == State::Listen && s.local.port() == asked.local.port();
-        let socket = exact.or_else(|| self.sockets.iter().find(listener)).ok_or(ENOENT)?;
+        let fallback = || self.sockets.iter().filter(|socket| is_there(socket)).find(listener);
+        let socket = exact.or_else(fallback).ok_or(ENOENT)?;
         Ok(vec![socket_message(request.seq, socket)])
     }
 
