@@ -15,7 +15,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use lab::rules::{CONNLIMIT, CONNLIMIT6, INPUT, chain, input, restore};
-use lab::{Lab, Namespace, Peer, RawConn, Server, wait_for};
+use lab::{Lab, Namespace, Peer, RawConn, Server, process, wait_for};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_ctkeep");
 const LIMIT: usize = 3;
@@ -521,16 +521,6 @@ fn streams_arrive_over_reloads_in_a_container() {
     streams_arrive_over(CONTAINER, "192.0.2.1:80");
 }
 
-/// Processor time of a process so far, user and system.
-fn cpu_time(pid: u32) -> Duration {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("a process");
-    let fields = stat.rsplit(") ").next().expect("fields").split(' ');
-    // Fields 14 and 15 of proc_pid_stat(5), in hundredths of a second.
-    let ticks: u64 =
-        fields.skip(11).take(2).map(|field| field.parse::<u64>().expect("ticks")).sum();
-    Duration::from_millis(ticks * 10)
-}
-
 /// Ten reloads a second cost a fifth of a core at most, and at their end all is counted.
 /// `CTKEEP_STORM` is for how many seconds (5).
 #[test]
@@ -544,14 +534,14 @@ fn a_storm_of_reloads_costs_a_bounded_share_and_ends_well() {
     let held: Vec<_> = (1..=SOURCES).map(|octet| Held::open(&lab, HERE, octet)).collect();
     let daemon = lab.daemon(PROGRAM, &[]);
     let saved = lab.server.output("iptables-save");
-    let (begun, before) = (Instant::now(), cpu_time(daemon.pid()));
+    let (begun, before) = (Instant::now(), process::cpu_time(daemon.pid()));
     let mut reloads = 0;
     while begun.elapsed() < storm {
         reloads += 1;
         lab.server.feed("iptables-restore", &saved);
         thread::sleep((begun + reloads * Duration::from_millis(100)) - Instant::now());
     }
-    let cost = cpu_time(daemon.pid()) - before;
+    let cost = process::cpu_time(daemon.pid()) - before;
     thread::sleep(COUNTED);
     let admitted: usize = held.iter().step_by(10).map(|held| held.peer.admitted(80, TRIES)).sum();
     assert_eq!(admitted, 0, "{reloads} reloads\n{}", daemon.log());

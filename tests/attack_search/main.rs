@@ -7,6 +7,7 @@
 
 #![allow(clippy::indexing_slicing)]
 
+mod flood;
 #[path = "../lab/mod.rs"]
 mod lab;
 #[allow(unreachable_pub)]

@@ -15,6 +15,23 @@ pub fn status(pid: u32) -> BTreeMap<String, String> {
     pairs.map(|(name, value)| (name.to_owned(), value.trim().to_owned())).collect()
 }
 
+/// A field of it in KiB, for example `VmRSS`.
+pub fn status_kib(pid: u32, field: &str) -> u64 {
+    let text = status(pid).remove(field).expect("a field");
+    text.trim_end_matches(" kB").parse().expect("a number")
+}
+
+/// The time of processors that it has taken so far.
+pub fn cpu_time(pid: u32) -> Duration {
+    /// `USER_HZ`
+    const TICK: Duration = Duration::from_millis(10);
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("a running process");
+    let (_, fields) = stat.rsplit_once(") ").expect("a name");
+    // utime and stime, proc_pid_stat(5); the first field here is the third there.
+    let ticks = fields.split(' ').skip(11).take(2).map(|field| field.parse::<u32>());
+    TICK * ticks.map(|ticks| ticks.expect("a number")).sum::<u32>()
+}
+
 /// One of its sets of capabilities, for example `CapEff`.
 pub fn capabilities(pid: u32, set: &str) -> u64 {
     let mask = status(pid).remove(set).expect("a mask");
