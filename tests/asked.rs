@@ -10,7 +10,6 @@ use std::collections::{HashSet, VecDeque};
 use std::time::{Duration, Instant};
 
 use ctkeep::conntrack::{Entry, TcpState};
-use ctkeep::{Cause, Op, Result};
 use ctkeep::firewall::limits::Limiter;
 use ctkeep::firewall::lists::Limited;
 use ctkeep::firewall::{Family, Ruleset, parse_saved};
@@ -22,6 +21,7 @@ use ctkeep::reconcile::policy::Policy;
 use ctkeep::reconcile::pressure::Defence;
 use ctkeep::recount::{Asked, Hidden, Question, Recipe, Recount, Route, Step, Trace, Way};
 use ctkeep::sockdiag::{Socket, State};
+use ctkeep::{Cause, Op, Result};
 use played::host::{Host, Shared};
 use played::{Played, entry, flow, socket};
 

@@ -148,7 +148,7 @@ pub(super) fn make_sure(
     let mut heard = Heard::default();
     let mut as_read = || {
         heard.add(events.drain("ctkeep")?);
-        Ok(heard.leaves_rules())
+        Ok(events.hears_nft() && heard.leaves_rules())
     };
     let mut again = Done::default();
     while let Some(due) = keeper.next_check().filter(|due| *due < end) {

@@ -114,7 +114,7 @@ impl Rules {
     /// A source is broken.
     pub(super) fn are_as_read(&mut self, now: Instant) -> Result<bool> {
         self.hear(now)?;
-        Ok(self.heard.leaves_rules())
+        Ok(self.events.hears_nft() && self.heard.leaves_rules())
     }
 
     /// All limits, where all are known and no rule closes entries by itself.

@@ -354,7 +354,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         let asked = recounter.ask(question(view, Zone::both(self.settings.policy.zone)), now);
         // A limit that has just been taken away lets everything in.
         if !as_read()? {
-            return Ok(unknown("the rules have changed meanwhile", false));
+            return Ok(unknown("the rules have changed meanwhile, or may have", false));
         }
         let rules: Vec<_> = reached.iter().map(|one| one.rule).collect();
         Ok(match asked {
@@ -365,7 +365,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
                 }
                 None => {
                     let why = "it is not reported which rule refuses one more";
-                    unknown(trace.lacks.as_deref().unwrap_or(why), false)
+                    unknown(trace.lacks.as_deref().unwrap_or(why), trace.lacks.is_some())
                 }
             },
             Ok(Asked::LetIn) => {

@@ -113,6 +113,11 @@ impl RuleEvents {
         self.shortfalls.iter().map(|(name, why)| (*name, why.as_str()))
     }
 
+    /// Whether changes of nf_tables' rules are heard of.
+    pub fn hears_nft(&self) -> bool {
+        self.nft.is_some()
+    }
+
     /// Receive buffer of the nftables socket in bytes, as granted.
     pub fn receive_buffer(&self) -> usize {
         self.nft.as_ref().map_or(0, Listener::receive_buffer)
