@@ -21,7 +21,7 @@ FUZZ_TARGETS = conntrack sockdiag netlink nflog ruleset saved options http
 # make test-kernels KERNELS="6.12.73 6.18.5"
 KERNELS ?= 5.10 6.1 6.12 sid
 
-.PHONY: all demo test play-test test-kernels docker-test containers-test reload-test check advisories fuzz soak bench install stage deb rpm static package-test \
+.PHONY: all demo test play-test test-kernels docker-test containers-test reload-test attack-search faults check advisories fuzz soak bench install stage deb rpm static package-test \
 	kubernetes-check dashboard-check tools shield-tools test-tools kernel-tools cargo-deny cargo-deb \
 	cargo-generate-rpm cargo-fuzz
 
@@ -89,6 +89,11 @@ advisories: cargo-deny
 # Hours of mixed load: make soak SOAK=8h
 soak: tools
 	CTKEEP_SOAK=$(or $(SOAK),30m) $(AS_ROOT) $(CARGO) test --locked --test soak -- --ignored --nocapture a_long_load
+
+# Every call of a repair with every error, and two hundred kills (docs/testing.md).
+faults: test-tools
+	$(CARGO) test --locked --no-run --test faults
+	$(AS_ROOT) env CTKEEP_FAULTS=all CTKEEP_KILLS=200 $(CARGO) test --locked --test faults -- --nocapture
 
 # Random packets against a host without ctkeep and one with it (docs/attack.md): make attack-search SEARCH=2h
 attack-search: test-tools
