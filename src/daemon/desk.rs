@@ -396,6 +396,20 @@ impl<'p> Desk<'p> {
             "{message}"
         );
     }
+
+    /// Has some SYNs to these ports told.
+    pub(super) fn follow_opened(&mut self, ports: &HashSet<u16>) {
+        let followed = self.events.follow_opened(ports);
+        self.check_events(followed);
+    }
+
+    fn check_events(&mut self, followed: Result<()>) {
+        if let Err(error) = followed {
+            // Somebody took its table away, or a set is full.
+            tracing::warn!(%error, "event source failed, opening it again");
+            self.events_failed = true;
+        }
+    }
 }
 
 impl Witness for Desk<'_> {
@@ -404,11 +418,8 @@ impl Witness for Desk<'_> {
             self.share.half_closed(sockets, Instant::now());
         }
         let flows = half_closed.map(|sockets| sockets.iter().map(Socket::connection).collect());
-        if let Err(error) = self.events.follow(ports, flows) {
-            // Somebody took its table away, or a set is full.
-            tracing::warn!(%error, "event source failed, opening it again");
-            self.events_failed = true;
-        }
+        let followed = self.events.follow(ports, flows);
+        self.check_events(followed);
         self.update_shield(|shield| shield.follow(ports));
     }
 

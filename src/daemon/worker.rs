@@ -354,6 +354,9 @@ impl<'p> Worker<'p> {
             self.keeper.suspect_all();
         }
         self.desk.drained(&drained);
+        if !drained.opening.is_empty() {
+            self.keeper.look_without_tcp(now, &mut self.desk)?;
+        }
         self.keeper.suspects(suspects, since, now, &mut self.desk)
     }
 
@@ -411,6 +414,7 @@ impl<'p> Worker<'p> {
             self.keeper.idle_timeout = kernel_timeout(TcpState::Established);
             self.survey(sweep);
         }
+        self.desk.follow_opened(&self.keeper.tables.sockets.mptcp_ports());
         self.desk.swept(sweep, &self.keeper);
         self.keeper.took(sweep, Instant::now(), cost);
     }

@@ -66,6 +66,10 @@ impl<T: Transport> Members<T> {
         self.all.iter().map(|member| member.id)
     }
 
+    pub(super) fn use_mptcp(&self) -> bool {
+        self.all.iter().any(|member| member.sockets.uses_mptcp())
+    }
+
     pub(super) fn have(&self, addr: IpAddr) -> bool {
         self.homes.contains_key(&addr)
     }

@@ -6,6 +6,7 @@
 mod decode;
 pub mod ends;
 mod members;
+mod mptcp;
 mod namespace;
 mod opener;
 mod request;
@@ -43,7 +44,9 @@ impl SockDiag<KernelSocket> {
     /// The kernel has no `sock_diag`.
     pub fn open() -> Result<Self> {
         let socket = KernelSocket::open(Op::new("open sock_diag netlink"), NETLINK_SOCK_DIAG)?;
-        Ok(Self::new(socket))
+        let mut this = Self::new(socket);
+        this.own.ask_for_mptcp();
+        Ok(this)
     }
 }
 
@@ -164,6 +167,25 @@ impl<T: Transport> SockDiag<T> {
         self.own.look_up(lookups, &mut found)?;
         self.members.ask(lookups, &mut found, Sockets::look_up)?;
         Ok(found)
+    }
+
+    /// Whether there is a listener or a connection of Multipath TCP, as of the last dump: such a
+    /// connection can lose its TCP socket and stay with its application, without an event.
+    pub fn uses_mptcp(&self) -> bool {
+        self.own.uses_mptcp() || self.members.use_mptcp()
+    }
+
+    /// Ports of the own namespace with a listener of Multipath TCP.
+    pub fn mptcp_ports(&self) -> HashSet<u16> {
+        self.own.mptcp_ports()
+    }
+
+    /// The connections of Multipath TCP in the own namespace that have no TCP socket.
+    ///
+    /// # Errors
+    /// As [`SockDiag::sockets`].
+    pub fn without_tcp(&mut self) -> Result<Vec<Socket>> {
+        self.own.without_tcp()
     }
 
     /// Who has opened each of these connections, by what TCP has counted of its socket; `None` where

@@ -1,10 +1,11 @@
 //! The conversation with the kernel about the sockets of one network namespace.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap, HashSet};
 
 use netlink_packet_core::DecodeError;
 use nix::errno::Errno;
 
+use super::mptcp::Mptcp;
 use super::{Lookup, Opener, Socket, SocketSilence, State, States, decode, request};
 use crate::error::{Cause, Error, Op, Result};
 use crate::flow::Connection;
@@ -20,11 +21,26 @@ pub(super) struct Sockets<T> {
     conversation: Conversation<T>,
     /// Devices that sockets of its dumps were bound to.
     bound: BTreeSet<u32>,
+    mptcp: Mptcp,
 }
 
 impl<T: Transport> Sockets<T> {
     pub(super) fn new(transport: T) -> Self {
-        Self { conversation: Conversation::new(transport), bound: BTreeSet::new() }
+        let conversation = Conversation::new(transport);
+        Self { conversation, bound: BTreeSet::new(), mptcp: Mptcp::default() }
+    }
+
+    /// Lists connections of Multipath TCP too, where the kernel does.
+    pub(super) fn ask_for_mptcp(&mut self) {
+        self.mptcp.begin();
+    }
+
+    pub(super) fn uses_mptcp(&self) -> bool {
+        self.mptcp.is_used()
+    }
+
+    pub(super) fn mptcp_ports(&self) -> HashSet<u16> {
+        self.mptcp.ports().collect()
     }
 
     /// Gives back the room for answers.
@@ -34,6 +50,27 @@ impl<T: Transport> Sockets<T> {
 
     /// All sockets in these states; some perhaps twice.
     pub(super) fn dump(&mut self, states: States) -> Result<Vec<Socket>> {
+        let mut all = self.dump_tcp(states)?;
+        if states.contains(State::CloseWait) || states.contains(State::Listen) {
+            self.mptcp.follow_listeners(&mut self.conversation)?;
+        }
+        if states.contains(State::CloseWait) && self.uses_mptcp() {
+            all.extend(self.without_tcp()?);
+        }
+        Ok(all)
+    }
+
+    /// Connections of Multipath TCP that have no TCP socket.
+    pub(super) fn without_tcp(&mut self) -> Result<Vec<Socket>> {
+        let singles = self.mptcp.singles(&mut self.conversation)?;
+        let lookups: Vec<_> = singles.iter().map(Lookup::from).collect();
+        let mut found = vec![None; lookups.len()];
+        self.look_up_tcp(&lookups, &mut found)?;
+        let alone = singles.into_iter().zip(found).filter(|(_, tcp)| tcp.is_none());
+        Ok(alone.map(|(socket, _)| socket).collect())
+    }
+
+    fn dump_tcp(&mut self, states: States) -> Result<Vec<Socket>> {
         let request = request::dump(states);
         let all = self.conversation.dump(&request, |all: &mut Vec<Socket>, frame| {
             all.extend(decode::socket(frame).map_err(|error| request.op.malformed(error))?);
@@ -58,7 +95,19 @@ impl<T: Transport> Sockets<T> {
         lookups: &[Lookup],
         found: &mut [Option<Socket>],
     ) -> Result<()> {
-        let Self { conversation, bound } = self;
+        self.look_up_tcp(lookups, found)?;
+        if self.uses_mptcp() && found.iter().any(Option::is_none) {
+            let singles = self.mptcp.singles(&mut self.conversation)?;
+            let known: HashMap<_, _> = singles.iter().map(|it| (it.connection(), *it)).collect();
+            for (slot, lookup) in found.iter_mut().zip(lookups) {
+                *slot = slot.or_else(|| known.get(&lookup.connection).copied());
+            }
+        }
+        Ok(())
+    }
+
+    fn look_up_tcp(&mut self, lookups: &[Lookup], found: &mut [Option<Socket>]) -> Result<()> {
+        let Self { conversation, bound, .. } = self;
         look_up_missing(conversation, lookups, found, |lookup| Some(*lookup))?;
         for device in bound.iter() {
             let by_it = |lookup: &Lookup| Lookup { interface: *device, ..*lookup };

@@ -3,7 +3,7 @@
 use netlink_packet_core::Emitable;
 use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, SocketId, StateFlags};
 
-use super::{Lookup, Socket, States};
+use super::{Lookup, Socket, State, States};
 use crate::error::Op;
 use crate::flow::Connection;
 use crate::netlink::Request;
@@ -15,8 +15,9 @@ pub(super) const TCPDIAG_GETSOCK: u16 = 18;
 pub(super) const SOCK_DIAG_BY_FAMILY: u16 = 20;
 /// `SOCK_DESTROY`, since Linux 4.5.
 const SOCK_DESTROY: u16 = 21;
-/// `struct inet_diag_req`: its length, and where `idiag_states` is in it.
+/// `struct inet_diag_req`: its length, and where `idiag_ext` and `idiag_states` are in it.
 const INET_DIAG_REQ_LEN: usize = 60;
+const IDIAG_EXT: usize = 3;
 const IDIAG_STATES: usize = 52;
 const IPPROTO_TCP: u8 = 6;
 /// `INET_DIAG_NOCOOKIE` in both halves: match by tuple alone.
@@ -30,6 +31,15 @@ pub(super) fn dump(states: States) -> Request {
     }
     let op = Op::new("dump of TCP sockets");
     Request { op, kind: TCPDIAG_GETSOCK, flags: 0, body, joined: false }
+}
+
+/// All listeners, with what stands upon TCP there.
+pub(super) fn listeners() -> Request {
+    let mut request = dump(States::from_iter([State::Listen]));
+    if let Some(extensions) = request.body.get_mut(IDIAG_EXT) {
+        *extensions = ExtensionFlags::INFO.bits();
+    }
+    request
 }
 
 /// The one socket of a tuple.

@@ -103,7 +103,7 @@ pub struct Drained {
     pub full: bool,
     /// A connection has begun to close; said once a second.
     pub closing: bool,
-    /// Sources of half-closed connections that open another.
+    /// Sources of half-closed connections, and peers of ports whose SYNs are wanted, that open another.
     pub opening: Vec<IpAddr>,
 }
 
@@ -222,6 +222,17 @@ impl Events {
                 drained.add(lost);
                 Ok(drained)
             }
+        }
+    }
+
+    /// Tells of some SYNs to these ports, where packets are logged.
+    ///
+    /// # Errors
+    /// The table is gone.
+    pub fn follow_opened(&mut self, ports: &HashSet<u16>) -> Result<()> {
+        match self {
+            Self::Nflog(watch) | Self::Ctnetlink(_, Some(watch)) => watch.set_opened(ports),
+            Self::Ctnetlink(_, None) | Self::Off => Ok(()),
         }
     }
 

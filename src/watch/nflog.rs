@@ -20,7 +20,7 @@ use nix::errno::Errno;
 use super::headers::tcp_flow;
 pub use super::nflog_table::CLOSING;
 use super::nflog_table::{
-    self, CLOSING_WORD, FULL, HELD4, HELD6, HOLDERS4, HOLDERS6, HURRY, OPENS, PORTS, QUEUE,
+    self, CLOSING_WORD, FULL, HELD4, HELD6, HOLDERS4, HOLDERS6, HURRY, OPENED, OPENS, PORTS, QUEUE,
     SPOOFED, TRANSLATED, Watched,
 };
 use super::{Drained, Suspect, tracking};
@@ -64,6 +64,8 @@ pub struct Watch {
     ports: HashSet<u16>,
     closing: u32,
     memory: Duration,
+    /// Ports some SYNs to which are logged.
+    opened: HashSet<u16>,
     held: HashSet<Connection>,
     /// Whose they are.
     holders: HashSet<IpAddr>,
@@ -116,6 +118,7 @@ impl Watch {
             ports: ports.clone(),
             closing,
             memory,
+            opened: HashSet::new(),
             held: HashSet::new(),
             holders: HashSet::new(),
             is_watching: false,
@@ -164,6 +167,23 @@ impl Watch {
         self.table.add(PORTS, &new)?;
         self.table.remove(PORTS, &old)?;
         self.ports.clone_from(ports);
+        Ok(())
+    }
+
+    /// Logs some SYNs to exactly these ports.
+    ///
+    /// # Errors
+    /// The table is gone.
+    pub fn set_opened(&mut self, ports: &HashSet<u16>) -> Result<()> {
+        if !self.is_watching || *ports == self.opened {
+            return Ok(());
+        }
+        let key = |port: &u16| nflog_table::port_key(*port);
+        let new: Vec<_> = ports.difference(&self.opened).map(key).collect();
+        let old: Vec<_> = self.opened.difference(ports).map(key).collect();
+        self.table.add(OPENED, &new)?;
+        self.table.remove(OPENED, &old)?;
+        self.opened.clone_from(ports);
         Ok(())
     }
 

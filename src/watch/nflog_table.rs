@@ -22,6 +22,8 @@ pub(super) const HELD4: &str = "held4";
 pub(super) const HELD6: &str = "held6";
 pub(super) const HOLDERS4: &str = "holders4";
 pub(super) const HOLDERS6: &str = "holders6";
+/// Ports whose connections may end without any packet that is seen (Multipath TCP).
+pub(super) const OPENED: &str = "opened";
 const CLOSING4: &str = "closing4";
 const CLOSING6: &str = "closing6";
 /// Sources of packets with SYN, for [`SYN_MEMORY`] from the last one on.
@@ -64,7 +66,8 @@ pub(super) const FULL: &str = "full";
 pub(super) const CLOSING_WORD: &str = "closing";
 /// The word that goes with a SYN that only sends off what waits.
 pub(super) const HURRY: &str = "hurry";
-/// The word that goes with a SYN of a source that has half-closed connections.
+/// The word that goes with a SYN of a source that has half-closed connections, or to a port of
+/// [`OPENED`].
 pub(super) const OPENS: &str = "opens";
 /// Those of so many a second lead to looks at what the source has: some ten each, as many as a limit
 /// lets one have.
@@ -120,6 +123,7 @@ pub(super) fn layout(watched: Watched<'_>) -> TableSpec {
             elements: ports.iter().map(|port| port_key(*port)).collect(),
             ..set(PORTS, &[Field::InetService], None, None)
         },
+        set(OPENED, &[Field::InetService], None, None),
         set(CLOSING4, key::TUPLE_V4, Some(closing), Some(memory)),
         set(CLOSING6, key::TUPLE_V6, Some(closing), Some(memory)),
         set(HELD4, key::TUPLE_V4, None, None),
@@ -161,6 +165,10 @@ fn ordinary(group: u16) -> Vec<Vec<Expr>> {
         let source = [Expr::NfProto, Expr::Equals(vec![family.nfproto]), family.source()];
         rules.push(rule(&[&syn, &source, &seen]));
     }
+    rules.push(rule(&[
+        &flags(SYN | ACK | FIN | RST, SYN),
+        &[port(), Expr::In(OPENED), OPENINGS, log(group, Some(OPENS), 1)],
+    ]));
     rules.extend([rule(&[
         &flags(SYN | ACK | FIN | RST, SYN),
         &[port(), Expr::In(RESET), HURRIES, log(group, Some(HURRY), 1)],

@@ -56,6 +56,9 @@ pub const SERVER_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1);
 /// that no test meets the remains of an earlier tuple by accident.
 const FIRST_CLIENT_PORT: u16 = 20_000;
 
+/// `IPPROTO_MPTCP`
+pub const IPPROTO_MPTCP: i32 = 262;
+
 /// Two hosts joined by a cable.
 pub struct Lab {
     pub server: Namespace,

@@ -12,7 +12,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use socket2::{Domain, SockRef, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use super::namespace::Namespace;
 
@@ -222,15 +222,16 @@ fn reply(control: &mut BufReader<UnixStream>, text: &str) {
     let _ = control.get_mut().write_all(format!("{text}\n").as_bytes());
 }
 
-/// On an address and port, and after a `%` the device that the socket is bound to, or `transparent`
-/// where it takes what is for other hosts (TPROXY).
+/// On an address and port, and after a `%` the device that the socket is bound to, `transparent`
+/// where it takes what is for other hosts (TPROXY), or `mptcp` where it speaks Multipath TCP.
 fn listener(address: &str) -> TcpListener {
     let (address, device) = address.split_once('%').unwrap_or((address, ""));
     let address: SocketAddr = address.parse().expect("address to listen on");
-    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None).expect("socket");
+    let protocol = (device == "mptcp").then(|| Protocol::from(super::IPPROTO_MPTCP));
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, protocol).expect("socket");
     if device == "transparent" {
         socket.set_ip_transparent_v4(true).expect("transparent");
-    } else if !device.is_empty() {
+    } else if !device.is_empty() && protocol.is_none() {
         socket.bind_device(Some(device.as_bytes())).expect("bound to a device");
     }
     if address.is_ipv6() {

@@ -35,6 +35,9 @@ const UNTOLD: u32 = 10;
 /// most a tenth of a core.
 const REST_FOR_EACH: Duration = Duration::from_micros(100);
 
+/// Such a look walks a table of the whole machine, for half a millisecond.
+const WITHOUT_TCP_REST: Duration = Duration::from_millis(20);
+
 /// By the next sweep, and not by this one again.
 const SOON: Duration = Duration::from_nanos(1);
 
@@ -63,6 +66,27 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         self.sources.extend(sources);
     }
 
+    /// Looks for connections of Multipath TCP that have no TCP socket any more: nothing tells of their
+    /// end, and a limiter forgets them at the next SYN.
+    ///
+    /// # Errors
+    /// A conversation broke: the next sweep finds them.
+    pub fn look_without_tcp(&mut self, now: Instant, witness: &mut impl Witness) -> Result<()> {
+        if !self.tables.sockets.uses_mptcp() {
+            return Ok(());
+        }
+        if now < self.soonest_without_tcp {
+            self.timers.hasten(Timer::Shallow, self.soonest_without_tcp);
+            return Ok(());
+        }
+        self.soonest_without_tcp = now + WITHOUT_TCP_REST;
+        let policy = &self.settings.policy;
+        let mut all = self.tables.sockets.without_tcp()?;
+        all.retain(|it| self.scope.contains(policy, it.connection()) && !self.ledger.holds(it));
+        let lookups: Vec<_> = all.iter().map(Lookup::from).collect();
+        if lookups.is_empty() { Ok(()) } else { self.look_at(&lookups, now, now, witness) }
+    }
+
     /// These sockets have ended, it is said.
     ///
     /// # Errors
@@ -89,6 +113,8 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
     /// those that half-close from this side, of which no packet comes in.
     fn is_dump_due(&self, now: Instant) -> bool {
         let is_told = self.longest_unseen == Duration::MAX && self.ends_are_told;
+        // Nothing tells of a connection of Multipath TCP whose last TCP connection ends by FINs.
+        let is_told = is_told && !self.tables.sockets.uses_mptcp();
         !is_told || self.dumps > 0 || now >= self.next_dump
     }
 

@@ -156,6 +156,8 @@ pub struct Keeper<T: Transport = KernelSocket, R: Recount = Recounter> {
     suspects_all: bool,
     /// A look at all of them on suspicion comes no sooner.
     soonest_all: Instant,
+    /// A look for connections without a TCP socket comes no sooner.
+    soonest_without_tcp: Instant,
     /// Sources whose watched connections the next sweep looks at: they open others, or are held
     /// otherwise from now on.
     sources: HashSet<IpAddr>,
@@ -227,6 +229,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             next_dump: now,
             suspects_all: false,
             soonest_all: now,
+            soonest_without_tcp: now,
             sources: HashSet::new(),
             round: now,
             looks: Vec::new(),
