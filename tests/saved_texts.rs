@@ -129,6 +129,18 @@ fn a_file_that_cannot_be_read_is_never_an_all_clear() {
     let empty = directory.path().join("empty");
     std::fs::write(&empty, "").expect("a file");
     let (plain, entries) = (file("ss-plain.txt"), file("ct-plain.txt"));
+    let made = |name: &str, text: String| {
+        let path = directory.path().join(name);
+        std::fs::write(&path, text).expect(name);
+        path
+    };
+    let listening = made("listening", "$ ss -tulpn\n".to_owned() + &read("ss-listeners-only.txt"));
+    let searched =
+        read("ct-plain.txt").replace("tcp ", "log.txt:tcp ").replace("udp ", "log.txt:udp ");
+    let searched = made("searched", searched);
+    let joined = made("joined", read("ct-plain.txt").replace('\n', " "));
+    let udp = read("ct-plain.txt").lines().filter(|line| line.starts_with("udp")).collect();
+    let without_tcp = made("udp", udp);
     for (sockets, entries, said) in [
         (&empty, &entries, "--sockets: "),
         (&plain, &empty, "--conntrack: "),
@@ -137,11 +149,74 @@ fn a_file_that_cannot_be_read_is_never_an_all_clear() {
         (&plain, &plain, "ss-plain.txt:2: these are sockets"),
         (&file("ss-names-of-services.txt"), &entries, ":2: '*:https' is no numeric address"),
         (&file("ss-state-filter.txt"), &entries, ":2: no State column"),
+        (&listening, &entries, "listening sockets alone (-l)"),
+        (&plain, &searched, ":1: no entry"),
+        (&plain, &joined, ":1: several entries in one line"),
+        (&plain, &without_tcp, "no TCP entry, but others"),
     ] {
         let run = audit(sockets, entries, &[]);
         assert_eq!((run.code, run.out.as_str()), (2, ""), "{said}: {}", run.err);
         assert!(run.err.contains(said) && run.err.lines().count() == 1, "{said}: {}", run.err);
     }
+}
+
+/// `netstat -c`, a log of `ss` every minute, the output of `watch`.
+#[test]
+fn of_a_text_of_several_looks_the_last_counts() {
+    let plain = read("ss-plain.txt");
+    let earlier = plain.clone() + "ESTAB 0 0 192.0.2.1:8080 203.0.113.9:5000\n";
+    let said = of_text(earlier.clone() + &plain, "ct-plain.txt");
+    assert_eq!(said.classes(), counts(&PLAIN), "{}", said.err);
+    assert!(said.err.contains("of 9 lines: 5 of an earlier look"), "{}", said.err);
+    // Both families, one after the other, are one look.
+    let six = plain.lines().next().expect("a heading").to_owned()
+        + "\nCLOSE-WAIT 1 0 [2001:db8::1]:8080 [2001:db8::7]:5000\n";
+    let said = of_text(earlier + &six, "ct-plain.txt");
+    assert_eq!(said.report()["summary"]["sockets"]["established"], 2, "{}", said.err);
+    assert!(!said.err.contains("earlier"), "{}", said.err);
+}
+
+/// A log that was cut off, a filter, a line that cannot be read: what may stand there is no finding.
+#[test]
+fn what_may_stand_in_lines_that_are_not_there_is_left_out() {
+    let (sockets, entries) = (read("ss-plain.txt"), read("ct-plain.txt"));
+    let directory = tempfile::tempdir().expect("a directory");
+    let made = |name: &str, text: &str| {
+        let path = directory.path().join(name);
+        std::fs::write(&path, text).expect(name);
+        path
+    };
+    let last = entries.lines().rfind(|line| line.starts_with("tcp")).expect("an entry");
+    let half = &last[..last.len() / 2];
+    let without = entries.replace(&format!("{last}\n"), "");
+    let orphan = last.replace("sport=41003", "sport=5000").replace("dport=41003", "dport=5000");
+    let more = entries.clone() + &orphan + "\n";
+    let six = "CLOSE-WAIT 1 0 [2001:db8::1]:8080 [2001:db8::7]:5000\n";
+    for (sockets, entries, left_out, of_whole) in [
+        (sockets.clone(), without.clone() + half, "1 sockets without an entry", "entry-missing"),
+        (
+            sockets.clone(),
+            format!("# conntrack -L | grep CLOSE\n{without}"),
+            "1 sockets without an entry",
+            "entry-missing",
+        ),
+        (sockets.clone() + six, entries.clone(), "not one entry of ipv6", "entry-missing"),
+        (
+            sockets.clone() + "ESTAB 0 0 192.0.2.1:8080",
+            more.clone(),
+            "1 entries without a socket",
+            "socket-missing",
+        ),
+        (sockets.clone(), more + &entries, "listed more than once: 1", "socket-missing"),
+    ] {
+        let paths = (made("sockets", &sockets), made("entries", &entries));
+        let said = audit(&paths.0, &paths.1, &["--format=json"]);
+        assert_eq!(said.classes().get(of_whole), None, "{left_out}: {}{}", said.out, said.err);
+        assert!(said.err.contains(left_out), "{left_out}: {}", said.err);
+    }
+    // A whole text with the same gap is a finding.
+    let said = audit(&made("sockets", &sockets), &made("entries", &without), &["--format=json"]);
+    assert_eq!(said.classes().get("entry-missing"), Some(&1), "{}", said.err);
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{Mistake, Read};
+use super::{CUT_SHORT, Mistake, Read};
 use crate::conntrack::uapi::{
     IP_CT_TCP_FLAG_BE_LIBERAL, IP_CT_TCP_FLAG_SACK_PERM, IPS_ASSURED, IPS_CONFIRMED, IPS_SEEN_REPLY,
 };
@@ -60,10 +60,14 @@ fn words(text: &str) -> (Option<Kind>, Vec<&str>) {
     }
 }
 
+fn is_protocol(name: &str) -> bool {
+    name.starts_with(|c: char| c.is_ascii_lowercase())
+        && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-')
+}
+
 /// Whether a line begins an entry: a protocol and its number.
 pub(super) fn is_start(text: &str) -> bool {
     let (kind, words) = words(text);
-    let is_protocol = |name: &str| name.starts_with(|c: char| c.is_ascii_lowercase());
     match words.as_slice() {
         [name, number, ..] if is_protocol(name) => number.parse::<u8>().is_ok(),
         // An event whose rest stands in the next line.
@@ -96,7 +100,7 @@ pub(super) fn item(text: &str) -> Read<Item> {
     let (kind, words) = words(text);
     let rest = match words.as_slice() {
         ["tcp", "6", rest @ ..] => rest,
-        [name, number, ..] if number.parse::<u8>().is_ok() => {
+        [name, number, ..] if is_protocol(name) && number.parse::<u8>().is_ok() => {
             return Ok(Item::Other((*name).to_owned()));
         }
         _ => return Err(Mistake::new("not understood", "no entry")),
@@ -105,8 +109,11 @@ pub(super) fn item(text: &str) -> Read<Item> {
         rest.iter().filter_map(|word| word.strip_prefix(key)).collect()
     };
     let (src, dst, sport, dport) = (every("src="), every("dst="), every("sport="), every("dport="));
+    if src.len() > 2 {
+        return Err(Mistake::new("not understood", "several entries in one line"));
+    }
     let end = |addr: Option<&&str>, port: Option<&&str>, what: &str| {
-        let wrong = || Mistake::new("cut short", format!("no {what}"));
+        let wrong = || Mistake::new(CUT_SHORT, format!("no {what}"));
         let addr = addr.and_then(|text| text.parse().ok()).ok_or_else(wrong)?;
         let port = port.and_then(|text| text.parse().ok()).ok_or_else(wrong)?;
         Ok::<_, Mistake>(Endpoint::new(addr, port))

@@ -21,6 +21,13 @@ pub struct Entries {
     /// Events alone: of a connection that they do not mention nothing is known. Holds those that
     /// they do, each as the reply tuple has it.
     pub mentioned: Option<HashSet<FourTuple>>,
+    /// Entries that are listed before others begin to be listed again, and not afterwards: those
+    /// that ended between two looks are among them.
+    pub outdated: HashSet<EntryKey>,
+    /// Lines of entries that could not be read.
+    pub unread: usize,
+    /// A filter has left entries out, or the text was cut off.
+    pub is_part: bool,
     /// The tool's last line says that the table is empty.
     pub is_empty_table: bool,
     /// The tool's own words where it failed.
@@ -34,7 +41,10 @@ pub(super) fn entries(text: &Text) -> Entries {
     let mut values: Vec<Option<Entry>> = Vec::new();
     let mut mentioned = HashSet::new();
     let mut is_list = false;
-    for line in records(&text.lines, &mut entries) {
+    let mut again = Again::default();
+    let records = records(&text.lines, &mut entries);
+    let end = records.last().map(|line| line.number);
+    for line in records {
         let (kind, entry) = match item(&line.text) {
             Ok(Item::Tcp(kind, entry)) => (kind, *entry),
             Ok(Item::Other(name)) => {
@@ -42,6 +52,7 @@ pub(super) fn entries(text: &Text) -> Entries {
                 continue;
             }
             Err(mistake) => {
+                entries.unread += 1;
                 entries.parsed.mistaken(line.number, mistake);
                 continue;
             }
@@ -58,7 +69,10 @@ pub(super) fn entries(text: &Text) -> Entries {
             }
             Kind::Listed | Kind::Changed => {
                 entries.parsed.read += 1;
-                is_list |= kind == Kind::Listed;
+                if kind == Kind::Listed {
+                    is_list = true;
+                    again.note(entry.key(), line.number);
+                }
                 match before.and_then(|at| values.get_mut(at)) {
                     Some(slot) => *slot = Some(entry),
                     None => {
@@ -69,11 +83,53 @@ pub(super) fn entries(text: &Text) -> Entries {
             }
         }
     }
+    entries.is_part =
+        entries.parsed.is_cut_off(end) || text.commands.iter().any(|command| leaves_out(command));
+    entries.outdated = again.outdated();
     entries.parsed.mistakes.sort_by_key(|(line, _)| *line);
     entries.values = values.into_iter().flatten().collect();
     let is_history = !is_list && !mentioned.is_empty() && !entries.is_empty_table;
     entries.mentioned = is_history.then_some(mentioned);
     entries
+}
+
+/// Entries that are listed more than once: a text with several looks (a log, `watch`).
+#[derive(Default)]
+struct Again {
+    /// The last line of each.
+    last: HashMap<EntryKey, usize>,
+    /// The first line that shows one again.
+    first: Option<usize>,
+    /// How many are shown again.
+    count: usize,
+}
+
+impl Again {
+    fn note(&mut self, key: EntryKey, line: usize) {
+        if self.last.insert(key, line).is_some() {
+            self.count += 1;
+            self.first.get_or_insert(line);
+        }
+    }
+
+    /// None where a few come twice, as in a dump that began a bucket of the table anew.
+    fn outdated(self) -> HashSet<EntryKey> {
+        let is_several = self.count * 2 >= self.last.len();
+        let Some(first) = self.first.filter(|_| is_several) else { return HashSet::new() };
+        self.last.into_iter().filter(|(_, line)| *line < first).map(|(key, _)| key).collect()
+    }
+}
+
+/// Whether a command shows a part of the entries only. Ports and addresses are no part: what is
+/// looked for by numbers is what is asked about.
+fn leaves_out(command: &str) -> bool {
+    const FILTERS: [&str; 7] = ["--state", "--status", "-u", "--mark", "-m", "head", "tail"];
+    let is_search = |piece: &str| {
+        let is_grep = piece.split_whitespace().any(|word| matches!(word, "grep" | "egrep"));
+        is_grep && !piece.contains(|letter: char| letter.is_ascii_digit())
+    };
+    command.split_whitespace().any(|word| FILTERS.contains(&word))
+        || command.split('|').any(is_search)
 }
 
 /// Protocols by the names that are counted.

@@ -10,7 +10,7 @@ use crate::audit::report::Seen;
 use crate::conntrack::Entry;
 use crate::flow::{Connection, FourTuple};
 use crate::reconcile::policy::{Policy, Scope};
-use crate::reconcile::snapshot::{Direction, View};
+use crate::reconcile::snapshot::{Direction, View, Views};
 use crate::reconcile::whole::join;
 use crate::sockdiag::{Socket, State};
 
@@ -60,31 +60,11 @@ impl Saved {
         let mut snapshot = join(self.entries.values.iter().copied(), connected, &scope, policy);
         let homes = Homes::of(&self.sockets.values);
         snapshot.views.retain(|view| view.socket.is_some() || homes.contain(view));
-        if self.sockets.is_partial() {
-            let before = snapshot.views.len();
-            snapshot.views.retain(|view| view.socket.is_some());
-            let left_out = before - snapshot.views.len();
-            if left_out > 0 {
-                notes.push(format!(
-                    "the text holds a part of the sockets (a filter, grep): {left_out} entries \
-                     without a socket are left out"
-                ));
-            }
-        }
-        if let Some(mentioned) = &self.entries.mentioned {
-            let before = snapshot.views.len();
-            snapshot.views.retain(|view| is_mentioned(mentioned, view.connection));
-            let left_out = before - snapshot.views.len();
-            if left_out > 0 {
-                notes.push(format!(
-                    "the entries are events (conntrack -E): {left_out} of {before} connections do not \
-                     appear in them and are left out; conntrack -L shows them all"
-                ));
-            }
-        }
+        notes.extend(self.leave_out(&mut snapshot.views));
         notes.extend(unknown_direction(snapshot.views.iter(), &scope));
         if self.entries.mentioned.is_none() {
             notes.extend(without_any_entry(snapshot.views.iter()));
+            notes.extend(self.in_one_state(snapshot.views.iter()));
         }
         let owners =
             Owners::named(self.sockets.holders.clone(), self.sockets.has_inodes, &listeners);
@@ -98,6 +78,84 @@ impl Saved {
         seen.ledger.note(&seen.snapshot);
         seen.limiter.unread.push("rules are not part of saved tables".to_owned());
         Ok(Host { seen, scope, notes })
+    }
+
+    /// Entries as `--state` or `grep` leave them, or as they really are.
+    fn in_one_state(&self, views: impl Iterator<Item = View>) -> Option<String> {
+        let state = self.entries.values.first()?.state()?;
+        let values = &self.entries.values;
+        let is_one = values.len() > 1 && values.iter().all(|it| it.state() == Some(state));
+        let missing = views.filter(|view| view.entry.is_none()).count();
+        (is_one && missing > 0).then(|| {
+            format!(
+                "all {} entries are {}: if a filter (--state, grep) has left others out, the \
+                 {missing} that are missing may be there",
+                values.len(),
+                state.name()
+            )
+        })
+    }
+
+    /// Takes away what the texts cannot tell, and says so.
+    fn leave_out(&self, views: &mut Views) -> Vec<String> {
+        let (sockets, entries) = (&self.sockets, &self.entries);
+        let mut notes = Vec::new();
+        let alone = views.iter().filter(|view| view.socket.is_none()).count();
+        let is_unread = sockets.is_partial() || alone <= sockets.unread;
+        match remove(views, |view| view.socket.is_none() && is_unread) {
+            0 => {}
+            count => notes.push(format!(
+                "the text holds a part of the sockets (a filter, grep, a line that could not be \
+                 read): {count} entries without a socket are left out"
+            )),
+        }
+        let is_outdated = |view: &View| {
+            view.socket.is_none()
+                && view.entry.is_some_and(|entry| entries.outdated.contains(&entry.key()))
+        };
+        match remove(views, is_outdated) {
+            0 => {}
+            count => notes.push(format!(
+                "the entries are listed more than once: {count} without a socket may have ended \
+                 before the last list, and are left out"
+            )),
+        }
+        let missing = views.iter().filter(|view| view.entry.is_none()).count();
+        let is_unread = entries.is_part || missing <= entries.unread;
+        match remove(views, |view| view.entry.is_none() && is_unread) {
+            0 => {}
+            count => notes.push(format!(
+                "the text holds a part of the entries (a filter, grep, a line that could not be \
+                 read): {count} sockets without an entry are left out"
+            )),
+        }
+        if let Some(mentioned) = &entries.mentioned {
+            let before = views.len();
+            match remove(views, |view| !is_mentioned(mentioned, view.connection)) {
+                0 => {}
+                count => notes.push(format!(
+                    "the entries are events (conntrack -E): {count} of {before} connections do not \
+                     appear in them and are left out; conntrack -L shows them all"
+                )),
+            }
+            return notes;
+        }
+        for (is_ipv4, family) in [(true, "ipv4"), (false, "ipv6")] {
+            let of_family = |entry: &Entry| entry.orig.is_ipv4() == is_ipv4;
+            if entries.values.is_empty() || entries.values.iter().any(of_family) {
+                continue;
+            }
+            match remove(views, |view| {
+                view.entry.is_none() && view.connection.sent().is_ipv4() == is_ipv4
+            }) {
+                0 => {}
+                count => notes.push(format!(
+                    "not one entry of {family}, which older conntrack -L shows only with -f \
+                     {family}: {count} sockets of that family are left out"
+                )),
+            }
+        }
+        notes
     }
 
     /// Ports of connections that came to this host although nothing listens there: the listener has
@@ -128,6 +186,13 @@ impl Saved {
         served.extend(several.filter(|port| !dialled.contains(port)));
         served
     }
+}
+
+/// Removes what is meant; how many that are.
+fn remove(views: &mut Views, is_meant: impl Fn(&View) -> bool) -> usize {
+    let before = views.len();
+    views.retain(|view| !is_meant(&view));
+    before - views.len()
 }
 
 fn is_open(socket: &Socket) -> bool {

@@ -36,6 +36,11 @@ pub struct Mistake {
 
 type Read<T> = Result<T, Mistake>;
 
+/// How a record is counted that ends too soon.
+const CUT_SHORT: &str = "cut short";
+/// How a record is counted of which a later look has come.
+const EARLIER: &str = "of an earlier look";
+
 impl Mistake {
     fn new(kind: &'static str, what: impl Into<String>) -> Self {
         Self { kind, what: what.into() }
@@ -75,6 +80,12 @@ impl Parsed {
 
     fn mistaken(&mut self, line: usize, mistake: Mistake) {
         self.mistakes.push((line, mistake));
+    }
+
+    /// Whether the last record stops in its middle, as in a text that was cut off.
+    fn is_cut_off(&self, last: Option<usize>) -> bool {
+        let last = self.mistakes.iter().find(|(line, _)| Some(*line) == last);
+        last.is_some_and(|(_, mistake)| mistake.kind == CUT_SHORT)
     }
 
     /// How many records were understood, wanted or not.

@@ -3,7 +3,7 @@
 use super::address::endpoint;
 use super::ss::{Row, behind, queue, state};
 use super::users::Extras;
-use super::{Mistake, Read};
+use super::{CUT_SHORT, Mistake, Read};
 use crate::audit::processes::Holder;
 use crate::flow::Endpoint;
 use crate::sockdiag::State;
@@ -62,7 +62,7 @@ pub(super) fn row(text: &str, is_wide: bool) -> Read<Row> {
     let end = |word: &str| -> Read<Endpoint> {
         if !is_wide && word.len() == COLUMN && word.matches(':').count() > 1 {
             return Err(Mistake::new(
-                "cut short",
+                CUT_SHORT,
                 format!("'{word}' may be cut: netstat needs -W for IPv6"),
             ));
         }

@@ -2,6 +2,7 @@
 
 use super::lines::Text;
 use super::{Parsed, Saved, conntrack, entries, sockets, ss};
+use crate::sockdiag::State;
 
 /// One of the two texts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,6 +60,10 @@ fn check_sockets(saved: &Saved, text: &Text) -> Result<(), Refusal> {
     let instead = File::Sockets.wanted();
     let found = &saved.sockets;
     let without = found.without_state.len();
+    let is_list = found.values.iter().all(|socket| socket.state == State::Listen);
+    if is_list && text.commands.iter().any(|command| is_of_listeners(command)) {
+        return refuse(None, format!("listening sockets alone (-l); {instead}"));
+    }
     if is_read(&found.parsed) && without == 0 {
         return Ok(());
     }
@@ -88,7 +93,8 @@ fn check_entries(saved: &Saved, text: &Text) -> Result<(), Refusal> {
     let found = &saved.entries;
     let is_something =
         found.parsed.understood() > found.parsed.passed.get("dying").copied().unwrap_or(0);
-    if is_something && found.parsed.mistakes.len() <= found.parsed.understood()
+    let has_tcp = found.parsed.read > 0 || found.parsed.passed.contains_key("dying");
+    if is_something && has_tcp && found.parsed.mistakes.len() <= found.parsed.understood()
         || found.is_empty_table && found.parsed.mistakes.is_empty()
     {
         return Ok(());
@@ -98,6 +104,9 @@ fn check_entries(saved: &Saved, text: &Text) -> Result<(), Refusal> {
     }
     match seems(text, &found.parsed, File::Entries) {
         Some((line, what)) => refuse(Some(line), format!("{what}; {instead}")),
+        None if is_something => {
+            refuse(None, format!("no TCP entry, but others (conntrack -p udp?); {instead}"))
+        }
         None if found.parsed.understood() > 0 => refuse(
             text.lines.first().map(|line| line.number),
             format!("these entries have left the table (conntrack -L dying); {instead}"),
@@ -110,6 +119,19 @@ fn check_entries(saved: &Saved, text: &Text) -> Result<(), Refusal> {
             ),
         ),
     }
+}
+
+/// `ss -tulpn`, `netstat -ltn`, whose list is no sign of an idle host.
+fn is_of_listeners(command: &str) -> bool {
+    let words = || command.split_whitespace();
+    let has = |letter: char, long: &str| {
+        words().any(|word| {
+            let short = word.strip_prefix('-').is_some_and(|flags| !flags.starts_with('-'));
+            short && word.contains(letter) || word == long
+        })
+    };
+    let is_tool = words().next().is_some_and(|tool| tool.ends_with("ss") || tool.ends_with("stat"));
+    is_tool && has('l', "--listening") && !has('a', "--all")
 }
 
 /// What a text is, and the line that shows it.

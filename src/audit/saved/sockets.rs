@@ -4,8 +4,9 @@ use std::collections::HashMap;
 
 use super::lines::{Line, Text};
 use super::ss::Row;
-use super::{Mistake, Parsed, Read, netstat, ss, users};
+use super::{CUT_SHORT, EARLIER, Mistake, Parsed, Read, netstat, ss, users};
 use crate::audit::processes::Holder;
+use crate::flow::Connection;
 use crate::sockdiag::{Cookie, Socket, State};
 
 /// A mailer breaks one line into this many at most.
@@ -24,30 +25,40 @@ pub struct Sockets {
     pub has_inodes: bool,
     /// Lines of TCP sockets whose state only a filter says that is not in the text.
     pub without_state: Vec<usize>,
-    /// A filter has left sockets out.
-    is_filtered: bool,
+    /// Lines of TCP sockets that could not be read.
+    pub unread: usize,
+    /// A filter has left sockets out, or the text was cut off.
+    is_part: bool,
 }
 
 /// One record: a line, with what a mailer has broken off.
 struct Record {
     line: Line,
     pieces: usize,
+    /// How many headings stand before it: each run of the tool prints one.
+    look: usize,
 }
 
 /// Reads sockets as `ss -tan` or `netstat -tan` prints them. `filter` is the state of all those
 /// that show none.
 pub(super) fn sockets(text: &Text, filter: Option<State>) -> Sockets {
-    let is_filtered = text.commands.iter().any(|command| leaves_out(command));
-    let mut sockets = Sockets { is_filtered, ..Sockets::default() };
+    let is_part = text.commands.iter().any(|command| leaves_out(command));
+    let mut sockets = Sockets { is_part, ..Sockets::default() };
     let filter = filter.or_else(|| text.commands.iter().find_map(|command| filtered(command)));
     let is_wide = text.lines.iter().any(|line| netstat::is_wide(&words(&line.text)));
-    for record in records(&text.lines, &mut sockets.parsed) {
+    let mut looks = Vec::new();
+    let records = records(&text.lines, &mut sockets.parsed);
+    let last = records.last().map(|record| record.line.number);
+    for record in records {
         let number = record.line.number;
         match read(&record.line.text, is_wide) {
             Ok(Some(row)) => {
-                sockets.is_filtered |= row.state.is_none();
+                sockets.is_part |= row.state.is_none();
                 match row.state.or(filter) {
-                    Some(state) => sockets.take(number, state, row),
+                    Some(state) => {
+                        looks.push(record.look);
+                        sockets.take(number, state, row);
+                    }
                     None => sockets.without_state.push(number),
                 }
             }
@@ -55,9 +66,15 @@ pub(super) fn sockets(text: &Text, filter: Option<State>) -> Sockets {
                 let first = record.line.text.split_whitespace().next().unwrap_or_default();
                 sockets.parsed.pass(ss::other(first).unwrap_or_default());
             }
-            Err(mistake) => sockets.parsed.mistaken(number, mistake),
+            Err(mistake) => {
+                let is_socket = is_whole(&words(&record.line.text)) || mistake.kind == CUT_SHORT;
+                sockets.unread += usize::from(is_socket);
+                sockets.parsed.mistaken(number, mistake);
+            }
         }
     }
+    sockets.is_part |= sockets.parsed.is_cut_off(last);
+    sockets.keep_last(&looks);
     sockets.parsed.mistakes.sort_by_key(|(line, _)| *line);
     sockets
 }
@@ -68,7 +85,36 @@ impl Sockets {
     pub fn is_partial(&self) -> bool {
         let first = self.values.first().map(|socket| socket.state);
         let is_one_state = self.values.iter().all(|socket| Some(socket.state) == first);
-        self.is_filtered || is_one_state && first != Some(State::Listen)
+        self.is_part || is_one_state && first != Some(State::Listen)
+    }
+
+    /// Of a text with several looks (`netstat -c`, a log) the last counts: of each connection its
+    /// last line, and nothing before the heading of a look that shows a connection again.
+    fn keep_last(&mut self, looks: &[usize]) {
+        let mut newest: HashMap<Connection, (usize, usize)> = HashMap::new();
+        let mut begin = 0;
+        let connected = |socket: &Socket| socket.state != State::Listen;
+        for (at, (socket, look)) in self.values.iter().zip(looks).enumerate() {
+            if connected(socket)
+                && let Some((_, before)) = newest.insert(socket.connection(), (at, *look))
+                && before < *look
+            {
+                begin = *look;
+            }
+        }
+        let mut looks = looks.iter().enumerate();
+        let all = self.values.len();
+        self.values.retain(|socket| {
+            looks.next().is_some_and(|(at, look)| {
+                let is_last = newest.get(&socket.connection()).is_none_or(|(last, _)| *last == at);
+                *look >= begin && (!connected(socket) || is_last)
+            })
+        });
+        let earlier = all - self.values.len();
+        if earlier > 0 {
+            self.parsed.read -= earlier;
+            self.parsed.passed.insert(EARLIER, earlier);
+        }
     }
 
     fn take(&mut self, number: usize, state: State, row: Row) {
@@ -129,12 +175,14 @@ fn records(lines: &[Line], parsed: &mut Parsed) -> Vec<Record> {
     let mut records: Vec<Record> = Vec::new();
     let mut in_details = false;
     let mut stray: Option<&Line> = None;
+    let mut look = 0;
     for line in lines {
         let words = words(&line.text);
         if is_heading(&words) {
             // What stands right before a heading is its title, in any language.
             stray = None;
             in_details = false;
+            look += 1;
             continue;
         }
         if let Some(line) = stray.take() {
@@ -149,7 +197,7 @@ fn records(lines: &[Line], parsed: &mut Parsed) -> Vec<Record> {
             }
             _ if is_start(&words) => {
                 in_details = false;
-                records.push(Record { line: line.clone(), pieces: 1 });
+                records.push(Record { line: line.clone(), pieces: 1, look });
             }
             Some(record) if users::is_continued_by(&line.text) => join(record, &line.text),
             _ if is_detail => in_details = true,

@@ -2,7 +2,7 @@
 
 use super::address::{endpoint, is_endpoint};
 use super::users::{Extras, extras};
-use super::{Mistake, Read};
+use super::{CUT_SHORT, Mistake, Read};
 use crate::flow::Endpoint;
 use crate::sockdiag::State;
 
@@ -104,7 +104,7 @@ pub(super) fn row(text: &str) -> Read<Row> {
     };
     let mut word = words.iter().skip(before);
     let mut next =
-        |what: &str| word.next().ok_or_else(|| Mistake::new("cut short", format!("no {what}")));
+        |what: &str| word.next().ok_or_else(|| Mistake::new(CUT_SHORT, format!("no {what}")));
     let recv_queue = queue(next("Recv-Q")?)?;
     let send_queue = queue(next("Send-Q")?)?;
     let local = endpoint(next("local address")?)?;
