@@ -211,6 +211,34 @@ fn assert_nothing_is_inserted(lab: &Lab) {
     assert_eq!((code, entries_of(lab, PORT)), (0, 6), "{out}{err}");
 }
 
+/// Rules for one family leave the other untracked, on the very same port.
+#[test]
+fn nothing_is_inserted_for_a_family_that_no_rule_tracks() {
+    let Some(lab) = Lab::new() else { return };
+    lab.server.run(
+        "iptables -A INPUT -p tcp --syn --dport 80 -m connlimit --connlimit-above 3 \
+         --connlimit-mask 32 -j DROP",
+    );
+    let _server = lab.serve("[::]:80");
+    let tracked = lab.peer(CLIENT).open_promptly(PORT, 2);
+    assert_eq!((tracked.len(), entries_of(&lab, PORT)), (2, 2));
+    let peer = lab.peer("2001:db8:1::7");
+    let mut conns = peer.open_promptly(PORT, 4);
+    conns.iter_mut().for_each(|conn| lab.half_close(conn));
+    let daemon = lab.daemon(CTKEEP, &[&BRISK[..], &["--deep-interval", "300ms"]].concat());
+    // What it does for the other family shows that it has looked.
+    let mut of_ipv4 = tracked;
+    of_ipv4.iter_mut().for_each(|conn| lab.half_close(conn));
+    lab.server.run("conntrack -D -p tcp --dport 80");
+    wait_for("what is deleted to come back", SOON, || entries_of(&lab, PORT) == 2);
+    thread::sleep(SWEPT);
+    let (code, out, err) = lab.ctkeep(CTKEEP, &["audit", "--format", "json"]);
+    let report: Value = serde_json::from_str(&out).unwrap_or_else(|error| panic!("{error}: {err}"));
+    let classes = &report["summary"]["classes"];
+    assert_eq!((code, &classes["untracked"]), (0, &4.into()), "{report:#}");
+    assert_eq!(entries_of(&lab, PORT), 2, "{}", daemon.log());
+}
+
 #[test]
 fn nothing_is_inserted_for_a_port_under_notrack() {
     let Some(lab) = Lab::new() else { return };

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::reconcile::evidence::Evidence;
+use crate::reconcile::evidence::{Evidence, TrackedPort};
 use crate::reconcile::plan::{ActionKind, Cell, NoAction, Verdict, decide};
 use crate::reconcile::snapshot::{Direction, View};
 
@@ -58,7 +58,7 @@ impl Class {
             Verdict::Leave(NoAction::NotGuarded) if reversed => Self::EntryReversed,
             Verdict::Leave(NoAction::OverCount) => Self::SocketMissing,
             Verdict::Leave(NoAction::Untracked)
-                if evidence.tracked.contains(&view.connection.local.port()) =>
+                if evidence.tracked.contains(&TrackedPort::of(view.connection.local)) =>
             {
                 Self::EntryMissing
             }
@@ -122,7 +122,8 @@ mod tests {
         assert_eq!(of(Some(entry), cell), Class::Offloaded);
         assert_eq!(of(None, cell), Class::EntryMissing);
         assert_eq!(of(None, Cell { tracked: false, ..cell }), Class::Untracked);
-        let siblings = Evidence { tracked: [80].into(), ..Evidence::default() };
+        let siblings =
+            Evidence { tracked: [TrackedPort::of(server)].into(), ..Evidence::default() };
         let view = View { connection, socket: None, entry: None };
         let class = Class::of(&view, Cell { tracked: false, ..cell }, &siblings);
         assert_eq!(class, Class::EntryMissing, "translated, and nobody knows how");

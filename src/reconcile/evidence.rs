@@ -16,7 +16,7 @@ const ENDPOINTS: usize = 65_536;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Evidence {
     /// Local ports of which some connection has an entry: tracking is on there.
-    pub tracked: HashSet<u16>,
+    pub tracked: HashSet<TrackedPort>,
     /// Zones that entries of the scope were found in.
     pub zones: BTreeSet<Zone>,
     /// How packets get to each local endpoint.
@@ -27,6 +27,23 @@ pub struct Evidence {
     pub opened_here: HashSet<Connection>,
     /// Connections that the firewall's rules keep out of conntrack, or may.
     pub untracked: HashSet<Connection>,
+}
+
+/// A local port for one family: a rule makes conntrack see the packets of its own family alone
+/// (`nf_ct_netns_get()`), so entries over IPv4 say nothing of connections over IPv6.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct TrackedPort {
+    /// Or IPv6.
+    pub is_ipv4: bool,
+    /// Its number.
+    pub number: u16,
+}
+
+impl TrackedPort {
+    /// That of a local endpoint.
+    pub fn of(local: Endpoint) -> Self {
+        Self { is_ipv4: local.addr().is_ipv4(), number: local.port() }
+    }
 }
 
 /// What one entry shows: its local endpoint, its zone, and how packets get there.
@@ -77,7 +94,7 @@ impl Evidence {
         if std::mem::replace(last, now) == now {
             return;
         }
-        self.tracked.insert(local.port());
+        self.tracked.insert(TrackedPort::of(local));
         self.zones.insert(entry.zone);
         if let Some(arrival) = arrival.filter(|_| self.arrivals.len() < ENDPOINTS) {
             let all = self.arrivals.entry(local).or_insert(arrival);

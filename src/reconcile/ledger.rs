@@ -8,7 +8,7 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use super::agenda::Agenda;
-use super::evidence::{Arrival, Arrivals, Evidence};
+use super::evidence::{Arrival, Arrivals, Evidence, TrackedPort};
 use super::pressure::{Defence, Pressure};
 use super::snapshot::{Snapshot, View};
 use crate::conntrack::{Entry, EntryKey, Tcp, TcpState, Zone};
@@ -51,7 +51,7 @@ pub struct Ledger {
     /// Changes of what is held so far.
     changes: u64,
     pressure: Pressure,
-    tracked: HashSet<u16>,
+    tracked: HashSet<TrackedPort>,
     arrivals: Arrivals,
     zones: BTreeSet<Zone>,
 }
@@ -273,7 +273,7 @@ impl Ledger {
     }
 
     /// Whether some connection of this local port had an entry when the port was last looked at.
-    pub fn is_tracked(&self, port: u16) -> bool {
+    pub fn is_tracked(&self, port: TrackedPort) -> bool {
         self.tracked.contains(&port)
     }
 
@@ -470,7 +470,7 @@ impl Ledger {
     }
 
     /// Ports of which some connection has an entry now; replaces what was known.
-    pub fn set_tracked(&mut self, ports: HashSet<u16>) {
+    pub fn set_tracked(&mut self, ports: HashSet<TrackedPort>) {
         self.tracked = ports;
     }
 

@@ -6,7 +6,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use super::evidence::{Arrival, Evidence};
+use super::evidence::{Arrival, Evidence, TrackedPort};
 use super::ledger::Ledger;
 use super::policy::{Policy, Scope};
 use super::snapshot::{Direction, Snapshot, View};
@@ -394,6 +394,7 @@ pub fn cell(
         }
         entry => entry,
     };
+    let port = TrackedPort::of(view.connection.local);
     Cell {
         socket: socket.map(|socket| socket.state),
         guarded: in_scope && socket.is_some_and(|socket| policy.guards(&socket)),
@@ -406,9 +407,7 @@ pub fn cell(
         held,
         tracked: seen.is_some()
             || evidence.arrival(view, ledger.arrivals()) != Some(Arrival::Various)
-                && (policy.force
-                    || evidence.tracked.contains(&view.connection.local.port())
-                    || ledger.is_tracked(view.connection.local.port())),
+                && (policy.force || evidence.tracked.contains(&port) || ledger.is_tracked(port)),
     }
 }
 

@@ -88,9 +88,11 @@ fn a_missing_entry_is_put_back_only_with_evidence_that_the_port_is_tracked() {
 
     // Another connection of the port had one.
     let mut ledger = Ledger::default();
-    ledger.set_tracked(HashSet::from([443]));
+    ledger.set_tracked(port(443));
     assert_eq!(verdict_of(missing, None, &ledger), Verdict::Leave(NoAction::Untracked));
-    ledger.set_tracked(HashSet::from([80]));
+    ledger.set_tracked([TrackedPort { is_ipv4: false, number: 80 }].into());
+    assert_eq!(verdict_of(missing, None, &ledger), Verdict::Leave(NoAction::Untracked));
+    ledger.set_tracked(port(80));
     assert_eq!(verdict_of(missing, None, &ledger), reinsert);
 
     // Another connection of the port has one in this very snapshot.
@@ -125,7 +127,7 @@ fn the_direction_is_told_by_the_reply_tuple_and_the_flags_of_loose_pick_up() {
 #[test]
 fn what_this_host_opened_stays_so_when_its_entry_is_forgotten() {
     let mut ledger = Ledger::default();
-    ledger.set_tracked(HashSet::from([80]));
+    ledger.set_tracked(port(80));
     let outgoing = outgoing_entry(server_to_peer(), TcpState::Established, 9);
     ledger.remember(&close_wait(1), outgoing);
     let verdict = verdict_of(Some(close_wait(1)), None, &ledger);

@@ -22,7 +22,7 @@ fn alive() -> Entry {
 /// Some other connection of the port is tracked.
 fn tracked() -> Ledger {
     let mut ledger = Ledger::default();
-    ledger.set_tracked(HashSet::from([80]));
+    ledger.set_tracked(port(80));
     ledger
 }
 

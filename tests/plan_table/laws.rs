@@ -86,7 +86,7 @@ fn any_ledger(views: &[View]) -> impl Strategy<Value = Ledger> + use<> {
                 }
             }
             if tracked {
-                ledger.set_tracked(HashSet::from([80]));
+                ledger.set_tracked(port(80));
             }
             ledger
         },

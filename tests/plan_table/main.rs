@@ -21,7 +21,7 @@ use ctkeep::conntrack::{Entry, Status, Tcp, TcpState, Zone};
 use ctkeep::flow::{Connection, FourTuple};
 use ctkeep::reconcile::apply::apply;
 use ctkeep::reconcile::confirm::{Confirmed, confirm};
-use ctkeep::reconcile::evidence::Evidence;
+use ctkeep::reconcile::evidence::{Evidence, TrackedPort};
 use ctkeep::reconcile::ledger::{Idle, Ledger};
 use ctkeep::reconcile::observe::Tables;
 use ctkeep::reconcile::plan::{
@@ -33,6 +33,11 @@ use ctkeep::recount::Recounter;
 use ctkeep::sockdiag::{Cookie, Socket, State, States};
 use played::host::Host;
 use played::{Played, entry, flow, outgoing_entry, reversed_entry, socket};
+
+/// A port of the server, which has an IPv4 address.
+fn port(number: u16) -> HashSet<TrackedPort> {
+    HashSet::from([TrackedPort { is_ipv4: true, number }])
+}
 
 /// What is done for each cell. Words: `-` is "whatever"; `open` is any of the eleven states,
 /// `half-open` any of them but established, `half-closed` neither that nor syn-recv, `both-fins`
