@@ -124,6 +124,20 @@ fn rates_and_quotas_before_a_limit_do_not_shadow_it() {
     assert!(!case.findings(&[22, 80]).contains_key("limit-shadowed"));
 }
 
+/// A chain that sends back so many a second and drops the others: who has got through is measured.
+#[test]
+fn a_rate_for_all_before_a_limit_does_not_end_its_measure() {
+    for file in ["global-rate-before-limit.rules", "openwrt.nft"] {
+        let Some(case) = Case::load(file) else { return };
+        assert_eq!(
+            case.over(&[("198.51.100.7", "192.0.2.1:80", 5)]),
+            only("198.51.100.7"),
+            "{file}"
+        );
+        assert_eq!(case.over(&[("198.51.100.7", "192.0.2.1:80", 3)]), (none(), none()), "{file}");
+    }
+}
+
 /// Accepted, sent back, or measured by a limit of its own before it.
 #[test]
 fn who_passes_before_a_limit_is_not_measured_by_it() {

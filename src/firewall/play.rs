@@ -428,7 +428,9 @@ impl<'r> Run<'_, 'r, '_, '_> {
                 let Some(next) = self.player.ruleset.chains.get(at) else { return };
                 let inside = self.chain(at, next, reach.and(surely), depth + 1);
                 left.base = left.base.max(inside.base.and(surely));
-                left.is_dead_end |= inside.is_dead_end && surely == Answer::Yes;
+                // Who was sent back before that end goes on here.
+                let is_end = inside.is_dead_end && inside.back == Answer::No;
+                left.is_dead_end |= is_end && surely == Answer::Yes;
                 if matches!(outcome, Outcome::Goto(_)) {
                     left.back = left.back.max(surely);
                 }
