@@ -10,7 +10,7 @@ use std::sync::Arc;
 use super::packet::{Interface, Packet, Syn};
 use super::rule::{Adding, Chain, Counting, Outcome, Rule, Step, Test, Threshold};
 use super::set::{self, Found, Set};
-use super::value::{Answer, Bits, Operand};
+use super::value::{Answer, Bits, Field, Operand};
 use super::{Family, Ruleset};
 use crate::nftables::Hook;
 
@@ -198,7 +198,6 @@ impl<'r> Player<'r> {
 
     /// Whether a limit, or what decides about one, looks at the device that packets come in by.
     pub fn asks_for_interfaces(&self) -> bool {
-        use super::value::Field;
         let of_interface =
             |value: &Operand| matches!(value.field, Field::InterfaceName | Field::InterfaceIndex);
         let steps = self.ruleset.chains.iter().flat_map(|chain| &chain.rules);
@@ -514,13 +513,20 @@ impl<'r> Run<'_, 'r, '_, '_> {
 
     /// Whether the packet has the entry that a test looks at, if it looks at one.
     fn has_entry(&self, test: &Test) -> Answer {
-        let is_asked = match test {
-            Test::Within { value, .. } => value.field.is_of_entry(),
-            Test::In { values, .. } => values.iter().any(|value| value.field.is_of_entry()),
-            _ => false,
+        let values = match test {
+            Test::Within { value, .. } => std::slice::from_ref(value),
+            Test::In { values, .. } => values.as_slice(),
+            _ => &[],
+        };
+        // An address of the other family is none of the entry (`nft_ct_get_eval()`).
+        let own = if self.packet.syn().source.is_ipv4() { 4 } else { 16 };
+        let is_others = |value: &Operand| {
+            matches!(value.field, Field::CtSource(_) | Field::CtDestination(_))
+                && value.length != own
         };
         match self.packet.is_tracked {
-            _ if !is_asked => Answer::Yes,
+            _ if !values.iter().any(|value| value.field.is_of_entry()) => Answer::Yes,
+            _ if values.iter().any(is_others) => Answer::No,
             Some(is) => Answer::from(is && self.packet.is_seen),
             None => Answer::Unknown,
         }

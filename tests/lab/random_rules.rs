@@ -3,7 +3,7 @@
 #![allow(unreachable_pub)]
 
 use std::fmt::Write;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 use crate::vocabulary;
 
@@ -11,7 +11,7 @@ use crate::vocabulary;
 pub const SERVERS: [Ipv4Addr; 2] = [Ipv4Addr::new(192, 0, 2, 1), Ipv4Addr::new(192, 0, 2, 2)];
 /// Its ports.
 pub const PORTS: [u16; 3] = [80, 443, 8080];
-/// Who opens connections.
+/// Who opens connections; by IPv6 the same with addresses of [`six`].
 pub const SOURCES: [Ipv4Addr; 10] = [
     Ipv4Addr::new(198, 51, 100, 1),
     Ipv4Addr::new(198, 51, 100, 2),
@@ -24,6 +24,68 @@ pub const SOURCES: [Ipv4Addr; 10] = [
     Ipv4Addr::new(203, 0, 113, 21),
     Ipv4Addr::new(203, 0, 113, 200),
 ];
+
+/// The address with the same last byte in the network that stands for its own: lengths of prefixes
+/// keep their meaning, 96 bits longer.
+pub fn six(address: Ipv4Addr) -> Ipv6Addr {
+    let [a, b, c, d] = address.octets();
+    Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]))
+}
+
+/// A word with the address, or the two of a range, or the prefix that it begins with, by IPv6.
+fn six_word(word: &str) -> Option<String> {
+    let end = word.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(word.len());
+    let (address, rest) = word.split_at(end);
+    let address: Ipv4Addr = address.parse().ok()?;
+    let first = six(address);
+    if let Some(second) = rest.strip_prefix('-') {
+        return Some(format!("{first}-{}", six_word(second)?));
+    }
+    let Some(length) = rest.strip_prefix('/') else { return Some(format!("{first}{rest}")) };
+    let end = length.find(|c: char| !c.is_ascii_digit()).unwrap_or(length.len());
+    let (length, rest) = length.split_at(end);
+    // A mask of an address is no length.
+    Some(format!("{first}/{}{rest}", length.parse::<u8>().ok()?.checked_add(96)?))
+}
+
+/// A rule by IPv6; `None` for what has no counterpart there.
+fn six_rule(rule: &str) -> Option<String> {
+    const OWN: [&str; 14] = [
+        "allow",
+        "nets",
+        "empty",
+        "pairs",
+        "areas",
+        "by_source0",
+        "by_source1",
+        "by_network0",
+        "by_network1",
+        "by_destination0",
+        "by_destination1",
+        "by_service0",
+        "by_service1",
+        "by_both",
+    ];
+    const ALONE: [&str; 9] =
+        [" ttl", " id", " length", " hdrlength", " checksum", " frag-off", " dscp", " ecn", "@nh"];
+    // Numbers that stand for an address or a part of one.
+    let has_bits = rule.contains("saddr &") || rule.contains("saddr |") || rule.contains("saddr ^");
+    let is_of_ip = |what: &&str| rule.contains(&format!("ip{what}"));
+    if has_bits || ALONE.iter().any(is_of_ip) || rule.contains("@nh") || rule.contains("version") {
+        return None;
+    }
+    let rule = rule.replace("and 255.255.255.0", "and ffff:ffff:ffff:ffff:ffff:ffff:ffff:ff00");
+    let rule = rule.replace("ip protocol", "ip6 nexthdr").replace("nfproto ipv4", "nfproto ipv6");
+    let words = rule.split(' ').map(|word| match word {
+        "ip" => "ip6".to_owned(),
+        "255.255.255.0" => word.to_owned(),
+        _ => match word.strip_prefix('@') {
+            Some(set) if OWN.iter().any(|own| set.starts_with(own)) => format!("{word}_6"),
+            _ => six_word(word).unwrap_or_else(|| word.to_owned()),
+        },
+    });
+    Some(words.collect::<Vec<_>>().join(" "))
+}
 
 /// A small source of numbers (xorshift64*), the same for the same seed.
 pub struct Random(u64);
@@ -103,6 +165,7 @@ fn nft_match(random: &mut Random) -> String {
         33 => format!("meta mark {not}0x{}", 1 + random.below(3)),
         34 => format!("iifname . ip saddr {not}{{ \"eth0\" . {source}, \"lo\" . {other} }}"),
         35 => "ip protocol tcp".to_owned(),
+        36 => random.one(vocabulary::NFT_OF_IPV6).to_owned(),
         _ => random.one(vocabulary::NFT_TOLD).to_owned(),
     }
 }
@@ -177,19 +240,14 @@ pub fn nft(random: &mut Random) -> String {
     let mut text = String::from("table inet fw {\n");
     let (a, b, c) = (random.source(), random.source(), random.source());
     let (port, other) = (random.port(), random.port());
-    write!(
-        text,
+    let mut sets = format!(
         "set allow {{ type ipv4_addr; elements = {{ {a}, {b} }}; }}\n\
          set nets {{ type ipv4_addr; flags interval; auto-merge; elements = {{ {c}, 198.51.100.2/31 }}; }}\n\
          set empty {{ type ipv4_addr; }}\n\
-         set ports {{ type inet_service; flags interval; elements = {{ {port}, 1000-2000 }}; }}\n\
          set pairs {{ type ipv4_addr . inet_service; elements = {{ {a} . {port}, {c} . {other} }}; }}\n\
-         set areas {{ type ipv4_addr . inet_service; flags interval;\n\
-         elements = {{ 198.51.100.0/25 . {port}, 203.0.113.5 . 1-1000 }}; }}\n\
-         set services {{ type inet_proto . inet_service; flags interval;\n\
-         elements = {{ tcp . {port}, udp . 1-9000 }}; }}\n"
-    )
-    .unwrap();
+         set areas {{ type ipv4_addr . inet_service; flags interval; \
+         elements = {{ 198.51.100.0/25 . {port}, 203.0.113.5 . 1-1000 }}; }}\n"
+    );
     for number in 0..2 {
         for (name, kind) in [
             ("by_source", "ipv4_addr"),
@@ -198,10 +256,23 @@ pub fn nft(random: &mut Random) -> String {
             ("by_service", "ipv4_addr . inet_service"),
             ("by_both", "ipv4_addr . ipv4_addr"),
         ] {
-            writeln!(text, "set {name}{number} {{ type {kind}; flags dynamic; size 65535; }}")
+            writeln!(sets, "set {name}{number} {{ type {kind}; flags dynamic; size 65535; }}")
                 .unwrap();
         }
     }
+    for set in sets.lines() {
+        let (name, rest) = set.split_once(" {").unwrap();
+        let words = rest.split(' ').map(|word| six_word(word).unwrap_or_else(|| word.to_owned()));
+        let rest = words.collect::<Vec<_>>().join(" ").replace("ipv4_addr", "ipv6_addr");
+        writeln!(text, "{set}\n{name}_6 {{{rest}").unwrap();
+    }
+    write!(
+        text,
+        "set ports {{ type inet_service; flags interval; elements = {{ {port}, 1000-2000 }}; }}\n\
+         set services {{ type inet_proto . inet_service; flags interval;\n\
+         elements = {{ tcp . {port}, udp . 1-9000 }}; }}\n"
+    )
+    .unwrap();
     for chain in (1..=LAST).rev() {
         writeln!(text, "chain c{chain} {{").unwrap();
         rules(random, &mut text, LAST, chain);
@@ -257,7 +328,13 @@ fn rules(random: &mut Random, text: &mut String, last: usize, chain: usize) {
             rule = rule.replace("l4proto { tcp, udp }", "l4proto tcp");
             rule = rule.replace("l4proto != { tcp, udp }", "l4proto != udp");
         }
-        writeln!(text, "{rule}").unwrap();
+        let by_six = if random.chance(45) { six_rule(&rule) } else { None };
+        // What names both families is no rule to nft.
+        let is_mixed = |rule: &str| rule.contains("ip ") && rule.contains("ip6 ");
+        let rule = by_six.unwrap_or(rule);
+        if !is_mixed(&rule) {
+            writeln!(text, "{rule}").unwrap();
+        }
     }
 }
 
@@ -352,6 +429,22 @@ fn xt_rule(random: &mut Random, chain: usize, last: usize) -> String {
         end => end.to_owned(),
     };
     format!("{protocol}{} {end}", rest.join(" "))
+}
+
+/// A rule set for `ip6tables-restore`.
+pub fn ip6tables(random: &mut Random) -> String {
+    let text = iptables(random);
+    let rules = text.lines().map(|rule| {
+        let mut is_mask = false;
+        let words = rule.split(' ').map(|word| {
+            let longer = |length: u8| if length == 0 { 0 } else { length + 96 };
+            let mask = word.parse().ok().filter(|_| is_mask).map(|mask| longer(mask).to_string());
+            is_mask = word == "--connlimit-mask";
+            mask.or_else(|| six_word(word)).unwrap_or_else(|| word.to_owned())
+        });
+        words.collect::<Vec<_>>().join(" ")
+    });
+    rules.map(|rule| rule + "\n").collect()
 }
 
 /// A rule set for `iptables-restore`.

@@ -2,6 +2,34 @@
 
 #![allow(unreachable_pub)]
 
+/// Matches of nft that are for IPv6 alone, or show themselves there alone.
+pub const NFT_OF_IPV6: &[&str] = &[
+    "ip6 saddr 2001:db8::c633:6401",
+    "ip6 saddr != 2001:db8::c633:6401",
+    "ip6 saddr 2001:db8::cb00:7100/120",
+    "ip6 saddr 2001:db8::c633:6402-2001:db8::cb00:7105",
+    "ip6 saddr { 2001:db8::c633:6400/121, 2001:db8::cb00:7105 }",
+    "ip6 saddr != { 2001:db8::c633:6400/121, 2001:db8::cb00:7105 }",
+    "ip6 saddr & ::1 == ::1",
+    "ip6 saddr & ffff:ffff:: != 2001:db8::",
+    "ip6 saddr > 2001:db8::c633:6481",
+    "ip6 daddr 2001:db8::c000:201",
+    "ip6 saddr . tcp dport { 2001:db8::c633:6400/121 . 80, 2001:db8::cb00:7105 . 1-1000 }",
+    "ip6 saddr . ip6 daddr { 2001:db8::c633:6401 . 2001:db8::c000:201 }",
+    "ip6 nexthdr tcp",
+    "ip6 nexthdr != { udp, tcp }",
+    "ip6 nexthdr 6-17",
+    "ip6 version 6",
+    "meta nfproto ipv6",
+    "meta nfproto != ipv6",
+    "meta protocol ip6",
+    "icmpv6 type echo-request",
+    "meta l4proto ipv6-icmp",
+    "ct original ip6 saddr 2001:db8::c633:6401",
+    "ct original ip6 daddr != 2001:db8::c000:201",
+    "fib saddr type unicast",
+];
+
 /// Matches of nft whose answer hangs on nothing but the connection.
 pub const NFT_TOLD: &[&str] = &[
     // Addresses, in every form of comparison.
@@ -93,7 +121,6 @@ pub const NFT_TOLD: &[&str] = &[
     "udplite dport 80",
     "ip6 saddr 2001:db8::1",
     "ip6 nexthdr tcp",
-    "ip6 hoplimit > 1",
     "meta nfproto ipv4",
     "meta nfproto ipv6",
     "meta nfproto != ipv6",
@@ -164,6 +191,14 @@ pub const NFT_TOLD: &[&str] = &[
 
 /// Matches of nft of which the answer may be open, and must not be a false one.
 pub const NFT_OPEN: &[&str] = &[
+    "ip6 hoplimit > 1",
+    "ip6 dscp cs0",
+    "ip6 flowlabel 0",
+    "ip6 length > 40",
+    "exthdr hbh exists",
+    "exthdr frag missing",
+    "rt type 0",
+    "frag id 1",
     "ip hdrlength 5",
     "ip hdrlength > 5",
     "ip dscp cs0",
