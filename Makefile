@@ -66,6 +66,11 @@ reload-test: test-tools
 	$(AS_ROOT) env CTKEEP_UFW=$(CURDIR)/target/frontends/ufw CTKEEP_FIREWALLD=$(CURDIR)/target/frontends/firewalld \
 		CTKEEP_RELOADS=20 CTKEEP_STORM=30 $(CARGO) test --locked --test live_reload -- --nocapture
 
+# The daemon killed at a hundred moments of its work: what it has kept is there.
+history-test: test-tools
+	$(CARGO) test --locked --no-run --test live_history
+	$(AS_ROOT) $(CARGO) test --locked --test live_history -- --ignored --nocapture at_a_hundred
+
 # The same of podman, as root; then what takes a minute: containers that come and go, 5 000 processes.
 containers-test: docker-test
 	mkdir -p target/podman

@@ -13,6 +13,7 @@ use serde_json::Value;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 fn history(scene: &Scene, dir: &str, args: &[&str]) -> Value {
     let all = [&["history", "--dir", dir, "--format", "json"], args].concat();
@@ -93,6 +94,92 @@ impl Drop for Mounted {
     fn drop(&mut self) {
         let _ = Command::new("umount").args(["-l", &self.0]).status();
     }
+}
+
+/// The daemon at its work, killed at a random moment of it, again and again: what could be read before
+/// is there afterwards, no line is damaged, and the next goes on behind it.
+fn killed(times: u64) {
+    let Some(mut scene) = Scene::new(Limiter::Nothing) else { return };
+    scene.lab.connlimit(80, 1000);
+    let folder = tempfile::tempdir().expect("a folder");
+    let dir = folder.path().to_str().expect("a path").to_owned();
+    let (mut before, mut acted, mut moments) = (Vec::new(), 0, std::process::id().into());
+    let mut all = Vec::new();
+    for _ in 0..times {
+        let mut conns = scene.peer.hold(80, 8);
+        conns.iter_mut().for_each(|conn| scene.lab.half_close(conn));
+        scene.guard(&["--history", &dir, "--deep-interval", "500ms"]);
+        conns.iter().for_each(lab::RawConn::stale_rst);
+        std::thread::sleep(Duration::from_micros(random(&mut moments) % 15_000));
+        // A folder without files is none: the first record may be under way.
+        let look = || store::read(folder.path()).unwrap_or_default();
+        let (read, _) = look();
+        assert!(read.starts_with(&before), "what was read before is gone");
+        let daemon = scene.daemon.take().expect("a daemon");
+        acted += daemon.log().matches(": acted").count();
+        daemon.kill();
+        let (after, damaged) = look();
+        assert!(damaged == 0 && after.starts_with(&read), "{damaged}");
+        before = after;
+        all.extend(conns);
+    }
+    let kept = before.iter().filter(|it| matches!(it, Record::Action { .. })).count();
+    println!("{times} kills: {acted} actions were logged before, {kept} are kept");
+    assert!(acted > 0 && kept > 0, "no kill came while there was work");
+}
+
+fn random(seed: &mut u64) -> u64 {
+    *seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+    *seed >> 33
+}
+
+#[test]
+fn killed_at_any_moment_it_loses_nothing_that_could_be_read() {
+    killed(4);
+}
+
+#[test]
+#[ignore = "two minutes: make history-test"]
+fn killed_at_a_hundred_moments_it_loses_nothing_that_could_be_read() {
+    killed(100);
+}
+
+/// The clock of the wall goes years back and on again: records stand in the order of their writing, the
+/// minutes go on, and what is asked for by time is found.
+#[test]
+fn a_clock_that_jumps_loses_nothing() {
+    let Some(mut scene) = Scene::new(Limiter::Connlimit) else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let dir = folder.path().join("kept");
+    let clock = folder.path().join("clock");
+    let set = |offset: &str| fs::write(&clock, format!("{offset}\n")).expect("a file");
+    set("+0");
+    let environment = lab::faketime(clock.to_str().expect("a path"));
+    let dir = dir.to_str().expect("a path");
+    let daemon = scene.lab.daemon_with(scene::CTKEEP, &["--history", dir], &environment);
+    let reloads = || {
+        let all = store::read(Path::new(dir)).map_or_else(|_| Vec::new(), |(all, _)| all);
+        all.iter().filter(|it| matches!(it, Record::Reload { .. })).map(Record::at).collect()
+    };
+    for (index, offset) in ["+0", "-12000d", "+400d", "+0"].into_iter().enumerate() {
+        set(offset);
+        daemon.signal(Signal::SIGHUP);
+        wait_for("a record", SOON, || {
+            let all: Vec<u64> = reloads();
+            all.len() > index
+        });
+    }
+    scene.daemon = Some(daemon);
+    let ats: Vec<u64> = reloads();
+    let year = 365 * 86_400;
+    assert_eq!(ats.len(), 4, "{ats:?}");
+    assert!(ats[0] > ats[1] + 30 * year && ats[2] > ats[0] + year && ats[3] < ats[2], "{ats:?}");
+    // What a clock that was set back has written is newer than what stands before it.
+    let report = history(&scene, dir, &["--since", "1h"]);
+    let found = records(&report).iter().filter(|it| it["what"] == "reload").count();
+    assert_eq!((found, &report["damaged"]), (4, &0.into()), "{report}");
+    scene.daemon.take().expect("a daemon").kill();
+    assert_eq!(reloads().len(), 4, "after a kill");
 }
 
 /// A day of 200 sources in a simulated hour's room, killed at every hundredth record: the file on the

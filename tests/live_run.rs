@@ -137,7 +137,6 @@ fn reap_takes_ghosts_of_the_scope_away_and_no_others() {
 /// monotonic clock alone.
 #[test]
 fn a_wall_clock_that_jumps_changes_nothing() {
-    const LIBRARY: &str = "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1";
     let Some(lab) = Lab::new() else { return };
     lab.connlimit(80, 3);
     let _server = lab.serve("0.0.0.0:80");
@@ -145,13 +144,7 @@ fn a_wall_clock_that_jumps_changes_nothing() {
     let clock = directory.path().join("clock");
     let set = |offset: &str| fs::write(&clock, format!("{offset}\n")).expect("a file");
     set("+0");
-    let clock_path = clock.to_str().expect("a path in UTF-8");
-    let environment = [
-        ("LD_PRELOAD", LIBRARY),
-        ("FAKETIME_TIMESTAMP_FILE", clock_path),
-        ("FAKETIME_DONT_FAKE_MONOTONIC", "1"),
-        ("FAKETIME_NO_CACHE", "1"),
-    ];
+    let environment = lab::faketime(clock.to_str().expect("a path in UTF-8"));
     let daemon = lab.daemon_with(CTKEEP, &["--sweep-interval", "200ms"], &environment);
     for (source, offset) in [(10, "+0"), (11, "+40000d"), (12, "-12000d"), (13, "+1d")] {
         set(offset);

@@ -325,6 +325,16 @@ fn probe() -> Result<(), String> {
     Ok(())
 }
 
+/// What shows a program another time of the wall's clock, by the offset in this file (`+400d`).
+pub fn faketime(clock: &str) -> [(&'static str, &str); 4] {
+    [
+        ("LD_PRELOAD", "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1"),
+        ("FAKETIME_TIMESTAMP_FILE", clock),
+        ("FAKETIME_DONT_FAKE_MONOTONIC", "1"),
+        ("FAKETIME_NO_CACHE", "1"),
+    ]
+}
+
 /// Polls `condition` until it holds.
 ///
 /// # Panics
