@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use self::choose::{Age, Candidate, Choice, Which};
 use crate::audit::processes::{Owner, Owners};
 use crate::audit::report::Seen;
-use crate::audit::sources::{Plays, overloads};
+use crate::audit::sources::{Load, Plays, overloads};
 use crate::containers;
 use crate::error::{Error, Result};
 use crate::host::instance;
@@ -38,6 +38,9 @@ pub struct Killer {
     half_closed: HashMap<u64, u64>,
 }
 
+/// Sockets, who holds them, and what of them is too much for a limit.
+type Known = (Vec<Socket>, Owners, Vec<(Load, Vec<Socket>)>);
+
 /// What is to be closed.
 #[derive(Debug)]
 pub struct Found {
@@ -64,21 +67,9 @@ impl Killer {
     /// # Errors
     /// A missing privilege or module; a lost or malformed answer.
     pub fn find(&mut self, policy: &Policy) -> Result<Found> {
-        let overloads = if self.which.over_limit {
-            let (seen, _) = Seen::look("", policy)?;
-            let mut plays = Plays::new(&seen.limiter, &seen.rules)
-                .arriving(&seen.arrivals)
-                .behind(&seen.behind);
-            overloads(seen.snapshot.views.iter(), &mut plays)
-        } else {
-            Vec::new()
-        };
         let unread = containers::join(&mut self.sockets)?;
-        let listeners = self.sockets.listeners()?;
-        let scope = policy.scope(&listeners);
-        let mut sockets = self.sockets.sockets(self.which.states)?;
-        sockets.retain(|socket| scope.contains(policy, socket.connection()));
-        let owners = Owners::look(sockets.iter().copied(), &listeners);
+        let (sockets, owners, overloads) =
+            if self.which.over_limit { self.over_limit(policy)? } else { self.in_scope(policy)? };
         let asks_for_owner = self.which.process.is_some() || self.which.container.is_some();
         let is_unseen = |socket: &&Socket| asks_for_owner && owners.of(socket) == Owner::Unseen;
         let unseen = sockets.iter().filter(is_unseen).count();
@@ -92,6 +83,26 @@ impl Killer {
         });
         let choice = self.which.choose(known.collect(), &overloads);
         Ok(Found { choice, unseen, unread })
+    }
+
+    fn in_scope(&mut self, policy: &Policy) -> Result<Known> {
+        let listeners = self.sockets.listeners()?;
+        let scope = policy.scope(&listeners);
+        let mut sockets = self.sockets.sockets(self.which.states)?;
+        sockets.retain(|socket| scope.contains(policy, socket.connection()));
+        let owners = Owners::look(sockets.iter().copied(), &listeners);
+        Ok((sockets, owners, Vec::new()))
+    }
+
+    /// By the one look that shows what limits count.
+    fn over_limit(&self, policy: &Policy) -> Result<Known> {
+        let (seen, _) = Seen::look("", policy)?;
+        let mut plays =
+            Plays::new(&seen.limiter, &seen.rules).arriving(&seen.arrivals).behind(&seen.behind);
+        let overloads = overloads(seen.snapshot.views.iter(), &mut plays);
+        let sockets = seen.snapshot.views.iter().filter_map(|view| view.socket);
+        let sockets = sockets.filter(|socket| self.which.states.contains(socket.state)).collect();
+        Ok((sockets, seen.owners, overloads))
     }
 
     /// Closes one of them, if it is still there and still as it was asked for.
