@@ -194,11 +194,13 @@ fn a_browser_shows_the_figures_and_keeps_them_fresh() {
         assert!(injected.console.contains("Content Security Policy"), "{}", injected.console);
     });
 
-    for scheme in ["light", "dark"] {
+    for scheme in ["light", "dark", "telephone"] {
         let picture =
             std::env::temp_dir().join(format!("ctkeep-{scheme}-{}.png", std::process::id()));
         let shot = format!("--screenshot={}", picture.display());
-        let mut args = vec![shot.as_str(), "--window-size=1000,1100"];
+        let size = if scheme == "telephone" { "500,1600" } else { "1000,1100" };
+        let size = format!("--window-size={size}");
+        let mut args = vec![shot.as_str(), size.as_str()];
         if scheme == "dark" {
             args.push("--blink-settings=preferredColorScheme=0");
         }

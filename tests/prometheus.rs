@@ -120,6 +120,7 @@ fn an_attack_is_seen_in_prometheus() {
     let Some(mut scene) = Scene::new(Limiter::Connlimit) else { return };
     scene.lab.server.sysctl("net/netfilter/nf_conntrack_tcp_loose", "1");
     let config = tempfile::NamedTempFile::new().unwrap();
+    fs::write(config.path(), "[[overload]]\nports = [80]\nabove = 100\n").unwrap();
     let path = config.path().to_str().unwrap();
     let eager = ["--sweep-interval", "100ms", "--deep-interval", "200ms", "--config", path];
     scene.guard(&eager);
