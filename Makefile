@@ -71,6 +71,31 @@ history-test: test-tools
 	$(CARGO) test --locked --no-run --test live_history
 	$(AS_ROOT) $(CARGO) test --locked --test live_history -- --ignored --nocapture at_a_hundred
 
+# Slowloris against the real Apache, Debian's, which is not installed.
+apache-test: test-tools
+	mkdir -p target/apache
+	cd target/apache && apt-get download apache2-bin libapr1 libaprutil1 liblua5.3-0 libjansson4 && \
+		for package in *.deb; do dpkg -x $$package root && rm $$package; done
+	$(CARGO) test --locked --no-run --test live_apache
+	$(AS_ROOT) env CTKEEP_APACHE=$(CURDIR)/target/apache/root $(CARGO) test --locked --test live_apache -- --ignored --nocapture with_nothing
+
+# What bans by the log line of an overload: the real fail2ban and CrowdSec, Debian's, which are not installed.
+ban-test: test-tools
+	mkdir -p target/bans
+	cd target/bans && apt-get download fail2ban crowdsec && \
+		for package in *.deb; do dpkg -x $$package root && rm $$package; done
+	$(CARGO) test --locked --no-run --test live_overload
+	$(AS_ROOT) env CTKEEP_BANS=$(CURDIR)/target/bans/root $(CARGO) test --locked --test live_overload -- --ignored real_fail2ban
+
+# The pictures of docs/images that a browser takes of the status page, by the test of that page.
+pictures: test-tools
+	$(CARGO) test --locked --no-run --test browser
+	mkdir -p target/pictures
+	$(AS_ROOT) env CTKEEP_PICTURES=$(CURDIR)/target/pictures $(CARGO) test --locked --test browser
+	cp target/pictures/light.png docs/images/status.png
+	cp target/pictures/dark.png docs/images/status-dark.png
+	cp target/pictures/telephone.png docs/images/status-telephone.png
+
 # The same of podman, as root; then what takes a minute: containers that come and go, 5 000 processes.
 containers-test: docker-test
 	mkdir -p target/podman

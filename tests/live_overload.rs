@@ -6,6 +6,7 @@ mod lab;
 mod scene;
 
 use std::fs;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use lab::{Lab, Peer, RawConn, wait_for};
@@ -140,4 +141,80 @@ fn sets_of_the_administrator_are_filled_as_they_are() {
     server.close_all();
     wait_for("the network is out", SOON, || !is_in(&lab, "inet filter nets", "198.51.100.0/24"));
     wait_for("the address is out", SOON, || !is_in(&lab, "inet filter bad6", "2001:db8:1::7"));
+}
+
+/// What the daemon has logged in one of its forms: sources of both families, and their end.
+fn logged(form: &str) -> String {
+    let lab = Lab::new().expect("a lab");
+    let mut server = lab.serve("[::]:80");
+    let log = tempfile::NamedTempFile::new().expect("a file");
+    let mut command = Command::new(CTKEEP);
+    command.args(["run", "--sweep-interval", "200ms", "--overload", "above=2 for=1s"]);
+    command.args(["--log-format", form]);
+    let spawned = lab.server.spawn_with(&command, |command| {
+        command.stdin(Stdio::null()).stderr(log.reopen().expect("the file"));
+    });
+    let mut daemon = spawned.expect("a daemon");
+    let read = || fs::read_to_string(log.path()).expect("a log");
+    let conns = [CLIENT, "2001:db8:1::7"].map(|source| hold(&lab.peer(source), 3));
+    wait_for("both", SOON, || ["over4", "over6"].iter().all(|set| read().contains(set)));
+    server.reset_all();
+    wait_for("their end", SOON, || read().matches("over no more").count() == 2);
+    drop(conns);
+    daemon.kill().and_then(|()| daemon.wait()).expect("its end");
+    read()
+}
+
+/// fail2ban and CrowdSec themselves, Debian's, unpacked in the folder that `CTKEEP_BANS` names.
+#[test]
+#[ignore = "wants fail2ban and CrowdSec: make ban-test"]
+fn the_real_fail2ban_and_crowdsec_ban_by_the_log_line() {
+    if !lab::require() {
+        return;
+    }
+    let root = std::env::var("CTKEEP_BANS").expect("CTKEEP_BANS");
+    let packaging = concat!(env!("CARGO_MANIFEST_DIR"), "/packaging");
+    let host = lab::Namespace::new().expect("a namespace");
+    host.run("ip link set lo up");
+    for form in ["text", "json", "journald"] {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().display();
+        let text = logged(form);
+        fs::write(folder.path().join("log"), &text).expect("a file");
+        let found = host.output(&format!(
+            "env PYTHONPATH={root}/usr/lib/python3/dist-packages /usr/bin/python3 \
+             {root}/usr/bin/fail2ban-regex -o ip {path}/log {packaging}/fail2ban/ctkeep-overload.conf"
+        ));
+        let mut found: Vec<_> = found.lines().collect();
+        found.sort_unstable();
+        assert_eq!(found, [CLIENT, "2001:db8:1::7"], "{form}: {text}");
+
+        // As syslog has it, which CrowdSec's own parser reads first.
+        let lines = text.lines().map(|line| {
+            // journald takes the priority off.
+            let line =
+                line.split_once('>').filter(|_| line.starts_with('<')).map_or(line, |it| it.1);
+            format!("Nov 29 15:41:37 web ctkeep[7]: {line}\n")
+        });
+        fs::write(folder.path().join("syslog"), lines.collect::<String>()).expect("a file");
+        let script = format!(
+            "set -e; cd {path}; mkdir -p data hub parsers/s00-raw parsers/s01-parse scenarios notifications plugins
+             cp -r {root}/etc/crowdsec/patterns {root}/etc/crowdsec/*.yaml .
+             cp {root}/usr/share/crowdsec/hub/.index.json hub
+             cp {root}/usr/share/crowdsec/hub/parsers/s00-raw/crowdsecurity/syslog-logs.yaml parsers/s00-raw
+             cp {packaging}/crowdsec/ctkeep-overload-parser.yaml parsers/s01-parse
+             cp {packaging}/crowdsec/ctkeep-overload-scenario.yaml scenarios
+             sed -i 's,/var/lib/crowdsec,{path},; s,/etc/crowdsec/,{path}/,; s,/usr/lib/crowdsec,{path},
+                 s,media: file,media: stdout,; s,: true,: false,; /online_client/d; /online_api/d' config.yaml
+             touch console.yaml local_api_credentials.yaml
+             {root}/usr/bin/cscli -c config.yaml machines add here -p secret --force -f local_api_credentials.yaml
+             {root}/usr/bin/crowdsec -c config.yaml -no-capi -dsn file://{path}/syslog -type syslog 2>&1"
+        );
+        let said = host.feed("sh", &script);
+        for source in [CLIENT, "2001:db8:1::7"] {
+            let ban = format!("ctkeep/overload by ip {source} : 4h ban on Ip {source}");
+            assert_eq!(said.matches(&ban).count(), 1, "{form}: {said}");
+        }
+        assert_eq!(said.matches("ctkeep/overload by ip").count(), 2, "{form}: {said}");
+    }
 }
