@@ -21,7 +21,7 @@ FUZZ_TARGETS = conntrack sockdiag netlink nflog ruleset saved options http
 # make test-kernels KERNELS="6.12.73 6.18.5"
 KERNELS ?= 5.10 6.1 6.12 sid
 
-.PHONY: all demo test play-test test-kernels docker-test containers-test reload-test attack-search faults check advisories fuzz soak bench install stage deb rpm static package-test \
+.PHONY: all demo test play-test test-kernels docker-test containers-test reload-test history-test apache-test ban-test pictures attack-search faults check advisories fuzz soak bench install stage deb rpm static package-test \
 	kubernetes-check dashboard-check tools shield-tools test-tools kernel-tools cargo-deny cargo-deb \
 	cargo-generate-rpm cargo-fuzz
 
