@@ -5,6 +5,7 @@
 mod aside;
 mod control;
 mod desk;
+mod ends;
 mod guard;
 mod history;
 mod inside;

@@ -11,6 +11,7 @@ use nix::poll::{PollFd, PollFlags};
 
 use super::control::{Control, Lead};
 use super::desk::Desk;
+use super::ends::SocketEnds;
 use super::members::Members;
 use super::overload::Overloads;
 use super::reader::Reader;
@@ -30,7 +31,6 @@ use crate::reconcile::observe::Tables;
 use crate::recount::{Mode, Recount, Recounter};
 use crate::shield;
 use crate::sockdiag::States;
-use crate::sockdiag::ends::Ends;
 
 /// A worker has a turn at least so often, for its signs of life.
 const TURN: Duration = Duration::from_secs(1);
@@ -41,15 +41,6 @@ const NEWCOMERS: Duration = Duration::from_millis(200);
 
 /// Asking limits may cost this share of a core.
 const CHECKS: u32 = 20;
-
-/// Ends of sockets are read together: each socket of the namespace that ends is told, and a busy
-/// server would wake us for every connection.
-const ENDS_REST: Duration = Duration::from_millis(20);
-
-/// Beyond so many a second they are not listened to for a while, and sweeps look for what has ended:
-/// the kernel makes and sends a message for each socket of the namespace, held or not, some 2 us.
-const ENDS: usize = 1000;
-const ENDS_PAUSE: Duration = Duration::from_secs(60);
 
 /// What there is to read.
 #[derive(Clone, Copy, Debug)]
@@ -73,16 +64,7 @@ pub(super) struct Worker<'p> {
     reader: Reader,
     /// What the deep sweep under way has cost.
     deep_cost: Duration,
-    /// Ends of sockets, while entries are held.
-    ends: Option<Ends>,
-    /// They are read no sooner.
-    ends_rest: Instant,
-    /// How many were told since then.
-    ends_told: (Instant, usize),
-    /// There are too many to listen to before then.
-    ends_paused: Instant,
-    /// This kernel does not tell them.
-    ends_untold: bool,
+    ends: SocketEnds,
     overloads: Overloads,
     /// Where the audit asks.
     pub(super) claim: Option<UnixListener>,
@@ -121,7 +103,6 @@ impl<'p> Worker<'p> {
             None => keeper.tables.follow_tracking(&Ruleset::read()),
         }
         let (claim, sweep_failing) = (None, false);
-        let (ends, ends_rest, ends_untold) = (None, now, false);
         let overloads = Overloads::new(desk.live.clone(), desk.foundation.dry_run, now);
         Ok(Self {
             keeper,
@@ -130,11 +111,7 @@ impl<'p> Worker<'p> {
             members,
             reader,
             deep_cost: Duration::ZERO,
-            ends,
-            ends_rest,
-            ends_told: (now, 0),
-            ends_paused: now,
-            ends_untold,
+            ends: SocketEnds::new(now),
             overloads,
             claim,
             sweep_failing,
@@ -147,8 +124,7 @@ impl<'p> Worker<'p> {
         let due = self.keeper.next_timeout().into_iter();
         let due = due.chain(self.rules.as_ref().and_then(Rules::next_timeout));
         let due = due.chain(self.overloads.next_timeout());
-        let ends = self.ends.as_ref();
-        let due = due.chain(ends.map(|_| self.ends_rest).filter(|rest| *rest > now)).min();
+        let due = due.chain(self.ends.next_timeout(now)).min();
         let due = due.map(|due| due.saturating_duration_since(now));
         // Signs of life and the namespaces want a turn now and then.
         let time = due.unwrap_or(TURN).min(TURN);
@@ -161,7 +137,7 @@ impl<'p> Worker<'p> {
             self.claim.as_ref().map(AsFd::as_fd),
             self.rules.as_ref().map(AsFd::as_fd),
             self.members.map(|members| members.wake.as_fd()),
-            ends.filter(|_| self.ends_rest <= now).map(AsFd::as_fd),
+            self.ends.fd(now),
             Some(self.reader.wake.as_fd()),
         ];
         let mut fds: Vec<_> = sources
@@ -210,14 +186,14 @@ impl<'p> Worker<'p> {
             self.take_events(began)?;
         }
         if ready.ends {
-            self.take_ends()?;
+            self.ends.take(&mut self.keeper, &mut self.desk)?;
         }
         if ready.question {
             self.answer();
         }
         self.follow_rules(ready.rules)?;
         self.sweep()?;
-        self.follow_ends();
+        self.ends.follow(&mut self.keeper);
         let (tables, scope, policy, _) = self.keeper.parts();
         self.overloads.turn(&mut tables.sockets, scope, policy, &self.desk.share)?;
         self.check_limits()
@@ -358,50 +334,6 @@ impl<'p> Worker<'p> {
             self.keeper.look_without_tcp(now, &mut self.desk)?;
         }
         self.keeper.suspects(suspects, since, now, &mut self.desk)
-    }
-
-    /// Sockets have ended: the entries that were held for them are given back.
-    fn take_ends(&mut self) -> Result<()> {
-        let Some(ends) = &mut self.ends else { return Ok(()) };
-        let mut ended = Vec::new();
-        let lost = ends.drain(|cookie| ended.push(cookie))?;
-        if lost.overrun || lost.malformed > 0 {
-            self.keeper.suspect_all();
-        }
-        let now = Instant::now();
-        self.ends_rest = now + ENDS_REST;
-        let (since, told) = &mut self.ends_told;
-        if now.saturating_duration_since(*since) >= TURN {
-            (*since, *told) = (now, 0);
-        }
-        *told += ended.len();
-        if *told > ENDS {
-            self.ends = None;
-            self.ends_paused = now + ENDS_PAUSE;
-        }
-        self.keeper.ended(&ended, now, &mut self.desk)
-    }
-
-    /// Listens to the ends of sockets while entries are held, where they are told.
-    fn follow_ends(&mut self) {
-        let is_paused = Instant::now() < self.ends_paused;
-        let is_wanted = self.keeper.ledger().holds_any() && !self.ends_untold && !is_paused;
-        if !is_wanted {
-            self.ends = None;
-        } else if self.ends.is_none() {
-            match Ends::open() {
-                Ok(ends) => {
-                    self.ends = Some(ends);
-                    self.keeper.suspect_all();
-                }
-                Err(error) => {
-                    tracing::info!(%error, "no notification when sockets end, sweeps find out");
-                    self.ends_untold = true;
-                }
-            }
-        }
-        let is_alone = self.keeper.tables.sockets.members().len() == 0;
-        self.keeper.rely_on_ends(is_alone && !self.ends_untold && !is_paused);
     }
 
     /// Publishes a sweep that ended well, and what it has cost.

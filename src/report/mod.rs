@@ -1,7 +1,7 @@
 //! One file for a bug report: the tables, the rules, the settings, in sections that a person reads
 //! and that `ctkeep audit --report` reads again.
 //!
-//! [`file`] is its form, [`tables`] the lines of the two tables, [`anonymous`] what replaces
+//! [`mod@file`] is its form, [`tables`] the lines of the two tables, [`anonymous`] what replaces
 //! addresses; all of them pure. [`host`] asks the host.
 
 pub mod anonymous;
