@@ -181,13 +181,13 @@ fn services_of_a_network_of_their_own_are_guarded_over_a_restart_of_docker() {
     docker.start_again();
     // It has made its chains anew, and left DOCKER-USER as it was.
     gain("198.51.100.5", "after a restart of dockerd");
-    docker.run("restart -t 0 shop_web_1");
-    gain("198.51.100.6", "after a restart of the container");
     let (status, log) = daemon.term();
-    // While dockerd makes its chains anew one look at them can fail.
-    let warnings = log.lines().filter(|line| line.contains("WARN"));
-    let mut others = warnings.filter(|line| !line.contains("rules could not be read"));
-    assert!(status.success() && !log.contains("ERROR") && others.next().is_none(), "{log}");
+    // A look at chains that dockerd makes anew can fail, and it deletes entries of a container whose
+    // networks change.
+    let known = ["rules could not be read", "somebody else deletes entries"];
+    let mut warnings = log.lines().filter(|line| line.contains("WARN"));
+    assert!(warnings.all(|line| known.iter().any(|it| line.contains(it))), "{log}");
+    assert!(status.success() && !log.contains("ERROR"), "{log}");
 }
 
 #[test]
