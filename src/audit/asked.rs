@@ -30,7 +30,7 @@ const SOURCES: usize = 100;
 /// The name of the helper device and of our tables. A daemon has another.
 pub const DEVICE: &str = "ctkeep2";
 
-/// What was asked of one source, and answered.
+/// A question about one source, and its answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Answer {
     /// Whose connections are counted together.

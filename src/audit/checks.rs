@@ -125,7 +125,7 @@ pub fn limiter(limiter: &Limiter, ports: &[u16]) -> Vec<Finding> {
             )
         })
         .collect();
-    // What was not read may have one.
+    // Rules that were not read may have one.
     if limiter.rules.is_empty() && limiter.unread.is_empty() {
         all.push(Finding::warn(
             "no-limit",

@@ -41,7 +41,7 @@ impl Class {
     ];
 
     /// The class of a connection by its cell of the action table, and by what its siblings show: where
-    /// they have entries its own is missing, though nobody may know how it was translated.
+    /// they have entries its own is missing, though it may be unknown how it was translated.
     pub fn of(view: &View, cell: Cell, evidence: &Evidence) -> Self {
         if view.entry.is_some_and(|entry| entry.state().is_none()) {
             return Self::Offloaded;

@@ -1,4 +1,4 @@
-//! What is wrong, how badly, and what to do: the same words in `audit` and `doctor`.
+//! Findings: what is wrong, how badly, and what to do, in the same words for `audit` and `doctor`.
 
 use std::fmt;
 
@@ -86,7 +86,7 @@ pub struct Finding {
     pub id: &'static str,
     /// How bad it is.
     pub verdict: Verdict,
-    /// What was seen, with its figures.
+    /// The observation, with its figures.
     pub what: String,
     /// What to do, with the exact setting or rule; empty where there is nothing to do.
     pub advice: String,

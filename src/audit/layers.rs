@@ -203,7 +203,7 @@ pub struct Queue {
     pub command: Option<String>,
     /// How full it is.
     pub verdict: Verdict,
-    /// What was seen.
+    /// The finding in words, with its figures.
     pub what: String,
     /// What to do about it.
     pub advice: Option<String>,
@@ -242,7 +242,7 @@ pub struct Application {
     pub unread: u64,
     /// How it does.
     pub verdict: Verdict,
-    /// What was seen.
+    /// The finding in words, with its figures.
     pub what: String,
     /// What to do about it.
     pub advice: Option<String>,

@@ -35,7 +35,7 @@ use crate::reconcile::snapshot::{Snapshot, View};
 use crate::reconcile::whole::{Others, Over};
 use crate::sockdiag::{Lookup, Socket, State, States};
 
-/// What is asked beyond the scope.
+/// The questions of an audit beyond the scope.
 #[derive(Clone, Copy, Debug)]
 pub struct Request {
     /// The limit of the rules, where the administrator names it.
@@ -88,7 +88,7 @@ pub struct Seen {
     pub figures: Option<Figures>,
     /// Who has the sockets.
     pub owners: Owners,
-    /// What a running daemon tells of itself; `None` for saved tables.
+    /// The status of a running daemon; `None` for saved tables.
     pub told: Option<DaemonStatus>,
     /// What limits said; `None` where they were not asked.
     pub asked: Option<Vec<Answered>>,

@@ -333,7 +333,7 @@ fn gather(
             continue;
         }
         let played = plays.of(&view);
-        // A list without room, and one that loses what is not tracked, measure nobody.
+        // A list without room, and one that loses what is not tracked, measure no source.
         let hits = || played.hits.iter().filter(|hit| hit.counts == Counts::Yes);
         for (at, hit) in hits().enumerate() {
             let Some(index) = plays.rule(hit, &view) else { continue };

@@ -42,7 +42,7 @@ pub struct SweepResult<'a> {
     pub scope: &'a Scope,
     /// The administrator's wishes.
     pub policy: &'a Policy,
-    /// What is held now.
+    /// The connections that are held now.
     pub ledger: &'a Ledger,
     /// The connections that it has just put right.
     pub repaired: &'a HashSet<Connection>,
@@ -101,7 +101,7 @@ pub struct Found {
 /// Conntrack's settings and counters.
 #[derive(Clone, Debug, Default)]
 pub struct Kernel {
-    /// What was refused or evicted.
+    /// Entries that were refused or evicted.
     pub counters: Counters,
     /// `nf_conntrack_tcp_timeout_*`, in seconds.
     pub timeouts: Vec<(TcpState, u64)>,

@@ -2,7 +2,7 @@
 //!
 //! Every reader gets lines without byte order mark, carriage return, colour, quotation mark and
 //! control character. Lines that belong to the frame (fences, prompts, nothing) are left out; the
-//! commands of prompts are kept, since `ss` leaves out a column that only its filter tells.
+//! commands of prompts are kept, since `ss` leaves out a column that only its filter shows.
 
 use crate::audit::processes::printable;
 
@@ -22,7 +22,7 @@ pub(super) struct Line {
 pub(super) struct Text {
     /// Lines that may hold something.
     pub lines: Vec<Line>,
-    /// What was typed, as far as the text shows it: `ss -tan state close-wait`.
+    /// The commands that were typed, as far as the text shows them: `ss -tan state close-wait`.
     pub commands: Vec<String>,
     /// A compressed file, a picture: more control characters than a text has.
     pub is_binary: bool,

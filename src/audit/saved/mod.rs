@@ -67,7 +67,7 @@ fn short(text: &str) -> String {
 pub struct Parsed {
     /// How many records gave something.
     pub read: usize,
-    /// What is none of the audit's business, by kind: `udp`.
+    /// Lines that the audit has no use for, by kind: `udp`.
     pub passed: BTreeMap<&'static str, usize>,
     /// What could not be read, with the number of the line.
     pub mistakes: Vec<(usize, Mistake)>,
@@ -93,7 +93,7 @@ impl Parsed {
         self.read + self.passed.values().sum::<usize>()
     }
 
-    /// What was passed over, in one line; `None` where nothing was. `path` is that of the text.
+    /// Counts in one line the lines that were passed over; `None` where none was. `path` is that of the text.
     pub fn summary(&self, path: &str) -> Option<String> {
         let mut counts: BTreeMap<&str, usize> = self.passed.clone();
         for (_, mistake) in &self.mistakes {
