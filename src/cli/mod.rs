@@ -72,7 +72,7 @@ pub fn main() -> ExitCode {
 /// What these arguments mean, the program's name first; `read` gets the file that they name.
 ///
 /// # Errors
-/// What is wrong with them, or with the file.
+/// The fault of the arguments, or of the file.
 pub fn check(
     args: impl IntoIterator<Item = OsString>,
     read: impl FnOnce(&Path) -> io::Result<String>,
