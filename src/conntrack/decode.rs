@@ -353,8 +353,8 @@ fn syn_proxy(nested: &[u8]) -> Decoded<SynProxy> {
     Ok(state)
 }
 
-/// The attributes of a message or of a nest: type without flags, and value. Whether the walk came
-/// to the end tells [`Attributes::end`].
+/// The attributes of a message or of a nest: type without flags, and value.
+/// [`Attributes::end`] shows whether the walk came to the end.
 struct Attributes<'a>(&'a [u8]);
 
 impl<'a> Iterator for Attributes<'a> {

@@ -35,8 +35,8 @@ pub enum Change {
         timeout: Duration,
     },
     /// Set TCP state, status and timeout of an entry in place. One that is made ESTABLISHED is ours from
-    /// then on ([`Entry::is_ours`]): a packet can lengthen it to days, and whoever holds it, or comes
-    /// after, must know to give it back.
+    /// then on ([`Entry::is_ours`]): a packet can lengthen it to days, and the daemon that holds
+    /// it, or the next one, must know to give it back.
     Update {
         /// Which entry.
         key: EntryKey,
