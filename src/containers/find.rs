@@ -20,7 +20,7 @@ pub const NAMES: [&str; 2] = ["/run/netns", "/run/docker/netns"];
 /// Namespaces that are guarded at most: each takes a descriptor, and some 4 KiB.
 const MOST: usize = 4096;
 
-/// What was found.
+/// The namespaces behind this one.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Found {
     /// The inode of each namespace behind this one, and a path that leads to it.
