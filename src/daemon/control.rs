@@ -15,13 +15,13 @@ use crate::metrics::Metrics;
 /// Shared by all threads of the daemon.
 #[derive(Debug)]
 pub(super) struct Control {
-    /// What is published.
+    /// The figures that are published.
     pub(super) metrics: Arc<Metrics>,
     /// Where what was so is kept.
     pub(super) history: History,
     /// Which namespace the own one is: workers are elsewhere.
     pub(super) own: Option<(u64, u64)>,
-    /// What was set up at the start.
+    /// Set up at the start.
     pub(super) foundation: Arc<Foundation>,
     live: Mutex<Arc<Live>>,
     /// Containers with limits of their own.
@@ -82,7 +82,7 @@ impl Lead {
         Ok(Self { stop: AtomicBool::new(false), wake: Wake::new()?, beats: AtomicU64::new(0) })
     }
 
-    /// Tells the thread to end.
+    /// Asks the thread to end.
     pub(super) fn stop(&self) {
         self.stop.store(true, Ordering::SeqCst);
         self.wake.rouse();
@@ -131,7 +131,7 @@ impl Wake {
 
     /// It has looked.
     pub(super) fn settle(&self) {
-        // Fails only when nobody has roused it.
+        // Fails only where it was not roused.
         let _ = self.0.read();
     }
 }

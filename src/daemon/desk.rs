@@ -85,7 +85,7 @@ impl<'p> Desk<'p> {
     /// Works by these settings from now on.
     pub(super) fn apply_settings(&mut self, live: Arc<Live>, ports: &HashSet<u16>) {
         let before = std::mem::replace(&mut self.live, live);
-        // What is remembered of closing connections goes by it.
+        // Closing connections are remembered for this interval.
         self.events_failed |= before.sweep_interval != self.live.sweep_interval;
         self.reopen_events(ports);
     }
@@ -279,7 +279,7 @@ impl<'p> Desk<'p> {
         }
     }
 
-    /// Whether anybody reads figures.
+    /// Whether figures are read: by a scrape, the status page, a file.
     pub(super) fn is_published(&self) -> bool {
         self.foundation.metrics_listen.is_some()
             || self.live.metrics_textfile.is_some()
@@ -391,7 +391,7 @@ impl<'p> Desk<'p> {
             reason = %action.reason,
             trigger = ?trigger,
             zone = action.template.zone.id(),
-            // What was never seen is put back as a plain entry, without mark, labels and the like.
+            // An entry that was never seen is put back as a plain one, without mark, labels and the like.
             seen = action.template.tcp.is_some(),
             "{message}"
         );

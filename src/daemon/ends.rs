@@ -1,4 +1,4 @@
-//! Ends of sockets as the kernel tells them: what was held for them is given back at once.
+//! Ends of sockets as the kernel reports them: what was held for them is given back at once.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};

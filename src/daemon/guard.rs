@@ -23,7 +23,7 @@ const COME_BACK: Duration = Duration::from_secs(1);
 pub(super) struct Guard {
     /// Where the table and the limiting rules are.
     pub(super) namespace: Namespace,
-    /// Tells it to stop, and hears that it is alive.
+    /// Stops it, and hears that it is alive.
     pub(super) lead: Arc<Lead>,
     pub(super) control: Arc<Control>,
     /// For the own table: other namespaces whose connections are in it.

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// How many lines of one kind a second may have: more than anybody reads, too few to fill a disk.
+/// Lines of one kind in a second: more than an administrator reads, too few to fill a disk.
 const LINES_A_SECOND: u64 = 20;
 
 /// Logs like `tracing::$level!` where `$fits`; else at debug, under a target of its own, so that

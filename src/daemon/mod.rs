@@ -104,7 +104,7 @@ fn load_shields(settings: &Settings) -> Result<Programs> {
     Ok(programs)
 }
 
-/// What a worker tells the runtime.
+/// A worker's messages to the runtime.
 #[derive(Debug)]
 enum News {
     /// The first whole sweep of this guard is done, or there is nothing to sweep.

@@ -28,7 +28,7 @@ const ONLY_GROWN: u32 = 12;
 /// its table, at first and at most: it may be a listing, which monitoring makes all the time.
 const DOUBT: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 
-/// What is known of the rules of one network namespace.
+/// The rules of one network namespace, and the limits in them.
 #[derive(Debug)]
 pub(super) struct Rules {
     events: RuleEvents,

@@ -5,7 +5,7 @@ use std::time::Duration;
 use sd_notify::NotifyState;
 use tokio::time::{Instant, sleep_until};
 
-/// Tells the watchdog that every worker is alive.
+/// Reports to the watchdog that every worker is alive.
 #[derive(Debug)]
 pub(super) struct Service {
     interval: Option<Duration>,
@@ -28,7 +28,7 @@ impl Service {
         }
     }
 
-    /// Tells the watchdog, if every worker has been alive since the last time.
+    /// Reports to the watchdog, if every worker has been alive since the last time.
     pub(super) fn tell_alive(&mut self, beats: Vec<(String, u64)>) {
         // One that is new, or has gone, is not compared.
         let alive = beats.iter().all(|now| !self.beats.contains(now));

@@ -44,7 +44,7 @@ pub struct Settings {
     pub live: Live,
 }
 
-/// What is set up once, at the start: a reload that changes it is refused.
+/// Set up once, at the start: a reload that changes any of it is refused.
 #[derive(Clone, Debug)]
 pub struct Foundation {
     /// How the limiter is made to count again.

@@ -279,7 +279,7 @@ impl<'p> Worker<'p> {
         Ok(())
     }
 
-    /// Tells the audit what is held.
+    /// Lets the audit read what is held.
     fn answer(&self) {
         let Some(claim) = &self.claim else { return };
         let now = Instant::now();
