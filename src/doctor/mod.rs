@@ -35,7 +35,7 @@ const CAP_SYS_PTRACE: u64 = 1 << 19;
 /// What the event socket asks for; holds 13 000 events.
 const RECEIVE_BUFFER: usize = 8 << 20;
 
-/// What was found.
+/// The findings of one look at a host.
 #[derive(Debug)]
 pub struct Diagnosis {
     /// In the order of looking.
@@ -116,7 +116,7 @@ fn release() -> String {
         .unwrap_or_default()
 }
 
-/// What is known of a kernel's limiter, by measurement (docs/doctor.md).
+/// A kernel's limiter, as it was measured (docs/doctor.md).
 fn kernel(release: &str) -> Finding {
     let mut numbers = release.split(['.', '-']).map_while(|part| part.parse::<u32>().ok());
     let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
