@@ -12,7 +12,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 /// The operation that an error belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Op {
-    /// What was asked, in words of the field: `conntrack insert`.
+    /// The request, in words of the field: `conntrack insert`.
     pub verb: &'static str,
     /// For which connection, where it is about a single one.
     pub flow: Option<FourTuple>,
@@ -58,7 +58,7 @@ impl fmt::Display for Op {
 #[derive(Debug, thiserror::Error)]
 #[error("{op}: {cause}")]
 pub struct Error {
-    /// What was being done.
+    /// The operation that failed.
     pub op: Op,
     /// Why it failed.
     pub cause: Box<Cause>,
