@@ -62,7 +62,7 @@ struct Line<'w> {
     asked: Vec<&'w str>,
     steps: Vec<Step>,
     limit: Option<Threshold>,
-    /// What is asked before the limit counts.
+    /// The step before which the limit counts.
     counts_at: usize,
     prefix: u8,
     side: Side,

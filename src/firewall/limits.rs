@@ -27,7 +27,7 @@ pub struct Limit {
     /// `connlimit-above`, `ct count over`: the rule is for what exceeds the count; else for what
     /// stays within.
     pub over: bool,
-    /// What is counted together.
+    /// Connections of equal keys are counted together.
     pub key: Key,
     /// It names no key at all (`ct count over 5`), where others say that all is meant (mask 0).
     pub is_keyless: bool,
@@ -208,7 +208,7 @@ impl Limiter {
             found.walk(&player, *at);
         }
         let Self { rules, witnesses, .. } = &mut found;
-        // Of its own rule is said what it tells of what exceeds it.
+        // A limit's own rule is reported by what it logs or sets of packets that exceed it.
         let of_limits = |one: &Witness| {
             rules.iter().any(|rule| one.sees(rule))
                 && rules.iter().all(|it| it.place() != one.place)
@@ -335,7 +335,7 @@ impl fmt::Display for LimitRule {
 }
 
 impl fmt::Display for Key {
-    /// What is counted together: `from each /32`.
+    /// In words: `from each /32`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Source(prefix) => write!(f, "from each /{prefix}"),
@@ -706,7 +706,7 @@ fn limit(threshold: Threshold, by: &[Operand], dynamic: bool) -> Limit {
     Limit { count, over, key: key(by), is_keyless: by.is_empty(), dynamic }
 }
 
-/// What is counted together.
+/// The key of what a rule counts by.
 fn key(by: &[Operand]) -> Key {
     let address = |value: &Operand| {
         let of_source = match (value.field, value.length) {

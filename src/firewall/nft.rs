@@ -88,7 +88,7 @@ fn chain(raw: RawChain) -> Chain {
     Chain::new(family, &raw.table, &raw.name, base)
 }
 
-/// What is known beside the rule: sets and objects of its table.
+/// Sets and objects of a rule's table.
 struct Known<'c, T> {
     conversation: &'c mut Conversation<T>,
     family: u8,
@@ -305,7 +305,7 @@ impl<T: Transport> Machine<'_, T> {
     fn load(&mut self, destination: Option<u32>, value: Operand) {
         let Some(first) = destination.map(slot) else { return };
         let end = first + value.length.div_ceil(4).max(1);
-        // What was there is overwritten, what overlaps is lost.
+        // The register is overwritten, and a value that overlaps it is lost.
         self.registers
             .retain(|at, old| *at >= end || at.saturating_add(old.length.div_ceil(4)) <= first);
         self.registers.insert(first, value);

@@ -65,7 +65,7 @@ pub struct Hit {
     pub list: LimitAt,
     /// How many, of the element's own where it has one.
     pub limit: Threshold,
-    /// What is counted together with it; `None` where that cannot be told.
+    /// The group of connections that are counted together with it; `None` where that is unknown.
     pub group: Option<Vec<u8>>,
     /// How surely it is counted there.
     pub certainty: Certainty,
@@ -532,8 +532,8 @@ impl<'r> Run<'_, 'r, '_, '_> {
         }
     }
 
-    /// What was found in a set that the packet itself has been put into, or taken out of, is not
-    /// what will be found.
+    /// A set that the packet itself has been put into, or taken out of, may answer otherwise than when it was
+    /// read.
     fn is_unchanged(&self, set: &Arc<Set>, answer: Answer) -> Answer {
         let is_changed = self.added.iter().any(|added| {
             Arc::ptr_eq(added, set)

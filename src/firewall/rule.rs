@@ -224,7 +224,7 @@ impl Test {
 pub struct Counting {
     /// How many.
     pub limit: Threshold,
-    /// What is counted together: connections of equal values. Empty: all.
+    /// Connections of equal values are counted together. Empty: all.
     pub by: Vec<Operand>,
 }
 

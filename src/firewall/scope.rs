@@ -242,7 +242,7 @@ fn within(value: &Operand, from: Bits, to: Bits, is: bool) -> Match {
         (Field::Constant(known), length) => fixed(known, length),
         (Field::DestinationType, length) => {
             let local = Bits::of(&RTN_LOCAL.to_ne_bytes()).value().unwrap_or(0);
-            // What is forwarded has another.
+            // A forwarded packet has another.
             let never = answer(local, length) == Answer::No;
             if never { other("fib daddr type".to_owned()) } else { Match::default() }
         }

@@ -237,7 +237,7 @@ pub struct Operand {
     pub field: Field,
     /// Bytes.
     pub length: u32,
-    /// What is done to it, in order.
+    /// Its changes, in order.
     pub changes: Vec<Change>,
 }
 
