@@ -1,4 +1,4 @@
-//! What is kept: a line for each record, its checksum before it. Pure.
+//! The records of the history: a line each, its checksum before it. Pure.
 
 use std::net::IpAddr;
 
