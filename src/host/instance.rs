@@ -137,8 +137,8 @@ pub struct Said<'s> {
     pub containers: Option<bool>,
 }
 
-/// Answers one question, where there is one: as [`DaemonStatus`]. Whoever asks and does not read keeps
-/// nobody waiting.
+/// Answers one question, where there is one: as [`DaemonStatus`]. A client that asks and does not
+/// read keeps no worker waiting.
 pub fn answer(listener: &UnixListener, said: Said<'_>) {
     let Ok((mut stream, _)) = listener.accept() else { return };
     if !is_trusted(&stream) {

@@ -20,7 +20,7 @@ pub fn lacking(wanted: &[Capability]) -> Vec<String> {
 /// Gives up every capability but those in `wanted` for good, and the way to gain others by
 /// executing a program: of the calling thread, and of those that it starts later.
 ///
-/// What is wanted and was not held is not an error here; its user reports that.
+/// A capability that is wanted and was not held is no error here; its user reports that.
 ///
 /// # Errors
 /// The system calls': a seccomp filter may forbid them.
