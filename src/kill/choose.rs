@@ -64,7 +64,7 @@ pub struct Candidate {
     pub holder: Option<Holder>,
 }
 
-/// What was chosen.
+/// The sockets that were chosen.
 #[derive(Clone, Debug, Default)]
 pub struct Choice {
     /// To be closed, the oldest first.

@@ -41,7 +41,7 @@ pub struct Killer {
 /// Sockets, who holds them, and what of them is too much for a limit.
 type Known = (Vec<Socket>, Owners, Vec<(Load, Vec<Socket>)>);
 
-/// What is to be closed.
+/// The sockets to be closed.
 #[derive(Debug)]
 pub struct Found {
     /// The sockets.
@@ -128,7 +128,7 @@ impl Killer {
 }
 
 /// Whether the peer of a socket that is closed so gets an RST, or nothing (`tcp_need_reset()`). A
-/// handshake that nobody has accepted is dropped in silence.
+/// handshake that no process has accepted is dropped in silence.
 pub fn peer_gets_reset(socket: &Socket) -> bool {
     match socket.state {
         State::Established | State::CloseWait | State::FinWait1 | State::FinWait2 => true,
