@@ -352,7 +352,7 @@ pub struct Done {
 }
 
 impl Drop for GuardMetrics {
-    /// What is not guarded any more has no figures.
+    /// A namespace that is not guarded any more has no figures.
     fn drop(&mut self) {
         self.guard(|guard| {
             guard.gauges = Gauges::default();

@@ -65,7 +65,7 @@ impl History {
         self.samples.push_back(Sample { held, sources, actions });
     }
 
-    /// What was done in the last hour, the most frequent first.
+    /// Actions of the last hour, the most frequent first.
     pub(super) fn actions(&self) -> Vec<((ActionKind, Reason), u64)> {
         let mut sum = self.current.clone();
         for (action, count) in self.samples.iter().flat_map(|sample| &sample.actions) {
