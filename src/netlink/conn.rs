@@ -70,7 +70,7 @@ impl End {
     }
 }
 
-/// What is called at each datagram of an answer.
+/// Called at each datagram of an answer.
 struct OnAnswer(Box<dyn Fn() + Send>);
 
 impl fmt::Debug for OnAnswer {

@@ -9,7 +9,7 @@ use super::frame::{Frame, frames};
 use super::transport::Transport;
 use crate::error::{Op, Result};
 
-/// What was lost on the way.
+/// Messages that were lost on the way.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Drained {
     /// The kernel dropped some: look at everything.

@@ -65,7 +65,7 @@ impl Frame<'_> {
         self.status(self.copied_request())
     }
 
-    /// The error number that begins the payload; `copied` tells how many bytes stand between it
+    /// The error number that begins the payload; `copied` is how many bytes stand between it
     /// and the kernel's attributes.
     fn status(&self, copied: Option<usize>) -> Result<Option<Cause>, DecodeError> {
         let code = self.payload.get(..4).ok_or_else(|| too_short(self.payload.len()))?;
