@@ -143,7 +143,7 @@ pub(crate) fn elements<T: Transport>(
     })
 }
 
-/// What is left of the time of these elements of a set, in their order; `None` for one that is not in
+/// The time that these elements of a set have left, in their order; `None` for one that is not in
 /// it, zero for one that stays.
 pub(crate) fn time_left<T: Transport>(
     conversation: &mut Conversation<T>,

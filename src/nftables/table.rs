@@ -1,4 +1,4 @@
-//! Our own nftables table, built over netlink: no nft binary, no rule of anybody else touched.
+//! Our own nftables table, built over netlink: no nft binary, no rule of other programs touched.
 //!
 //! The table belongs to the socket that made it (`NFT_TABLE_F_OWNER`, since 5.12): others cannot
 //! flush it, and it is gone with the process, however that ends.
