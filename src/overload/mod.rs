@@ -101,7 +101,7 @@ impl Overload {
 #[derive(Clone, Debug, Default)]
 pub struct Marked(HashMap<IpNet, Instant>);
 
-/// What is to be changed in the sets.
+/// Changes that are due in the sets.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Changes {
     /// New there.
