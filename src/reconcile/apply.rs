@@ -96,7 +96,7 @@ pub fn apply<T: Transport, R: Recount>(
         }
         match (kind, view.socket) {
             (ActionKind::Release | ActionKind::Reap, _) => ledger.drop_connection(view.connection),
-            // What is right as it is stays the kernel's to time.
+            // An entry that is right as it is stays the kernel's to time.
             (ActionKind::Recount, Some(Socket { state: State::Established, .. })) => {}
             (ActionKind::Extend, _) if matches!(outcome.action.reason, Reason::EntryIdle(_)) => {}
             (_, Some(socket)) => {
@@ -119,10 +119,10 @@ fn raise<R: Recount>(
     recounter.as_mut().map_or(Ok(()), |recounter| recounter.hide(wanted, now))
 }
 
-/// What of the peers of these actions is hidden from conntrack, in their order.
+/// For each of these actions, in their order: which packets of its peer are hidden from conntrack.
 ///
-/// Whoever fools conntrack once may be the victim of a lossy line, and one of its RSTs may yet be
-/// an honest one. Who does it again past a seal, or from several ports, is neither.
+/// A peer that fools conntrack once may be the victim of a lossy line, and one of its RSTs may yet be
+/// an honest one. A peer that does it again past a seal, or from several ports, is neither.
 fn hiding(actions: &[Action], ledger: &Ledger) -> Vec<Option<Hidden>> {
     let mut repairs: HashMap<IpAddr, u32> = HashMap::new();
     for action in actions.iter().filter(|action| action.reason.is_fooled()) {
@@ -271,7 +271,7 @@ enum Method {
     },
     /// By a new entry and a nudge that takes it past the limiter.
     Recount {
-        /// What is done.
+        /// The recipe of the recount.
         way: recount::Way,
         /// And that the entry is made immune to stale RSTs: a peer that has sent one will send
         /// more.

@@ -24,7 +24,7 @@ const TRIES: u32 = 64;
 const SOURCES: usize = 4096;
 /// Sources asked for at one turn, a millisecond each.
 const TOGETHER: usize = 16;
-/// What is remembered of a source goes so long after its last try.
+/// A source is forgotten so long after its last try.
 const REMEMBERED: Duration = Duration::from_secs(60);
 
 /// What a limit said of a source that holds as many connections as it allows, or more.
@@ -208,7 +208,7 @@ impl Checks {
         !self.samples.is_empty()
     }
 
-    /// What is known of this limit is enough.
+    /// Enough is known of this limit.
     pub fn drop_samples(&mut self, limit: &LimitRule) {
         self.samples.retain(|(other, _)| other.place() != limit.place());
     }

@@ -6,7 +6,7 @@ use crate::firewall::Outcome;
 use crate::firewall::limits::LimitRule;
 use crate::recount::{Question, Step, Trace};
 
-/// Whether one more connection like this one would be let in; in `zone` where no entry tells.
+/// Whether one more connection like this one would be let in; in `zone` where no entry shows one.
 pub fn question(view: &View, zone: Zone) -> Question {
     let entry = view.entry.filter(|entry| entry.reply == view.connection.sent());
     Question {

@@ -56,7 +56,7 @@ pub struct Ledger {
     zones: BTreeSet<Zone>,
 }
 
-/// What is known of a socket. There are many: it is kept small.
+/// A socket that was seen. There are many: it is kept small.
 #[derive(Clone, Debug)]
 struct Known {
     connection: Connection,
@@ -78,7 +78,7 @@ struct Hold {
     hidden: Option<Hidden>,
 }
 
-/// What is given to entries of idle connections that the kernel would forget.
+/// The timeout for entries of idle connections that the kernel would forget.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Idle {
     /// With less than this left an entry is gone before it is looked at again.
@@ -139,7 +139,7 @@ impl Ledger {
         Self { pressure: Pressure::new(defence), zones, ..Self::default() }
     }
 
-    /// What is given to idle connections; `None` leaves them to the kernel.
+    /// The timeout of idle connections; `None` leaves them to the kernel.
     pub fn idle(&self) -> Option<Idle> {
         self.idle
     }
@@ -184,7 +184,7 @@ impl Ledger {
         self.overdue.contains(&key)
     }
 
-    /// What is known of this very socket.
+    /// The record of this very socket.
     fn known(&self, socket: &Socket) -> Option<&Known> {
         self.known.get(&socket.cookie).filter(|known| known.connection == socket.connection())
     }

@@ -108,7 +108,7 @@ impl<T: Transport> Tables<T> {
     pub fn exactly(&mut self, lookups: &[Lookup], ledger: &Ledger) -> Result<Exact> {
         let entries = self.entries_of(lookups, ledger.zones())?;
         let sockets = self.sockets.lookup(lookups)?;
-        // What is in TIME_WAIT is over: the kernel only remembers its tuple.
+        // A connection in TIME_WAIT is over: the kernel only remembers its tuple.
         let is_there = |socket: &Socket| socket.state != State::TimeWait;
         let views = lookups.iter().zip(sockets).zip(entries).map(|((lookup, socket), entry)| {
             View { connection: lookup.connection, socket: socket.filter(is_there), entry }

@@ -15,7 +15,7 @@ use crate::firewall::lists::Loss;
 use crate::flow::FourTuple;
 use crate::sockdiag::State;
 
-/// What is done about a connection.
+/// The repairs of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum ActionKind {
     /// Lengthen the entry's timeout.
@@ -290,7 +290,7 @@ pub fn verdict(
 ) -> Verdict {
     let cell = cell(view, evidence, scope, policy, ledger);
     let entry = view.entry;
-    // A flow table has the connection: the entry lives, and ctnetlink tells neither state nor timeout.
+    // A flow table has the connection: the entry lives, and ctnetlink has neither state nor timeout.
     if entry.is_some_and(|entry| entry.state().is_none()) {
         return Verdict::Leave(NoAction::Agree);
     }
@@ -416,7 +416,7 @@ fn template(view: &View, evidence: &Evidence, policy: &Policy, ledger: &Ledger) 
     let last = view.socket.and_then(|socket| ledger.last_entry(&socket));
     let right_way = |entry: &Entry| entry.reply == view.connection.sent();
     view.entry.filter(right_way).or(last.filter(right_way)).unwrap_or_else(|| {
-        // A reversed entry tells its zone; else the zone that siblings are in, if it is one; else
+        // A reversed entry shows its zone; else the zone that siblings are in, if it is one; else
         // the one that the administrator names.
         let (first, siblings) = match evidence.arrival(view, ledger.arrivals()) {
             Some(Arrival::Direct(zone)) => (view.connection.local, Some(zone)),

@@ -52,7 +52,7 @@ impl Default for Policy {
 }
 
 impl Policy {
-    /// The scope on a host where these sockets listen, as far as that tells: what the named ports
+    /// The scope on a host where these sockets listen, as far as that shows it: what the named ports
     /// lead to, entries show ([`Scope::learn`]).
     pub fn scope(&self, listeners: &[Socket]) -> Scope {
         let ports = if self.ports.is_empty() {
@@ -98,7 +98,7 @@ impl Policy {
 /// Endpoints behind published ports that are known: those of all containers of a large host.
 const PUBLISHED: usize = 65_536;
 
-/// What is in scope, at one moment.
+/// The ports and sockets in scope, at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Scope {
     /// Ports of guarded sockets.

@@ -59,7 +59,7 @@ impl View {
         status.is_some_and(|status| !status.has_seen_reply())
     }
 
-    /// Whether this host opened the connection, as far as the entry tells.
+    /// Whether this host opened the connection, as far as the entry shows.
     pub fn is_outgoing(&self) -> bool {
         matches!(self.entry_side(), Some((Direction::Outgoing, _)))
     }

@@ -25,7 +25,7 @@ const FILTERED_PORTS: usize = 1;
 /// Entries that are looked up at once.
 const PART: usize = 1024;
 
-/// What is kept of connections that are over: no socket, and an entry that no limiter counts.
+/// How much is kept of connections that are over: no socket, and an entry that no limiter counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Over {
     /// Each of them.

@@ -39,7 +39,7 @@ const ENDPOINTS: usize = 4;
 /// Says whether the rules are still those that the limits were found in.
 pub type AsRead<'a> = &'a mut dyn FnMut() -> Result<bool>;
 
-/// What was said for the sake of one source's connections to one endpoint.
+/// A limit's answer about one source's connections to one endpoint.
 struct Answer<'r> {
     local: Endpoint,
     rule: Option<&'r LimitRule>,
@@ -199,8 +199,8 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         }
     }
 
-    /// Connections that may not be shown to a limit, since they would exceed it and it tells of what
-    /// does: beyond what it counts together with them already. They wait until others end.
+    /// Connections that may not be shown to a limit, since they would exceed it and it logs or writes to
+    /// a set what does: beyond what it counts together with them already. They wait until others end.
     pub(super) fn withheld(&mut self, actions: &[Action]) -> Result<HashSet<Cookie>> {
         let mut withheld = HashSet::new();
         if !self.checks.are_told_of() {

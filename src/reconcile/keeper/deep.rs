@@ -37,11 +37,11 @@ pub(super) enum Deep {
     Listing { began: Instant, next: usize, found: Vec<Socket> },
     /// The tables are to be read, or are being read.
     Reading { began: Instant, reading: Option<Box<Reading>> },
-    /// What was read is worked through.
+    /// The tables that were read are worked through.
     Working(Box<Work>),
 }
 
-/// What was read, and what has been done about it.
+/// The tables that were read, and how far they have been worked through.
 #[derive(Debug)]
 pub(super) struct Work {
     began: Instant,
@@ -73,13 +73,13 @@ pub struct Shown<'a> {
     pub scope: &'a Scope,
     /// The administrator's wishes.
     pub policy: &'a Policy,
-    /// What is held now.
+    /// The connections that are held now.
     pub ledger: &'a Ledger,
 }
 
 impl<T: Transport, R: Recount> Keeper<T, R> {
-    /// Deep sweeps are read by others from now on: by who asks for [`Self::reading`] and tells
-    /// [`Self::has_read`].
+    /// Another thread reads the tables of deep sweeps from now on: it asks for [`Self::reading`] and hands
+    /// its result to [`Self::has_read`].
     pub fn read_beside(&mut self) {
         self.is_read_beside = true;
     }
@@ -89,7 +89,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         self.aside = states;
     }
 
-    /// What is to be read now, once.
+    /// The reading that is due now, once.
     pub fn reading(&mut self) -> Option<Reading> {
         match &mut self.deep {
             Deep::Reading { reading, .. } => reading.take().map(|it| *it),

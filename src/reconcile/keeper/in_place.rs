@@ -1,7 +1,7 @@
 //! Repairs that need no nudge: nothing has had a limit look at its list since the entry was closed, so
 //! the connection is on it still.
 //!
-//! What is known: when the packet came that called for the repair, and when the source's last SYN did.
+//! Two times decide: of the packet that called for the repair, and of the source's last SYN.
 //! A list is swept when its rule counts, so this holds for limits by source that see nothing but SYNs,
 //! behind the chain that notes them. Of everything else the limit is shown the connection.
 
@@ -29,7 +29,7 @@ const NOTED_AT: i32 = -199;
 /// source since that time.
 pub type Quiet = Box<dyn FnMut(&[(Connection, Instant)]) -> Result<Vec<bool>> + Send>;
 
-/// What is known of limits that may still have a connection on their lists.
+/// The times that show whether limits still have a connection on their lists.
 #[derive(Default)]
 pub(super) struct InPlace {
     quiet: Option<Quiet>,
@@ -95,7 +95,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         }
     }
 
-    /// What was called for has been looked at, but for what is looked at again in a moment.
+    /// The suspects have been looked at, but for those that are looked at again in a moment.
     pub(super) fn forget_packets(&mut self) {
         let waiting: HashSet<_> = self.open_look.lookups.iter().map(|it| it.connection).collect();
         self.in_place.since.retain(|flow, _| waiting.contains(flow));

@@ -23,7 +23,7 @@ const LOOKS: usize = 256;
 /// misses 3 %, and of a flush nothing.
 const SAMPLE: usize = 32;
 
-/// Sweeps that ask for half-closed sockets after a FIN: the event source tells of one FIN a second,
+/// Sweeps that ask for half-closed sockets after a FIN: the event source reports one FIN a second,
 /// and perhaps before TCP has seen it.
 pub(super) const DUMPS: u32 = 2;
 
@@ -66,7 +66,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         self.sources.extend(sources);
     }
 
-    /// Looks for connections of Multipath TCP that have no TCP socket any more: nothing tells of their
+    /// Looks for connections of Multipath TCP that have no TCP socket any more: no event reports their
     /// end, and a limiter forgets them at the next SYN.
     ///
     /// # Errors
@@ -113,7 +113,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
     /// those that half-close from this side, of which no packet comes in.
     fn is_dump_due(&self, now: Instant) -> bool {
         let is_told = self.longest_unseen == Duration::MAX && self.ends_are_told;
-        // Nothing tells of a connection of Multipath TCP whose last TCP connection ends by FINs.
+        // No event reports a connection of Multipath TCP whose last TCP connection ends by FINs.
         let is_told = is_told && !self.tables.sockets.uses_mptcp();
         !is_told || self.dumps > 0 || now >= self.next_dump
     }

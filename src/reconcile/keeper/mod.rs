@@ -182,7 +182,7 @@ pub struct Keeper<T: Transport = KernelSocket, R: Recount = Recounter> {
 
 impl<T: Transport, R: Recount> Keeper<T, R> {
     /// A keeper with an empty memory, whose first deep sweep is due at once. `random` gives random
-    /// bits, so that nobody can time packets by the sweeps.
+    /// bits, so that no attacker can time packets by the sweeps.
     ///
     /// # Errors
     /// The kernel refused to list its listeners.
@@ -263,7 +263,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         self.suspect_all();
     }
 
-    /// What is held, and how hard it is fought over.
+    /// The connections that are held, and how hard they are fought over.
     pub fn ledger(&self) -> &Ledger {
         &self.ledger
     }
@@ -380,7 +380,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         self.but_releases_of_others(Confirmed::new(snapshot, &self.scope, policy, ledger))
     }
 
-    /// What is not held is not given back by exact look-ups alone: the device of its socket is a
+    /// An entry that is not held is not given back by exact look-ups alone: the device of its socket is a
     /// guess, and the entry can be one that another ctkeep holds for sockets of its own. The deep
     /// sweep knows.
     fn but_releases_of_others(&self, mut confirmed: Confirmed) -> Confirmed {

@@ -98,7 +98,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             if outcome.action.kind.needs_recount()
                 && let Some(socket) = outcome.action.view.socket
             {
-                // Forgetting (a flush, an idle timeout, an early drop) is nobody's offence.
+                // Forgetting (a flush, an idle timeout, an early drop) is no offence of the source.
                 if outcome.action.reason.is_fooled() {
                     fooled_open |= socket.state == State::Established;
                     let source = socket.remote.addr();

@@ -39,7 +39,7 @@ pub struct Sweep {
     pub snapshot: Snapshot,
     /// Size of the conntrack table after it.
     pub table: TableSize,
-    /// Its greatest size, where anybody tells it.
+    /// Its greatest size, where it is known.
     pub maximum: Option<u64>,
     /// The defence level has changed.
     pub transition: Option<Transition>,
@@ -218,7 +218,7 @@ fn unaccounted(snapshot: &Snapshot) -> impl Iterator<Item = Socket> {
     sockets.filter(|socket| socket.state != State::Established && socket.takes_a_slot())
 }
 
-/// A twentieth to a fifth sooner: nobody can time packets by the sweeps, and what the event source
+/// A twentieth to a fifth sooner: no attacker can time packets by the sweeps, and what the event source
 /// remembers for one interval is seen by a sweep before it is forgotten.
 fn jittered(interval: Duration, random: u64) -> Duration {
     let random = u8::try_from(random % 151).unwrap_or(75);
