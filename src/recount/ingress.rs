@@ -1,7 +1,7 @@
 //! The ingress route: in by the very interface that the client's packets come in by.
 //!
 //! A TAP device of our own takes the frame; its ingress filter hands it to the interface's
-//! ingress. Nothing is attached to anybody else's interface, and the device is gone with the
+//! ingress. Nothing is attached to an interface of the host, and the device is gone with the
 //! process, however that ends.
 //!
 //! Which interface is said by the packet's IP identification (the flow label of IPv6): ordinary

@@ -79,7 +79,7 @@ pub enum Recipe {
     /// entry for some microseconds.
     Replace,
     /// Delete; nudge, which finds no entry; insert. Every kernel counts that, but a packet of the
-    /// connection that comes in between is seen as one that nobody knows.
+    /// connection that comes in between is seen as one without an entry.
     Fresh,
 }
 
@@ -123,7 +123,7 @@ pub enum Verdict {
 pub struct Way {
     /// How the nudge travels.
     pub route: Route,
-    /// What is done to the entry.
+    /// How its entry is changed.
     pub recipe: Recipe,
 }
 

@@ -1,4 +1,4 @@
-//! Asks the limits how much room they have: no kernel tells what a list holds, but it can be tried.
+//! Asks the limits how much room they have: no kernel shows what a list holds, but it can be tried.
 //!
 //! A *probe* is a SYN of an unused port of the client. It comes in by the ingress route, passes or
 //! does not pass the host's rules, and ends in a chain of ours behind the last of them: no entry, no

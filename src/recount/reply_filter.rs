@@ -165,7 +165,7 @@ impl ReplyFilter {
         self.table.is_exposed()
     }
 
-    /// Whether nobody has taken the table away. One with an owner cannot be (since 5.12).
+    /// Whether the table is still there. One with an owner cannot be taken away (since 5.12).
     pub(super) fn is_there(&mut self) -> Result<bool> {
         self.table.is_there()
     }

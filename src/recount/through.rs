@@ -1,5 +1,5 @@
 //! Tries a recount through the host's own rules, with a connection that only conntrack knows: an
-//! entry of an unused port of a client. No entry and no socket of anybody else is touched.
+//! entry of an unused port of a client. No other entry and no socket is touched.
 
 use std::time::{Duration, Instant};
 

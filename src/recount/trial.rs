@@ -79,7 +79,7 @@ impl Attempt {
             Route::Loopback => ([127, 0, 0, 2], [127, 0, 0, 1]),
         };
         let port = 32_768 + (u16::from_be_bytes([e, f]) >> 2);
-        // The discard port: nobody is asked for anything.
+        // The discard port: no server is asked for anything.
         let flow =
             FourTuple::new(Endpoint::new(client.into(), port), Endpoint::new(server.into(), 9));
         Self { route, recipe, flow, seq: u32::from_be_bytes([a, b, c, d]) }
