@@ -40,7 +40,7 @@ fn hide(mark: u32) -> Vec<Vec<Expr>> {
     let of_tcp = [&tcp()[..], &unmarked].concat();
     rules.extend(Closing::ALL.map(|closing| closing.unmask(By::Shield, &of_tcp)));
     rules.push([&unmarked[..], &[Expr::Accept]].concat());
-    // Nobody behind this chain sees it.
+    // No chain behind this one sees it.
     rules.push(vec![Expr::Mark, Expr::Mask((!mark).to_ne_bytes().to_vec()), Expr::SetMark]);
     rules.extend(Closing::ALL.map(|closing| closing.hide(By::Shield, &tcp())));
     rules

@@ -108,7 +108,7 @@ impl<'p> Shield<'p> {
     /// the program is a log line.
     pub(crate) fn raise(&mut self) -> Result<()> {
         if self.table.is_none() {
-            // The table first: nobody else is to see a mark.
+            // The table first: no rule of others is to see a mark.
             let layout = layout::layout(self.mark, Vec::new());
             self.table = Some(Table::create(&table_name(&self.own), &layout)?);
         }
@@ -218,7 +218,7 @@ impl<'p> Shield<'p> {
         Ok(())
     }
 
-    /// Before 5.12 tables have no owner, and anybody's `nft flush ruleset` takes ours.
+    /// Before 5.12 tables have no owner, and any `nft flush ruleset` takes ours.
     fn confirm_table(&mut self) -> Result<()> {
         let Some(table) = &mut self.table else { return Ok(()) };
         let devices: Vec<_> =
