@@ -47,7 +47,7 @@ impl Filter {
     /// Reads one.
     ///
     /// # Errors
-    /// What was not understood.
+    /// The word that was not understood.
     pub fn parse(text: &str) -> Result<Self, String> {
         let words = words(text);
         if words.is_empty() {

@@ -32,7 +32,7 @@ pub enum Key {
     Backspace,
 }
 
-/// What is on the screen.
+/// The screens.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Screen {
     /// The rows.
@@ -76,11 +76,11 @@ pub struct Model {
     pub sort: Sort,
     /// The smallest first.
     pub is_reversed: bool,
-    /// What is shown, and as it was typed.
+    /// The filter as it was typed, and as it was read.
     pub filter: (String, Filter),
     /// New looks are not shown.
     pub is_paused: bool,
-    /// What is on the screen.
+    /// The screen that is shown.
     pub screen: Screen,
     /// The row of the cursor: in the table, in the details.
     pub at: [usize; 2],

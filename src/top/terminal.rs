@@ -25,7 +25,7 @@ const REST: u32 = 9;
 /// From glance to glance at what has come from the thread that looks.
 const GLANCE: Duration = Duration::from_millis(100);
 
-/// What is to be looked at.
+/// The moment that is to be looked at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Order {
     /// The present.
