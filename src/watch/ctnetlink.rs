@@ -1,6 +1,6 @@
 //! Conntrack events: what the kernel did to which entry, as it happens.
 //!
-//! Events make a repair fast; they prove nothing. They can be lost, and entries made while nobody
+//! Events make a repair fast; they prove nothing. They can be lost, and entries made while no program
 //! listened never send any (`nf_conntrack_events=2`).
 
 use std::os::fd::{AsFd, BorrowedFd};

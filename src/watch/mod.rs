@@ -96,7 +96,7 @@ pub struct Drained {
     pub overrun: bool,
     /// Messages of the kernel that could not be read.
     pub malformed: u32,
-    /// Packets without a TCP header in what was logged of them. Anybody can send one, so they are
+    /// Packets without a TCP header in what was logged of them. Any client can send one, so they are
     /// no reason to look at anything.
     pub unreadable: u64,
     /// The source cannot report all, for now.
@@ -225,7 +225,7 @@ impl Events {
         }
     }
 
-    /// Tells of some SYNs to these ports, where packets are logged.
+    /// Reports some SYNs to these ports, where packets are logged.
     ///
     /// # Errors
     /// The table is gone.

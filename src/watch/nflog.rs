@@ -265,7 +265,7 @@ impl Watch {
                     at,
                 });
             } else {
-                // Anybody can send one; it says nothing of other packets.
+                // Any client can send one; it says nothing of other packets.
                 drained.unreadable += 1;
             }
             Ok(())
@@ -282,7 +282,7 @@ impl AsFd for Watch {
     }
 }
 
-/// Takes the first group from `first` on that nobody has, and returns it. The kernel refuses one
+/// Takes the first group from `first` on that is free, and returns it. The kernel refuses one
 /// that another socket has with EPERM, as it refuses all to a process without `CAP_NET_ADMIN`.
 fn bind(connection: &mut Conversation<KernelSocket>, op: Op, first: u16) -> Result<u16> {
     let mut refused = None;

@@ -152,7 +152,7 @@ pub(super) fn layout(watched: Watched<'_>) -> TableSpec {
     TableSpec { sets, chains: vec![chain] }
 }
 
-/// What is of no interest leaves, cheapest first.
+/// Packets of no interest leave, by the cheapest test first.
 fn ordinary(group: u16) -> Vec<Vec<Expr>> {
     let mut rules = vec![
         rule(&[&no_flag(SYN | FIN | RST), &[Expr::Accept]]),
@@ -199,7 +199,7 @@ fn spoofed(group: u16) -> Vec<Vec<Expr>> {
     vec![rule(&[&ours, &[RESETS, log(group, Some(SPOOFED), 1), Expr::Accept]])]
 }
 
-/// What is of no port of the scope leaves.
+/// Packets to no port of the scope leave.
 fn guarded() -> Vec<Vec<Expr>> {
     let unguarded = [port(), Expr::NotIn(PORTS)];
     vec![

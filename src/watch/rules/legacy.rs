@@ -1,7 +1,7 @@
 //! iptables-legacy replaces a whole table at each change and says nothing; but each of its runs
-//! opens a lock file and locks it until its end, and inotify tells of that.
+//! opens a lock file and locks it until its end, which inotify reports.
 //!
-//! It tells of listings too (`-L`, `-S`), and of runs in other network namespaces: whether a table
+//! It reports listings too (`-L`, `-S`), and runs in other network namespaces: whether a table
 //! is another one must be found out by looking.
 
 use std::ffi::OsString;

@@ -16,7 +16,7 @@ pub use self::legacy::Lock;
 pub use self::nft::Listener;
 use crate::error::{Op, Result};
 
-/// What was heard since the last time.
+/// Changes heard of since the last time.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Heard {
     /// Tables, chains, rules or sets came or went: so many messages.
