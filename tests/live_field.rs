@@ -9,6 +9,7 @@ mod lab;
 mod scene;
 
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use lab::{Lab, Namespace, Peer, wait_for};
@@ -219,6 +220,42 @@ fn with_few_rights_it_works_and_invents_no_figure() {
         assert_eq!(text.contains("cannot be read"), mount == absent, "{text}");
         let text = said(mount, "run --metrics-listen off --log-format text & sleep 2; kill $!");
         assert!(text.contains(" ready "), "{text}");
+    }
+}
+
+/// `/proc` with `hidepid`, and no right to look behind it.
+#[test]
+fn processes_that_proc_hides_are_unknown_and_it_says_why() {
+    let Some(lab) = Lab::new() else { return };
+    lab.connlimit(80, 3);
+    let _server = lab.serve("0.0.0.0:80");
+    let mut conns = lab.peer(CLIENT).hold(80, 2);
+    conns.iter_mut().for_each(|conn| lab.half_close(conn));
+    // A program that another user may start, wherever it was built.
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    let program = folder.path().join("ctkeep");
+    std::fs::copy(CTKEEP, &program).unwrap();
+    let said = |mount: &str, command: &str| {
+        let rights = "+net_admin,+net_raw";
+        let user = format!(
+            "setpriv --reuid 65534 --regid 65534 --clear-groups --inh-caps {rights} \
+             --ambient-caps {rights} {} {command}",
+            program.display()
+        );
+        shell(&lab.server, &format!("unshare --mount sh -c '{mount} {user}'; true"))
+    };
+    let explain = format!("explain 192.0.2.1:80 {}", conns[0].client);
+    let hidden = "mount -t proc -o hidepid=invisible proc /proc &&";
+    for (mount, why) in [(hidden, "hidden by hidepid of /proc"), ("", "of another user")] {
+        let why = format!("({why}: CAP_SYS_PTRACE is missing)");
+        let audit = said(mount, "audit").replace('\n', " ");
+        let words: Vec<_> = audit.split_whitespace().collect();
+        let audit = words.join(" ");
+        assert!(audit.contains("process unknown: 2 of 2 open sockets are half-closed"), "{audit}");
+        assert!(audit.contains(&why), "{audit}");
+        let explained = said(mount, &explain);
+        assert!(explained.contains(&format!("process unknown {why}")), "{explained}");
     }
 }
 

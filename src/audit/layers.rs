@@ -379,7 +379,13 @@ fn applications(inputs: Inputs<'_>) -> Vec<Application> {
     }
     let mut all: Vec<_> = groups
         .into_iter()
-        .map(|((kind, _), (holder, sockets))| application(kind, holder, &sockets))
+        .map(|((kind, _), (holder, sockets))| {
+            let mut found = application(kind, holder, &sockets);
+            if kind == Kind::Unseen {
+                found.what += &inputs.owners.why_unseen();
+            }
+            found
+        })
         .collect();
     all.sort_by_key(|application| {
         let close_wait = application.sockets.get(State::CloseWait.name()).copied();

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::{fmt, fs};
 
 use crate::containers::name;
+use crate::host::privileges::{Capability, lacking};
 use crate::sockdiag::{Cookie, Socket, State};
 
 /// The process that holds a socket.
@@ -59,6 +60,47 @@ pub struct Owners {
     waiting: HashMap<u16, u32>,
     /// Inode 0 says that no process has the socket. A text without inodes says nothing.
     has_inodes: bool,
+    /// Why processes of this host cannot be seen.
+    veil: Option<Veil>,
+}
+
+/// Why a process that holds a socket cannot be seen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Veil {
+    /// `/proc` is mounted with `hidepid`, and does not list those of other users.
+    HidePid,
+    /// Those of other users are listed, and their descriptors are not shown.
+    Privilege,
+    /// Nothing is kept from the audit: it is in a PID namespace that `/proc` does not show, or has
+    /// ended meanwhile.
+    Namespace,
+}
+
+impl Veil {
+    fn find() -> Self {
+        if lacking(&[Capability::CAP_SYS_PTRACE]).is_empty() {
+            return Self::Namespace;
+        }
+        let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+        // The last one lies above those before it.
+        let proc = mounts.lines().rfind(|line| line.split(' ').nth(1) == Some("/proc"));
+        let option =
+            proc.and_then(|line| line.split([' ', ',']).find_map(|it| it.strip_prefix("hidepid=")));
+        if option.is_none_or(|value| matches!(value, "0" | "off")) {
+            return Self::Privilege;
+        }
+        Self::HidePid
+    }
+}
+
+impl fmt::Display for Veil {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::HidePid => "hidden by hidepid of /proc: CAP_SYS_PTRACE is missing",
+            Self::Privilege => "of another user: CAP_SYS_PTRACE is missing",
+            Self::Namespace => "in a PID namespace that /proc does not show",
+        })
+    }
 }
 
 impl Owners {
@@ -66,7 +108,13 @@ impl Owners {
     pub fn look(sockets: impl Iterator<Item = Socket>, listeners: &[Socket]) -> Self {
         let inodes = sockets.chain(listeners.iter().copied()).map(|socket| socket.inode);
         let by_inode = holders(&inodes.filter(|inode| *inode != 0).collect());
-        Self { by_inode, has_inodes: true, waiting: waiting(listeners), ..Self::default() }
+        let (waiting, veil) = (waiting(listeners), Some(Veil::find()));
+        Self { by_inode, has_inodes: true, waiting, veil, ..Self::default() }
+    }
+
+    /// Why processes cannot be seen: ` (of another user: ...)`; nothing of a text.
+    pub fn why_unseen(&self) -> String {
+        self.veil.map_or_else(String::new, |veil| format!(" ({veil})"))
     }
 
     /// Those that a text names.

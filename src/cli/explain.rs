@@ -199,7 +199,7 @@ fn to_text(found: &Found) -> String {
         }
         Some(Owner::Process(holder)) => format!("{} ({})", holder.command, holder.pid),
         Some(Owner::Queue) => "waiting to be accepted".to_owned(),
-        Some(Owner::Unseen) => "process unknown".to_owned(),
+        Some(Owner::Unseen) => format!("process unknown{}", found.owners.why_unseen()),
         Some(Owner::Descriptorless | Owner::Kernel) | None => "none".to_owned(),
     };
     let limits = match found.limits.as_slice() {
