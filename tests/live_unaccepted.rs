@@ -6,6 +6,7 @@ mod lab;
 mod scene;
 
 use std::net::SocketAddr;
+use std::process::{Child, Command};
 use std::thread;
 use std::time::Duration;
 
@@ -113,4 +114,87 @@ fn a_handshake_that_waits_for_a_place_is_never_reaped() {
     assert!(of_state("syn-recv") > 0, "they still wait");
     assert_eq!(lab.entries().len(), entries, "{}", daemon.log());
     drop(listener);
+}
+
+/// A server whose TCP waits for the first byte of a client before it makes a socket
+/// (`TCP_DEFER_ACCEPT`).
+struct Deferring(Child);
+
+impl Deferring {
+    fn start(lab: &Lab) -> Self {
+        let mut command = Command::new("python3");
+        command.arg("-c").arg(
+            "import socket\n\
+             s = socket.socket()\n\
+             s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)\n\
+             s.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 1)\n\
+             s.bind(('192.0.2.1', 80))\n\
+             s.listen(20)\n\
+             held = []\n\
+             while True: held.append(s.accept())\n",
+        );
+        let this = Self(lab.server.spawn(&command).expect("python3"));
+        wait_for("a listener", SOON, || lab.server.output("ss -Hltn").contains(":80 "));
+        this
+    }
+}
+
+impl Drop for Deferring {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Three clients open and say nothing; one speaks at last, the others have vanished. How many more
+/// get in at limit 3 when TCP has given those up.
+fn admitted_beside_the_silent(is_guarded: bool) -> Option<usize> {
+    let lab = Lab::new()?;
+    lab.connlimit(80, 3);
+    let _server = Deferring::start(&lab);
+    let peer = lab.peer(CLIENT);
+    let args = ["--reap", "1s", "--sweep-interval", "200ms", "--deep-interval", "300ms"];
+    let _daemon = is_guarded.then(|| lab.daemon(CTKEEP, &args));
+    let mut conns = peer.hold(80, 3);
+    let of_state =
+        |state: &str| lab.all_sockets().iter().filter(|socket| socket.state == state).count();
+    let of_client = || {
+        let all = lab.entries();
+        all.iter().filter(|entry| entry.orig.0.ip().to_string() == CLIENT).count()
+    };
+    assert_eq!((of_state("syn-recv"), of_client()), (3, 3), "TCP waits, conntrack does not");
+    let report = audit(&lab);
+    assert_eq!(report["summary"]["classes"]["socket-missing"], 0, "{report:#}");
+    let speaker = conns.first_mut().expect("three");
+    speaker.send(b"at last");
+    wait_for("a socket", SOON, || of_state("established") == 1);
+    // The others are given up when their timer comes next.
+    lab.server.sysctl("net/ipv4/tcp_synack_retries", "1");
+    wait_for("the end of the others", SOON, || of_state("syn-recv") == 0);
+    if is_guarded {
+        wait_for("the reaper", SOON, || of_client() == 1);
+    } else {
+        assert_eq!(of_client(), 3, "conntrack keeps them for days");
+        let report = audit(&lab);
+        assert_eq!(report["summary"]["classes"]["socket-missing"], 2, "{report:#}");
+    }
+    let more = (0..LIMIT).map(|_| {
+        // A list is swept once a jiffy.
+        thread::sleep(Duration::from_millis(30));
+        peer.syn_only(80)
+    });
+    let more = peer.complete(more.collect(), Duration::from_secs(3)).len();
+    assert!(lab.is_alive(speaker), "who has spoken is connected");
+    Some(more)
+}
+
+#[test]
+fn a_deferred_handshake_is_kept_until_tcp_gives_it_up() {
+    let [without, with] = thread::scope(|scope| {
+        let arms = [false, true].map(|it| scope.spawn(move || admitted_beside_the_silent(it)));
+        arms.map(|arm| arm.join().expect("an arm"))
+    });
+    let Some(without) = without else { return };
+    assert_eq!(without, 0, "an honest client is refused for two that have vanished");
+    assert_eq!(with, Some(2));
 }
