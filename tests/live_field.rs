@@ -73,44 +73,59 @@ fn connections_without_a_listener_stay_in_the_scope_over_a_restart() {
 }
 
 /// A transparent proxy: its sockets have the addresses that clients asked for, and a port on which
-/// nothing listens.
+/// nothing listens. A limit stands before the rule that hands them to it, or behind.
+fn proxied(limit_is_before: bool, args: Option<&[&str]>) -> Option<usize> {
+    let lab = Lab::new()?;
+    lab.server.sysctl("net/netfilter/nf_conntrack_tcp_timeout_close", "60");
+    lab.server.run("ip rule add fwmark 1 lookup 100");
+    lab.server.run("ip route add local 0.0.0.0/0 dev lo table 100");
+    let limit = "-p tcp --syn --dport 80 -m connlimit --connlimit-above 3 -j DROP";
+    let hand = "-A PREROUTING -p tcp --dport 80 -j TPROXY --on-port 3129 --tproxy-mark 1/1";
+    let (before, behind) = match limit_is_before {
+        true => (format!("-A PREROUTING {limit}\n"), String::new()),
+        false => (String::new(), format!("-A INPUT {limit}\n")),
+    };
+    lab.server.feed(
+        "iptables-nft-restore",
+        &format!("*mangle\n{before}{hand}\nCOMMIT\n*filter\n{behind}COMMIT\n"),
+    );
+    let listener = lab.server.within(|| {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
+        socket.set_ip_transparent_v4(true).expect("IP_TRANSPARENT");
+        socket.bind(&SocketAddr::from((Ipv4Addr::UNSPECIFIED, 3129)).into()).expect("bound");
+        socket.listen(50).expect("listening");
+        socket
+    });
+    lab.client.run("ip route add 203.0.113.80 via 192.0.2.1");
+    let daemon = args.map(|args| lab.daemon(CTKEEP, args));
+    let peer = lab.peer_to(CLIENT, "203.0.113.80");
+    let more = gain(&peer, 80, |client| match &daemon {
+        Some(daemon) => {
+            let log = daemon.log();
+            log.lines().any(|line| line.contains("revive") && line.contains(client))
+        }
+        None => lab.server.output("conntrack -L").matches(" CLOSE ").count() == LIMIT,
+    });
+    drop(listener);
+    Some(more)
+}
+
 #[test]
 fn connections_of_a_transparent_proxy_are_guarded_by_the_port_that_is_named() {
-    let admitted = |args: Option<&[&str]>| {
-        let lab = Lab::new()?;
-        lab.server.sysctl("net/netfilter/nf_conntrack_tcp_timeout_close", "60");
-        lab.server.run("ip rule add fwmark 1 lookup 100");
-        lab.server.run("ip route add local 0.0.0.0/0 dev lo table 100");
-        lab.server.feed(
-            "iptables-nft-restore",
-            "*mangle\n:PREROUTING ACCEPT [0:0]\n\
-             -A PREROUTING -p tcp --syn --dport 80 -m connlimit --connlimit-above 3 -j DROP\n\
-             -A PREROUTING -p tcp --dport 80 -j TPROXY --on-port 3129 --tproxy-mark 1/1\nCOMMIT\n",
-        );
-        let listener = lab.server.within(|| {
-            let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
-            socket.set_ip_transparent_v4(true).expect("IP_TRANSPARENT");
-            socket.bind(&SocketAddr::from((Ipv4Addr::UNSPECIFIED, 3129)).into()).expect("bound");
-            socket.listen(50).expect("listening");
-            socket
-        });
-        lab.client.run("ip route add 203.0.113.80 via 192.0.2.1");
-        let daemon = args.map(|args| lab.daemon(CTKEEP, args));
-        let peer = lab.peer_to(CLIENT, "203.0.113.80");
-        let more = gain(&peer, 80, |client| match &daemon {
-            Some(daemon) => {
-                let log = daemon.log();
-                log.lines().any(|line| line.contains("revive") && line.contains(client))
-            }
-            None => lab.server.output("conntrack -L").matches(" CLOSE ").count() == LIMIT,
-        });
-        drop(listener);
-        Some(more)
-    };
-    let Some(without) = admitted(None) else { return };
+    let Some(without) = proxied(true, None) else { return };
     let args = [&EAGER[..], &["--port", "80"]].concat();
-    let with = admitted(Some(&args)).unwrap();
+    let with = proxied(true, Some(&args)).unwrap();
     assert_eq!(Contrast { without, with }, Contrast { without: LIMIT, with: 0 });
+}
+
+/// Nobody has named a port, and when ctkeep starts there is no connection yet.
+#[test]
+fn connections_of_a_transparent_proxy_are_guarded_by_the_listener_that_takes_them() {
+    for limit_is_before in [true, false] {
+        let Some(without) = proxied(limit_is_before, None) else { return };
+        let with = proxied(limit_is_before, Some(&EAGER)).unwrap();
+        assert_eq!((without, with), (LIMIT, 0), "limit before: {limit_is_before}");
+    }
 }
 
 /// Everybody is the gateway: a proxy of the container's host stands before it.

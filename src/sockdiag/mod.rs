@@ -5,6 +5,7 @@
 
 mod decode;
 pub mod ends;
+mod listener;
 mod members;
 mod mptcp;
 mod namespace;
@@ -45,7 +46,7 @@ impl SockDiag<KernelSocket> {
     pub fn open() -> Result<Self> {
         let socket = KernelSocket::open(Op::new("open sock_diag netlink"), NETLINK_SOCK_DIAG)?;
         let mut this = Self::new(socket);
-        this.own.ask_for_mptcp();
+        this.own.ask_listeners();
         Ok(this)
     }
 }
@@ -173,6 +174,20 @@ impl<T: Transport> SockDiag<T> {
     /// connection can lose its TCP socket and stay with its application, without an event.
     pub fn uses_mptcp(&self) -> bool {
         self.own.uses_mptcp() || self.members.use_mptcp()
+    }
+
+    /// Whether a listener of the own namespace takes what is for other hosts (TPROXY), as of the last
+    /// dump. Kernels before 5.10 do not say.
+    pub fn is_proxy(&self) -> bool {
+        self.own.is_proxy()
+    }
+
+    /// The open sockets of the own namespace that took what was for other hosts, or may say to be others.
+    ///
+    /// # Errors
+    /// As [`SockDiag::sockets`].
+    pub fn transparent(&mut self) -> Result<Vec<Socket>> {
+        self.own.transparent()
     }
 
     /// Ports of the own namespace with a listener of Multipath TCP.

@@ -11,7 +11,7 @@
 
 use std::collections::BTreeSet;
 
-use netlink_packet_core::{DecodeError, Emitable, Nla as _, Parseable};
+use netlink_packet_core::{DecodeError, Emitable, Parseable};
 use netlink_packet_sock_diag::inet::nlas::Nla;
 use netlink_packet_sock_diag::inet::{
     ExtensionFlags, InetRequest, InetResponse, SocketId, StateFlags,
@@ -19,11 +19,12 @@ use netlink_packet_sock_diag::inet::{
 use nix::errno::Errno;
 
 use super::decode;
-use super::request::{self, SOCK_DIAG_BY_FAMILY};
+use super::listener::Listener;
+use super::request::SOCK_DIAG_BY_FAMILY;
 use super::socket::{Cookie, Socket, State, States};
 use crate::error::{Op, Result};
 use crate::flow::AF_INET;
-use crate::netlink::attribute::{Attributes, emitted, nla};
+use crate::netlink::attribute::{emitted, nla};
 use crate::netlink::{Conversation, Frame, Request, Transport};
 
 /// `IPPROTO_MPTCP`, too large for the field that other protocols are named in.
@@ -38,11 +39,6 @@ const MPTCPI_TOKEN: usize = 12;
 /// The token is the connection's identity. Its cookie is not: where its listener has one already, that
 /// is inherited (seen on 6.18). Cookies of other sockets are counted from 1 on.
 const OF_TOKEN: u64 = 1 << 63;
-
-/// `INET_DIAG_ULP_INFO`, and `INET_ULP_INFO_NAME` in it: what stands upon TCP.
-const INET_DIAG_ULP_INFO: u16 = 19;
-const INET_ULP_INFO_NAME: u16 = 1;
-const MPTCP: &str = "mptcp";
 
 /// What a namespace has of Multipath TCP: a dump of its connections walks a table of the whole machine
 /// (0.5 ms at 32 768 buckets), so it is asked for where somebody listens for them, or has some.
@@ -72,23 +68,12 @@ impl Mptcp {
         self.listening.iter().map(|(_, port)| *port)
     }
 
-    /// Finds out who listens.
-    ///
-    /// # Errors
-    /// A broken conversation.
-    pub(super) fn follow_listeners<T: Transport>(
-        &mut self,
-        all: &mut Conversation<T>,
-    ) -> Result<()> {
-        if !self.is_known {
-            return Ok(());
+    /// Takes note of who listens.
+    pub(super) fn follow(&mut self, listeners: &[Listener]) {
+        if self.is_known {
+            let of_it = listeners.iter().filter(|listener| listener.is_mptcp);
+            self.listening = of_it.map(|listener| (listener.family, listener.port)).collect();
         }
-        let request = request::listeners();
-        self.listening = all.dump(&request, |all: &mut BTreeSet<_>, frame| {
-            all.extend(listener(frame).map_err(|error| request.op.malformed(error))?);
-            Ok(())
-        })?;
-        Ok(())
     }
 
     /// The connections that an application holds and that have one TCP connection at most.
@@ -126,21 +111,6 @@ impl Mptcp {
         }
         Ok(found)
     }
-}
-
-/// Family and port of the listener in a message, if it is one of Multipath TCP.
-fn listener(frame: Frame<'_>) -> std::result::Result<Option<(u8, u16)>, DecodeError> {
-    let response = InetResponse::parse(frame.payload)?;
-    let is_it = response.nlas.iter().any(|nla| {
-        if nla.kind() != INET_DIAG_ULP_INFO {
-            return false;
-        }
-        let mut value = vec![0; nla.value_len()];
-        nla.emit_value(&mut value);
-        Attributes(&value).text(INET_ULP_INFO_NAME).as_deref() == Some(MPTCP)
-    });
-    let header = response.header;
-    Ok(is_it.then_some((header.family, header.socket_id.source_port)))
 }
 
 fn request(family: u8) -> Request {

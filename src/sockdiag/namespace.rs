@@ -6,7 +6,7 @@ use netlink_packet_core::DecodeError;
 use nix::errno::Errno;
 
 use super::mptcp::Mptcp;
-use super::{Lookup, Opener, Socket, SocketSilence, State, States, decode, request};
+use super::{Lookup, Opener, Socket, SocketSilence, State, States, decode, listener, request};
 use crate::error::{Cause, Error, Op, Result};
 use crate::flow::Connection;
 use crate::netlink::{Conversation, Frame, Transport};
@@ -22,16 +22,27 @@ pub(super) struct Sockets<T> {
     /// Devices that sockets of its dumps were bound to.
     bound: BTreeSet<u32>,
     mptcp: Mptcp,
+    /// Listeners are asked what they are besides.
+    asks_listeners: bool,
+    /// Some listener takes what is for other hosts.
+    is_proxy: bool,
 }
 
 impl<T: Transport> Sockets<T> {
     pub(super) fn new(transport: T) -> Self {
         let conversation = Conversation::new(transport);
-        Self { conversation, bound: BTreeSet::new(), mptcp: Mptcp::default() }
+        Self {
+            conversation,
+            bound: BTreeSet::new(),
+            mptcp: Mptcp::default(),
+            asks_listeners: false,
+            is_proxy: false,
+        }
     }
 
-    /// Lists connections of Multipath TCP too, where the kernel does.
-    pub(super) fn ask_for_mptcp(&mut self) {
+    /// Asks listeners what they are besides: of Multipath TCP, or transparent.
+    pub(super) fn ask_listeners(&mut self) {
+        self.asks_listeners = true;
         self.mptcp.begin();
     }
 
@@ -52,12 +63,34 @@ impl<T: Transport> Sockets<T> {
     pub(super) fn dump(&mut self, states: States) -> Result<Vec<Socket>> {
         let mut all = self.dump_tcp(states)?;
         if states.contains(State::CloseWait) || states.contains(State::Listen) {
-            self.mptcp.follow_listeners(&mut self.conversation)?;
+            self.follow_listeners()?;
         }
         if states.contains(State::CloseWait) && self.uses_mptcp() {
             all.extend(self.without_tcp()?);
         }
         Ok(all)
+    }
+
+    fn follow_listeners(&mut self) -> Result<()> {
+        if self.asks_listeners {
+            let listeners = listener::listeners(&mut self.conversation)?;
+            self.mptcp.follow(&listeners);
+            self.is_proxy = listeners.iter().any(|listener| listener.is_transparent);
+        }
+        Ok(())
+    }
+
+    pub(super) fn is_proxy(&self) -> bool {
+        self.is_proxy
+    }
+
+    /// Sockets that take, or took, what is for other hosts.
+    pub(super) fn transparent(&mut self) -> Result<Vec<Socket>> {
+        let request = request::with_attributes(States::open());
+        self.conversation.dump(&request, |all: &mut Vec<Socket>, frame| {
+            all.extend(listener::transparent(frame).map_err(|error| request.op.malformed(error))?);
+            Ok(())
+        })
     }
 
     /// Connections of Multipath TCP that have no TCP socket.

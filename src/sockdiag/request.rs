@@ -3,7 +3,7 @@
 use netlink_packet_core::Emitable;
 use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, SocketId, StateFlags};
 
-use super::{Lookup, Socket, State, States};
+use super::{Lookup, Socket, States};
 use crate::error::Op;
 use crate::flow::Connection;
 use crate::netlink::Request;
@@ -33,9 +33,9 @@ pub(super) fn dump(states: States) -> Request {
     Request { op, kind: TCPDIAG_GETSOCK, flags: 0, body, joined: false }
 }
 
-/// All listeners, with what stands upon TCP there.
-pub(super) fn listeners() -> Request {
-    let mut request = dump(States::from_iter([State::Listen]));
+/// All sockets in `states`, with what stands upon TCP there.
+pub(super) fn with_attributes(states: States) -> Request {
+    let mut request = dump(states);
     if let Some(extensions) = request.body.get_mut(IDIAG_EXT) {
         *extensions = ExtensionFlags::INFO.bits();
     }

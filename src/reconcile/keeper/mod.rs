@@ -156,6 +156,10 @@ pub struct Keeper<T: Transport = KernelSocket, R: Recount = Recounter> {
     suspects_all: bool,
     /// A look at all of them on suspicion comes no sooner.
     soonest_all: Instant,
+    /// Ports of what transparent proxies take.
+    proxied: HashSet<u16>,
+    /// Looks for them so far, or times that they were left out.
+    proxy_looks: u32,
     /// A look for connections without a TCP socket comes no sooner.
     soonest_without_tcp: Instant,
     /// Sources whose watched connections the next sweep looks at: they open others, or are held
@@ -229,6 +233,8 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             next_dump: now,
             suspects_all: false,
             soonest_all: now,
+            proxied: HashSet::new(),
+            proxy_looks: 0,
             soonest_without_tcp: now,
             sources: HashSet::new(),
             round: now,

@@ -7,6 +7,7 @@ use super::{Keeper, Witness};
 use crate::conntrack::TableSize;
 use crate::error::{Error, Result};
 use crate::netlink::Transport;
+use crate::reconcile::policy::Scope;
 use crate::reconcile::pressure::Transition;
 use crate::reconcile::snapshot::Snapshot;
 use crate::reconcile::timers::Timer;
@@ -16,6 +17,9 @@ use crate::sockdiag::{Socket, State};
 /// From one deep sweep that dumps the table to the next. Each connection is to be looked at once in
 /// five minutes, whatever the size of the table.
 const LONGEST_REST: Duration = Duration::from_secs(150);
+
+/// Sweeps from one look at what transparent proxies take to the next: a dump of all open sockets.
+const PROXY_LOOKS: u32 = 30;
 
 /// How far a sweep looks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -142,7 +146,9 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
 
     /// The scope by who listens now; a server may stop listening and keep its connections.
     pub(super) fn follow_listeners(&mut self) -> Result<HashSet<u16>> {
-        let listening = self.tables.scope(&self.settings.policy)?.ports;
+        let mut listening = self.tables.scope(&self.settings.policy)?.ports;
+        self.follow_proxy(&listening)?;
+        listening.extend(&self.proxied);
         self.former_listeners.extend(&listening);
         let ports = listening.union(&self.former_listeners).copied().collect();
         if self.scope.ports != ports {
@@ -152,6 +158,22 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             self.closing();
         }
         Ok(listening)
+    }
+
+    /// What a transparent proxy takes has a port on which nothing listens.
+    fn follow_proxy(&mut self, listening: &HashSet<u16>) -> Result<()> {
+        if !self.tables.sockets.is_proxy() {
+            self.proxied.clear();
+            return Ok(());
+        }
+        self.proxy_looks = self.proxy_looks.wrapping_add(1);
+        if self.proxied.is_empty() || self.proxy_looks % PROXY_LOOKS == 0 {
+            let sockets = self.tables.sockets.transparent()?;
+            let scope = Scope { ports: listening.clone(), ..Scope::default() };
+            let policy = &self.settings.policy;
+            self.proxied = self.tables.served_without_listener(&sockets, &scope, policy)?;
+        }
+        Ok(())
     }
 
     /// Weighs how hard entries are fought over.
