@@ -9,7 +9,7 @@ mod scene;
 use std::thread;
 use std::time::Duration;
 
-use lab::{Peer, RawConn, Segment, holds_within};
+use lab::{Peer, RawConn, Segment, holds_within, kernel};
 use scene::{CLIENT, LIMIT, Limiter, PORT, SOON, Scene, TRIES, contrast};
 
 const CLIENT6: &str = "2001:db8:1::7";
@@ -21,7 +21,7 @@ fn fool(scene: &Scene, conns: &[RawConn], times: usize) {
         for conn in conns {
             // The FIN has a hole before it, so TCP does not take it.
             conn.fin_at(50);
-            conn.rst_at(-6);
+            conn.rst_at(kernel::stale_rst());
         }
         if time == 1 {
             scene.await_repair("revive", conns);

@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use std::thread;
 use std::time::Duration;
 
-use lab::{Daemon, IPPROTO_MPTCP, Lab, Server, holds_within, wait_for};
+use lab::{Daemon, IPPROTO_MPTCP, Lab, Server, holds_within, kernel, wait_for};
 use socket2::{Domain, Protocol, Socket, Type};
 
 const CTKEEP: &str = env!("CARGO_BIN_EXE_ctkeep");
@@ -35,8 +35,11 @@ impl Scene {
         let lab = Lab::new()?;
         let address: SocketAddr = address.parse().expect("an address");
         let one = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::from(IPPROTO_MPTCP)));
+        if one.is_err() && kernel::may_lack_mptcp() {
+            return None;
+        }
         if one.is_err() {
-            lab::skip("this kernel has no Multipath TCP");
+            lab::skip_rare("this kernel has no Multipath TCP");
             return None;
         }
         lab.connlimit(80, u32::try_from(LIMIT).expect("a small limit"));

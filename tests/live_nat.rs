@@ -19,6 +19,10 @@ const SOON: Duration = Duration::from_secs(10);
 #[derive(Clone)]
 struct Site {
     source: &'static str,
+    /// An address that clients ask for and no interface has.
+    virtual_address: Option<&'static str>,
+    /// Where the limit stands: table and chain.
+    limits: &'static [(&'static str, &'static str)],
     listen: &'static str,
     container: bool,
     /// For `iptables-restore`, beside the limit.
@@ -35,6 +39,8 @@ impl Default for Site {
     fn default() -> Self {
         Self {
             source: "198.51.100.7",
+            virtual_address: None,
+            limits: &[("filter", "INPUT"), ("filter", "FORWARD")],
             listen: "[::]:80",
             container: false,
             rules: String::new(),
@@ -73,19 +79,33 @@ impl Scene {
             lab.server.feed("nft -f -", site.nft);
         }
         lab.server.run("ip addr add 10.9.9.9/32 dev lo");
-        for chain in ["INPUT", "FORWARD"] {
-            let limit = "-p tcp --syn -m connlimit --connlimit-above 3";
-            lab.server.run(&format!("iptables -A {chain} {limit} --connlimit-mask 32 -j DROP"));
-            lab.server.run(&format!("ip6tables -A {chain} {limit} --connlimit-mask 128 -j DROP"));
-        }
         for rule in &site.once {
             lab.server.run(&format!("iptables -t mangle -A {rule}"));
         }
         let place = container.as_ref().unwrap_or(&lab.server);
         let server = Server::start(place, site.listen);
-        let peer = lab.peer(site.source);
+        let peer = match site.virtual_address {
+            Some(address) => {
+                let neighbour = "lladdr 02:00:00:00:00:01 dev eth0";
+                lab.client.run(&format!("ip neigh add {address} {neighbour}"));
+                lab.peer_to(site.source, address)
+            }
+            None => lab.peer(site.source),
+        };
+        for (table, chain) in site.limits {
+            let limit = format!("-t {table} -A {chain} -p tcp --syn -m connlimit");
+            for (program, mask) in [("iptables", 32), ("ip6tables", 128)] {
+                let mask = format!("--connlimit-mask {mask} --connlimit-above 3");
+                lab.server.run(&format!("{program} {limit} {mask} -j DROP"));
+            }
+        }
         let mut conns = peer.hold(80, LIMIT);
-        lab.server.run("iptables -t mangle -F");
+        for rule in &site.once {
+            lab.server.run(&format!(
+                "iptables -t mangle {}",
+                rule.replacen("PREROUTING", "-D PREROUTING", 1)
+            ));
+        }
         conns.iter_mut().for_each(RawConn::fin);
         wait_for("ACKs of the FINs", SOON, || conns.iter_mut().all(RawConn::await_ack));
         Some(Self { lab, container, server, peer, conns })
@@ -205,6 +225,42 @@ fn a_destination_in_a_container_survives() {
         shown: &["src=10.0.0.2", "sport=8080"],
         ..Site::default()
     });
+}
+
+/// A virtual address, as the ClusterIP of a service: no interface has it, and its packets are
+/// translated to a local address or a container's. The limit stands before that, or behind.
+#[test]
+fn a_virtual_address_survives() {
+    const ADDRESS: &str = "192.0.2.77";
+    const BEFORE: &[(&str, &str)] = &[("mangle", "PREROUTING")];
+    const INPUT: &[(&str, &str)] = &[("filter", "INPUT")];
+    const FORWARD: &[(&str, &str)] = &[("filter", "FORWARD")];
+    let sites = [(false, "192.0.2.1:8080", INPUT), (true, "10.0.0.2:8080", FORWARD)];
+    for (container, to, behind) in sites {
+        let rule = format!("PREROUTING -d {ADDRESS} -p tcp --dport 80 -j DNAT --to {to}");
+        for limits in [BEFORE, behind] {
+            let site = Site {
+                virtual_address: Some(ADDRESS),
+                limits,
+                listen: "[::]:8080",
+                container,
+                rules: nat(&[&rule]),
+                shown: &["sport=8080"],
+                ..Site::default()
+            };
+            assert_gives_away(&site);
+            survives(&site, if limits == BEFORE { Harm::Deletion } else { Harm::StaleRst });
+        }
+    }
+}
+
+/// Without ctkeep the connections are forgotten, and others get in.
+fn assert_gives_away(site: &Site) {
+    let Some(scene) = Scene::new(site) else { return };
+    // A limit keeps what it has just added for two ticks of the kernel's clock.
+    std::thread::sleep(Duration::from_millis(30));
+    scene.harm(Harm::StaleRst);
+    assert!(scene.peer.admitted(80, TRIES) > 0, "the stock kernel resists");
 }
 
 #[test]

@@ -53,6 +53,11 @@ pub fn tables_have_owners() -> bool {
     *VERSION >= (5, 12)
 }
 
+/// Debian's 5.10 is built without Multipath TCP.
+pub fn may_lack_mptcp() -> bool {
+    *VERSION < (6, 1)
+}
+
 /// Since 5.13 a veth can be told to poll as hardware does; before, it does for a program of its
 /// driver (XDP) alone.
 pub fn veths_poll() -> bool {
