@@ -44,15 +44,24 @@ fn what_a_source_held_and_what_was_done_is_found_after_a_kill() {
     wait_for("a reload", SOON, || is_there("reload"));
     let held = records(&history(&scene, &dir, &["--source", "198.51.100.7", "--port", "80"]));
     let first = held.iter().find(|it| it["what"] == "held").expect("a minute");
-    for (key, value) in [("open", 3), ("half_closed", 3), ("counted", 3), ("uncounted", 0)] {
+    for (key, value) in
+        [("open", 3), ("half_closed", 3), ("counted", 3), ("uncounted", 0), ("limit", 3)]
+    {
         assert_eq!(first[key], value, "{key}: {first}");
     }
     assert!(records(&history(&scene, &dir, &["--source", "203.0.113.0/24"])).is_empty());
+    scene.lab.connlimit(80, 50);
+    wait_for("a new limit", SOON, || is_there("limit"));
     let before = records(&history(&scene, &dir, &[])).len();
     scene.daemon.take().expect("a daemon").kill();
     assert_eq!(records(&history(&scene, &dir, &[])).len(), before, "nothing is lost");
     let (code, out, err) = scene.ctkeep(&["top", "--at", "2099-01-01T00:00:00Z", "--dir", &dir]);
     assert!(code == 0 && out.contains("198.51.100.7/32"), "{out}{err}");
+    let row = out.lines().find(|line| line.starts_with("198.51.100.7/32")).unwrap_or_default();
+    assert!(
+        row.split_whitespace().filter(|word| *word == "3").count() >= 4,
+        "with its limit: {out}"
+    );
     // The next goes on where the last was cut off.
     scene.guard(&["--history", &dir, "--deep-interval", "500ms"]);
     wait_for("the next minute", SOON, || {
@@ -195,6 +204,8 @@ fn a_day_torn_a_hundred_times_loses_the_torn_records_alone() {
         half_closed: 1,
         counted: 2,
         uncounted: 0,
+        limit: None,
+        net: None,
     };
     let sources: Vec<_> = (0..200).map(source).collect();
     let minute = |at| Record::Minute {

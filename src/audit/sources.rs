@@ -224,6 +224,15 @@ impl<'r> Plays<'r> {
         Self { behind: Some(behind), ..self }
     }
 
+    /// The smallest limit that surely counts a connection, and the network whose connections it counts
+    /// together.
+    pub fn limit_of(&mut self, view: &View) -> Option<(u32, IpNet)> {
+        let played = self.of(view);
+        let is_sure = |hit: &&Hit| hit.counts == Counts::Yes && hit.certainty > Certainty::Perhaps;
+        let hit = played.hits.iter().filter(is_sure).min_by_key(|hit| hit.limit.count)?;
+        Some((hit.limit.count, self.net(self.rule(hit, view)?, view)))
+    }
+
     /// The SYN that opened, or would open, a connection.
     fn syn(&self, view: &View) -> Syn {
         let (source, destination) = (view.connection.remote.addr(), view.connection.local);

@@ -62,7 +62,9 @@ pub(super) fn rows(
             Record::Action { source, port, .. } if is_wanted(Some((*source, *port))) => {
                 rows.push(event(record));
             }
-            Record::Reload { .. } | Record::Level { .. } if is_wanted(None) => {
+            Record::Reload { .. } | Record::Limit { .. } | Record::Level { .. }
+                if is_wanted(None) =>
+            {
                 rows.push(event(record));
             }
             _ => {}
@@ -72,7 +74,7 @@ pub(super) fn rows(
 }
 
 pub(super) fn table(rows: Vec<Row>, no_header: bool) -> String {
-    let headings = ["TIME", "WHAT", "SOURCE", "PORT", "OPEN", "HALF", "COUNTED", "MORE"];
+    let headings = ["TIME", "WHAT", "SOURCE", "PORT", "OPEN", "HALF", "COUNTED", "LIMIT", "MORE"];
     let rows = rows.into_iter().map(|(row, _)| row).collect();
     output::table(&headings, rows, Rows::Whole, no_header)
 }
@@ -97,12 +99,14 @@ fn minute(at: u64, netns: &str, it: &Source) -> Row {
     let numbers = [it.port.into(), it.open, it.half_closed, it.counted].map(|n: u64| n.to_string());
     let [port, open, half, counted] = numbers;
     let more = if it.uncounted > 0 { format!("{} uncounted", it.uncounted) } else { String::new() };
-    let row =
-        vec![time(at), "held".to_owned(), it.source.to_string(), port, open, half, counted, more];
+    let limit = it.limit.map_or("-".to_owned(), |limit| limit.to_string());
+    let source = it.source.to_string();
+    let row = vec![time(at), "held".to_owned(), source, port, open, half, counted, limit, more];
     let value = json!({
         "at": time(at), "what": "held", "netns": netns, "source": it.source, "port": it.port,
         "open": it.open, "half_closed": it.half_closed, "counted": it.counted,
-        "uncounted": it.uncounted,
+        "uncounted": it.uncounted, "limit": it.limit,
+        "limit_of": it.net,
     });
     (row, value)
 }
@@ -111,7 +115,7 @@ fn event(record: &Record) -> Row {
     let at = time(record.at());
     let row = |what: &str, source: String, port: String, more: String| {
         let none = String::new;
-        vec![at.clone(), what.to_owned(), source, port, none(), none(), none(), more]
+        vec![at.clone(), what.to_owned(), source, port, none(), none(), none(), none(), more]
     };
     match record {
         Record::Action { netns, action, reason, source, port, .. } => (
@@ -127,6 +131,10 @@ fn event(record: &Record) -> Row {
                 if *well { "in force" } else { "refused" }.to_owned(),
             ),
             json!({"at": at, "what": "reload", "well": well}),
+        ),
+        Record::Limit { netns, limit, loss, .. } => (
+            row("limit", String::new(), String::new(), format!("{limit} lost its list: {loss}")),
+            json!({"at": at, "what": "limit", "netns": netns, "limit": limit, "loss": loss}),
         ),
         Record::Level { netns, from, to, .. } => (
             row("level", String::new(), String::new(), format!("{from} to {to}")),

@@ -238,6 +238,12 @@ impl<'p> Desk<'p> {
     pub(super) fn limits_lost(&mut self, anew: &[Anew]) {
         for Anew { rule, loss } in anew {
             self.share.rules_changed(*loss);
+            self.history.keep(|at| Record::Limit {
+                at,
+                netns: self.share.name().to_owned(),
+                limit: rule.to_string(),
+                loss: loss.name().to_owned(),
+            });
             line!(
                 self.lines.fits("limit lost its list"),
                 info,

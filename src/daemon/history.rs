@@ -1,17 +1,26 @@
 //! The thread that writes the history: no worker ever waits for a disk, and a full one stops the
 //! history alone.
 
-use std::collections::HashMap;
+use std::cmp::Reverse;
+use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::mpsc::{self, SyncSender};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use ipnet::IpNet;
+
+use super::threads::be_patient;
+use crate::audit::arrivals::arrivals;
+use crate::audit::sources::Plays;
 use crate::audit::survey::SourceCounts;
+use crate::firewall::Ruleset;
+use crate::firewall::limits::Limiter;
 use crate::history::now;
 use crate::history::record::{Record, SOURCES, Source};
 use crate::history::store::Store;
+use crate::reconcile::snapshot::{Snapshot, View};
 
 /// Records that wait for the disk; more are lost, and counted.
 const QUEUE: usize = 4096;
@@ -86,12 +95,15 @@ impl Minutes {
         Self { due: now }
     }
 
-    /// Keeps what sources hold, once a minute.
+    /// Keeps what sources hold, once a minute; `snapshot` has a connection of each, and to the
+    /// addresses of `behind` packets are forwarded.
     pub(super) fn note(
         &mut self,
         history: &History,
         netns: &str,
         sources: &HashMap<(IpAddr, u16), SourceCounts>,
+        snapshot: &Snapshot,
+        behind: impl FnOnce() -> HashSet<IpAddr>,
         now: Instant,
     ) {
         if now < self.due || !history.is_kept() {
@@ -107,12 +119,52 @@ impl Minutes {
                 half_closed: counts.half_closed,
                 counted: counts.counted,
                 uncounted: counts.uncounted,
+                limit: None,
+                net: None,
             })
             .collect();
-        all.sort_by_key(|it| (std::cmp::Reverse(it.open.max(it.counted)), it.source, it.port));
+        all.sort_by_key(|it| (Reverse(it.open.max(it.counted)), it.source, it.port));
         let left_out = all.len().saturating_sub(SOURCES);
         all.truncate(SOURCES);
-        let netns = netns.to_owned();
-        history.keep(|at| Record::Minute { at, netns, sources: all, left_out });
+        let mut views: HashMap<_, _> = all.iter().map(|it| ((it.source, it.port), None)).collect();
+        for view in snapshot.views.iter().filter(|view| !view.is_outgoing()) {
+            let key = (view.connection.remote.addr(), view.connection.local.port());
+            if let Some(one) = views.get_mut(&key) {
+                one.get_or_insert(view);
+            }
+        }
+        let (netns, history, behind) = (netns.to_owned(), history.clone(), behind());
+        // Rules are read and played beside the worker, in its namespace.
+        let work = move || {
+            be_patient();
+            know_limits(&mut all, &views, &behind);
+            history.keep(|at| Record::Minute { at, netns, sources: all, left_out });
+        };
+        let spawned = thread::Builder::new().name("minute".to_owned()).spawn(work);
+        if let Err(error) = spawned {
+            tracing::warn!(%error, "a minute of the history is missing");
+        }
+    }
+}
+
+/// Which limit counts each source, by one connection of it.
+fn know_limits(
+    sources: &mut [Source],
+    views: &HashMap<(IpAddr, u16), Option<View>>,
+    behind: &HashSet<IpAddr>,
+) {
+    let rules = Ruleset::read();
+    let limiter = Limiter::of(&rules);
+    if limiter.rules.is_empty() {
+        return;
+    }
+    let Ok(arrivals) = arrivals(&rules, views.values().copied().flatten()) else { return };
+    let mut plays = Plays::new(&limiter, &rules).arriving(&arrivals).behind(behind);
+    for source in sources {
+        let view = views.get(&(source.source, source.port)).copied().flatten();
+        if let Some((limit, net)) = view.and_then(|view| plays.limit_of(&view)) {
+            source.limit = Some(limit);
+            source.net = (net != IpNet::from(source.source)).then_some(net);
+        }
     }
 }

@@ -5,13 +5,8 @@ use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
 use std::thread;
 use std::time::Duration;
 
-use thread_priority::{
-    NormalThreadSchedulePolicy, ThreadPriority, ThreadSchedulePolicy,
-    set_thread_priority_and_policy, thread_native_id,
-};
-
 use super::control::Wake;
-use super::threads::cpu_time;
+use super::threads::{be_patient, cpu_time};
 use crate::error::{Op, Result};
 use crate::reconcile::observe::Tables;
 use crate::reconcile::whole::{Reading, Whole};
@@ -71,15 +66,5 @@ impl Reader {
                 Some((Err(gone), Duration::ZERO))
             }
         }
-    }
-}
-
-/// Asks for what bulk work gets: beside a worker of real-time priority, which it would inherit, it
-/// would take turns with that one.
-fn be_patient() {
-    let policy = ThreadSchedulePolicy::Normal(NormalThreadSchedulePolicy::Batch);
-    let set = set_thread_priority_and_policy(thread_native_id(), ThreadPriority::Min, policy);
-    if let Err(error) = set {
-        tracing::debug!(?error, "the thread that reads has the worker's priority");
     }
 }

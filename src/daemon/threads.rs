@@ -7,8 +7,8 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::time::{ClockId, clock_gettime};
 use thread_priority::{
-    RealtimeThreadSchedulePolicy, ThreadPriority, ThreadPriorityValue, ThreadSchedulePolicy,
-    set_thread_priority_and_policy, thread_native_id,
+    NormalThreadSchedulePolicy, RealtimeThreadSchedulePolicy, ThreadPriority, ThreadPriorityValue,
+    ThreadSchedulePolicy, set_thread_priority_and_policy, thread_native_id,
 };
 
 use super::control::Lead;
@@ -44,5 +44,15 @@ pub(super) fn prefer_realtime() {
     match result {
         Ok(()) => tracing::info!("real-time priority"),
         Err(error) => tracing::warn!(error, "no real-time priority; it needs CAP_SYS_NICE"),
+    }
+}
+
+/// Asks for what bulk work gets: beside a worker of real-time priority, which it would inherit, it
+/// would take turns with that one.
+pub(super) fn be_patient() {
+    let policy = ThreadSchedulePolicy::Normal(NormalThreadSchedulePolicy::Batch);
+    let set = set_thread_priority_and_policy(thread_native_id(), ThreadPriority::Min, policy);
+    if let Err(error) = set {
+        tracing::debug!(?error, "a thread for bulk work has the worker's priority");
     }
 }

@@ -361,7 +361,9 @@ impl<'p> Worker<'p> {
             Ok(survey) => {
                 self.desk.share.surveyed(&survey);
                 let Desk { minutes, history, share, .. } = &mut self.desk;
-                minutes.note(history, share.name(), &survey.sources, Instant::now());
+                let (sources, snapshot) = (&survey.sources, &sweep.snapshot);
+                let behind = || tables.sockets.addresses_of_members();
+                minutes.note(history, share.name(), sources, snapshot, behind, Instant::now());
             }
             Err(error) => {
                 tracing::warn!(%error, "metrics of the whole tables not updated");

@@ -2,9 +2,10 @@
 
 use std::net::IpAddr;
 
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-/// Sources of a minute, those that hold most: a record stays below 32 KiB.
+/// Sources of a minute, those that hold most: a record stays below 64 KiB.
 pub const SOURCES: usize = 256;
 
 /// Something that was so, or was done. Times are seconds since 1970.
@@ -44,6 +45,17 @@ pub enum Record {
         /// Whether they are in force.
         well: bool,
     },
+    /// A limit has lost its list: rules have changed.
+    Limit {
+        /// When.
+        at: u64,
+        /// The namespace.
+        netns: String,
+        /// Which: `ip filter INPUT rule 3`.
+        limit: String,
+        /// `new`, `replaced`, ...
+        loss: String,
+    },
     /// The defence level has changed.
     Level {
         /// When.
@@ -72,6 +84,12 @@ pub struct Source {
     pub counted: u64,
     /// Open sockets without a counted entry.
     pub uncounted: u64,
+    /// The smallest limit that surely counts them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit: Option<u32>,
+    /// The network whose connections that limit counts together, where it is more than the source.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub net: Option<IpNet>,
 }
 
 impl Record {
@@ -81,6 +99,7 @@ impl Record {
             Self::Minute { at, .. }
             | Self::Action { at, .. }
             | Self::Reload { at, .. }
+            | Self::Limit { at, .. }
             | Self::Level { at, .. } => *at,
         }
     }
@@ -140,6 +159,8 @@ mod tests {
             half_closed: 2,
             counted: 1,
             uncounted: 2,
+            limit: Some(3),
+            net: None,
         };
         Record::Minute { at, netns: String::new(), sources: vec![source], left_out: 0 }
     }

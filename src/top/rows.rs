@@ -2,7 +2,7 @@
 //! open, counted and limited is the audit's word.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -250,6 +250,7 @@ impl Seen {
 
     fn past_rows(&self, fold: Fold, measure: Measure<'_>, filter: &Filter) -> Vec<Row> {
         let mut rows: BTreeMap<String, Row> = BTreeMap::new();
+        let mut together = BTreeSet::new();
         for past in &self.past {
             let local = Endpoint::new(IpAddr::from([0, 0, 0, 0]), past.port);
             let connection = Connection::new(local, Endpoint::new(past.source, 0));
@@ -263,6 +264,21 @@ impl Seen {
             row.open += size(past.open);
             row.counted += size(past.counted);
             row.half_closed += size(past.half_closed);
+            if matches!(fold, Fold::Source | Fold::Network) {
+                // At several ports, or of several sources, by several limits: the smallest.
+                row.limit = row.limit.into_iter().chain(past.limit).min();
+                if past.limit.is_some_and(|limit| past.open > limit.into()) {
+                    row.over_limit = Some(true);
+                }
+                if past.net.is_some() || fold == Fold::Network {
+                    together.insert(row.name.clone());
+                }
+            }
+        }
+        // Two ports may have one limit together, and a network more than its sources here.
+        for row in rows.values_mut().filter(|row| row.over_limit.is_none()) {
+            let fits = row.limit.is_some_and(|limit| size(limit.into()) >= row.open);
+            row.over_limit = (fits && !together.contains(&row.name)).then_some(false);
         }
         rows.into_values().collect()
     }
