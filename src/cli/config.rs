@@ -15,7 +15,7 @@ use toml::de::{DeString, DeTable, DeValue};
 use super::args::Cli;
 use crate::error::Error;
 
-/// What is said on the command line only: a question to a limit is a packet, and a file names no other
+/// Options of the command line alone: a question to a limit is a packet, and a file names no other
 /// file.
 pub(super) const NEVER_IN_FILE: [&str; 15] = [
     "anonymous",
