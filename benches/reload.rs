@@ -27,8 +27,8 @@ const TRIED: usize = 20;
 fn main() {
     lab::serve_if_asked();
     report::heading("From a reload of the rules to the last connection that is counted again");
-    reload(500, 10, Target::AtMost(0.5));
-    reload(1, 50_000, Target::AtMost(5.0));
+    reload(500, 10, Target::AtMost(500.0));
+    reload(1, 50_000, Target::AtMost(5000.0));
 }
 
 /// Clients of so many addresses, with so many connections each: what their limit allows.
@@ -40,7 +40,9 @@ fn reload(sources: u32, each: u32, target: Target) {
     lab.server.run("ip route add 198.18.0.0/15 via 192.0.2.2");
     let limit = format!("-m connlimit --connlimit-above {each} --connlimit-mask 32");
     let rules = input(&[&format!("INPUT -p tcp --syn --dport 80 {limit} -j DROP")]);
-    lab.server.feed("iptables-restore", &rules);
+    // What is to be opened is not limited: a list of 50 000 is gone through once a jiffy.
+    let tracked = input(&["INPUT -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT"]);
+    lab.server.feed("iptables-restore", &tracked);
     // Nobody accepts: what waits is open and limited like the rest, and needs no descriptors.
     lab.server.sysctl("net/core/somaxconn", "65535");
     let address = SocketAddr::from((lab::SERVER_V4, 80));
@@ -65,19 +67,22 @@ fn reload(sources: u32, each: u32, target: Target) {
     println!("{open} of {} are open", sources * each);
     let all = f64::from(u32::try_from(open).expect("few"));
     let daemon = lab.daemon(CTKEEP, &[]);
-    let mut took = Vec::new();
+    let (mut took, mut cost) = (Vec::new(), Vec::new());
     for round in 1..=ROUNDS {
         // What following the rules may cost is earned again.
-        thread::sleep(Duration::from_secs(if round == 1 { 2 } else { 10 }));
-        let before = shown(&lab);
+        thread::sleep(Duration::from_secs(if round == 1 { 2 } else { 30 }));
+        let (before, worked) = (shown(&lab), traffic::cpu_time(daemon.pid()));
         lab.server.feed("iptables-restore", &rules);
         let begun = Instant::now();
         wait_for("all of them shown", SOON, || shown(&lab) >= before + all);
-        took.push(begun.elapsed().as_secs_f64());
+        took.push(milliseconds(begun.elapsed()));
+        cost.push(milliseconds(traffic::cpu_time(daemon.pid()) - worked));
     }
     let name = format!("{} connections of {sources} sources", sources * each);
-    report::figure(&name, report::quantile(&took, 0.5), "s", target);
-    report::figure("  the slowest", report::quantile(&took, 1.0), "s", Target::None);
+    report::figure(&name, report::quantile(&took, 0.5), "ms", target);
+    report::figure("  the slowest", report::quantile(&took, 1.0), "ms", Target::None);
+    // What it takes beside other work says little of the program.
+    report::figure("  processor time", report::quantile(&cost, 0.5), "ms", Target::None);
     thread::sleep(Duration::from_secs(1));
     let tried = (0..sources).step_by(usize::try_from(sources).expect("few").div_ceil(TRIED));
     let let_in =
@@ -85,6 +90,10 @@ fn reload(sources: u32, each: u32, target: Target) {
     let let_in = f64::from(u32::try_from(let_in).expect("few"));
     report::figure("  let in beyond the limit", let_in, "", Target::AtMost(0.0));
     drop((daemon, listener));
+}
+
+fn milliseconds(time: Duration) -> f64 {
+    time.as_secs_f64() * 1000.0
 }
 
 /// Connections that were shown to their limit so far.

@@ -164,44 +164,24 @@ fn apply_chunk<T: Transport, R: Recount>(
     let changes: Vec<_> = together.iter().map(|(_, change)| *change).collect();
     let mut results = tables.conntrack.change(&changes)?.into_iter();
 
-    let mut following: HashMap<IpAddr, usize> = HashMap::new();
-    for action in actions {
-        *following.entry(action.view.connection.remote.addr()).or_default() += 1;
-    }
     let mut chunk = Vec::with_capacity(actions.len());
-    let mut last_steps = Vec::new();
+    let mut shown = Vec::new();
     for (index, (action, way)) in actions.iter().zip(ways).enumerate() {
         let is_in_place = matches!(way, Method::OnList);
         let (action, result) = (*action, Ok(()));
         let mut outcome = Outcome { action, result, recount: None, is_in_place, seal: None };
-        let action = &action;
-        let entry = &action.template;
-        let more = following.entry(action.view.connection.remote.addr()).or_default();
-        *more = more.saturating_sub(1);
         if !way.is_fresh() {
             outcome.result = results.next().unwrap_or(Ok(()));
         }
         match (way, recounter.as_mut()) {
             (Method::Recount { way, seal }, Some(recounter)) if outcome.result.is_ok() => {
+                let entry = &action.template;
                 let nudged = match way.recipe {
-                    Recipe::Replace => {
-                        let mut nudged = recounter.nudge(entry, way.route, now);
-                        let mut tries = 1;
-                        while tries < SHOWN && nudged.is_ok() && is_assured(tables, entry)? {
-                            let replace = Change::Replace {
-                                old: entry.key(),
-                                id: None,
-                                new: unassured(action, seal, policy.lease),
-                            };
-                            let replaced = tables.conntrack.change(&[replace])?;
-                            outcome.result = replaced.into_iter().next().unwrap_or(Ok(()));
-                            nudged = recounter.nudge(entry, way.route, now);
-                            tries += 1;
-                        }
-                        nudged
-                    }
+                    // One after the other, with nothing in between: a list of thousands is swept at
+                    // the first nudge of each jiffy, which takes as long.
+                    Recipe::Replace => recounter.nudge(entry, way.route, now),
                     Recipe::Fresh => {
-                        let [delete, insert] = fresh_steps(action, seal, policy.lease);
+                        let [delete, insert] = fresh_steps(&action, seal, policy.lease);
                         // Where nothing is to be deleted the nudge meets no entry either.
                         tables.conntrack.change(&[delete])?;
                         let nudged = recounter.nudge(entry, way.route, now);
@@ -212,19 +192,7 @@ fn apply_chunk<T: Transport, R: Recount>(
                 };
                 outcome.recount = Some(nudged.map(|()| way.route));
                 if outcome.result.is_ok() {
-                    outcome.seal = seal.then(|| recounter.seal(entry, now));
-                    let sealed = matches!(outcome.seal, Some(Ok(())));
-                    // After the seal: its packet has given the entry the kernel's own timeout.
-                    let last = last_step(action, policy.lease, sealed);
-                    if *more == 0 {
-                        last_steps.push((index, last));
-                    } else {
-                        // A limit that rejects with a reset closes the entry of a nudge over it
-                        // (`nf_ct_set_closing()`), and the next nudge of the source would have the
-                        // list throw it out: once a jiffy it is swept.
-                        let results = tables.conntrack.change(&[last])?;
-                        outcome.result = results.into_iter().next().unwrap_or(Ok(()));
-                    }
+                    shown.push((index, way, seal));
                 }
             }
             (Method::InPlace { instead_of_recount: Some(why) }, _) => {
@@ -234,14 +202,77 @@ fn apply_chunk<T: Transport, R: Recount>(
         }
         chunk.push(outcome);
     }
+    if let Some(recounter) = recounter {
+        settle(tables, recounter, &mut chunk, &shown, policy, now)?;
+    }
+    outcomes.append(&mut chunk);
+    Ok(())
+}
+
+/// Makes the entries of connections that were shown to their limits ordinary ones; one that a limit
+/// may not have taken, or throws off its list again, is shown once more before.
+fn settle<T: Transport, R: Recount>(
+    tables: &mut Tables<T>,
+    recounter: &mut R,
+    chunk: &mut [Outcome],
+    shown: &[(usize, recount::Way, bool)],
+    policy: &Policy,
+    now: Instant,
+) -> Result<()> {
+    let entry = |index: &usize| {
+        chunk.get(*index).map(|it| (it.action.template.orig, it.action.template.zone))
+    };
+    let keys: Vec<_> = shown.iter().filter_map(|(index, ..)| entry(index)).collect();
+    let found = tables.conntrack.get(&keys)?;
+    let mut last_steps = Vec::new();
+    for ((index, way, seal), entry) in shown.iter().zip(found) {
+        let Some(outcome) = chunk.get_mut(*index) else { continue };
+        let is_spoilt = way.recipe == Recipe::Replace
+            && matches!(outcome.recount, Some(Ok(_)))
+            && entry.is_some_and(|entry| is_spoilt(&entry));
+        let mut tries = 1;
+        while is_spoilt && tries < SHOWN && outcome.result.is_ok() {
+            let Action { template: entry, .. } = outcome.action;
+            let new = unassured(&outcome.action, *seal, policy.lease);
+            let replace = Change::Replace { old: entry.key(), id: None, new };
+            let replaced = tables.conntrack.change(&[replace])?;
+            outcome.result = replaced.into_iter().next().unwrap_or(Ok(()));
+            outcome.recount = Some(recounter.nudge(&entry, way.route, now).map(|()| way.route));
+            tries += 1;
+            if !is_assured(tables, &entry)? {
+                break;
+            }
+        }
+        if outcome.result.is_err() {
+            continue;
+        }
+        let action = &outcome.action;
+        outcome.seal = seal.then(|| recounter.seal(&action.template, now));
+        let sealed = matches!(outcome.seal, Some(Ok(())));
+        // After the seal: its packet has given the entry the kernel's own timeout.
+        let last = last_step(action, policy.lease, sealed);
+        if is_spoilt {
+            // Before the next nudge has the list throw it out: once a jiffy it is swept.
+            let results = tables.conntrack.change(&[last])?;
+            outcome.result = results.into_iter().next().unwrap_or(Ok(()));
+        } else {
+            last_steps.push((*index, last));
+        }
+    }
     let changes: Vec<_> = last_steps.iter().map(|(_, change)| *change).collect();
     for ((index, _), result) in last_steps.into_iter().zip(tables.conntrack.change(&changes)?) {
         if let Some(outcome) = chunk.get_mut(index) {
             outcome.result = result;
         }
     }
-    outcomes.append(&mut chunk);
     Ok(())
+}
+
+/// Whether the list may lack the connection of an entry whose nudge has passed: its packets had made
+/// it assured before; or its limit rejects with a reset, which closes the entry of a nudge over it
+/// (`nf_ct_set_closing()`), and the next nudge of the source had the list throw it out.
+fn is_spoilt(entry: &Entry) -> bool {
+    entry.status.is_some_and(Status::is_assured) || entry.state() == Some(TcpState::Close)
 }
 
 /// Whether packets of the connection have made its entry one that limits pass over, perhaps before
