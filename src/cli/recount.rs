@@ -16,7 +16,7 @@ use crate::audit::asked::Asker;
 use crate::error::Result;
 use crate::firewall::limits::{LimitRule, Limiter};
 use crate::firewall::lists::{Anew, Lists, Loss};
-use crate::firewall::{Hook, Ruleset};
+use crate::firewall::{Hook, Key, Ruleset};
 use crate::reconcile::apply::Outcome;
 use crate::reconcile::keeper::Depth;
 use crate::reconcile::policy::Policy;
@@ -35,6 +35,8 @@ struct Shown {
     sent: usize,
     /// How many the list of the limit holds now, and whether it is full.
     listed: Option<(u32, bool)>,
+    /// Nothing but this source's connections is counted there.
+    is_alone: bool,
 }
 
 impl Shown {
@@ -42,7 +44,12 @@ impl Shown {
     fn lacking(&self) -> Option<usize> {
         let (listed, is_full) = self.listed?;
         let listed = usize::try_from(listed).unwrap_or(usize::MAX);
-        Some(if is_full { 0 } else { self.open.saturating_sub(listed) })
+        match (is_full, self.is_alone) {
+            (true, _) => Some(0),
+            (false, true) => Some(self.open.saturating_sub(listed)),
+            // Those of others may stand there in their place.
+            (false, false) => None,
+        }
     }
 }
 
@@ -143,9 +150,10 @@ fn ask(sources: &mut Sources, done: &Done) {
         let view = View { entry: Some(outcome.action.template), ..view };
         let Ok(answer) = asker.ask(&view, now) else { continue };
         let limit = answer.limit.and_then(|(rule, _)| limiter.rules.get(rule));
-        let shown = limit.and_then(|limit| sources.get_mut(&(limit.place(), source)));
-        if let (Some(shown), Some(listed)) = (shown, answer.listed()) {
+        let Some((limit, listed)) = limit.zip(answer.listed()) else { continue };
+        if let Some(shown) = sources.get_mut(&(limit.place(), source)) {
             shown.listed = Some((listed, answer.is_full()));
+            shown.is_alone = matches!(limit.limit.key, Key::Source(32 | 128));
         }
     }
 }
