@@ -456,6 +456,22 @@ fn every_match_of_ipv6_is_played_as_the_kernel_answers_it() {
     });
 }
 
+/// What is read of an entry where there is none.
+#[test]
+fn every_match_of_an_entry_is_played_for_an_untracked_packet() {
+    let told: Vec<_> =
+        vocabulary::NFT_TOLD.iter().filter(|text| text.contains("ct ")).copied().collect();
+    assert!(told.len() > 10, "{told:?}");
+    whole_vocabulary(NFT, &told, &[], |text| {
+        format!(
+            "flush ruleset\ntable inet fw {{ chain raw {{\n\
+             type filter hook prerouting priority raw;\nnotrack\n}}\n\
+             chain input {{\ntype filter hook input priority 0;\n\
+             tcp flags & (syn|ack) != syn accept\n{text} drop\n}}\n}}\n"
+        )
+    });
+}
+
 #[test]
 fn every_match_of_iptables_is_played_as_the_kernel_answers_it() {
     whole_vocabulary(IPTABLES, vocabulary::XT_TOLD, vocabulary::XT_OPEN, |text| {

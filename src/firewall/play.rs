@@ -455,11 +455,12 @@ impl<'r> Run<'_, 'r, '_, '_> {
         let mut passed = Answer::Yes;
         for (number, step) in rule.steps.iter().enumerate() {
             let at = LimitAt { chain, rule: index, step: number };
+            // Without an entry there is nothing to read, and the rule ends (`nft_ct_get_eval()`).
+            passed = passed.and(self.has_entry(step.operands()));
+            if passed == Answer::No {
+                return Vec::new();
+            }
             let answer = match step {
-                Step::Test(test) if self.has_entry(test) != Answer::Yes => {
-                    // Without an entry there is nothing to compare.
-                    if self.has_entry(test) == Answer::No { Answer::No } else { Answer::Unknown }
-                }
                 Step::Test(Test::In { values, set, is }) => {
                     let found = set.find(values, &self.packet);
                     let mut answer = self.is_unchanged(set, found.answer);
@@ -484,8 +485,10 @@ impl<'r> Run<'_, 'r, '_, '_> {
                     Answer::Yes
                 }
                 Step::SetCtMark(value) => {
-                    let bits = self.set_to(value.as_ref(), reach.and(passed));
-                    self.packet.ct_mark = bits;
+                    let surely = reach.and(passed).and(self.is_in_conntrack());
+                    if surely != Answer::No {
+                        self.packet.ct_mark = self.set_to(value.as_ref(), surely);
+                    }
                     Answer::Yes
                 }
                 Step::Write(bytes) => {
@@ -511,25 +514,27 @@ impl<'r> Run<'_, 'r, '_, '_> {
         Vec::new()
     }
 
-    /// Whether the packet has the entry that a test looks at, if it looks at one.
-    fn has_entry(&self, test: &Test) -> Answer {
-        let values = match test {
-            Test::Within { value, .. } => std::slice::from_ref(value),
-            Test::In { values, .. } => values.as_slice(),
-            _ => &[],
-        };
+    /// Whether the packet has an entry by now.
+    fn is_in_conntrack(&self) -> Answer {
+        match self.packet.is_tracked {
+            Some(is) => Answer::from(is && self.packet.is_seen),
+            None if self.packet.is_seen => Answer::Unknown,
+            None => Answer::No,
+        }
+    }
+
+    /// Whether the packet has the entry that these are read from, if any of them is.
+    fn has_entry(&self, values: &[Operand]) -> Answer {
         // An address of the other family is none of the entry (`nft_ct_get_eval()`).
         let own = if self.packet.syn().source.is_ipv4() { 4 } else { 16 };
         let is_others = |value: &Operand| {
             matches!(value.field, Field::CtSource(_) | Field::CtDestination(_))
                 && value.length != own
         };
-        match self.packet.is_tracked {
-            _ if !values.iter().any(|value| value.field.is_of_entry()) => Answer::Yes,
-            _ if values.iter().any(is_others) => Answer::No,
-            Some(is) => Answer::from(is && self.packet.is_seen),
-            None => Answer::Unknown,
+        if !values.iter().any(|value| value.field.is_of_entry()) {
+            return Answer::Yes;
         }
+        if values.iter().any(is_others) { Answer::No } else { self.is_in_conntrack() }
     }
 
     /// A set that the packet itself has been put into, or taken out of, may answer otherwise than when it was

@@ -155,6 +155,19 @@ pub enum Step {
 }
 
 impl Step {
+    /// What it reads of the packet.
+    pub(super) fn operands(&self) -> &[Operand] {
+        match self {
+            Self::Test(Test::Within { value, .. })
+            | Self::SetMark(Some(value))
+            | Self::SetCtMark(Some(value)) => std::slice::from_ref(value),
+            Self::Test(Test::In { values, .. }) | Self::Map(values, _) => values,
+            Self::Count(counting) => &counting.by,
+            Self::Add(adding) => &adding.by,
+            _ => &[],
+        }
+    }
+
     fn outcome(&self) -> Option<&Outcome> {
         match self {
             Self::Verdict(outcome) => Some(outcome),
