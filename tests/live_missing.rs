@@ -211,6 +211,8 @@ fn assert_nothing_is_inserted(lab: &Lab) {
     assert_eq!((code, entries_of(lab, PORT)), (0, 6), "{out}{err}");
 }
 
+const METRICS: &str = "127.0.0.1:9815";
+
 /// Rules for one family leave the other untracked, on the very same port.
 #[test]
 fn nothing_is_inserted_for_a_family_that_no_rule_tracks() {
@@ -225,7 +227,8 @@ fn nothing_is_inserted_for_a_family_that_no_rule_tracks() {
     let peer = lab.peer("2001:db8:1::7");
     let mut conns = peer.open_promptly(PORT, 4);
     conns.iter_mut().for_each(|conn| lab.half_close(conn));
-    let daemon = lab.daemon(CTKEEP, &[&BRISK[..], &["--deep-interval", "300ms"]].concat());
+    let args = ["--deep-interval", "300ms", "--metrics-listen", METRICS];
+    let daemon = lab.daemon(CTKEEP, &[&BRISK[..], &args].concat());
     // What it does for the other family shows that it has looked.
     let mut of_ipv4 = tracked;
     of_ipv4.iter_mut().for_each(|conn| lab.half_close(conn));
@@ -237,6 +240,13 @@ fn nothing_is_inserted_for_a_family_that_no_rule_tracks() {
     let classes = &report["summary"]["classes"];
     assert_eq!((code, &classes["untracked"]), (0, &4.into()), "{report:#}");
     assert_eq!(entries_of(&lab, PORT), 2, "{}", daemon.log());
+    // What the critical alert stands on.
+    let shows = |class: &str, count: u32| {
+        let answer = lab::http::ask(&lab.server, METRICS, "GET /metrics", "").expect("metrics");
+        answer.body.contains(&format!("ctkeep_mismatches{{class=\"{class}\"}} {count}.0\n"))
+    };
+    wait_for("a deep sweep", SOON, || shows("untracked", 4));
+    assert!(shows("entry-missing", 0) && shows("entry-reversed", 0));
 }
 
 #[test]
