@@ -36,6 +36,7 @@ fn main() {
     let foreign = ENTRIES - u32::try_from(conns.len()).expect("a count");
     lab.server.within(|| insert(0..foreign));
     compare(&lab, "every socket has its entry");
+    top(&lab);
     // As after a firewall was started anew: every socket is looked at exactly, and reported.
     lab.server.run("conntrack -D -p tcp -d 192.0.2.1");
     lab.server.within(|| insert(foreign..ENTRIES));
@@ -67,6 +68,34 @@ fn compare(lab: &Lab, what: &str) {
             ours.as_secs_f64() / theirs.as_secs_f64()
         );
     }
+}
+
+/// What share of a core `ctkeep top` takes in a terminal.
+fn top(lab: &Lab) {
+    const WATCHED: Duration = Duration::from_secs(60);
+    let name = format!("ctkeep-bench-{}", std::process::id());
+    let tmux = |args: &[&str]| {
+        let mut command = Command::new("tmux");
+        let output = command.args(["-L", &name, "-f", "/dev/null"]).args(args).output();
+        String::from_utf8_lossy(&output.expect("tmux").stdout).trim().to_owned()
+    };
+    let shell = format!("exec nsenter --net={} {CTKEEP} top", lab.server.path());
+    tmux(&["new-session", "-d", "-x", "80", "-y", "24", &shell]);
+    lab::wait_for("the table", Duration::from_secs(120), || {
+        tmux(&["capture-pane", "-p"]).contains("SOURCE")
+    });
+    let pid = tmux(&["list-panes", "-F", "#{pane_pid}"]);
+    let cost = || {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("its figures");
+        // proc(5): utime and stime, in hundredths of a second.
+        let fields = stat.rsplit_once(')').expect("a name").1.split_whitespace().skip(11).take(2);
+        fields.map(|field| field.parse::<f64>().expect("a number")).sum::<f64>() / 100.0
+    };
+    let (began, before) = (Instant::now(), cost());
+    std::thread::sleep(WATCHED);
+    let share = (cost() - before) / began.elapsed().as_secs_f64();
+    println!("ctkeep top, {WATCHED:?} in a terminal: {:.1} % of a core", 100.0 * share);
+    tmux(&["kill-server"]);
 }
 
 /// Entries of other hosts.

@@ -11,12 +11,18 @@ mod scene;
 use std::collections::BTreeSet;
 use std::fs;
 
+use ctkeep::audit::saved::Saved;
+use ctkeep::reconcile::policy::Policy;
+use ctkeep::reconcile::snapshot::View;
+use ctkeep::report::host::Tables;
 use scene::{CLIENT, LIMIT, Limiter, Scene};
 use serde_json::Value;
 
 /// A source over its limit, one of a range that passes before it, one below it, IPv6.
 fn stage() -> Option<(Scene, Vec<lab::RawConn>)> {
     let scene = Scene::new(Limiter::Nothing)?;
+    // The half-closed one stays for as long as a busy machine takes.
+    scene.lab.server.sysctl("net/netfilter/nf_conntrack_tcp_timeout_close_wait", "3600");
     // Entries are made from the first connection on.
     for program in ["iptables", "ip6tables"] {
         scene.lab.server.run(&format!("{program} -A INPUT -m conntrack --ctstate INVALID -j DROP"));
@@ -112,6 +118,23 @@ fn a_report_is_read_as_the_host_is_with_its_addresses_or_with_others() {
     for source in sources {
         assert!(text.matches(&format!("{source}:")).count() >= LIMIT, "{source}");
     }
+}
+
+/// Of tables that are too large the same connections are left out of both.
+#[test]
+fn what_is_left_out_is_left_out_of_both_tables() {
+    let Some((scene, _conns)) = stage() else { return };
+    let tables = scene.lab.server.within(|| Tables::read(4)).expect("both tables");
+    let of_peers = |text: &str| {
+        text.lines().filter(|line| line.contains(":20") || line.contains("sport=20")).count()
+    };
+    let (sockets, entries) = (of_peers(&tables.sockets), of_peers(&tables.entries));
+    assert!(tables.one_of > 3 && (2..8).contains(&sockets), "{tables:?}");
+    assert_eq!(sockets, entries, "{tables:?}");
+    let saved = Saved::read(tables.sockets.as_bytes(), tables.entries.as_bytes(), None);
+    let host = saved.expect("tables").join(&Policy::default()).expect("a host");
+    let both = |view: View| view.socket.is_some() == view.entry.is_some();
+    assert!(host.seen.snapshot.views.iter().all(both), "{tables:?}");
 }
 
 #[test]

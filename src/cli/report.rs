@@ -18,7 +18,7 @@ use crate::report::anonymous::Anonymous;
 use crate::report::file::{
     ARRIVALS, ENTRIES, File, IP6TABLES, IPTABLES, LEGACY, LEGACY6, NFT, SOCKETS,
 };
-use crate::report::host::{self, Tables};
+use crate::report::host::{self, CONNECTIONS, Tables};
 use crate::report::tables;
 
 /// The file of the service.
@@ -53,7 +53,7 @@ fn collect(args: &Report, netns: &str, policy: &Policy) -> (File, Exit) {
         file.say("machine", name.machine().to_string_lossy());
     }
     file.say("addresses", if args.anonymous { "replaced one for one" } else { "as they are" });
-    let tables = Tables::read().map_err(|error| failed(&error));
+    let tables = Tables::read(CONNECTIONS).map_err(|error| failed(&error));
     if let Ok(tables) = &tables
         && tables.one_of > 1
     {

@@ -389,6 +389,14 @@ mod tests {
 
     proptest! {
         #[test]
+        fn no_text_is_too_strange(text in any::<String>(), parts in "[0-9a-f:./\\-\n é]{0,60}") {
+            for text in [text, parts] {
+                prop_assert_eq!(anonymous(&text).lines().count(), text.lines().count());
+                drop(super::super::file::File::read(&format!("ctkeep report 1\n== sockets ==\n{text}")));
+            }
+        }
+
+        #[test]
         fn one_for_one_and_what_they_have_in_common_stays(
             v4 in proptest::collection::vec(any::<u32>(), 2..20),
             v6 in proptest::collection::vec(any::<u128>(), 2..20),

@@ -17,7 +17,7 @@ use crate::host::sysctl;
 use crate::sockdiag::{SockDiag, States};
 
 /// Connections of each table that a report has at most: some 8 MB. Of more each so-manieth.
-const CONNECTIONS: usize = 20_000;
+pub const CONNECTIONS: usize = 20_000;
 
 /// Settings of TCP that bear on what is open; `tcp_fastopen_key` is a secret.
 const TCP: [&str; 9] = [
@@ -44,18 +44,18 @@ pub struct Tables {
 }
 
 impl Tables {
-    /// Reads both. Of more connections than a report has the same ones are left out of both.
+    /// Reads both. Of more than `most` connections the same ones are left out of both.
     ///
     /// # Errors
     /// A missing privilege or module; a lost or malformed answer.
-    pub fn read() -> Result<Self> {
+    pub fn read(most: usize) -> Result<Self> {
         let mut diag = SockDiag::open()?;
         containers::join(&mut diag)?;
         let mut conntrack = Conntrack::open()?;
         let listeners = diag.listeners()?;
         let sockets = diag.sockets(States::connected())?;
         let entries = usize::try_from(conntrack.size()?.entries).unwrap_or(usize::MAX);
-        let one_of = sockets.len().max(entries) / CONNECTIONS + 1;
+        let one_of = sockets.len().max(entries) / most.max(1) + 1;
         let all: HashSet<_> = sockets.iter().map(|it| it.connection().sent()).collect();
         let kept: Vec<_> = sockets.into_iter().step_by(one_of).collect();
         let flows: HashSet<_> = kept.iter().map(|it| it.connection().sent()).collect();
