@@ -101,6 +101,46 @@ fn a_reload_takes_other_names_up() {
     assert_eq!(first.gain(&lab, &lab.peer("198.51.100.9"), false), LIMIT, "{}", daemon.log());
 }
 
+/// An RST that comes in from outside and says to be a container's answer closes the entry, and its
+/// server has not sent it.
+#[test]
+fn an_rst_that_says_to_be_a_containers_own_frees_no_slot() {
+    let play = |is_guarded: bool| {
+        let lab = Lab::new()?;
+        guests::limit(&lab);
+        let guest = Guest::start(&lab, 1);
+        let daemon = is_guarded.then(|| {
+            let daemon = lab.daemon(CTKEEP, &["--events", "nflog"]);
+            wait_for("the container", SOON, || daemon.logged("namespaces=1"));
+            daemon
+        });
+        let peer = lab.peer(CLIENT);
+        let conns = peer.hold(guest.port, LIMIT);
+        std::thread::sleep(Duration::from_millis(30));
+        for conn in &conns {
+            let of_client = conn.segment(lab::RST, 0);
+            let source = format!("{}:{}", guest.address, guests::INSIDE);
+            let answer = lab::Segment {
+                source: source.parse().expect("an address"),
+                destination: conn.client,
+                seq: of_client.ack,
+                ack: of_client.seq,
+                ..of_client
+            };
+            peer.send_packet(&answer.to_packet());
+        }
+        wait_for("what comes of them", SOON, || {
+            conns.iter().all(|conn| guests::is_counted(&lab, conn) == is_guarded)
+        });
+        if let Some(daemon) = &daemon {
+            wait_for("repairs", SOON, || daemon.log().matches("revive").count() >= LIMIT);
+        }
+        Some(peer.admitted(guest.port, LIMIT + 2))
+    };
+    let Some(without) = play(false) else { return };
+    assert_eq!((without, play(true)), (LIMIT, Some(0)));
+}
+
 #[test]
 fn a_container_is_guarded_without_being_named() {
     let Some(lab) = Lab::new() else { return };

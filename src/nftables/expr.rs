@@ -34,9 +34,10 @@ pub enum Expr {
     /// Load the port that answers come from: the server's own, whatever the packet's was
     /// translated from (2 bytes); go on only if there is an entry. `ct reply proto-src`
     CtReplySource,
-    /// Load what kind of address the packet's source is to this host's routing (4 bytes of the
-    /// machine's order, `RTN_LOCAL` for its own). `fib saddr type`
-    SourceType,
+    /// Load the number of the device that the packet came in by (4 bytes of the machine's order) if
+    /// this host would send there what is for the packet's source, else 0, as for addresses of its
+    /// own. `fib saddr . iif oif`
+    SourceRoute,
     /// Load bytes of a header into the 4-byte register `register` (0 is the first) and on.
     /// `@nh,offset,length` or `@th,offset,length` (in bytes here)
     Load {
@@ -138,12 +139,12 @@ impl Expr {
                 data.push(nla(NFTA_CT_DIRECTION, &[IP_CT_DIR_REPLY]));
                 ("ct", data)
             }
-            Self::SourceType => (
+            Self::SourceRoute => (
                 "fib",
                 vec![
                     word(NFTA_FIB_DREG, NFT_REG32_00),
-                    word(NFTA_FIB_RESULT, NFT_FIB_RESULT_ADDRTYPE),
-                    word(NFTA_FIB_FLAGS, NFTA_FIB_F_SADDR),
+                    word(NFTA_FIB_RESULT, NFT_FIB_RESULT_OIF),
+                    word(NFTA_FIB_FLAGS, NFTA_FIB_F_SADDR | NFTA_FIB_F_IIF),
                 ],
             ),
             Self::Load { header, offset, length, register } => {

@@ -208,10 +208,12 @@ pub(crate) const NFT_OBJECT_SYNPROXY: u32 = 10;
 pub(crate) const NFTA_FIB_DREG: u16 = 1;
 pub(crate) const NFTA_FIB_RESULT: u16 = 2;
 pub(crate) const NFTA_FIB_FLAGS: u16 = 3;
+pub(crate) const NFT_FIB_RESULT_OIF: u32 = 1;
 pub(crate) const NFT_FIB_RESULT_OIFNAME: u32 = 2;
 pub(crate) const NFT_FIB_RESULT_ADDRTYPE: u32 = 3;
 pub(crate) const NFTA_FIB_F_SADDR: u32 = 0x1;
 pub(crate) const NFTA_FIB_F_DADDR: u32 = 0x2;
+pub(crate) const NFTA_FIB_F_IIF: u32 = 0x8;
 
 pub(crate) const NFTA_BYTEORDER_SREG: u16 = 1;
 pub(crate) const NFTA_BYTEORDER_DREG: u16 = 2;

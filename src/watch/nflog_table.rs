@@ -75,7 +75,7 @@ const OPENINGS: Expr = Expr::Limit { rate: 50, burst: 50 };
 /// The word that goes with a packet whose destination will be translated.
 pub(super) const TRANSLATED: &str = "translated";
 
-/// The word that goes with a packet that says to be this host's own.
+/// The word that goes with a packet that says to be the server's own.
 pub(super) const SPOOFED: &str = "spoofed";
 
 /// Closing connections of a family that are remembered at once.
@@ -101,8 +101,6 @@ const IP_CT_DIR_ORIGINAL: u8 = 0;
 const IP_CT_DIR_REPLY: u8 = 1;
 /// `LOOPBACK_IFINDEX`, in every namespace.
 const LOOPBACK: u32 = 1;
-/// `enum rtn_type`
-const RTN_LOCAL: u32 = 2;
 
 /// What the table is made with.
 #[derive(Clone, Copy, Debug)]
@@ -178,8 +176,8 @@ fn ordinary(group: u16) -> Vec<Vec<Expr>> {
     rules
 }
 
-/// Packets that come in and say to be this host's own answers: conntrack believes them, and
-/// routing drops them.
+/// Packets that come in and say to be answers of this host, or of a container that is not where they
+/// come from: conntrack believes them, and the server never has sent them.
 fn spoofed(group: u16) -> Vec<Vec<Expr>> {
     let source_port = Expr::transport(TCP_SOURCE_PORT, 2);
     let ours = [
@@ -192,8 +190,8 @@ fn spoofed(group: u16) -> Vec<Vec<Expr>> {
         // This host's connections to itself come in there.
         Expr::InputDevice,
         Expr::Differs(LOOPBACK.to_ne_bytes().to_vec()),
-        Expr::SourceType,
-        Expr::Equals(RTN_LOCAL.to_ne_bytes().to_vec()),
+        Expr::SourceRoute,
+        Expr::Equals(vec![0; 4]),
     ];
     // One is as bad as an RST that TCP never gets, and no ordinary one is among them.
     vec![rule(&[&ours, &[RESETS, log(group, Some(SPOOFED), 1), Expr::Accept]])]

@@ -167,7 +167,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             return Ok(());
         }
         self.proxy_looks = self.proxy_looks.wrapping_add(1);
-        if self.proxied.is_empty() || self.proxy_looks % PROXY_LOOKS == 0 {
+        if self.proxied.is_empty() || self.proxy_looks.is_multiple_of(PROXY_LOOKS) {
             let sockets = self.tables.sockets.transparent()?;
             let scope = Scope { ports: listening.clone(), ..Scope::default() };
             let policy = &self.settings.policy;
