@@ -92,6 +92,40 @@ fn a_flushed_table_is_put_back_by_the_sweep_alone() {
     assert_forgotten_is_recounted(Limiter::Connlimit, &["--events", "off"], flush);
 }
 
+/// Nothing but the rules shows that the port is tracked: all that it had was forgotten before the
+/// start.
+fn forgotten_before_the_start(limiter: Limiter, rules: &[&str]) -> Option<usize> {
+    let mut scene = Scene::new(limiter)?;
+    rules.iter().for_each(|rule| drop(scene.lab.server.run(rule)));
+    let conns = scene.half_closed();
+    flush(&scene, &conns);
+    let newcomers = scene.open(TRIES);
+    assert_eq!(newcomers.len(), LIMIT, "without ctkeep, in the place of those forgotten");
+    scene.end(&newcomers);
+    flush(&scene, &conns);
+    scene.guard(&[&BRISK[..], &["--deep-interval", "500ms"]].concat());
+    holds_within(SWEPT * 3, || conns.iter().all(|conn| scene.is_counted(conn)));
+    Some(scene.open(TRIES).len())
+}
+
+#[test]
+fn what_was_forgotten_before_the_start_is_put_back_where_a_limit_is_for_the_port() {
+    for limiter in [Limiter::Connlimit, Limiter::NftSet] {
+        let Some(admitted) = forgotten_before_the_start(limiter, &[]) else { return };
+        assert_eq!(admitted, 0);
+    }
+}
+
+/// A rule may have led them here from another port: an entry that is not theirs would break them.
+#[test]
+fn what_was_forgotten_before_the_start_is_left_alone_where_rules_translate() {
+    let redirect = "iptables -t nat -A PREROUTING -p tcp --dport 8080 -j REDIRECT --to-ports 80";
+    let Some(admitted) = forgotten_before_the_start(Limiter::Connlimit, &[redirect]) else {
+        return;
+    };
+    assert_eq!(admitted, LIMIT);
+}
+
 /// The same for connections that are not half-closed: ctkeep has heard of their ends.
 #[test]
 fn established_connections_of_a_flushed_table_are_put_back() {

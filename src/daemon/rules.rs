@@ -83,7 +83,7 @@ impl Rules {
         })
     }
 
-    /// The rules that say which connections conntrack does not see; `None` where it sees all.
+    /// What the rules say of conntrack; `None` where they say nothing.
     pub(super) fn tracking(&self) -> Option<Arc<Tracking>> {
         self.lists.tracking().map(Arc::new)
     }

@@ -1,16 +1,27 @@
-//! Which connections the rules keep out of conntrack, and in which zone they keep the others. Pure.
+//! Which connections the rules keep out of conntrack, in which zone they keep the others, and of which
+//! conntrack surely has an entry. Pure.
 
+use super::limits::{LimitRule, Limiter};
 use super::packet::Syn;
 use super::play::Player;
-use super::{Chain, Outcome, Ruleset, Step};
-use crate::flow::Endpoint;
+use super::{Chain, Hook, Outcome, Ruleset, Step};
+use crate::flow::{Connection, Endpoint};
 
-/// Rules of which some keep connections out of conntrack (`notrack`, `CT --notrack`), or in a zone
-/// (`ct zone set`, `CT --zone`).
+/// What the rules say of conntrack.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Tracking {
-    rules: Ruleset,
-    sets_zones: bool,
+pub enum Tracking {
+    /// Some keep connections out of it (`notrack`, `CT --notrack`), or in a zone (`ct zone set`,
+    /// `CT --zone`).
+    Narrowed {
+        /// All rules.
+        rules: Ruleset,
+        /// Some set a zone.
+        sets_zones: bool,
+    },
+    /// None does, and none translates what comes in. These limits make conntrack see the packets of
+    /// their families: it has an entry of each connection that they are for, with the addresses of its
+    /// socket.
+    Plain(Vec<LimitRule>),
 }
 
 /// A connection as its peer opened it.
@@ -25,14 +36,26 @@ pub struct Opened {
 }
 
 impl Tracking {
-    /// These rules, where some of them keep connections out of conntrack, or in a zone.
+    /// What these rules say; `None` where they say nothing.
     pub fn of(chains: impl IntoIterator<Item = Chain>) -> Option<Self> {
         let chains: Vec<_> = chains.into_iter().collect();
         let any = |wanted: fn(&Step) -> bool| chains.iter().flat_map(steps).any(wanted);
         let has_notrack = any(|step| *step == Step::Notrack);
         let sets_zones = any(|step| matches!(step, Step::SetZone(_)));
         let rules = Ruleset { chains, unread: Vec::new() };
-        (has_notrack || sets_zones).then_some(Self { rules, sets_zones })
+        if has_notrack || sets_zones {
+            return Some(Self::Narrowed { rules, sets_zones });
+        }
+        let limits = Limiter::of(&rules).rules;
+        let is_plain = !limits.is_empty() && !rules.chains.iter().any(translates_what_comes_in);
+        is_plain.then_some(Self::Plain(limits))
+    }
+
+    /// Whether conntrack surely has, or had, an entry of this connection, and a plain one.
+    pub fn is_surely_plain(&self, connection: Connection) -> bool {
+        let Self::Plain(limits) = self else { return false };
+        let Connection { local, remote } = connection;
+        limits.iter().any(|limit| !limit.matches.never && limit.covers(remote.addr(), local.port()))
     }
 
     /// Whether conntrack has an entry of each of these connections, by their SYNs; `None` where that
@@ -41,8 +64,12 @@ impl Tracking {
         &self,
         connections: impl IntoIterator<Item = Opened>,
     ) -> impl Iterator<Item = Option<bool>> {
-        let player = Player::new(&self.rules);
+        let player = match self {
+            Self::Narrowed { rules, .. } => Some(Player::new(rules)),
+            Self::Plain(_) => None,
+        };
         connections.into_iter().map(move |opened| {
+            let Some(player) = &player else { return Some(true) };
             let played = player.limits(&opened.syn());
             // Its SYN is none of conntrack's; the connection that SYNPROXY opens behind it is.
             if played.is_synproxied { Some(true) } else { played.tracked }
@@ -51,7 +78,10 @@ impl Tracking {
 
     /// Finds the zones of connections; `None` where no rule sets any.
     pub fn zones(&self) -> Option<Zones<'_>> {
-        self.sets_zones.then(|| Zones(Player::new(&self.rules)))
+        match self {
+            Self::Narrowed { rules, sets_zones: true } => Some(Zones(Player::new(rules))),
+            _ => None,
+        }
     }
 }
 
@@ -78,6 +108,13 @@ impl Opened {
 pub(super) fn bears_on_tracking(chain: &Chain) -> bool {
     let proxies = Step::Verdict(Outcome::Synproxy);
     steps(chain).any(|it| *it == Step::Notrack || *it == proxies || matches!(it, Step::SetZone(_)))
+}
+
+/// Whether a base chain has rules that may lead a packet of the network to another address.
+fn translates_what_comes_in(chain: &Chain) -> bool {
+    let comes_in = |hook| matches!(hook, Hook::Prerouting | Hook::Input);
+    let is_of_it = chain.base.as_ref().is_some_and(|base| base.is_nat && comes_in(base.hook));
+    is_of_it && !chain.rules.is_empty()
 }
 
 fn steps(chain: &Chain) -> impl Iterator<Item = &Step> {

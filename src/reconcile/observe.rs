@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::ops::Deref;
 use std::sync::Arc;
 
-use super::evidence::Arrival;
+use super::evidence::{Arrival, TrackedPort};
 use super::ledger::Ledger;
 use super::policy::{Policy, Scope};
 use super::snapshot::{Snapshot, View};
@@ -153,6 +153,10 @@ impl<T: Transport> Tables<T> {
     /// sees.
     pub fn play(&self, snapshot: &mut Snapshot, ledger: &Ledger) {
         let Some(tracking) = &self.tracking else { return };
+        let plain = snapshot.views.iter().filter(|view| is_dark(view, ledger));
+        let plain = plain.filter(|view| tracking.is_surely_plain(view.connection));
+        let plain: Vec<_> = plain.map(|view| TrackedPort::of(view.connection.local)).collect();
+        snapshot.evidence.tracked.extend(plain);
         let evidence = &snapshot.evidence;
         let dark = || snapshot.views.iter().filter(|view| is_dark(view, ledger));
         let opened = dark().map(|view| {

@@ -208,12 +208,16 @@ fn update(entry: &mut Entry, body: &[u8]) {
             }
             4 => {
                 let state = TcpState::from_kernel(descend(value, &[1, 1]).unwrap()[0]).unwrap();
-                let flag = |kind| descend(value, &[1, kind]).map(|pair| pair[0]);
                 let old = entry.tcp.map_or([0, 0], |tcp| tcp.flags);
+                // `struct nf_ct_tcp_flags`: the flags, and which of them.
+                let flag = |kind, old: u8| {
+                    let pair = descend(value, &[1, kind])?;
+                    Some(old & !pair[1] | pair[0] & pair[1])
+                };
                 entry.tcp = Some(Tcp {
                     state,
                     wscale: entry.tcp.map_or([0, 0], |tcp| tcp.wscale),
-                    flags: [flag(4).unwrap_or(old[0]), flag(5).unwrap_or(old[1])],
+                    flags: [flag(4, old[0]).unwrap_or(old[0]), flag(5, old[1]).unwrap_or(old[1])],
                 });
             }
             7 => entry.timeout = Some(Duration::from_secs(big_endian(value).into())),

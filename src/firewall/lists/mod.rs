@@ -181,10 +181,8 @@ impl Lists {
         Limited { rules, limits: all.filter(wanted).collect() }
     }
 
-    /// The rules that say which connections conntrack does not see; `None` where it sees all.
+    /// What the rules say of conntrack; `None` where they say nothing.
     pub fn tracking(&self) -> Option<Tracking> {
-        let mut chains = self.chains.iter().flatten();
-        chains.any(bears_on_tracking).then_some(())?;
         Tracking::of(self.chains.iter().flatten().cloned())
     }
 
