@@ -96,7 +96,7 @@ fn a_flushed_table_is_put_back_by_the_sweep_alone() {
 /// start.
 fn forgotten_before_the_start(limiter: Limiter, rules: &[&str]) -> Option<usize> {
     let mut scene = Scene::new(limiter)?;
-    rules.iter().for_each(|rule| drop(scene.lab.server.run(rule)));
+    rules.iter().for_each(|rule| scene.lab.server.run(rule));
     let conns = scene.half_closed();
     flush(&scene, &conns);
     let newcomers = scene.open(TRIES);

@@ -288,6 +288,7 @@ fn rules_that_see_nudges_are_named_with_what_follows() {
         &witnesses("ban-on-count.nft").unwrap(),
         &[(ok, "inet fw input rule 1 ", "tells of what exceeds it")],
     );
+    is(&witnesses("own-tables.nft").unwrap(), &[]);
     let found = witnesses("recent-ban.rules").unwrap();
     assert!(found.iter().all(|(verdict, what)| *verdict == ok && what.contains("(recent)")));
     assert!(found.len() >= 2, "{found:#?}");

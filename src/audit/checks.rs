@@ -402,10 +402,15 @@ pub fn application(held: usize, close_wait: usize, unread: u64) -> Finding {
 pub fn over(source: IpNet, held: usize, limit: u32, counted: usize) -> Finding {
     // Of a rule that does not go by the source.
     let whose = if source.prefix_len() == 0 { "in all".to_owned() } else { source.to_string() };
+    let advice = if counted >= held {
+        "all are counted: it comes down as the server closes them, or by ctkeep kill --over-limit"
+    } else {
+        "ctkeep reconcile makes the limit count them again; ctkeep run keeps it right"
+    };
     Finding::bad(
         "source-over-limit",
         format!("{whose}: {held} sockets, limit {limit}, the rule sees {counted}"),
-        "ctkeep reconcile makes the limit count them again; ctkeep run keeps it right",
+        advice,
     )
 }
 

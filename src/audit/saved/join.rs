@@ -191,7 +191,7 @@ impl Saved {
 /// Removes what is meant; how many that are.
 fn remove(views: &mut Views, is_meant: impl Fn(&View) -> bool) -> usize {
     let before = views.len();
-    views.retain(|view| !is_meant(&view));
+    views.retain(|view| !is_meant(view));
     before - views.len()
 }
 
