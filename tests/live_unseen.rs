@@ -26,6 +26,9 @@ const ATTACKER6: &str = "2001:db8:1::7";
 /// From burst to burst.
 const PAUSE: Duration = Duration::from_millis(10);
 
+/// The same where the processor was not to be had for so long: it grows without ctkeep as well.
+const LONG_PAUSE: Duration = Duration::from_millis(300);
+
 struct Scene {
     lab: Lab,
     _server: Server,
@@ -77,12 +80,12 @@ impl Scene {
     }
 
     /// How many sockets the attacker held after each burst.
-    fn attack(&mut self, attack: Attack, rounds: usize) -> Vec<usize> {
+    fn attack(&mut self, attack: Attack, rounds: usize, pause: Duration) -> Vec<usize> {
         let round = |_| {
             let begun = Instant::now();
             self.burst(attack);
             let counted = self.sockets();
-            thread::sleep(PAUSE.saturating_sub(begun.elapsed()));
+            thread::sleep(pause.saturating_sub(begun.elapsed()));
             counted
         };
         (0..rounds).map(round).collect()
@@ -101,10 +104,10 @@ impl Scene {
     }
 }
 
-fn resist(attack: Attack, args: &[&str]) -> Option<String> {
-    let what = format!("{attack:?} {args:?}");
+fn resist(attack: Attack, args: &[&str], pause: Duration) -> Option<String> {
+    let what = format!("{attack:?} {args:?} {pause:?}");
     let mut scene = Scene::new(attack, Some(args))?;
-    let counts = scene.attack(attack, ROUNDS);
+    let counts = scene.attack(attack, ROUNDS, pause);
     eprintln!("{what}: {counts:?}");
     let (half, last) = (counts[ROUNDS / 2], counts[ROUNDS - 1]);
     // Twice the limit where ctkeep gets the processor between two bursts (docs/attack.md); the
@@ -120,7 +123,7 @@ fn resist(attack: Attack, args: &[&str]) -> Option<String> {
 /// Without ctkeep it works, or the test would prove nothing.
 fn grow(attack: Attack) {
     let Some(mut scene) = Scene::new(attack, None) else { return };
-    let counts = scene.attack(attack, ROUNDS);
+    let counts = scene.attack(attack, ROUNDS, PAUSE);
     eprintln!("{attack:?} stock: {counts:?}");
     let (half, last) = (counts[ROUNDS / 2], counts[ROUNDS - 1]);
     assert!(
@@ -163,11 +166,12 @@ fn side_by_side(
     failures.into_inner().expect("no panic while pushing")
 }
 
-/// What fails side by side may have waited for the processor: it is played again alone.
+/// What fails side by side may have waited for the processor: it is played again alone, and then with
+/// more time between two bursts.
 fn assert_resisted(limit: usize, args: &[&str]) {
-    let again = side_by_side(&all(limit), |attack| resist(attack, args));
-    let failures: Vec<_> =
-        again.into_iter().filter_map(|(attack, _)| resist(attack, args)).collect();
+    let again = side_by_side(&all(limit), |attack| resist(attack, args, PAUSE));
+    let alone = |attack| resist(attack, args, PAUSE).and_then(|_| resist(attack, args, LONG_PAUSE));
+    let failures: Vec<_> = again.into_iter().filter_map(|(attack, _)| alone(attack)).collect();
     assert!(failures.is_empty(), "{} of them:\n{}", failures.len(), failures.join("\n\n"));
 }
 
