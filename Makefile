@@ -21,7 +21,7 @@ FUZZ_TARGETS = conntrack sockdiag netlink nflog ruleset saved options http
 # make test-kernels KERNELS="6.12.73 6.18.5"
 KERNELS ?= 5.10 6.1 6.12 sid
 
-.PHONY: all demo test play-test test-kernels docker-test containers-test reload-test history-test apache-test ban-test pictures attack-search faults check advisories fuzz soak bench install stage deb rpm static package-test \
+.PHONY: all demo test play-test test-kernels docker-test containers-test reload-test history-test apache-test ban-test pictures attack-search laws faults check advisories fuzz soak bench install stage deb rpm static package-test \
 	kubernetes-check dashboard-check tools shield-tools test-tools kernel-tools cargo-deny cargo-deb \
 	cargo-generate-rpm cargo-fuzz
 
@@ -119,6 +119,10 @@ advisories: cargo-deny
 # Hours of mixed load: make soak SOAK=8h
 soak: tools
 	CTKEEP_SOAK=$(or $(SOAK),30m) $(AS_ROOT) $(CARGO) test --locked --test soak -- --ignored --nocapture a_long_load
+
+# A hundred thousand random histories of tables that are fooled, faulty and full (docs/testing.md).
+laws:
+	PROPTEST_CASES=$(or $(CASES),20000) $(CARGO) test --locked --release --test laws
 
 # Every call of a repair with every error, and two hundred kills (docs/testing.md).
 faults: test-tools
