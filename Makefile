@@ -62,9 +62,10 @@ reload-test: test-tools
 	cd target/frontends && apt-get download ufw firewalld python3-firewall python3-nftables python3-gi python3-dbus \
 		gir1.2-glib-2.0 libgirepository-1.0-1 && dpkg -x ufw_*.deb ufw && rm ufw_*.deb && \
 		for package in *.deb; do dpkg -x $$package firewalld && rm $$package; done
-	$(CARGO) test --locked --no-run --test live_reload
+	$(CARGO) test --locked --no-run --test live_reload --test live_lacking
 	$(AS_ROOT) env CTKEEP_UFW=$(CURDIR)/target/frontends/ufw CTKEEP_FIREWALLD=$(CURDIR)/target/frontends/firewalld \
 		CTKEEP_RELOADS=20 CTKEEP_STORM=30 $(CARGO) test --locked --test live_reload -- --nocapture
+	$(AS_ROOT) $(CARGO) test --locked --test live_lacking large -- --ignored --nocapture
 
 # The daemon killed at a hundred moments of its work: what it has kept is there.
 history-test: test-tools
