@@ -187,24 +187,41 @@ struct Lists {
     dropped: HashMap<Group, u32>,
     /// How often the SYN that is being played has met a list.
     met: HashMap<Group, u32>,
+    /// Lists that it was the first to meet.
+    new: Vec<Group>,
+    /// One of them may have refused it, or not.
+    is_unsure: bool,
 }
 
 impl Lists {
     /// Whether there is no room for one more; `None` where that hangs on the next sweep.
     fn is_full(&mut self, hit: &Hit) -> Option<bool> {
         let key = (hit.list, hit.group.clone()?);
-        let list = (*self.open.entry(key.clone()).or_insert_with(|| List::of(hit)))?;
+        let new = &mut self.new;
+        let list = (*self.open.entry(key.clone()).or_insert_with(|| {
+            new.push(key.clone());
+            List::of(hit)
+        }))?;
         let met = self.met.entry(key.clone()).or_default();
         let dropped = self.dropped.get(&key).copied().unwrap_or(0) + list.doubled + *met;
         *met += 1;
         match (list.open >= list.most, list.open + dropped >= list.most) {
             (true, _) => Some(true),
-            (false, true) => None,
+            (false, true) => {
+                self.is_unsure = true;
+                None
+            }
             (false, false) => Some(false),
         }
     }
 
-    fn count(&mut self, hits: &[Hit], is_in: bool) {
+    fn count(&mut self, hits: &[Hit], admitted: Option<bool>, is_in: bool) {
+        if !is_in && (self.is_unsure || admitted.is_none()) {
+            // Where it was dropped is open: another may be the first there, by another number.
+            for key in self.new.drain(..) {
+                self.open.insert(key, None);
+            }
+        }
         let mut met = HashSet::new();
         for hit in hits {
             let Some(group) = hit.group.clone() else { continue };
@@ -235,6 +252,8 @@ fn played(player: &Player<'_>, attempt: &Try, lists: &mut Lists) -> (Option<bool
         ..Syn::new(attempt.source, to)
     };
     lists.met.clear();
+    lists.new.clear();
+    lists.is_unsure = false;
     let play = player.play(&syn, &mut |hit| lists.is_full(hit));
     (play.admitted, play.hits)
 }
@@ -288,7 +307,7 @@ fn compare(
                     Some(false) => 1,
                     None => 2,
                 }] += 1;
-                lists.count(&hits, is_in);
+                lists.count(&hits, admitted, is_in);
             }
         }
         open.extend(tries);
