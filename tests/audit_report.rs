@@ -243,6 +243,9 @@ fn counted_by_tools(lab: &Lab, ports: &[u16]) -> (Counts, Counts) {
     let mut classes: BTreeMap<String, u64> = BTreeMap::new();
     let mut backed: HashSet<Ends> = HashSet::new();
     let opening = ["SYN_SENT", "SYN_RECV", "SYN_SENT2", "NONE"];
+    // The rules make conntrack see IPv4 alone.
+    let port_of = |local: &SocketAddr| (local.is_ipv4(), local.port());
+    let tracked: HashSet<_> = entries.iter().map(|entry| port_of(&entry.reply.0)).collect();
     for socket in &sockets {
         let name = match socket.state.as_str() {
             "listen" => "listening",
@@ -265,6 +268,7 @@ fn counted_by_tools(lab: &Lab, ports: &[u16]) -> (Counts, Counts) {
                 _ => "agree",
             },
             (None, Some(_)) => "entry-reversed",
+            _ if !tracked.contains(&port_of(&socket.local)) => "untracked",
             (None, None) => "entry-missing",
         };
         *classes.entry(class.to_owned()).or_default() += 1;
