@@ -100,7 +100,9 @@ fn admitted(
         thread::sleep(site.within);
     }
     let granted = [&half_closed, &established].map(|held| held.peer.admitted(80, TRIES));
-    drop(daemon);
+    if let Some(daemon) = daemon.filter(|_| granted != [0; 2]) {
+        eprintln!("{}\n{}", daemon.log(), lab.server.output("iptables -S"));
+    }
     granted
 }
 
