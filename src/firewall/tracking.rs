@@ -1,7 +1,7 @@
 //! Which connections the rules keep out of conntrack, in which zone they keep the others, and of which
 //! conntrack surely has an entry. Pure.
 
-use super::limits::{LimitRule, Limiter};
+use super::limits::LimitRule;
 use super::packet::Syn;
 use super::play::Player;
 use super::{Chain, Hook, Outcome, Ruleset, Step};
@@ -36,8 +36,11 @@ pub struct Opened {
 }
 
 impl Tracking {
-    /// What these rules say; `None` where they say nothing.
-    pub fn of(chains: impl IntoIterator<Item = Chain>) -> Option<Self> {
+    /// What these rules, with these limits among them, say; `None` where they say nothing.
+    pub fn of(
+        chains: impl IntoIterator<Item = Chain>,
+        limits: impl FnOnce(&Ruleset) -> Vec<LimitRule>,
+    ) -> Option<Self> {
         let chains: Vec<_> = chains.into_iter().collect();
         let any = |wanted: fn(&Step) -> bool| chains.iter().flat_map(steps).any(wanted);
         let has_notrack = any(|step| *step == Step::Notrack);
@@ -46,7 +49,7 @@ impl Tracking {
         if has_notrack || sets_zones {
             return Some(Self::Narrowed { rules, sets_zones });
         }
-        let limits = Limiter::of(&rules).rules;
+        let limits = limits(&rules);
         let is_plain = !limits.is_empty() && !rules.chains.iter().any(translates_what_comes_in);
         is_plain.then_some(Self::Plain(limits))
     }
@@ -135,7 +138,7 @@ mod tests {
             -A PREROUTING -p tcp -m tcp --dport 82 -j CT --zone mark\n\
             -A PREROUTING -i eth0 -p tcp -m tcp --dport 83 -j CT --zone 8\n\
             -A PREROUTING -j CT --zone 9\nCOMMIT\n";
-        let tracking = Tracking::of(parse_saved(rules, Family::Ip)).expect("zones");
+        let tracking = Tracking::of(parse_saved(rules, Family::Ip), |_| Vec::new()).expect("zones");
         let zones = tracking.zones().expect("zones");
         let of = |peer: &str, port: u16| {
             let peer = Endpoint::new(peer.parse().expect("an address"), 4000);

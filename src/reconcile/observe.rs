@@ -13,6 +13,7 @@ use super::whole::rank;
 use crate::conntrack::{Conntrack, Entry, Zone};
 use crate::error::Result;
 use crate::firewall::Ruleset;
+use crate::firewall::limits::Limiter;
 use crate::firewall::tracking::{Opened, Tracking};
 use crate::flow::{Connection, FourTuple};
 use crate::netlink::{KernelSocket, Transport};
@@ -146,7 +147,8 @@ impl<T: Transport> Tables<T> {
 
     /// Goes by these rules from now on.
     pub fn follow_tracking(&mut self, rules: &Ruleset) {
-        self.tracking = Tracking::of(rules.chains.iter().cloned()).map(Arc::new);
+        let limits = |rules: &Ruleset| Limiter::of(rules).rules;
+        self.tracking = Tracking::of(rules.chains.iter().cloned(), limits).map(Arc::new);
     }
 
     /// Lets the rules say which of the connections without an entry of their own conntrack never

@@ -183,7 +183,7 @@ impl Lists {
 
     /// What the rules say of conntrack; `None` where they say nothing.
     pub fn tracking(&self) -> Option<Tracking> {
-        Tracking::of(self.chains.iter().flatten().cloned())
+        Tracking::of(self.chains.iter().flatten().cloned(), |_| self.limits().cloned().collect())
     }
 
     /// All limits.
