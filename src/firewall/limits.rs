@@ -531,9 +531,7 @@ impl<'r> Walk<'_, 'r, '_> {
     /// A rule that sees SYNs.
     fn witness(&mut self, chain: &Chain, rule: &Rule, matches: &Match, sight: Sight) {
         let is_of_hosts = matches!(self.base.hook, Hook::Prerouting | Hook::Input | Hook::Forward);
-        // Tables of `ctkeep run` know its own packets; rules in `inet ctkeep` are the administrator's.
-        let is_own = chain.table.starts_with("ctkeep") && chain.table != "ctkeep";
-        if !is_of_hosts || is_own {
+        if !is_of_hosts || chain.is_ours {
             return;
         }
         if matches.never || matches.is_established() || matches.is_loopback() {

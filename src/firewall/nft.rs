@@ -33,10 +33,13 @@ pub(super) fn read() -> Result<Vec<Chain>> {
 pub fn chains<T: Transport>(conversation: &mut Conversation<T>) -> Result<Vec<Chain>> {
     let Some(tables) = dump::tables(conversation)? else { return Ok(Vec::new()) };
     let mut chains: Vec<Chain> = dump::chains(conversation)?.into_iter().map(chain).collect();
-    for table in tables.iter().filter(|table| table.flags & NFT_TABLE_F_DORMANT != 0) {
+    for table in &tables {
         let family = Family::from_kernel(table.family);
         let of_table = |chain: &&mut Chain| chain.family == family && chain.table == table.name;
-        chains.iter_mut().filter(of_table).for_each(|chain| chain.is_dormant = true);
+        for chain in chains.iter_mut().filter(of_table) {
+            chain.is_dormant = table.flags & NFT_TABLE_F_DORMANT != 0;
+            chain.is_ours = table.is_ours;
+        }
     }
     let mut places = HashMap::new();
     for (at, chain) in chains.iter().enumerate() {

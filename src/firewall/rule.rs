@@ -21,6 +21,8 @@ pub struct Chain {
     pub base: Option<Base>,
     /// Its table is switched off (`flags dormant`).
     pub is_dormant: bool,
+    /// Its table is one of a running ctkeep, whose rules know its own packets.
+    pub is_ours: bool,
     /// Its rules, in order.
     pub rules: Vec<Rule>,
 }
@@ -29,7 +31,7 @@ impl Chain {
     /// One without rules.
     pub fn new(family: Family, table: &str, name: &str, base: Option<Base>) -> Self {
         let (table, name) = (table.to_owned(), name.to_owned());
-        Self { family, table, name, base, is_dormant: false, rules: Vec::new() }
+        Self { family, table, name, base, is_dormant: false, is_ours: false, rules: Vec::new() }
     }
 }
 

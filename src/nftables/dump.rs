@@ -6,6 +6,8 @@ use std::time::Duration;
 use netlink_packet_core::DefaultNla;
 use nix::errno::Errno;
 
+use super::COMMENT;
+use super::table::comment;
 use super::uapi::*;
 use crate::error::{Op, Result};
 use crate::netlink::attribute::{emitted, nested, nla, text};
@@ -18,6 +20,8 @@ pub(crate) struct RawTable {
     pub name: String,
     /// `NFT_TABLE_F_*`
     pub flags: u32,
+    /// A running ctkeep has made it.
+    pub is_ours: bool,
 }
 
 /// A chain, and the hook of a base chain.
@@ -80,7 +84,9 @@ pub(crate) fn tables<T: Transport>(
 ) -> Result<Option<Vec<RawTable>>> {
     let table = |family, attributes: Attributes<'_>| {
         let name = attributes.text(NFTA_TABLE_NAME)?;
-        Some(RawTable { family, name, flags: attributes.number(NFTA_TABLE_FLAGS).unwrap_or(0) })
+        let flags = attributes.number(NFTA_TABLE_FLAGS).unwrap_or(0);
+        let is_ours = attributes.value(NFTA_TABLE_USERDATA) == Some(&comment(COMMENT));
+        Some(RawTable { family, name, flags, is_ours })
     };
     match list(conversation, "dump of nft tables", NFT_MSG_GETTABLE, table) {
         Err(error) if matches!(error.errno(), Some(Errno::EINVAL | Errno::EOPNOTSUPP)) => Ok(None),

@@ -14,6 +14,11 @@ pub use expr::{Expr, Header};
 pub use key::Field;
 pub use table::{ChainSpec, SetSpec, Table, TableSpec};
 
+/// The comment of every table that is ours as long as a process lives, by which all of them are
+/// known, whatever name the helper device gives them; `nft list` prints it. A copy that was saved
+/// and loaded has it, too, and does nothing.
+pub(crate) const COMMENT: &str = "of a running ctkeep";
+
 /// Where packets meet chains (`enum nf_inet_hooks`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u32)]

@@ -12,7 +12,7 @@ use nix::errno::Errno;
 
 use super::key::{self, Field};
 use super::uapi::*;
-use super::{Expr, Hook};
+use super::{COMMENT, Expr, Hook};
 use crate::error::{Op, Result};
 use crate::netlink::attribute::{emitted, nested, nla, text, word};
 use crate::netlink::{Conversation, KernelSocket, Request, Transport};
@@ -102,7 +102,8 @@ impl<T: Transport> Table<T> {
 
     fn build(&mut self, op: Op, layout: &TableSpec, flags: u32) -> Result<()> {
         let table = text(NFTA_TABLE_NAME, &self.name);
-        let flagged = [table.clone(), word(NFTA_TABLE_FLAGS, flags)];
+        let mark = nla(NFTA_TABLE_USERDATA, &comment(COMMENT));
+        let flagged = [table.clone(), word(NFTA_TABLE_FLAGS, flags), mark];
         let mut messages = vec![
             // Creating before deleting makes the delete succeed whether it was there or not.
             message(op, NFT_MSG_NEWTABLE, NLM_F_CREATE, &flagged),
@@ -266,6 +267,12 @@ impl<T: Transport> Drop for Table<T> {
         let delete = message(op, NFT_MSG_DELTABLE, 0, &[text(NFTA_TABLE_NAME, &self.name)]);
         let _ = self.transact(op, &[delete]);
     }
+}
+
+/// A comment in the form that nft reads (`NFTNL_UDATA_TABLE_COMMENT`): kind, length, text with its NUL.
+pub(super) fn comment(text: &str) -> Vec<u8> {
+    let length = u8::try_from(text.len() + 1).unwrap_or(u8::MAX);
+    [&[NFTNL_UDATA_TABLE_COMMENT, length], text.as_bytes(), &[0]].concat()
 }
 
 /// What a transaction begins and ends with.

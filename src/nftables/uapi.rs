@@ -33,6 +33,10 @@ pub(crate) const NFT_MSG_GETOBJ: u16 = 19;
 
 pub(crate) const NFTA_TABLE_NAME: u16 = 1;
 pub(crate) const NFTA_TABLE_FLAGS: u16 = 2;
+// Since 5.10; an older kernel passes over it.
+pub(crate) const NFTA_TABLE_USERDATA: u16 = 6;
+/// libnftnl `udata.h`.
+pub(crate) const NFTNL_UDATA_TABLE_COMMENT: u8 = 0;
 pub(crate) const NFT_TABLE_F_DORMANT: u32 = 0x1;
 pub(crate) const NFT_TABLE_F_OWNER: u32 = 0x2;
 

@@ -8,9 +8,9 @@ use netlink_sys::protocols::NETLINK_NETFILTER;
 use super::probe::probes;
 use super::reply_filter::MagicSeq;
 use crate::error::{Op, Result};
-use crate::netlink::{Frame, KernelSocket, drain};
+use crate::netlink::{Conversation, Frame, KernelSocket, drain};
 use crate::nftables::uapi::*;
-use crate::nftables::{ChainSpec, Expr, Hook, Table, TableSpec};
+use crate::nftables::{ChainSpec, Expr, Hook, Table, TableSpec, dump};
 
 /// Before defragmentation (-400), which is before everything else.
 const BEFORE_ALL: i32 = -450;
@@ -81,7 +81,11 @@ impl Tracer {
             steps.extend(step(frame)?);
             Ok(())
         })?;
-        steps.retain(|step: &Step| !step.table.starts_with("ctkeep"));
+        let op = Op::new("open nftables netlink");
+        let mut asked = Conversation::new(KernelSocket::open(op, NETLINK_NETFILTER)?);
+        let tables = dump::tables(&mut asked)?.unwrap_or_default();
+        let ours: Vec<_> = tables.into_iter().filter(|table| table.is_ours).collect();
+        steps.retain(|step: &Step| !ours.iter().any(|table| table.name == step.table));
         Ok(Trace { steps, lacks: None })
     }
 }
