@@ -86,6 +86,20 @@ fn what_is_no_namespace_is_a_usage_error() {
 }
 
 #[test]
+fn a_history_that_is_not_kept_is_a_usage_error_that_says_where_and_how() {
+    let missing = ["history", "--dir", "/no/such"];
+    for args in [&missing[..], &["top", "--at", "03:12", "--dir", "/no/such"]] {
+        let (code, out, err) = ctkeep(args);
+        let says = ["no history is kept in /no/such", "ctkeep run --history /no/such", "--dir"];
+        assert!(
+            code == 2 && out.is_empty() && says.iter().all(|it| err.contains(it)),
+            "{code} {err}"
+        );
+        assert!(!err.contains("entity not found"), "{err}");
+    }
+}
+
+#[test]
 fn help_is_on_stdout_and_ends_with_0() {
     let (code, out, err) = ctkeep(&["--help"]);
     assert_eq!((code, err.as_str()), (0, ""));

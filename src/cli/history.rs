@@ -1,5 +1,6 @@
 //! `ctkeep history`: what was so, from the files that the daemon keeps.
 
+use std::io;
 use std::net::IpAddr;
 use std::path::Path;
 use std::time::{Duration, UNIX_EPOCH};
@@ -84,9 +85,22 @@ pub(super) fn table(rows: Vec<Row>, no_header: bool) -> String {
 /// # Errors
 /// There are none: a usage error.
 pub(super) fn read(dir: &Path) -> Result<(Vec<Record>, usize)> {
-    store::read(dir).map_err(|error| {
-        Error::usage("history", format!("{}: {error}; run --history keeps one", dir.display()))
-    })
+    store::read(dir).map_err(|error| Error::usage("history", none(dir, &error)))
+}
+
+/// Why a folder shows no history, and what makes one.
+pub(super) fn none(dir: &Path, error: &io::Error) -> String {
+    let dir = dir.display();
+    match error.kind() {
+        io::ErrorKind::NotFound => format!(
+            "no history is kept in {dir}: ctkeep run --history {dir} keeps one there (the service does, \
+             in /var/lib/ctkeep); --dir names another folder"
+        ),
+        io::ErrorKind::PermissionDenied => {
+            format!("the history in {dir} is for its owner alone: run it as root")
+        }
+        _ => format!("the history in {dir} cannot be read: {error}"),
+    }
 }
 
 pub(super) fn time(at: u64) -> String {

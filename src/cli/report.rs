@@ -130,7 +130,7 @@ fn daemon() -> String {
 }
 
 fn last_hour(dir: &Path) -> std::result::Result<String, String> {
-    let (records, _) = store::read(dir).map_err(|error| format!("{}: {error}", dir.display()))?;
+    let (records, _) = store::read(dir).map_err(|error| history::none(dir, &error))?;
     let rows =
         history::rows(history::since(&records, now().saturating_sub(HOUR)), usize::MAX, |_| true);
     Ok(history::table(rows, false))
