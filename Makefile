@@ -40,8 +40,8 @@ test: test-tools
 
 # Thousands of random rule sets, played and tried on the running kernel; CTKEEP_RULE_SETS says how many.
 play-test:
-	$(CARGO) test --locked --no-run --test play_rules
-	$(AS_ROOT) $(CARGO) test --locked --test play_rules -- --ignored --nocapture thousands
+	$(CARGO) test --locked --no-run --test live
+	$(AS_ROOT) $(CARGO) test --locked --test live -- --ignored --nocapture thousands
 
 # The core of the live tests on other kernels, in QEMU.
 test-kernels: shield-tools kernel-tools
@@ -53,8 +53,8 @@ docker-test:
 	cd target/docker && apt-get download docker.io containerd runc && \
 		for package in *.deb; do dpkg -x $$package root && rm $$package; done
 	ln -sf ../sbin/dockerd ../sbin/docker-proxy ../sbin/runc target/docker/root/usr/bin/
-	$(CARGO) test --locked --no-run --test live_docker
-	$(AS_ROOT) env CTKEEP_DOCKER=$(CURDIR)/target/docker/root/usr/bin $(CARGO) test --locked --test live_docker
+	$(CARGO) test --locked --no-run --test live
+	$(AS_ROOT) env CTKEEP_DOCKER=$(CURDIR)/target/docker/root/usr/bin $(CARGO) test --locked --test live docker::
 
 # Reloads twenty times each, those of ufw and firewalld themselves too: Debian's, which are not installed.
 reload-test: test-tools
@@ -62,37 +62,37 @@ reload-test: test-tools
 	cd target/frontends && apt-get download ufw firewalld python3-firewall python3-nftables python3-gi python3-dbus \
 		gir1.2-glib-2.0 libgirepository-1.0-1 && dpkg -x ufw_*.deb ufw && rm ufw_*.deb && \
 		for package in *.deb; do dpkg -x $$package firewalld && rm $$package; done
-	$(CARGO) test --locked --no-run --test live_reload --test live_lacking
+	$(CARGO) test --locked --no-run --test live
 	$(AS_ROOT) env CTKEEP_UFW=$(CURDIR)/target/frontends/ufw CTKEEP_FIREWALLD=$(CURDIR)/target/frontends/firewalld \
-		CTKEEP_RELOADS=20 CTKEEP_STORM=30 $(CARGO) test --locked --test live_reload -- --nocapture
-	$(AS_ROOT) $(CARGO) test --locked --test live_lacking large -- --ignored --nocapture
+		CTKEEP_RELOADS=20 CTKEEP_STORM=30 $(CARGO) test --locked --test live reload:: -- --nocapture
+	$(AS_ROOT) $(CARGO) test --locked --test live large -- --ignored --nocapture
 
 # The daemon killed at a hundred moments of its work: what it has kept is there.
 history-test: test-tools
-	$(CARGO) test --locked --no-run --test live_history
-	$(AS_ROOT) $(CARGO) test --locked --test live_history -- --ignored --nocapture at_a_hundred
+	$(CARGO) test --locked --no-run --test live
+	$(AS_ROOT) $(CARGO) test --locked --test live at_a_hundred -- --ignored --nocapture
 
 # Slowloris against the real Apache, Debian's, which is not installed.
 apache-test: test-tools
 	mkdir -p target/apache
 	cd target/apache && apt-get download apache2-bin libapr1 libaprutil1 liblua5.3-0 libjansson4 && \
 		for package in *.deb; do dpkg -x $$package root && rm $$package; done
-	$(CARGO) test --locked --no-run --test live_apache
-	$(AS_ROOT) env CTKEEP_APACHE=$(CURDIR)/target/apache/root $(CARGO) test --locked --test live_apache -- --ignored --nocapture with_nothing
+	$(CARGO) test --locked --no-run --test live
+	$(AS_ROOT) env CTKEEP_APACHE=$(CURDIR)/target/apache/root $(CARGO) test --locked --test live apache:: -- --ignored --nocapture
 
 # What bans by the log line of an overload: the real fail2ban and CrowdSec, Debian's, which are not installed.
 ban-test: test-tools
 	mkdir -p target/bans
 	cd target/bans && apt-get download fail2ban crowdsec && \
 		for package in *.deb; do dpkg -x $$package root && rm $$package; done
-	$(CARGO) test --locked --no-run --test live_overload
-	$(AS_ROOT) env CTKEEP_BANS=$(CURDIR)/target/bans/root $(CARGO) test --locked --test live_overload -- --ignored real_fail2ban
+	$(CARGO) test --locked --no-run --test live
+	$(AS_ROOT) env CTKEEP_BANS=$(CURDIR)/target/bans/root $(CARGO) test --locked --test live real_fail2ban -- --ignored
 
 # The pictures of docs/images that a browser takes of the status page, by the test of that page.
 pictures: test-tools
-	$(CARGO) test --locked --no-run --test browser
+	$(CARGO) test --locked --no-run --test live
 	mkdir -p target/pictures
-	$(AS_ROOT) env CTKEEP_PICTURES=$(CURDIR)/target/pictures $(CARGO) test --locked --test browser
+	$(AS_ROOT) env CTKEEP_PICTURES=$(CURDIR)/target/pictures $(CARGO) test --locked --test live browser::
 	cp target/pictures/light.png docs/images/status.png
 	cp target/pictures/dark.png docs/images/status-dark.png
 	cp target/pictures/telephone.png docs/images/status-telephone.png
@@ -102,10 +102,10 @@ containers-test: docker-test
 	mkdir -p target/podman
 	cd target/podman && apt-get download podman conmon netavark aardvark-dns runc libgpgme11 libsubid4 libassuan0 \
 		libdevmapper1.02.1 && for package in *.deb; do dpkg -x $$package root && rm $$package; done
-	$(CARGO) test --locked --no-run --test live_podman --test live_found
-	$(AS_ROOT) env CTKEEP_PODMAN=$(CURDIR)/target/podman/root $(CARGO) test --locked --test live_podman
-	$(AS_ROOT) $(CARGO) test --locked --test live_found -- --ignored --nocapture --test-threads 1 \
-		the_same_for_a_minute among_five_thousand
+	$(CARGO) test --locked --no-run --test live
+	$(AS_ROOT) env CTKEEP_PODMAN=$(CURDIR)/target/podman/root $(CARGO) test --locked --test live podman::
+	$(AS_ROOT) $(CARGO) test --locked --test live found:: -- --ignored --nocapture \
+		--test-threads 1
 
 check: cargo-deny
 	$(CARGO) fmt --check
@@ -119,7 +119,7 @@ advisories: cargo-deny
 
 # Hours of mixed load: make soak SOAK=8h
 soak: tools
-	CTKEEP_SOAK=$(or $(SOAK),30m) $(AS_ROOT) $(CARGO) test --locked --test soak -- --ignored --nocapture a_long_load
+	CTKEEP_SOAK=$(or $(SOAK),30m) $(AS_ROOT) $(CARGO) test --locked --test live a_long_load -- --ignored --nocapture
 
 # A hundred thousand random histories of tables that are fooled, faulty and full (docs/testing.md).
 laws:
@@ -127,14 +127,14 @@ laws:
 
 # Every call of a repair with every error, and two hundred kills (docs/testing.md).
 faults: test-tools
-	$(CARGO) test --locked --no-run --test faults
-	$(AS_ROOT) env CTKEEP_FAULTS=all CTKEEP_KILLS=200 $(CARGO) test --locked --test faults -- --nocapture
+	$(CARGO) test --locked --no-run --test live
+	$(AS_ROOT) env CTKEEP_FAULTS=all CTKEEP_KILLS=200 $(CARGO) test --locked --test live faults:: -- --nocapture
 
 # Random packets against a host without ctkeep and one with it (docs/attack.md): make attack-search SEARCH=2h
 attack-search: test-tools
-	$(CARGO) test --locked --no-run --test attack_search
+	$(CARGO) test --locked --no-run --test live
 	CTKEEP_SEARCH=$(or $(SEARCH),30m) CTKEEP_SEARCH_SEED=$(or $(SEED),1) $(AS_ROOT) $(CARGO) test --locked \
-		--test attack_search -- --ignored --nocapture a_long_search
+		--test live a_long_search -- --ignored --nocapture
 
 bench: shield-tools
 	$(CARGO) bench --locked --bench '*'

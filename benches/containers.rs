@@ -1,7 +1,5 @@
 //! What containers cost: two hundred namespaces of twenty connections each, with nothing to do.
 
-#[path = "../tests/lab/guests.rs"]
-mod guests;
 #[path = "../tests/lab/mod.rs"]
 mod lab;
 mod report;
@@ -10,7 +8,7 @@ mod traffic;
 use std::thread;
 use std::time::Duration;
 
-use guests::Guest;
+use lab::guests::Guest;
 use lab::{Lab, process, wait_for};
 use report::Target;
 use traffic::CTKEEP;

@@ -1,6 +1,6 @@
 #!/bin/sh
 # make package-test: the package in a small Debian of its own. Prepares the packages and the
-# Debian, lets lintian look, and leaves the rest to tests/package.rs. Keeps what it has fetched in
+# Debian, lets lintian look, and leaves the rest to tests/live/package.rs. Keeps what it has fetched in
 # target/package-test; needs root.
 set -eu
 cd "$(dirname "$0")/.."
@@ -45,4 +45,4 @@ cp -a "$cache/$suite" "$cache/root"
 cp "$old" "$cache/root/old.deb"
 cp "$new" "$cache/root/new.deb"
 
-CTKEEP_PACKAGE_ROOT=$cache/root cargo test --locked --test package -- --ignored the_package
+CTKEEP_PACKAGE_ROOT=$cache/root cargo test --locked --test live the_package -- --ignored

@@ -21,7 +21,7 @@ use crate::netlink::attribute::{nested, nla};
 /// are not known to a new entry, and without the flag the rest of the stream would be INVALID; so would
 /// be answers to a hidden FIN, and a hidden RST without ACK, whose acknowledgement number is any. And a
 /// flag that the kernel gives to no direction, nor looks at there: it marks our entries
-/// ([`Entry::is_ours`]; seen to last on 6.18, guarded by tests/live_release.rs).
+/// ([`Entry::is_ours`]; seen to last on 6.18, guarded by tests/live/release.rs).
 const OURS: u8 = IP_CT_TCP_FLAG_BE_LIBERAL | IP_CT_TCP_SIMULTANEOUS_OPEN;
 
 /// One change to the table.

@@ -1,9 +1,9 @@
 #!/bin/sh
-# Boots a kernel that `fetch.sh` has left in DIRECTORY and runs test programs in it.
+# Boots a kernel that `fetch.sh` has left in DIRECTORY and runs tests in it.
 #
 #   boot.sh DIRECTORY PART
 #
-# DIRECTORY/PART.list names them, one a line: `NAME PATH [PART OF THE NAME OF A TEST...]`. Prints a line for each; everything that
+# DIRECTORY/PART.list names them, a module a line: `MODULE PROGRAM TEST...`. Prints a line for each; everything that
 # they wrote is in DIRECTORY/PART.log, what the kernel said in DIRECTORY/PART.console. Fails unless
 # all of them pass.
 #

@@ -1,5 +1,5 @@
 #!/bin/sh
-# What runs in the guest: the programs in $LIST, one after the other, and then the end of the
+# What runs in the guest: the lines of $LIST, one after the other, and then the end of the
 # machine. All that they write goes to the second serial line; its last line is the verdict.
 exec >/dev/ttyS1 2>&1 </dev/null
 stty -F /dev/ttyS1 -onlcr
@@ -10,11 +10,11 @@ status=0
 cd "$WHERE" || status=1
 # As where the package is installed.
 sed '/^#/d' packaging/modules-load.conf | xargs modprobe -a
-while read -r name program filters; do
-    echo "== $name"
-    # One filter a word.
+while read -r module program tests; do
+    echo "== $module"
+    # One test a word.
     # shellcheck disable=SC2086
-    "$program" --color never --test-threads 2 $filters || status=1
+    "$program" --color never --test-threads 2 --exact $tests || status=1
 done <"$LIST"
 echo "== verdict $status $(uname -r)"
 sync

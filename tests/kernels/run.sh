@@ -3,8 +3,8 @@
 #
 #   run.sh KERNEL...        a series, a version, a release or a suite, as `fetch.sh` takes them
 #
-# What is run stands in `core`: PROGRAMS="stock live_seal" takes these of it alone, FULL=1 all tests
-# of its programs. As many guests run at once as there are processors; the work of one kernel is
+# What is run stands in `core`: TESTS="stock seal" takes these modules of it alone, FULL=1 all tests
+# of its modules. As many guests run at once as there are processors; the work of one kernel is
 # shared out to two.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
@@ -13,24 +13,26 @@ export PATH="$PATH:/usr/sbin:/sbin"
 mkdir -p "${CARGO_TARGET_DIR:-target}/kernels"
 cache=$(cd "${CARGO_TARGET_DIR:-target}/kernels" && pwd)
 
-# One word a program.
+# One word a module.
 # shellcheck disable=SC2086
 sed '/^#/d' "$here/core" |
-    if [ -n "${PROGRAMS-}" ]; then grep -E "^($(echo $PROGRAMS | tr ' ' '|'))( |\$)"; else cat; fi |
+    if [ -n "${TESTS-}" ]; then grep -E "^($(echo $TESTS | tr ' ' '|'))( |\$)"; else cat; fi |
     if [ -n "${FULL-}" ]; then cut -d ' ' -f 1; else cat; fi >"$cache/core"
-# One argument a word. How the file of a program is called is Cargo's to say.
-# shellcheck disable=SC2046
-${CARGO:-cargo} test --locked --no-run --message-format=json $(sed 's/\([^ ]*\).*/--test \1/' "$cache/core") \
-    >"$cache/build.json"
-sed -n 's/.*"kind":\["test"\].*"name":"\([^"]*\)","src_path".*"executable":"\([^"]*\)".*/\1 \2/p' \
-    "$cache/build.json" >"$cache/built"
+# How the file of the program is called is Cargo's to say.
+${CARGO:-cargo} test --locked --no-run --message-format=json --test live >"$cache/build.json"
+live=$(sed -n 's/.*"kind":\["test"\].*"name":"live".*"executable":"\([^"]*\)".*/\1/p' "$cache/build.json")
+"$live" --list --format terse >"$cache/tests"
 
 for kernel in "$@"; do
     "$here/fetch.sh" "$kernel" "$cache/$kernel"
     part=1
     rm -f "$cache/$kernel"/[12].*
-    while read -r program filters; do
-        sed -n "s,^$program .*,& $filters,p" "$cache/built" >>"$cache/$kernel/$part.list"
+    while read -r module filters; do
+        # The whole names, on one line. One filter a word.
+        # shellcheck disable=SC2086
+        names=$(sed -n "s/^\($module::.*\): test\$/\1/p" "$cache/tests" |
+            grep -E "$(echo $filters | tr ' ' '|')" | tr '\n' ' ')
+        echo "$module $live $names" >>"$cache/$kernel/$part.list"
         part=$((3 - part))
     done <"$cache/core"
 done

@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use super::lab::{Lab, Namespace, Peer, RawConn, Server, wait_for};
+use super::{Lab, Namespace, Peer, RawConn, Server, wait_for};
 
 /// Connections from one address that the limit lets in.
 pub const LIMIT: usize = 3;

@@ -19,6 +19,7 @@
 
 mod batch;
 mod daemon;
+pub mod guests;
 pub mod http;
 pub mod kernel;
 mod namespace;

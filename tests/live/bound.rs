@@ -1,0 +1,66 @@
+//! Sockets that are bound to a device, and those of link-local peers, which always are: an exact
+//! look-up finds them by that device alone.
+
+use std::thread;
+use std::time::Duration;
+
+use crate::lab::{Daemon, Lab, Peer, RawConn, wait_for};
+
+const CTKEEP: &str = env!("CARGO_BIN_EXE_ctkeep");
+const PORT: u16 = 80;
+const SOON: Duration = Duration::from_secs(10);
+const TRIES: usize = 10;
+
+/// Three connections, the limit, whose stale RSTs conntrack takes: how many more the limit admits.
+/// Sweeps come too seldom to help.
+fn fooled(lab: &Lab, peer: &Peer, events: Option<&str>) -> usize {
+    let daemon = events.map(|events| {
+        let args = ["--events", events, "--sweep-interval", "20s", "--deep-interval", "60s"];
+        lab.daemon(CTKEEP, &args)
+    });
+    let mut conns = peer.hold(PORT, 3);
+    // A limit keeps what it has just added for two ticks, entry or none.
+    thread::sleep(Duration::from_millis(50));
+    conns.iter_mut().for_each(RawConn::fin);
+    for conn in &mut conns {
+        assert!(conn.await_ack(), "no ACK for the FIN of {}", conn.client);
+    }
+    conns.iter().for_each(RawConn::stale_rst);
+    if let Some(daemon) = &daemon {
+        let repairs = |daemon: &Daemon| daemon.log().matches("trigger=Event").count();
+        wait_for("repairs by event", SOON, || repairs(daemon) >= 3);
+        assert!(!daemon.logged("trigger=Sweep"), "{}", daemon.log());
+    }
+    let admitted = peer.open_promptly(PORT, TRIES).len();
+    assert!(daemon.is_none() || lab.all_sockets().len() >= 3, "a connection was cut");
+    admitted
+}
+
+fn bound_to_a_device(events: Option<&str>) -> Option<usize> {
+    let lab = Lab::new()?;
+    lab.connlimit(PORT, 3);
+    let _server = lab.serve("0.0.0.0:80%eth0");
+    Some(fooled(&lab, &lab.peer("198.51.100.7"), events))
+}
+
+fn link_local(events: Option<&str>) -> Option<usize> {
+    let lab = Lab::new()?;
+    lab.connlimit(PORT, 3);
+    let _server = lab.serve("[::]:80");
+    Some(fooled(&lab, &lab.link_local_peer(), events))
+}
+
+#[test]
+fn a_socket_that_is_bound_to_a_device_is_repaired_at_its_event() {
+    let Some(admitted) = bound_to_a_device(None) else { return };
+    assert_eq!(admitted, 3, "the stock kernel resists");
+    assert_eq!(bound_to_a_device(Some("nflog")), Some(0), "nflog");
+    assert_eq!(bound_to_a_device(Some("ctnetlink")), Some(0), "ctnetlink");
+}
+
+#[test]
+fn a_link_local_peer_is_repaired_at_its_event() {
+    let Some(admitted) = link_local(None) else { return };
+    assert_eq!(admitted, 3, "the stock kernel resists");
+    assert_eq!(link_local(Some("nflog")), Some(0), "nflog");
+}

@@ -1,0 +1,97 @@
+//! A conntrack table without a free place: ctkeep makes nothing worse, says so once, and goes on
+//! when there is room again.
+
+use crate::lab;
+use std::fmt::Write;
+use std::fs;
+use std::thread;
+use std::time::Duration;
+
+use crate::lab::wait_for;
+use crate::scene::{LIMIT, Limiter, SOON, Scene};
+
+/// The maximum is the machine's and cannot be lowered in a namespace, so a table is filled with
+/// as much as that; beyond this it would take too long, and too much memory.
+const AFFORDABLE: usize = 300_000;
+
+/// Ports of one address in the list.
+const PORTS: u16 = 60_000;
+
+fn maximum() -> usize {
+    let text = fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_max").expect("a sysctl");
+    text.trim().parse().expect("a number")
+}
+
+/// Fills the table with entries that the kernel does not drop early.
+fn fill(scene: &Scene, maximum: usize) {
+    let count =
+        || scene.lab.server.output("conntrack -C").trim().parse::<usize>().expect("a count");
+    let mut next = 0;
+    // Entries of closed connections expire meanwhile.
+    wait_for("a full table", Duration::from_secs(120), || {
+        let free = maximum.saturating_sub(count());
+        let mut list = String::new();
+        for place in next..next + free {
+            let (net, port) = (place / usize::from(PORTS), place % usize::from(PORTS) + 1);
+            writeln!(
+                list,
+                "-A -t 600 -u SEEN_REPLY,ASSURED -p udp -s 10.0.{net}.1 -d 10.0.255.1 \
+                 --sport {port} --dport 53"
+            )
+            .expect("a string");
+        }
+        next += free;
+        let mut file = tempfile::NamedTempFile::new().expect("a file");
+        std::io::Write::write_all(&mut file, list.as_bytes()).expect("its text");
+        scene.lab.server.run(&format!("conntrack -R {}", file.path().display()));
+        count() >= maximum
+    });
+}
+
+fn assert_patient(defence: &str, words: &str) {
+    let Some(mut scene) = Scene::new(Limiter::Connlimit) else { return };
+    let maximum = maximum();
+    if maximum > AFFORDABLE {
+        lab::skip(&format!("a table of {maximum} entries takes too long to fill"));
+        return;
+    }
+    scene.guard(&["--defence", defence, "--sweep-interval", "100ms"]);
+    let conns = scene.half_closed();
+    thread::sleep(Duration::from_millis(500));
+    scene.freeze();
+    // One has its entry still, and is closed; the others' are gone.
+    let (closed, gone) = conns.split_at(1);
+    for conn in gone {
+        let (src, sport) = (conn.client.ip(), conn.client.port());
+        scene.lab.server.run(&format!("conntrack -D -p tcp --orig-src {src} --sport {sport}"));
+    }
+    fill(&scene, maximum);
+    closed.iter().for_each(|conn| conn.stale_rst());
+    scene.thaw();
+
+    // What needs no room is done.
+    scene.await_repair("revive", closed);
+    lab::wait_for(words, SOON, || scene.daemon().logged(words));
+    thread::sleep(Duration::from_secs(2));
+    let log = scene.daemon().log();
+    assert_eq!(log.matches(words).count(), 1, "said once: {log}");
+    assert!(gone.iter().all(|conn| scene.told("reinsert", conn) == 0), "{log}");
+    assert!(!log.contains("ERROR"), "{log}");
+
+    scene.lab.server.run("conntrack -F");
+    scene.await_repair("reinsert", gone);
+    assert_eq!(scene.admitted(), 0);
+    assert_eq!(scene.lab.sockets("close-wait"), LIMIT);
+    let (status, log) = scene.daemon.take().expect("a daemon").term();
+    assert!(status.success(), "{log}");
+}
+
+#[test]
+fn a_full_table_is_told_of_once_and_inserts_are_retried() {
+    assert_patient("0", "table full");
+}
+
+#[test]
+fn a_nearly_full_table_raises_the_defence_and_gets_no_inserts() {
+    assert_patient("auto", "defence level changed");
+}

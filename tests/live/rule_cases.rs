@@ -1,0 +1,293 @@
+//! Rule sets from the field: who is over which limit, and what the report says of the rules.
+//!
+//! Each file of tests/cases stands for a kind. It is loaded by the administrator's own tool into a
+//! namespace of the test and read back from the kernel.
+
+// A test that meets the unexpected ends by a panic.
+#![allow(clippy::unwrap_used, clippy::indexing_slicing)]
+
+use crate::lab;
+use std::collections::HashMap;
+use std::fs;
+
+use crate::lab::Namespace;
+use crate::played::{entry, flow, socket};
+use ctkeep::audit::checks;
+use ctkeep::audit::finding::Verdict;
+use ctkeep::audit::sources::{Load, Measure, Plays, Source, loads, sources};
+use ctkeep::conntrack::TcpState;
+use ctkeep::firewall::limits::{LimitRule, Limiter};
+use ctkeep::firewall::{Hook, Ruleset};
+use ctkeep::reconcile::snapshot::View;
+use ctkeep::sockdiag::State;
+
+/// So many open connections of a source to an endpoint.
+type Held<'a> = (&'a str, &'a str, u16);
+
+struct Case {
+    rules: Ruleset,
+    limiter: Limiter,
+}
+
+impl Case {
+    /// The rules of a file, as the kernel has them; `None` where there is no lab.
+    fn load(file: &str) -> Option<Self> {
+        Self::load_and(file, |_| ())
+    }
+
+    fn load_and(file: &str, then: impl FnOnce(&Namespace)) -> Option<Self> {
+        if !lab::require() {
+            return None;
+        }
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/cases");
+        let text = fs::read_to_string(format!("{folder}/{file}")).unwrap();
+        let namespace = Namespace::new().expect("namespace");
+        let tool = if file.ends_with(".nft") { "nft -f -" } else { "iptables-nft-restore" };
+        namespace.feed(tool, &text);
+        then(&namespace);
+        let rules = namespace.within(Ruleset::read);
+        let limiter = Limiter::of(&rules);
+        assert!(limiter.unread.is_empty(), "{:?}", limiter.unread);
+        Some(Self { rules, limiter })
+    }
+
+    fn measured(&self, held: &[Held<'_>]) -> (Vec<Source>, Vec<Load>) {
+        let views = held.iter().flat_map(|(source, local, count)| {
+            (0..*count).map(move |port| {
+                let remote = format!("{source}:{}", 40_000 + port);
+                let flow = flow(local, &remote);
+                View {
+                    connection: ctkeep::flow::Connection::of_sender(flow),
+                    socket: Some(socket(local, &remote, State::Established, u64::from(port))),
+                    entry: Some(entry(flow, TcpState::Established, 432_000)),
+                }
+            })
+        });
+        let views: Vec<View> = views.collect();
+        let measure = Measure { mask: 32, mask6: 128, limit: None, limiter: &self.limiter };
+        let mut plays = Plays::new(&self.limiter, &self.rules);
+        let loads = loads(views.iter().copied(), &mut plays);
+        (sources(views, measure, &loads, &HashMap::new()), loads)
+    }
+
+    /// Sources that are over a limit for sure, and those of which it cannot be told.
+    fn over(&self, held: &[Held<'_>]) -> (Vec<String>, Vec<String>) {
+        let (sources, _) = self.measured(held);
+        let of = |wanted: Option<bool>| {
+            let all = sources.iter().filter(|source| source.over_limit == wanted);
+            let mut all: Vec<_> = all.map(|source| source.net.addr().to_string()).collect();
+            all.sort();
+            all
+        };
+        (of(Some(true)), of(None))
+    }
+
+    /// Verdict by the finding's name; the worst one of several.
+    fn findings(&self, ports: &[u16]) -> HashMap<&'static str, Verdict> {
+        let mut all = HashMap::new();
+        for finding in checks::limiter(&self.limiter, ports) {
+            let known = all.entry(finding.id).or_insert(finding.verdict);
+            *known = (*known).max(finding.verdict);
+        }
+        all
+    }
+}
+
+fn none() -> Vec<String> {
+    Vec::new()
+}
+
+fn only(source: &str) -> (Vec<String>, Vec<String>) {
+    (vec![source.to_owned()], none())
+}
+
+/// An empty set of protocols and ports accepts nothing.
+#[test]
+fn an_empty_set_before_a_limit_shadows_nothing() {
+    let Some(case) = Case::load("nixos.nft") else { return };
+    assert_eq!(case.over(&[("198.51.100.7", "192.0.2.1:80", 5)]), only("198.51.100.7"));
+    assert!(!case.findings(&[80]).contains_key("limit-shadowed"));
+}
+
+/// A rate, a named limit and a quota before it let some pass, and not all.
+#[test]
+fn rates_and_quotas_before_a_limit_do_not_shadow_it() {
+    let Some(case) = Case::load("rate-accept.nft") else { return };
+    for port in [22, 80] {
+        let local = format!("192.0.2.1:{port}");
+        assert_eq!(case.over(&[("198.51.100.7", &local, 5)]), only("198.51.100.7"), "{port}");
+    }
+    // Its network passes before.
+    assert_eq!(case.over(&[("203.0.113.9", "192.0.2.1:80", 5)]), (none(), none()));
+    assert!(!case.findings(&[22, 80]).contains_key("limit-shadowed"));
+}
+
+/// A chain that sends back so many a second and drops the others: who has got through is measured.
+#[test]
+fn a_rate_for_all_before_a_limit_does_not_end_its_measure() {
+    for file in ["global-rate-before-limit.rules", "openwrt.nft"] {
+        let Some(case) = Case::load(file) else { return };
+        assert_eq!(
+            case.over(&[("198.51.100.7", "192.0.2.1:80", 5)]),
+            only("198.51.100.7"),
+            "{file}"
+        );
+        assert_eq!(case.over(&[("198.51.100.7", "192.0.2.1:80", 3)]), (none(), none()), "{file}");
+    }
+}
+
+/// Accepted, sent back, or measured by a limit of its own before it.
+#[test]
+fn who_passes_before_a_limit_is_not_measured_by_it() {
+    let Some(case) = Case::load("whitelist.rules") else { return };
+    let local = "192.0.2.1:443";
+    let held = [
+        ("203.0.113.5", local, 5),
+        ("203.0.113.6", local, 5),
+        ("203.0.113.20", local, 5),
+        ("198.51.100.7", local, 5),
+    ];
+    assert_eq!(case.over(&held), only("198.51.100.7"));
+    let (sources, _) = case.measured(&held);
+    let tier = sources.iter().find(|it| it.net.addr().to_string() == "203.0.113.20").unwrap();
+    assert_eq!((tier.held, tier.limit), (5, Some(100)));
+}
+
+#[test]
+fn a_limit_for_one_address_of_the_host_is_not_charged_for_another() {
+    let Some(case) = Case::load("two-destinations.rules") else { return };
+    assert_eq!(case.over(&[("198.51.100.7", "192.0.2.2:443", 10)]), (none(), none()));
+    assert_eq!(case.over(&[("198.51.100.7", "192.0.2.1:443", 4)]), only("198.51.100.7"));
+    let (sources, _) = case.measured(&[("198.51.100.7", "192.0.2.2:443", 10)]);
+    assert_eq!(sources[0].limit, Some(20));
+}
+
+#[test]
+fn who_is_not_tracked_is_not_measured() {
+    let Some(case) = Case::load("notrack-some-clients.rules") else { return };
+    let held = [("203.0.113.5", "192.0.2.1:8080", 20), ("198.51.100.7", "192.0.2.1:8080", 1)];
+    assert_eq!(case.over(&held), (none(), none()));
+    assert!(!case.findings(&[8080]).contains_key("port-untracked"), "only for some");
+}
+
+#[test]
+fn limits_of_elements_are_read() {
+    let Some(case) = Case::load("elements.nft") else { return };
+    let local = "192.0.2.1:80";
+    let held = [("203.0.113.5", local, 10), ("203.0.113.6", local, 10)];
+    assert_eq!(case.over(&held), only("203.0.113.5"));
+}
+
+#[test]
+fn a_named_synproxy_is_one() {
+    let Some(case) = Case::load("named-objects.nft") else { return };
+    assert_eq!(case.over(&[("198.51.100.7", "192.0.2.1:80", 5)]).0, ["198.51.100.7"]);
+    let findings = case.findings(&[80]);
+    assert!(!findings.contains_key("port-untracked"), "{findings:?}");
+}
+
+#[test]
+fn a_full_set_limits_nobody_else_and_is_said() {
+    let fill = |namespace: &Namespace| {
+        namespace.run("nft add element inet fw web { 203.0.113.1 ct count over 3 }");
+        namespace.run("nft add element inet fw web { 203.0.113.2 ct count over 3 }");
+    };
+    let Some(case) = Case::load_and("set-full.nft", fill) else { return };
+    assert_eq!(case.findings(&[80]).get("set-full"), Some(&Verdict::Bad));
+    let local = "192.0.2.1:80";
+    assert_eq!(case.over(&[("198.51.100.7", local, 5)]), (none(), none()), "no room");
+    assert_eq!(case.over(&[("203.0.113.1", local, 5)]), only("203.0.113.1"));
+}
+
+#[test]
+fn a_count_without_a_key_is_for_all_together_and_that_is_said() {
+    let Some(case) = Case::load("plain-count.nft") else { return };
+    assert_eq!(case.findings(&[22]).get("limit-for-all"), Some(&Verdict::Warn));
+    let sources: Vec<_> = (1..=6).map(|octet| format!("198.51.100.{octet}")).collect();
+    let held: Vec<_> = sources.iter().map(|source| (source.as_str(), "192.0.2.1:22", 1)).collect();
+    let (by_source, loads) = case.measured(&held);
+    assert_eq!(loads.iter().map(|load| (load.held, load.is_over())).next(), Some((6, Some(true))));
+    assert!(by_source.iter().all(|source| source.over_limit == Some(false)), "{by_source:?}");
+}
+
+#[test]
+fn a_total_is_measured_in_all_and_sources_are_listed_by_address() {
+    let Some(case) = Case::load("mask0.rules") else { return };
+    let sources: Vec<_> = (1..=20).map(|octet| format!("198.51.100.{octet}")).collect();
+    let local = "192.0.2.1:9702";
+    let held: Vec<_> = sources.iter().map(|source| (source.as_str(), local, 30)).collect();
+    let (by_source, loads) = case.measured(&held);
+    assert_eq!(by_source.len(), 20);
+    assert_eq!(
+        loads.iter().map(|load| (load.held, load.is_over())).next(),
+        Some((600, Some(true)))
+    );
+    assert!(!case.findings(&[9702]).contains_key("limit-for-all"), "all is meant");
+}
+
+#[test]
+fn a_limit_in_a_dormant_table_measures_nobody_and_is_said() {
+    let Some(case) = Case::load("dormant.nft") else { return };
+    assert_eq!(case.over(&[("198.51.100.7", "192.0.2.1:80", 5)]), (none(), none()));
+    assert_eq!(case.findings(&[80]).get("limit-dormant"), Some(&Verdict::Bad));
+    let wake = |namespace: &Namespace| {
+        namespace.run("nft add table inet limits { }");
+    };
+    let case = Case::load_and("dormant.nft", wake).unwrap();
+    assert_eq!(case.over(&[("198.51.100.7", "192.0.2.1:80", 5)]), only("198.51.100.7"));
+}
+
+/// What is published is limited by the port that clients ask for, before it is translated.
+#[test]
+fn a_forwarded_limit_is_for_the_published_port() {
+    let Some(case) = Case::load("docker-user.rules") else { return };
+    let words: Vec<_> = case.limiter.rules.iter().map(LimitRule::words).collect();
+    assert_eq!(words, ["at most 3 from each /32 to port 8080, by eth0"]);
+    assert_eq!(case.limiter.rules[0].hook, Hook::Forward);
+    // A socket of this host is none of its business.
+    assert_eq!(case.over(&[("198.51.100.7", "192.0.2.1:8080", 5)]), (none(), none()));
+    assert!(!case.findings(&[8080]).contains_key("no-limit"));
+}
+
+/// What each rule that sees nudges is said to do with them, in a word of the finding.
+fn witnesses(file: &str) -> Option<Vec<(Verdict, String)>> {
+    let case = Case::load(file)?;
+    let found = checks::limiter(&case.limiter, &[80]);
+    let found = found.into_iter().filter(|finding| finding.id == "rule-sees-nudges");
+    Some(found.map(|finding| (finding.verdict, finding.what)).collect())
+}
+
+#[test]
+fn rules_that_see_nudges_are_named_with_what_follows() {
+    let is = |found: &[(Verdict, String)], wanted: &[(Verdict, &str, &str)]| {
+        let are = found.iter().zip(wanted).all(|((verdict, what), (of, place, does))| {
+            verdict == of && what.starts_with(place) && what.contains(does)
+        });
+        assert!(are && found.len() == wanted.len(), "{found:#?}");
+    };
+    let Some(found) = witnesses("ufw-limit.rules") else { return };
+    let (ok, warn) = (Verdict::Ok, Verdict::Warn);
+    is(
+        &found,
+        &[
+            (ok, "ip filter user-input rule 1 ", "(recent) counts SYNs"),
+            (ok, "ip filter user-input rule 2 ", "(recent) counts SYNs"),
+        ],
+    );
+    is(
+        &witnesses("rate-before-limit.nft").unwrap(),
+        &[(warn, "inet fw input rule 3 ", "through to inet fw input rule 4")],
+    );
+    is(
+        &witnesses("global-rate-before-limit.rules").unwrap(),
+        &[(warn, "ip filter synflood rule 1 ", "through to ip filter INPUT rule 4")],
+    );
+    is(
+        &witnesses("ban-on-count.nft").unwrap(),
+        &[(ok, "inet fw input rule 1 ", "tells of what exceeds it")],
+    );
+    is(&witnesses("own-tables.nft").unwrap(), &[]);
+    let found = witnesses("recent-ban.rules").unwrap();
+    assert!(found.iter().all(|(verdict, what)| *verdict == ok && what.contains("(recent)")));
+    assert!(found.len() >= 2, "{found:#?}");
+}

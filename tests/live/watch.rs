@@ -1,0 +1,94 @@
+//! The packet log: what it reports, when it has no room left, and where it keeps out.
+
+use std::collections::HashSet;
+use std::thread;
+use std::time::Duration;
+
+use crate::lab::{Lab, RawConn, holds_within, wait_for};
+use ctkeep::watch::nflog::Watch;
+
+const CTKEEP: &str = env!("CARGO_BIN_EXE_ctkeep");
+const SOON: Duration = Duration::from_secs(10);
+const SOURCE: &str = "198.51.100.7";
+
+/// Every closing connection beyond what is remembered would be one that nobody hears of.
+#[test]
+fn a_table_of_closing_connections_that_is_full_says_so() {
+    const ROOM: u32 = 16;
+    const MEMORY: Duration = Duration::from_secs(3);
+    let Some(lab) = Lab::new() else { return };
+    lab.connlimit(80, 1000);
+    let _server = lab.serve("0.0.0.0:80");
+    let peer = lab.peer(SOURCE);
+    let conns = peer.hold(80, 60);
+    let mut watch = lab.server.within(|| {
+        let ports = HashSet::from([80]);
+        Watch::open("ctkeep-test", 4711, &ports, ROOM, MEMORY).expect("a packet log")
+    });
+    // Behind a hole: each connection can send many.
+    let fins = |conns: &[RawConn]| conns.iter().for_each(|conn| conn.fin_at(50));
+    let (some, others) = conns.split_at(10);
+    fins(some);
+    let drained = watch.drain(1000, |_| {}).expect("the log");
+    assert!(!drained.full && drained.logged == 0, "room is left: {drained:?}");
+    fins(others);
+    let drained = watch.drain(1000, |_| {}).expect("the log");
+    assert!(drained.full, "full, and not a word of it: {drained:?}");
+    // What is known already is logged all the same; of the rest one FIN a second.
+    fins(&conns);
+    let mut logged = HashSet::new();
+    let mut note = |flow| logged.insert(flow);
+    watch.drain(1000, |suspect| _ = note(suspect.connection)).expect("the log");
+    assert!((16..20).contains(&logged.len()), "{} FINs were logged", logged.len());
+    let holds = holds_within(SOON, || {
+        fins(some);
+        let drained = watch.drain(1000, |_| {}).expect("the log");
+        thread::sleep(Duration::from_secs(1));
+        !drained.full
+    });
+    assert!(holds, "it stays full when the old ones are forgotten");
+}
+
+/// The log of packets needs conntrack; a namespace that lives without is not made to have it.
+#[test]
+fn conntrack_is_not_switched_on_by_the_watch() {
+    let Some(lab) = Lab::new() else { return };
+    let _server = lab.serve("0.0.0.0:80");
+    let daemon =
+        lab.daemon(CTKEEP, &["--port", "80", "--events", "nflog", "--sweep-interval", "100ms"]);
+    let peer = lab.peer(SOURCE);
+    let conns = peer.hold(80, 3);
+    thread::sleep(Duration::from_secs(1));
+    assert!(conns.iter().all(|conn| lab.entry(conn).is_none()), "{}", daemon.log());
+    // Once it is there the watch follows.
+    lab.connlimit(80, 3);
+    let peer = lab.peer("198.51.100.8");
+    let mut conns = peer.hold(80, 3);
+    thread::sleep(Duration::from_secs(1));
+    conns.iter_mut().for_each(|conn| lab.half_close(conn));
+    conns.iter().for_each(RawConn::stale_rst);
+    wait_for("repairs by event", SOON, || daemon.logged("trigger=Event"));
+    assert_eq!(peer.admitted(80, 3), 0, "{}", daemon.log());
+}
+
+/// Two instances in one namespace, each with containers of its own; or another program's log.
+#[test]
+fn a_group_that_is_taken_stands_in_nobodys_way() {
+    let Some(lab) = Lab::new() else { return };
+    lab.connlimit(80, 1000);
+    let _server = lab.serve("0.0.0.0:80");
+    let conns = lab.peer(SOURCE).hold(80, 3);
+    let watch = |name| {
+        let ports = HashSet::from([80]);
+        lab.server.within(|| Watch::open(name, 4711, &ports, 16, Duration::from_secs(3)))
+    };
+    let watches = ["ctkeep-one", "ctkeep-two"].map(|name| watch(name).expect("a packet log"));
+    conns.iter().for_each(|conn| conn.rst(0));
+    for mut watch in watches {
+        let mut logged = HashSet::new();
+        wait_for("three RSTs", SOON, || {
+            watch.drain(1000, |suspect| _ = logged.insert(suspect.connection)).expect("the log");
+            logged.len() == 3
+        });
+    }
+}
