@@ -53,5 +53,5 @@ pub fn arrivals(rules: &Ruleset, views: impl Iterator<Item = View>) -> Result<Ar
 
 /// What a connection is looked up by.
 pub fn of(view: &View) -> (IpAddr, IpAddr) {
-    (view.connection.remote.addr(), view.connection.local.addr())
+    (view.client().addr(), view.connection.local.addr())
 }

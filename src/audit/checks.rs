@@ -10,6 +10,7 @@ use super::finding::Finding;
 use super::fronts::Front;
 use crate::firewall::limits::{EarlierAccept, LimitRule, Limiter, Sight, Witness};
 use crate::firewall::{Hook, Ports, Ruleset, published};
+use crate::flow::Endpoint;
 use crate::sockdiag::Socket;
 
 /// A table this full, in percent, is worth a look.
@@ -433,11 +434,12 @@ pub fn lacking(answered: &Answered, rule: &str) -> Option<Finding> {
 
 /// A port whose clients a limit takes for one.
 pub fn clients_as_one(front: Front) -> Finding {
-    let Front { port, from, connections, is_gateway } = front;
+    let Front { behind, port, from, connections, is_gateway } = front;
+    let to = behind.map_or(format!("port {port}"), |addr| Endpoint::new(addr, port).to_string());
     let whose = if is_gateway { "the gateway" } else { "an address of this host" };
     Finding::warn(
         "clients-as-one",
-        format!("all {connections} connections to port {port} come from {from}, {whose}"),
+        format!("all {connections} connections to {to} come from {from}, {whose}"),
         "a limit for each client takes them for one: limit where the clients' own addresses are \
          seen, before the proxy (docker-proxy, rootlessport, slirp4netns) or router",
     )

@@ -1,7 +1,8 @@
 //! Ports whose clients all come from one address that stands before this namespace: its own, or its
 //! gateway. A proxy hands them on (docker-proxy, rootlessport, slirp4netns), or a router hides them.
+//! Those of a container are told from the host's by its address.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
 
 use crate::error::Result;
@@ -16,6 +17,8 @@ const FAR: [&str; 2] = ["203.0.113.1", "2001:db8::1"];
 /// A port behind something that hides its clients.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Front {
+    /// The address of the container that has it; `None` of this namespace.
+    pub behind: Option<IpAddr>,
     /// The local port.
     pub port: u16,
     /// The address that all of them have.
@@ -26,22 +29,24 @@ pub struct Front {
     pub is_gateway: bool,
 }
 
-/// The ports of these connections that are so.
+/// The ports of these connections that are so; `behind` are the addresses of containers.
 ///
 /// # Errors
 /// A broken conversation.
-pub fn fronts(views: impl Iterator<Item = View>) -> Result<Vec<Front>> {
-    let mut ports: BTreeMap<u16, Option<(IpAddr, usize)>> = BTreeMap::new();
+pub fn fronts(views: impl Iterator<Item = View>, behind: &HashSet<IpAddr>) -> Result<Vec<Front>> {
+    let mut ports: BTreeMap<_, Option<(IpAddr, usize)>> = BTreeMap::new();
     let is_open = |view: &View| view.socket.is_some_and(|socket| socket.takes_a_slot());
     for view in views.filter(|view| is_open(view) && !view.is_outgoing()) {
-        let from = view.connection.remote.addr();
-        let one = ports.entry(view.connection.local.port()).or_insert(Some((from, 0)));
+        let from = view.client().addr();
+        let local = view.connection.local;
+        let container = Some(local.addr()).filter(|addr| behind.contains(addr));
+        let one = ports.entry((container, local.port())).or_insert(Some((from, 0)));
         *one = one.filter(|(known, _)| *known == from).map(|(known, count)| (known, count + 1));
     }
     let mut found = Vec::new();
     let mut routes = Routes::open()?;
     let some = ports.into_iter().filter_map(|(port, one)| Some((port, one?)));
-    for (port, (from, connections)) in some.filter(|(_, (_, count))| *count >= SOME) {
+    for ((behind, port), (from, connections)) in some.filter(|(_, (_, count))| *count >= SOME) {
         let mut far = FAR.iter().filter_map(|far| far.parse::<IpAddr>().ok());
         let far = far.find(|far| far.is_ipv4() == from.is_ipv4());
         let mut is_gateway = false;
@@ -51,7 +56,7 @@ pub fn fronts(views: impl Iterator<Item = View>) -> Result<Vec<Front>> {
                 matches!(way, Destination::Interface { gateway: Some(via), .. } if via == from);
         }
         if is_gateway || routes.is_local(from)? {
-            found.push(Front { port, from, connections, is_gateway });
+            found.push(Front { behind, port, from, connections, is_gateway });
         }
     }
     Ok(found)

@@ -22,8 +22,8 @@ use super::sources::{Listed, Measure, Plays, Source, loads, sources};
 use crate::conntrack::TcpState;
 use crate::containers;
 use crate::error::Result;
-use crate::firewall::Ruleset;
 use crate::firewall::limits::{LimitRule, Limiter};
+use crate::firewall::{Hook, Ruleset};
 use crate::flow::Connection;
 use crate::host::instance::{self, DaemonStatus};
 use crate::reconcile::ledger::Ledger;
@@ -129,9 +129,9 @@ impl Seen {
         let sockets = snapshot.views.iter().filter_map(|view| view.socket);
         let owners = Owners::look(sockets, &listeners);
         let behind = snapshot.views.iter().map(|view| view.connection.local.addr());
-        let behind = behind.filter(|addr| tables.sockets.is_of_member(*addr)).collect();
+        let behind: HashSet<_> = behind.filter(|addr| tables.sockets.is_of_member(*addr)).collect();
         let arrivals = arrivals(&rules, snapshot.views.iter())?;
-        let fronts = fronts(snapshot.views.iter())?;
+        let fronts = fronts(snapshot.views.iter(), &behind)?;
         let seen = Self {
             netns: if netns.is_empty() { own_namespace() } else { netns.to_owned() },
             kernel: nix::sys::utsname::uname()
@@ -261,7 +261,11 @@ impl Report {
         ));
         let has_limit = |front: &Front| {
             let by_source = |rule: &LimitRule| rule.source_prefix().is_some();
-            let covers = |rule: &LimitRule| rule.covers(front.from, front.port);
+            // What a proxy opens to a container does not come in here.
+            let covers = |rule: &LimitRule| {
+                rule.covers(front.from, front.port)
+                    && (front.behind.is_none() || rule.hook != Hook::Input)
+            };
             request.limit.is_some() || limiter.rules.iter().any(|it| by_source(it) && covers(it))
         };
         let fronts = seen.fronts.iter().copied().filter(has_limit);
@@ -405,6 +409,8 @@ fn connection_json(connection: &ReportedConnection) -> Value {
         "class": connection.class.name(),
         "asked": connection.view.entry.filter(|entry| entry.reply == seen.sent() && entry.is_translated())
             .map(|entry| entry.orig.dst.to_string()),
+        "client": Some(connection.view.client()).filter(|client| *client != seen.remote)
+            .map(|client| client.to_string()),
         "container": holder.and_then(|holder| holder.container.as_ref()),
         "pid": holder.map(|holder| holder.pid),
         "command": holder.map(|holder| &holder.command),

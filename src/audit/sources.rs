@@ -116,7 +116,7 @@ pub fn sources(
     let mut by_net: HashMap<IpNet, Source> = HashMap::new();
     // What this host has opened is no load of the peer's.
     for view in views.into_iter().filter(|view| !view.is_outgoing()) {
-        let net = measure.net(view.connection.remote.addr());
+        let net = measure.net(view.client().addr());
         let source = by_net.entry(net).or_insert_with(|| Source {
             net,
             sockets: BTreeMap::new(),
@@ -235,7 +235,7 @@ impl<'r> Plays<'r> {
 
     /// The SYN that opened, or would open, a connection.
     fn syn(&self, view: &View) -> Syn {
-        let (source, destination) = (view.connection.remote.addr(), view.connection.local);
+        let (source, destination) = (view.client().addr(), view.connection.local);
         // Rules before destination NAT see what the client asked for.
         let entry = view.entry.filter(|entry| entry.reply == view.connection.sent());
         let asked = entry.map_or(destination, |entry| entry.orig.dst);
@@ -277,12 +277,12 @@ impl<'r> Plays<'r> {
     /// Whose connections a limit counts together with this one.
     fn net(&self, rule: usize, view: &View) -> IpNet {
         let prefix = self.limiter.rules.get(rule).and_then(LimitRule::source_prefix);
-        network(view.connection.remote.addr(), prefix.unwrap_or(0))
+        network(view.client().addr(), prefix.unwrap_or(0))
     }
 
     /// The limit, among those that were found, in which a connection is counted.
     fn rule(&self, hit: &Hit, view: &View) -> Option<usize> {
-        let (peer, port) = (view.connection.remote.addr(), view.connection.local.port());
+        let (peer, port) = (view.client().addr(), view.connection.local.port());
         let rules = || self.limiter.rules.iter().enumerate().filter(|(_, it)| it.at == hit.at);
         let found = rules().find(|(_, rule)| rule.covers(peer, port)).or_else(|| rules().next());
         found.map(|(index, _)| index)
@@ -352,7 +352,7 @@ fn gather(
                 continue;
             }
             let certainty = hits().filter(is_same).map(|hit| hit.certainty).max();
-            let peer = view.connection.remote.addr();
+            let peer = view.client().addr();
             // Where it cannot be told what is counted together, it is at least one source.
             let apart = hit.group.is_none().then_some(peer);
             let group = (hit.list, hit.group.clone(), apart);

@@ -164,7 +164,7 @@ impl Survey {
         let is_repaired = sweep.repaired.contains(&view.connection);
         let is_counted = if is_repaired { is_open } else { view.is_counted() };
         if is_open || is_counted {
-            let key = (view.connection.remote.addr(), view.connection.local.port());
+            let key = (view.client().addr(), view.connection.local.port());
             let source = self.sources.entry(key).or_default();
             source.open += u64::from(is_open);
             source.half_closed += u64::from(state == Some(State::CloseWait));
@@ -191,7 +191,7 @@ impl Survey {
     fn note(&mut self, class: Class, view: &View) {
         let found = self.classes.entry(class).or_default();
         found.connections += 1;
-        found.sources.insert(view.connection.remote.addr());
+        found.sources.insert(view.client().addr());
     }
 
     /// What [`Survey::make_sure`] wants looked up exactly.

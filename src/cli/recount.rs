@@ -123,7 +123,7 @@ fn sources(done: &Done, limits: &[LimitRule]) -> Sources {
             .iter()
             .filter(|limit| uncounted::is_for(limit, action.view.connection, &action.template))
         {
-            let key = (limit.place(), action.view.connection.remote.addr());
+            let key = (limit.place(), action.client());
             let shown = all.entry(key).or_default();
             shown.open += 1;
             shown.sent += usize::from(is_sent);
@@ -142,7 +142,7 @@ fn ask(sources: &mut Sources, done: &Done) {
     let mut asked = HashSet::new();
     for outcome in &done.outcomes {
         let view = outcome.action.view;
-        let source = view.connection.remote.addr();
+        let source = outcome.action.client();
         if asked.len() >= SOURCES || !asked.insert((source, view.connection.local)) {
             continue;
         }

@@ -344,8 +344,7 @@ impl<'p> Desk<'p> {
         let is_repair = |it: &&Outcome| {
             it.result.is_ok() && matches!(it.action.kind, Revive | Reinsert | Reverse)
         };
-        let peers =
-            outcomes.iter().filter(is_repair).map(|it| it.action.view.connection.remote.addr());
+        let peers = outcomes.iter().filter(is_repair).map(|it| it.action.client());
         self.repairs.extend(peers.map(|peer| (now, peer)));
         let is_old = |(at, _): &(Instant, IpAddr)| now - *at >= MINUTE;
         while self.repairs.len() > REPAIRS || self.repairs.front().is_some_and(is_old) {
@@ -441,7 +440,7 @@ impl Witness for Desk<'_> {
                     netns: self.share.name().to_owned(),
                     action: kind.name().to_owned(),
                     reason: reason.to_string(),
-                    source: view.connection.remote.addr(),
+                    source: outcome.action.client(),
                     port: view.connection.local.port(),
                 });
             }

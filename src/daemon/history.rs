@@ -128,7 +128,7 @@ impl Minutes {
         all.truncate(SOURCES);
         let mut views: HashMap<_, _> = all.iter().map(|it| ((it.source, it.port), None)).collect();
         for view in snapshot.views.iter().filter(|view| !view.is_outgoing()) {
-            let key = (view.connection.remote.addr(), view.connection.local.port());
+            let key = (view.client().addr(), view.connection.local.port());
             if let Some(one) = views.get_mut(&key) {
                 one.get_or_insert(view);
             }

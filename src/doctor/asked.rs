@@ -45,7 +45,7 @@ fn try_ask(seen: &Seen, now: Instant) -> Result<Finding> {
         let mut of_load = views().filter(|view| view.socket.is_some());
         let is_it = |met: &crate::audit::sources::Met| (met.rule, met.net) == (load.rule, load.net);
         let Some(view) = of_load.find(|view| plays.met(view).iter().any(is_it)) else { continue };
-        let (source, place) = (view.connection.remote.addr(), rule.place());
+        let (source, place) = (view.client().addr(), rule.place());
         let most = load.limit.saturating_add(1).min(MOST);
         return Ok(match recounter.try_through(question(&view, Zone::default()), most, now) {
             Ok(Through::Counted { route, seal: None }) => Finding::ok(

@@ -4,6 +4,7 @@
 //! tests/plan_table/main.rs walks cell by cell.
 
 use std::fmt;
+use std::net::IpAddr;
 use std::time::Duration;
 
 use super::evidence::{Arrival, Evidence, TrackedPort};
@@ -248,6 +249,13 @@ pub struct Action {
     /// What an entry for it must look like: the one in place, else the last one seen, else a
     /// plain one.
     pub template: Entry,
+}
+
+impl Action {
+    /// The address that limits count the connection for, as [`View::client`].
+    pub fn client(&self) -> IpAddr {
+        self.template.orig.src.addr()
+    }
 }
 
 /// What must be done, in the order of the connections.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::evidence::Evidence;
 use crate::conntrack::{Entry, Status, Tcp, TcpState, Zone};
-use crate::flow::Connection;
+use crate::flow::{Connection, Endpoint};
 use crate::sockdiag::{Socket, State};
 
 /// One connection as both tables show it.
@@ -51,6 +51,13 @@ impl View {
             Direction::Outgoing
         };
         Some((direction, state))
+    }
+
+    /// Whom limits count the connection for. Where sources are translated (masquerade before a pod)
+    /// the server's socket has another peer.
+    pub fn client(&self) -> Endpoint {
+        let entry = self.entry.filter(|entry| entry.reply == self.connection.sent());
+        entry.map_or(self.connection.remote, |entry| entry.orig.src)
     }
 
     /// Whether conntrack has seen packets of one side alone.

@@ -343,8 +343,7 @@ impl Seen {
         row.recv_queue = sockets().map(|socket| u64::from(socket.recv_queue)).sum();
         row.send_queue = sockets().map(|socket| u64::from(socket.send_queue)).sum();
         if self.is_guarded {
-            let mut peers: Vec<_> =
-                group.iter().map(|it| it.view.connection.remote.addr()).collect();
+            let mut peers: Vec<_> = group.iter().map(|it| it.view.client().addr()).collect();
             peers.sort_unstable();
             peers.dedup();
             row.repairs = Some(peers.iter().filter_map(|peer| self.repairs.get(peer)).sum());
@@ -383,9 +382,7 @@ fn key(sort: Sort, row: &Row) -> Reverse<i128> {
 fn group(fold: Fold, measure: Measure<'_>, connection: &Shown) -> String {
     let holder = connection.holder.as_ref();
     match fold {
-        Fold::Source | Fold::Network => {
-            measure.net(connection.view.connection.remote.addr()).to_string()
-        }
+        Fold::Source | Fold::Network => measure.net(connection.view.client().addr()).to_string(),
         Fold::Port => format!(":{}", connection.view.connection.local.port()),
         Fold::Process => holder.map_or("-".to_owned(), Holder::process),
         Fold::Container => {

@@ -343,3 +343,36 @@ fn what_was_lost_before_it_was_seen_gets_no_entry_by_the_hosts_own() {
     assert!(entries.iter().all(|entry| entry.orig.0 != client), "{entries:?}: {}", daemon.log());
     assert!(scene.lab.is_alive(&seen[0]));
 }
+
+/// The pod sees the node in each client's place, the limit in FORWARD the client itself.
+#[test]
+fn clients_behind_a_masquerade_are_reported_and_measured_by_their_own_addresses() {
+    let Some(scene) = Scene::new(by_iptables(true, false, (NODE, NODE_PORT), 1)) else { return };
+    let held: Vec<_> = ["198.51.100.7", "198.51.100.8"]
+        .iter()
+        .flat_map(|source| scene.peer(source).hold(NODE_PORT, 2))
+        .collect();
+    let (code, out, err) = scene.lab.ctkeep(CTKEEP, &["audit", "--all", "--format", "json"]);
+    let report: serde_json::Value = serde_json::from_str(&out).expect("a report");
+    assert_eq!(code, 0, "{report:#}{err}");
+    let list = |key: &str| report[key].as_array().expect("a list").clone();
+    let mut sources: Vec<_> =
+        list("sources").iter().map(|it| (it["source"].to_string(), it["held"].clone())).collect();
+    sources.sort_by(|one, other| one.0.cmp(&other.0));
+    let two = serde_json::json!(2);
+    let wanted =
+        ["\"198.51.100.7/32\"", "\"198.51.100.8/32\""].map(|it| (it.to_owned(), two.clone()));
+    assert_eq!(sources, wanted);
+    let clients: HashSet<_> =
+        list("connections").iter().map(|it| it["client"].to_string()).collect();
+    assert!(
+        held.iter().all(|conn| clients.contains(&format!("\"{}\"", conn.client))),
+        "{report:#}"
+    );
+    let (_, out, err) = scene.lab.ctkeep(CTKEEP, &["audit", "--all"]);
+    assert!(!out.contains("come from"), "{out}{err}");
+    assert!(out.contains(&format!("{} as 10.1.1.1:", held[0].client)), "{out}{err}");
+    let (one, other) = (held[0].server.to_string(), held[0].client.to_string());
+    let (code, out, err) = scene.lab.ctkeep(CTKEEP, &["explain", &one, &other]);
+    assert!(out.contains("198.51.100.7/32 holds 2 sockets, the rule sees 2"), "{code} {out}{err}");
+}

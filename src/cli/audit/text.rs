@@ -6,6 +6,7 @@ use crate::audit::finding::{Finding, Verdict};
 use crate::audit::layers::{Application, Full, Layers, LimitFigures, Queue};
 use crate::audit::report::{Report, ReportedConnection};
 use crate::audit::sources::{Listed, Source};
+use crate::reconcile::snapshot::View;
 use crate::sockdiag::State;
 
 /// So many limits are listed whatever they bear; of more only those of which there is something to
@@ -171,6 +172,12 @@ fn sources(report: &Report, top: Option<usize>, no_header: bool) -> Option<Strin
     is_there.then(|| table(&headings, rows, Rows::Whole, no_header))
 }
 
+/// The peer of the socket, behind the client that it stands for where that is another.
+fn peer(view: &View) -> String {
+    let (client, remote) = (view.client(), view.connection.remote);
+    if client == remote { remote.to_string() } else { format!("{client} as {remote}") }
+}
+
 /// The connections about which the tables disagree, or all.
 fn connections(report: &Report, all: bool, no_header: bool) -> Option<String> {
     let headings = ["CLASS", "REMOTE", "LOCAL", "SOCKET", "ENTRY", "LEFT", "PROCESS"];
@@ -181,7 +188,7 @@ fn connections(report: &Report, all: bool, no_header: bool) -> Option<String> {
         let holder = connection.holder.as_ref();
         vec![
             connection.class.to_string(),
-            view.connection.remote.to_string(),
+            peer(view),
             view.connection.local.to_string(),
             view.socket.map_or("-", |socket| socket.state.name()).to_owned(),
             entry.map_or("-".to_owned(), |state| {
