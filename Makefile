@@ -97,11 +97,11 @@ pictures: test-tools
 	cp target/pictures/dark.png docs/images/status-dark.png
 	cp target/pictures/telephone.png docs/images/status-telephone.png
 
-# The same of podman, as root; then what takes a minute: containers that come and go, 5 000 processes.
+# The same of podman, of root and of a user; then what takes a minute: containers that come and go, 5 000 processes.
 containers-test: docker-test
 	mkdir -p target/podman
 	cd target/podman && apt-get download podman conmon netavark aardvark-dns runc libgpgme11 libsubid4 libassuan0 \
-		libdevmapper1.02.1 && for package in *.deb; do dpkg -x $$package root && rm $$package; done
+		libdevmapper1.02.1 slirp4netns libslirp0 passt && for package in *.deb; do dpkg -x $$package root && rm $$package; done
 	$(CARGO) test --locked --no-run --test live
 	$(AS_ROOT) env CTKEEP_PODMAN=$(CURDIR)/target/podman/root $(CARGO) test --locked --test live podman::
 	$(AS_ROOT) $(CARGO) test --locked --test live found:: -- --ignored --nocapture \
