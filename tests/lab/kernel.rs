@@ -71,26 +71,25 @@ pub fn kept_under_the_shield() -> u64 {
     if *VERSION >= (6, 6) { NET_ADMIN_AND_RAW } else { NET_ADMIN_AND_RAW | BPF }
 }
 
-/// From December 2025 to June 2026 the kernel's limits counted no packet of a confirmed entry. A nudge by
-/// loopback is confirmed when it leaves, before it meets the rules: seen on 6.12.73, where `ctkeep` says
-/// so, and on 6.18.5; on 5.10.262, 6.1.170 and 6.12.95 it is counted.
+/// A nudge by loopback is confirmed when it leaves, before it meets the rules. Kernels from December 2025 on
+/// counted no packet of a confirmed entry, not even such a one at first: seen on 6.12.73 and 6.18.5, where
+/// `ctkeep` says so; on 5.10.262, 6.1.170, 6.12.95 and 6.18.15 it is counted.
 pub fn limits_count_nudges_by_loopback() -> bool {
     match *VERSION {
         (6, 12) => !(63..=94).contains(&*PATCH),
-        (6, 18) => !(2..=39).contains(&*PATCH),
-        (7, 1) => *PATCH > 4,
-        version => ![(6, 19), (7, 0)].contains(&version),
+        (6, 18) => !(2..=14).contains(&*PATCH),
+        _ => true,
     }
 }
 
 /// How many of three connections that were thrown out, and that nothing has taken back, a limit lacks
-/// at least: the lists of nf_tables lack one on 6.1.170, 6.12.73, 6.12.95 and 6.18.5; and all on
+/// at least: the lists of nf_tables lack one on 6.1.170, 6.12.73, 6.12.95, 6.18.5 and 6.18.15; and all on
 /// 5.10.262, 6.12.118, 6.18.44 and 7.3.4.
 pub fn lacking_at_least() -> usize {
     match *VERSION {
         (6, 1) => 1,
         (6, 12) if *PATCH < 97 => 1,
-        _ if !limits_count_nudges_by_loopback() => 1,
+        (6, 18) if *PATCH < 40 => 1,
         _ => 3,
     }
 }
