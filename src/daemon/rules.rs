@@ -14,8 +14,7 @@ use crate::firewall::tracking::Tracking;
 use crate::watch::rules::{Heard, RuleEvents};
 
 /// A reload is several transactions, one for each family, one for each table; or several programs, one
-/// after the other. Between them a limit can stand there twice: what is shown to both may get no further
-/// than to the first, which has it already, and is shown again a second later.
+/// after the other. Between them a limit can stand there twice, and what is open is shown to both.
 const SETTLE: Duration = Duration::from_millis(50);
 /// How long to wait after rules that could not be read.
 const RETRY: Duration = Duration::from_secs(1);

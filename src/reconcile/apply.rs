@@ -4,6 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
+use super::behind::{Behind, Refused, is_refused, show_alone};
 use super::confirm::Confirmed;
 use super::ledger::Ledger;
 use super::observe::Tables;
@@ -12,6 +13,7 @@ use super::policy::Policy;
 use super::pressure::client_of;
 use crate::conntrack::{Change, Entry, Insert, Status, TcpState};
 use crate::error::{Cause, Error, Op, Result};
+use crate::firewall::limits::LimitRule;
 use crate::flow::FourTuple;
 use crate::netlink::Transport;
 use crate::recount::{self, Hidden, Recipe, Recount, Route};
@@ -44,8 +46,16 @@ pub struct Outcome {
     pub seal: Option<Result<()>>,
 }
 
-/// Carries out a confirmed plan; `ledger` learns what is held and what no longer is. Sockets of `on_list`
-/// are on the lists of their limits.
+/// What is known of the lists of limits.
+#[derive(Debug, Default)]
+pub struct Known {
+    /// Sockets that are on the lists of all their limits.
+    pub on_list: HashSet<Cookie>,
+    /// Those that limits before the one that lacks them may refuse.
+    pub behind: Behind,
+}
+
+/// Carries out a confirmed plan; `ledger` learns what is held and what no longer is.
 ///
 /// # Errors
 /// A broken conversation; what was done before it is in no outcome, and the next look at the
@@ -54,7 +64,7 @@ pub fn apply<T: Transport, R: Recount>(
     tables: &mut Tables<T>,
     recounter: &mut Option<R>,
     confirmed: &Confirmed,
-    on_list: &HashSet<Cookie>,
+    known: &Known,
     policy: &Policy,
     ledger: &mut Ledger,
     now: Instant,
@@ -71,11 +81,12 @@ pub fn apply<T: Transport, R: Recount>(
     for (actions, hidden) in confirmed.actions().chunks(CHUNK).zip(hidden.chunks(CHUNK)) {
         let mut raised = raise(recounter, &wanted(actions, hidden, Hidden::FinsAndRsts), now);
         let ways = actions.iter().zip(hidden).map(|(action, hidden)| {
-            let is_on_list = |socket: Socket| on_list.contains(&socket.cookie);
-            if action.view.socket.is_some_and(is_on_list) {
+            let cookie = action.view.socket.map(|socket| socket.cookie);
+            if cookie.is_some_and(|cookie| known.on_list.contains(&cookie)) {
                 return Method::OnList;
             }
-            method(action, *hidden, recounter.as_mut(), now)
+            let before = cookie.and_then(|cookie| known.behind.get(&cookie));
+            method(action, *hidden, before, recounter.as_mut(), now)
         });
         let ways = ways.collect();
         apply_chunk(tables, recounter, actions, ways, policy, &mut outcomes, now)?;
@@ -151,7 +162,7 @@ fn apply_chunk<T: Transport, R: Recount>(
     tables: &mut Tables<T>,
     recounter: &mut Option<R>,
     actions: &[Action],
-    ways: Vec<Method>,
+    ways: Vec<Method<'_>>,
     policy: &Policy,
     outcomes: &mut Vec<Outcome>,
     now: Instant,
@@ -165,7 +176,7 @@ fn apply_chunk<T: Transport, R: Recount>(
     let mut results = tables.conntrack.change(&changes)?.into_iter();
 
     let mut chunk = Vec::with_capacity(actions.len());
-    let mut shown = Vec::new();
+    let (mut shown, mut refused) = (Vec::new(), Vec::new());
     for (index, (action, way)) in actions.iter().zip(ways).enumerate() {
         let is_in_place = matches!(way, Method::OnList);
         let (action, result) = (*action, Ok(()));
@@ -174,12 +185,17 @@ fn apply_chunk<T: Transport, R: Recount>(
             outcome.result = results.next().unwrap_or(Ok(()));
         }
         match (way, recounter.as_mut()) {
-            (Method::Recount { way, seal }, Some(recounter)) if outcome.result.is_ok() => {
+            (Method::Recount { way, seal, before }, Some(recounter)) if outcome.result.is_ok() => {
                 let entry = &action.template;
                 let nudged = match way.recipe {
                     // One after the other, with nothing in between: a list of thousands is swept at
                     // the first nudge of each jiffy, which takes as long.
-                    Recipe::Replace => recounter.nudge(entry, way.route, now),
+                    Recipe::Replace if before.is_empty() => recounter.nudge(entry, way.route, now),
+                    Recipe::Replace => recounter.show(entry, now).map(|asked| {
+                        if is_refused(&asked, before) {
+                            refused.push(Refused { index, seal, before });
+                        }
+                    }),
                     Recipe::Fresh => {
                         let [delete, insert] = fresh_steps(&action, seal, policy.lease);
                         // Where nothing is to be deleted the nudge meets no entry either.
@@ -204,6 +220,7 @@ fn apply_chunk<T: Transport, R: Recount>(
     }
     if let Some(recounter) = recounter {
         settle(tables, recounter, &mut chunk, &shown, policy, now)?;
+        show_alone(tables, recounter, &mut chunk, &refused, policy, now)?;
     }
     outcomes.append(&mut chunk);
     Ok(())
@@ -291,7 +308,7 @@ fn unassured(action: &Action, seal: bool, lease: Duration) -> Insert {
 
 /// How a repair is done.
 #[derive(Debug)]
-enum Method {
+enum Method<'l> {
     /// By changing the entry where it is, to one that stale RSTs leave alone: conntrack has seen the
     /// server's packets. The limiter has it on its list.
     OnList,
@@ -307,22 +324,25 @@ enum Method {
         /// And that the entry is made immune to stale RSTs: a peer that has sent one will send
         /// more.
         seal: bool,
+        /// Limits before the one that lacks it that may refuse it.
+        before: &'l [LimitRule],
     },
 }
 
-impl Method {
+impl Method<'_> {
     /// Whether the nudge must meet no entry: then no other one of the batch may wait for it.
     fn is_fresh(&self) -> bool {
         matches!(self, Self::Recount { way, .. } if way.recipe == Recipe::Fresh)
     }
 }
 
-fn method(
+fn method<'l>(
     action: &Action,
     hidden: Option<Hidden>,
+    before: Option<&'l Vec<LimitRule>>,
     recounter: Option<&mut impl Recount>,
     now: Instant,
-) -> Method {
+) -> Method<'l> {
     let Some(recounter) = recounter.filter(|_| action.kind.needs_recount()) else {
         return Method::InPlace { instead_of_recount: None };
     };
@@ -337,14 +357,18 @@ fn method(
             let error = Op::on("recount", entry.orig).failed(Cause::Limited(what));
             Method::InPlace { instead_of_recount: Some(error) }
         }
-        Ok(way) => Method::Recount { way, seal: seal && recounter.can_seal() },
+        Ok(way) => {
+            let before =
+                before.filter(|_| way.route == Route::Ingress).map_or(&[][..], Vec::as_slice);
+            Method::Recount { way, seal: seal && recounter.can_seal(), before }
+        }
     }
 }
 
 /// What surrounds a nudge that meets no entry. The second step replaces whatever has begun in
 /// between: an entry that the nudge left behind, one that a packet of the connection was picked
 /// up as.
-fn fresh_steps(action: &Action, seal: bool, lease: Duration) -> [Change; 2] {
+pub(super) fn fresh_steps(action: &Action, seal: bool, lease: Duration) -> [Change; 2] {
     let old = action.view.entry.map_or(action.template.key(), |entry| entry.key());
     let id = action.view.entry.and_then(|entry| entry.id);
     let (state, timeout) = (held_as(action, seal), timeout(action, lease));
@@ -353,7 +377,7 @@ fn fresh_steps(action: &Action, seal: bool, lease: Duration) -> [Change; 2] {
 }
 
 /// The change that a repair begins with, and in place is.
-fn first_step(action: &Action, way: &Method, lease: Duration) -> Change {
+fn first_step(action: &Action, way: &Method<'_>, lease: Duration) -> Change {
     let (entry, lease) = (action.view.entry, timeout(action, lease));
     let key = entry.map_or(action.template.key(), |entry| entry.key());
     let id = entry.and_then(|entry| entry.id);
@@ -397,7 +421,7 @@ fn assured(action: &Action) -> Status {
 }
 
 /// The change that makes a repaired entry an ordinary one.
-fn last_step(action: &Action, lease: Duration, sealed: bool) -> Change {
+pub(super) fn last_step(action: &Action, lease: Duration, sealed: bool) -> Change {
     Change::Update {
         key: action.template.key(),
         state: held_as(action, sealed),

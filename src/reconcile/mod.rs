@@ -6,6 +6,7 @@
 pub mod agenda;
 pub mod apply;
 pub mod backoff;
+pub mod behind;
 mod bridged;
 pub mod checks;
 pub mod confirm;

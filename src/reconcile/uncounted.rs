@@ -94,6 +94,11 @@ impl Uncounted {
         taken
     }
 
+    /// What has become of the list of this limit, if it is one of those gone through.
+    pub fn loss(&self, rule: &LimitRule) -> Option<Loss> {
+        self.current.iter().find(|one| one.rule == *rule).map(|one| one.loss)
+    }
+
     /// Whether a list may have some of what is waiting already.
     pub fn may_be_known(&self) -> bool {
         self.current.iter().any(|one| matches!(one.loss, Loss::Unknown | Loss::Wider))

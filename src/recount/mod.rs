@@ -162,6 +162,17 @@ pub trait Recount {
     /// The route is broken.
     fn nudge(&mut self, entry: &Entry, route: Route, now: Instant) -> Result<()>;
 
+    /// Sends one nudge by ingress, and sees whether it gets behind all rules.
+    ///
+    /// # Errors
+    /// The route is broken, or nothing can be seen.
+    fn show(&mut self, entry: &Entry, now: Instant) -> Result<Asked> {
+        self.nudge(entry, Route::Ingress, now).map(|()| Asked::LetIn)
+    }
+
+    /// Waits until limits look at the whole of their lists again: for the next jiffy.
+    fn await_sweep(&mut self) {}
+
     /// Whether entries can be sealed.
     fn can_seal(&self) -> bool;
 

@@ -46,6 +46,8 @@ const FORGOTTEN: u32 = 3;
 const LONG_AGO: Duration = Duration::from_millis(40);
 /// What a packet that is steered to another processor may take.
 const STEERED: Duration = Duration::from_millis(1);
+/// From one look for a probe to the next.
+const PAUSE: Duration = Duration::from_micros(500);
 /// Of the entries of probes; they are deleted long before.
 const TIMEOUT: Duration = Duration::from_secs(5);
 /// Where Linux takes ports of its own from (`ip_local_port_range`).
@@ -165,6 +167,14 @@ impl Asking {
         Ok(self.table.contains(ARRIVED, &key)?.contains(&true))
     }
 
+    /// One of this port may have arrived before.
+    fn forget(&mut self, port: u16) -> Result<()> {
+        match self.table.remove(ARRIVED, &[port.to_be_bytes().to_vec()]) {
+            Err(error) if !error.is_absent() => Err(error),
+            _ => Ok(()),
+        }
+    }
+
     /// Waits until the list of this client has no probe any more: never more than one place is
     /// taken.
     fn await_forgotten(&mut self, client: IpAddr, now: Instant) {
@@ -190,11 +200,7 @@ impl Recounter {
         let way = self.way_of(question, now)?;
         self.asking()?.await_forgotten(question.client, now);
         let port = self.unused_port_by(&way)?;
-        self.asking()?.trace()?;
-        if self.probe(&way, port)? {
-            return Ok(Asked::LetIn);
-        }
-        self.asking()?.trace().map(Asked::Stopped)
+        self.probe(&way, port)
     }
 
     /// How many more connections would be let in; no more than `most` are tried.
@@ -216,6 +222,15 @@ impl Recounter {
         Ok(Room::Unsteady)
     }
 
+    /// A nudge that is a probe too: whether it gets behind all rules, and else where it ends.
+    pub(super) fn show_as_probe(&mut self, entry: &Entry, now: Instant) -> Result<Asked> {
+        let FourTuple { src, dst: server } = entry.orig;
+        let question = Question { client: src.addr(), server, zone: entry.zone };
+        let way = self.way_of(question, now)?;
+        self.asking()?.forget(src.port())?;
+        self.probe(&way, src.port())
+    }
+
     /// Fills the room with probes, and gives it back; how many it took, and the way of the one that
     /// had none.
     fn fill(&mut self, way: &Passage, most: u32) -> Result<(u32, Option<Trace>)> {
@@ -235,9 +250,8 @@ impl Recounter {
         keeping: &mut Vec<Entry>,
     ) -> Result<Option<Trace>> {
         for port in ports {
-            self.asking()?.trace()?;
-            if !self.probe(way, *port)? {
-                return self.asking()?.trace().map(Some);
+            if let Asked::Stopped(trace) = self.probe(way, *port)? {
+                return Ok(Some(trace));
             }
             let flow =
                 FourTuple::new(Endpoint::new(way.question.client, *port), way.question.server);
@@ -305,17 +319,29 @@ impl Recounter {
     }
 
     /// Whether a probe from this port gets behind all rules.
-    fn probe(&mut self, way: &Passage, port: u16) -> Result<bool> {
+    fn probe(&mut self, way: &Passage, port: u16) -> Result<Asked> {
         let Passage { op, question: Question { client, server, .. }, id, mac, routed } = *way;
         let flow = FourTuple::new(Endpoint::new(client, port), server);
         let packet = self.syn(op, flow, Purpose::Probe, id, routed, Route::Ingress)?;
+        // What was reported of the one before.
+        self.asking()?.trace()?;
         self.helper(op)?.send(op, &packet, mac)?;
+        let (sent, mut trace) = (Instant::now(), Trace::default());
         let asking = self.asking()?;
-        if asking.has_arrived(port)? {
-            return Ok(true);
+        loop {
+            // Looked for behind each end, so that none is taken for stopped that has just arrived.
+            let is_over = sent.elapsed() >= STEERED;
+            if asking.has_arrived(port)? {
+                return Ok(Asked::LetIn);
+            }
+            if is_over || trace.is_dropped() {
+                return Ok(Asked::Stopped(trace));
+            }
+            thread::sleep(PAUSE);
+            let Trace { steps, lacks } = asking.trace()?;
+            trace.steps.extend(steps);
+            trace.lacks = lacks;
         }
-        thread::sleep(STEERED);
-        asking.has_arrived(port)
     }
 
     fn asking(&mut self) -> Result<&mut Asking> {

@@ -13,7 +13,7 @@ use super::packet::{self, DropBy, Purpose, Shape};
 use super::probe::Asking;
 use super::reply_filter::{MagicSeq, ReplyFilter};
 use super::{
-    Asked, Hidden, Mode, Question, Recipe, Recount, Room, Route, Tried, Verdict, Way, trial,
+    Asked, Hidden, Mode, Question, Recipe, Recount, Room, Route, Tried, Verdict, Way, jiffy, trial,
 };
 use crate::conntrack::Entry;
 use crate::error::{Cause, Error, Op, Result};
@@ -398,6 +398,15 @@ impl Recount for Recounter {
             Route::Ingress => self.nudge_by_ingress(op, entry.orig),
             Route::Loopback => self.nudge_by_loopback(op, entry.orig),
         }
+    }
+
+    fn show(&mut self, entry: &Entry, now: Instant) -> Result<Asked> {
+        self.show_as_probe(entry, now)
+            .or_else(|_| self.nudge(entry, Route::Ingress, now).map(|()| Asked::LetIn))
+    }
+
+    fn await_sweep(&mut self) {
+        jiffy::await_next();
     }
 
     fn can_seal(&self) -> bool {

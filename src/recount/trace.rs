@@ -28,6 +28,13 @@ pub struct Trace {
     pub lacks: Option<String>,
 }
 
+impl Trace {
+    /// Whether the probe ended at one of them.
+    pub(super) fn is_dropped(&self) -> bool {
+        self.steps.iter().any(|step| step.is_drop)
+    }
+}
+
 /// A rule or policy that a packet met.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Step {

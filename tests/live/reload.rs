@@ -185,6 +185,38 @@ fn the_limit_holds_when_it_is_added_once_more_and_the_first_taken_away() {
     });
 }
 
+/// Added again, the second rule has a list of its own, and what is shown to it must pass the first, whose
+/// list has all that is open, and SYNs that it refused.
+#[test]
+fn a_list_behind_one_that_is_full_gets_what_is_open() {
+    if !lab::require() {
+        return;
+    }
+    let play = |with_ctkeep: bool| {
+        let lab = Lab::new().expect("a lab");
+        connlimit(HERE)(&lab.server);
+        let _server = lab.serve("[::]:80");
+        let mut half_closed = Held::open(&lab, HERE, 11);
+        let established = Held::open(&lab, HERE, 12);
+        half_closed.conns.iter_mut().for_each(|conn| lab.half_close(conn));
+        let daemon = with_ctkeep.then(|| lab.daemon(PROGRAM, &[]));
+        let both = [&half_closed, &established];
+        for held in both {
+            assert_eq!(held.peer.admitted(80, TRIES), 0, "the limit holds before");
+        }
+        lab.server.run(&format!("iptables -A {}", limit(HERE)));
+        if let Some(daemon) = &daemon {
+            wait_for("recounts", SOON, || {
+                daemon.log().matches("action=\"recount\"").count() == 2 * LIMIT
+            });
+        }
+        lab.server.run("iptables -D INPUT 1");
+        both.map(|held| held.peer.admitted(80, TRIES))
+    };
+    assert_eq!(play(false), [LIMIT; 2], "the control");
+    assert_eq!(play(true), [0; 2]);
+}
+
 fn set() -> String {
     let rule = "tcp dport 80 ct state new add @web { ip saddr ct count over 3 } drop";
     chain(INPUT, rule)

@@ -245,7 +245,7 @@ proptest! {
             prop_assert_eq!(host.borrow().changes, changes, "looking changes nothing");
 
             let outcomes =
-                apply(&mut tables, &mut None::<Recounter>, &confirmed, &HashSet::new(), &policy, &mut ledger, Instant::now())
+                apply(&mut tables, &mut None::<Recounter>, &confirmed, &Known::default(), &policy, &mut ledger, Instant::now())
                     .unwrap();
             for outcome in &outcomes {
                 prop_assert!(outcome.result.is_ok(), "{:?}", outcome);

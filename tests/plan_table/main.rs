@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use ctkeep::conntrack::{Entry, Status, Tcp, TcpState, Zone};
 use ctkeep::flow::{Connection, FourTuple};
-use ctkeep::reconcile::apply::apply;
+use ctkeep::reconcile::apply::{Known, apply};
 use ctkeep::reconcile::confirm::{Confirmed, confirm};
 use ctkeep::reconcile::evidence::{Evidence, TrackedPort};
 use ctkeep::reconcile::ledger::{Idle, Ledger};

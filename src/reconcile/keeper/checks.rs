@@ -414,7 +414,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
 
     /// The SYN that opened a connection; where it is not known what it asked for,
     /// as its siblings did.
-    fn syn(
+    pub(super) fn syn(
         &mut self,
         connection: Connection,
         asked: Option<Endpoint>,

@@ -6,8 +6,11 @@ use super::checks::QUIET;
 use super::deep::PART;
 use super::{Keeper, Trigger, Witness};
 use crate::error::Result;
-use crate::firewall::lists::Anew;
+use crate::firewall::lists::{Anew, Loss};
 use crate::netlink::Transport;
+use crate::reconcile::behind::Behind;
+use crate::reconcile::groups::{Groups, Member};
+use crate::reconcile::plan::{Action, ActionKind};
 use crate::reconcile::timers::Timer;
 use crate::recount::Recount;
 
@@ -79,6 +82,32 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             self.rules_changed = None;
         }
         Ok(())
+    }
+
+    /// Of connections that a limit with a new list is to be shown: the limits before it whose lists are
+    /// not new.
+    pub(super) fn behind_others(&mut self, actions: &[Action]) -> Result<Behind> {
+        let mut behind = Behind::new();
+        let known = self.checks.known();
+        if known.limits.len() < 2 {
+            return Ok(behind);
+        }
+        let mut groups = Groups::new(&known);
+        for action in actions.iter().filter(|action| action.kind == ActionKind::Recount) {
+            let Some(socket) = action.view.socket else { continue };
+            let syn = self.syn(socket.connection(), Some(action.template.orig.dst), &groups)?;
+            let members = groups.of(&syn);
+            let is_lacking = |member: &Member<'_>| self.uncounted.loss(member.rule).is_some();
+            let Some(last) = members.iter().rposition(is_lacking) else { continue };
+            let before = members.iter().take(last).map(|member| member.rule);
+            let kept = before
+                .filter(|rule| self.uncounted.loss(rule).is_none_or(|loss| loss == Loss::Unknown));
+            let kept: Vec<_> = kept.cloned().collect();
+            if !kept.is_empty() {
+                behind.insert(socket.cookie, kept);
+            }
+        }
+        Ok(behind)
     }
 
     /// Limits that lost their lists while what is open was shown to them begin anew at `at`.

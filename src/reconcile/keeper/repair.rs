@@ -7,7 +7,7 @@ use super::{Acted, Keeper, Trigger, Witness};
 use crate::error::{Error, Result};
 use crate::firewall::lists::Loss;
 use crate::netlink::Transport;
-use crate::reconcile::apply::{Outcome, apply};
+use crate::reconcile::apply::{Known, Outcome, apply};
 use crate::reconcile::confirm::Confirmed;
 use crate::reconcile::plan::{Action, ActionKind};
 use crate::reconcile::timers::Timer;
@@ -41,7 +41,10 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         if self.recounter.is_none() {
             confirmed.retain(|action| action.kind != ActionKind::Recount);
         }
-        let on_list = self.on_their_lists(confirmed.actions())?;
+        let known = Known {
+            on_list: self.on_their_lists(confirmed.actions())?,
+            behind: self.behind_others(confirmed.actions())?,
+        };
         let withheld = self.withheld(confirmed.actions())?;
         let is_withheld = |action: &Action| {
             let socket = action.view.socket.filter(|_| action.kind.needs_recount());
@@ -53,10 +56,10 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         let recounter = &mut self.recounter;
         let (tables, ledger) = (&mut self.tables, &mut self.ledger);
         let (policy, none) = (&settings.policy, &mut None::<R>);
-        let applied = apply(tables, recounter, &confirmed, &on_list, policy, ledger, now).and_then(
+        let applied = apply(tables, recounter, &confirmed, &known, policy, ledger, now).and_then(
             |mut all| {
                 if !in_place.actions().is_empty() {
-                    all.extend(apply(tables, none, &in_place, &on_list, policy, ledger, now)?);
+                    all.extend(apply(tables, none, &in_place, &known, policy, ledger, now)?);
                 }
                 Ok(all)
             },
