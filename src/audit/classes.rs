@@ -116,6 +116,7 @@ mod tests {
             expiring: false,
             held: false,
             tracked: true,
+            cookie: false,
         };
         let none = Evidence::default();
         let of = |entry, cell| Class::of(&View { connection, socket: None, entry }, cell, &none);

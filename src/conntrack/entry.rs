@@ -258,6 +258,11 @@ impl TcpState {
         !matches!(self, Self::Close | Self::TimeWait)
     }
 
+    /// Whether conntrack believes that the handshake is under way.
+    pub fn is_opening(self) -> bool {
+        matches!(self, Self::None | Self::SynSent | Self::SynRecv | Self::SynSent2)
+    }
+
     /// Whether conntrack believes that the connection is over or about to be.
     pub fn is_closing(self) -> bool {
         matches!(self, Self::LastAck | Self::TimeWait | Self::Close)

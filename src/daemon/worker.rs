@@ -23,6 +23,7 @@ use crate::audit::survey::{Survey, SweepResult};
 use crate::conntrack::TcpState;
 use crate::error::{Error, Result};
 use crate::firewall::Ruleset;
+use crate::host::counters::Cookies;
 use crate::host::{instance, random, sysctl};
 use crate::metrics::{GuardMetrics, instant_of};
 use crate::reconcile::keeper::{Depth, Keeper, Sweep};
@@ -91,6 +92,8 @@ impl<'p> Worker<'p> {
         let desk = Desk::open(control, live, &keeper.scope().ports, share)?;
         desk.share.recount_available(is_available);
         rely_on_events(&mut keeper, &desk);
+        let mut cookies = Cookies::new(now);
+        keeper.rely_on_cookies(Box::new(move || cookies.may_be_out(Instant::now())));
         keeper.read_beside();
         let reader = Reader::open()?;
         let rules = if foundation.follow_rules {

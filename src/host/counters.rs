@@ -2,6 +2,12 @@
 
 use std::collections::HashMap;
 use std::fs;
+use std::time::{Duration, Instant};
+
+/// A SYN cookie is good for one or two minutes (`MAX_SYNCOOKIE_AGE`).
+const COOKIE_AGE: Duration = Duration::from_secs(120);
+/// To read the counters takes some 30 us.
+const COOKIE_LOOK: Duration = Duration::from_millis(20);
 
 /// `TcpExt` counters by their names in `/proc/net/netstat` (`ListenOverflows`); what `nstat` shows.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -29,6 +35,38 @@ impl Counters {
     /// The counter, 0 where this kernel has none of that name.
     pub fn value(&self, name: &str) -> u64 {
         self.0.get(name).copied().unwrap_or(0)
+    }
+}
+
+/// Whether the server sends SYN cookies: it keeps nothing of these handshakes.
+#[derive(Clone, Copy, Debug)]
+pub struct Cookies {
+    sent: u64,
+    last: Option<Instant>,
+    looked: Instant,
+}
+
+impl Cookies {
+    /// Knows of those that are sent from now on.
+    pub fn new(now: Instant) -> Self {
+        let sent = Self::sent();
+        Self { sent, last: (sent > 0).then_some(now), looked: now }
+    }
+
+    /// Whether one may be good still.
+    pub fn may_be_out(&mut self, now: Instant) -> bool {
+        if now.saturating_duration_since(self.looked) >= COOKIE_LOOK || self.last.is_none() {
+            self.looked = now;
+            let sent = Self::sent();
+            if sent != std::mem::replace(&mut self.sent, sent) {
+                self.last = Some(now);
+            }
+        }
+        self.last.is_some_and(|last| now.saturating_duration_since(last) < COOKIE_AGE)
+    }
+
+    fn sent() -> u64 {
+        Counters::read().value("SyncookiesSent")
     }
 }
 

@@ -347,7 +347,7 @@ fn method<'l>(
         return Method::InPlace { instead_of_recount: None };
     };
     let entry = &action.template;
-    let seal = action.kind == ActionKind::Revive
+    let seal = action.kind == ActionKind::Revive && action.view.socket.is_some()
         || hidden == Some(Hidden::FinsAndRsts)
         || action.kind == ActionKind::Recount && is_held_as_established(action);
     match recounter.way(entry, now) {
@@ -454,6 +454,7 @@ fn held_as(action: &Action, sealed: bool) -> TcpState {
     match action.view.socket {
         Some(_) if sealed => TcpState::Established,
         Some(socket) => believed(socket.state),
+        None if action.reason == Reason::CookieSent => TcpState::SynRecv,
         None => TcpState::CloseWait,
     }
 }

@@ -44,6 +44,7 @@ pub struct Ledger {
     orphans: HashMap<EntryKey, Instant>,
     overdue: HashSet<EntryKey>,
     idle: Option<Idle>,
+    cookies_were_sent: bool,
     /// The looks of [`Known::look`].
     agenda: Agenda,
     /// Dumps of sockets so far.
@@ -147,6 +148,16 @@ impl Ledger {
     /// Gives this to idle connections from now on.
     pub fn set_idle(&mut self, idle: Option<Idle>) {
         self.idle = idle;
+    }
+
+    /// Whether the server has sent SYN cookies a moment ago: a handshake can end without a socket.
+    pub fn cookies_were_sent(&self) -> bool {
+        self.cookies_were_sent
+    }
+
+    /// Takes note that it has, or has not.
+    pub fn set_cookies_were_sent(&mut self, were_sent: bool) {
+        self.cookies_were_sent = were_sent;
     }
 
     /// How hard entries are fought over.

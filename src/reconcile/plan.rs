@@ -14,7 +14,7 @@ use super::snapshot::{Direction, Snapshot, View};
 use crate::conntrack::{Entry, TcpState, Zone};
 use crate::firewall::lists::Loss;
 use crate::flow::FourTuple;
-use crate::sockdiag::State;
+use crate::sockdiag::{Socket, State};
 
 /// The repairs of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -84,8 +84,13 @@ pub enum Verdict {
 pub enum Reason {
     /// The socket is open and no entry is left.
     EntryMissing,
+    /// The same right behind a packet of the peer that had an entry: it has closed the entry, and a SYN
+    /// on the same tuple has taken that away.
+    EntryTakenAway,
     /// The socket is open and conntrack believes that it closes or has closed.
     EntryClosed(TcpState),
+    /// The socket is open and conntrack believes that its handshake is under way.
+    EntryBegunAnew(TcpState),
     /// The entry would expire before the lease is renewed.
     EntryExpiring,
     /// The connection is idle, and the kernel would forget its entry before the next look: it gets
@@ -97,6 +102,9 @@ pub enum Reason {
     SocketGone,
     /// No socket has backed the entry for the grace time.
     SocketMissing,
+    /// Conntrack believes that the handshake is over, and the SYN cookie that the server has sent
+    /// for it is good still.
+    CookieSent,
     /// The source has fooled conntrack again and again, or the table is nearly full.
     UnderAttack,
     /// A limit that is for the connection has lost its list.
@@ -110,7 +118,7 @@ pub enum Reason {
 impl Reason {
     /// Whether packets of the peer have made conntrack believe what is not so.
     pub fn is_fooled(self) -> bool {
-        matches!(self, Self::EntryClosed(_))
+        matches!(self, Self::EntryClosed(_) | Self::EntryBegunAnew(_) | Self::EntryTakenAway)
     }
 }
 
@@ -118,7 +126,11 @@ impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::EntryMissing => f.write_str("socket open, entry missing"),
+            Self::EntryTakenAway => {
+                f.write_str("socket open, its peer has done away with the entry")
+            }
             Self::EntryClosed(state) => write!(f, "socket open, entry in {state}"),
+            Self::EntryBegunAnew(state) => write!(f, "socket open, entry in {state}"),
             Self::EntryIdle(_) => f.write_str("idle, the kernel would forget it"),
             Self::EntryExpiring => f.write_str("socket open, entry about to expire"),
             Self::EntryReversed => f.write_str("entry picked up in the wrong direction"),
@@ -127,6 +139,7 @@ impl fmt::Display for Reason {
             Self::Uncounted(loss) => loss.fmt(f),
             Self::PickedUp => f.write_str("picked up midway, no limit has counted it"),
             Self::BrokenOff => f.write_str("a repair was broken off"),
+            Self::CookieSent => f.write_str("handshake closed, its SYN cookie is good still"),
             Self::UnderAttack => f.write_str("socket half-closed, source under suspicion"),
         }
     }
@@ -182,6 +195,8 @@ pub struct Cell {
     pub held: bool,
     /// There is evidence that the connection is tracked.
     pub tracked: bool,
+    /// In scope, its handshake has not ended, and the server has sent SYN cookies a moment ago.
+    pub cookie: bool,
 }
 
 /// The table.
@@ -191,6 +206,9 @@ pub fn decide(cell: Cell) -> Verdict {
 
     match (cell.socket, cell.entry) {
         (_, Some((Direction::Outgoing, _))) => Leave(NoAction::Outgoing),
+        (None, Some((Direction::FromPeer, state))) if cell.cookie && state.is_closing() => {
+            Act(Revive, Reason::CookieSent)
+        }
         (None, entry) => without_socket(entry, cell.held),
         (Some(_), _) if !cell.guarded => Leave(NoAction::NotGuarded),
         (Some(_), None) if cell.tracked => Act(Reinsert, Reason::EntryMissing),
@@ -199,15 +217,19 @@ pub fn decide(cell: Cell) -> Verdict {
         (Some(socket), Some((Direction::FromPeer, state))) if contradicts(socket, state) => {
             Act(Revive, Reason::EntryClosed(state))
         }
+        // A socket that has not ended its handshake has none yet that conntrack could have seen.
+        (Some(State::SynRecv), Some((_, state))) if state.is_opening() => {
+            Leave(NoAction::Handshake)
+        }
+        // TCP has the last packet of the handshake after conntrack. So the peer has sent a SYN on a
+        // tuple whose entry was closed or gone; without an answer even its RSTs are new to the rules.
+        (Some(_), Some((Direction::FromPeer, state))) if state.is_opening() => {
+            Act(Revive, Reason::EntryBegunAnew(state))
+        }
         // An idle ESTABLISHED connection is the kernel's to forget, as its timeout says.
         (Some(State::Established), Some((_, TcpState::Established))) if !cell.held => {
             Leave(NoAction::Agree)
         }
-        // The server's last ACK of the handshake may still be on its way through conntrack.
-        (
-            Some(State::Established | State::SynRecv),
-            Some((_, TcpState::None | TcpState::SynSent | TcpState::SynRecv | TcpState::SynSent2)),
-        ) => Leave(NoAction::Handshake),
         (Some(_), Some(_)) if cell.expiring => Act(Extend, Reason::EntryExpiring),
         (Some(_), Some(_)) => Leave(NoAction::Agree),
     }
@@ -228,10 +250,9 @@ fn without_socket(entry: Option<(Direction, TcpState)>, held: bool) -> Verdict {
         Some((Direction::FromPeer, state)) if state.is_closing() => Verdict::Leave(NoAction::Over),
         // Also where the tuple was held for an older socket: the peer has used its port again, and
         // with SYN cookies a connection has no socket before the end of its handshake.
-        Some((
-            Direction::FromPeer,
-            TcpState::None | TcpState::SynSent | TcpState::SynRecv | TcpState::SynSent2,
-        )) => Verdict::Leave(NoAction::Handshake),
+        Some((Direction::FromPeer, state)) if state.is_opening() => {
+            Verdict::Leave(NoAction::Handshake)
+        }
         Some(_) if held => Verdict::Act(ActionKind::Release, Reason::SocketGone),
         Some(_) => Verdict::Leave(NoAction::OverCount),
     }
@@ -365,6 +386,11 @@ pub fn verdict(
         {
             Verdict::Act(ActionKind::Seal, Reason::UnderAttack)
         }
+        (Verdict::Act(ActionKind::Reinsert, Reason::EntryMissing), ..)
+            if view.socket.is_some_and(|socket| ledger.distrusts(&socket)) =>
+        {
+            Verdict::Act(ActionKind::Reinsert, Reason::EntryTakenAway)
+        }
         (verdict, ..) => verdict,
     }
 }
@@ -403,9 +429,21 @@ pub fn cell(
         entry => entry,
     };
     let port = TrackedPort::of(view.connection.local);
+    // An RST that TCP does not take leaves the rest of the handshake to come.
+    let is_closed = entry.is_some_and(|(_, state)| state.is_closing());
+    let guards = |socket: &Socket| {
+        policy.guards(socket)
+            || policy.states.contains(socket.state)
+                && socket.state == State::SynRecv
+                && (is_closed || ledger.holds(socket))
+    };
+    let is_unassured = |entry: &Entry| entry.status.is_some_and(|status| !status.is_assured());
     Cell {
         socket: socket.map(|socket| socket.state),
-        guarded: in_scope && socket.is_some_and(|socket| policy.guards(&socket)),
+        guarded: in_scope && socket.as_ref().is_some_and(guards),
+        cookie: in_scope
+            && ledger.cookies_were_sent()
+            && view.entry.as_ref().is_some_and(is_unassured),
         entry,
         expiring: view.entry.and_then(|entry| entry.timeout).is_some_and(|timeout| {
             timeout < policy.renew_below()

@@ -94,6 +94,9 @@ const ACK: u8 = 0x10;
 
 /// `NF_CT_STATE_BIT` of `IP_CT_ESTABLISHED` and `IP_CT_RELATED`: there was an entry before.
 const TRACKED: u32 = 1 << 1 | 1 << 2;
+/// And that of `IP_CT_NEW`: of a FIN or RST that there is one, whose SYN is without an answer. A SYN on
+/// the tuple of a closed entry makes one, and TCP answers it twice in a second.
+const WITH_ENTRY: u32 = TRACKED | 1 << 3;
 /// `enum ip_conntrack_status`
 const IPS_DST_NAT: u32 = 1 << 5;
 /// `enum ip_conntrack_dir`
@@ -138,8 +141,10 @@ pub(super) fn layout(watched: Watched<'_>) -> TableSpec {
         hook: Hook::Prerouting,
         priority: PRIORITY,
         rules: [
-            ordinary(group),
-            if knows_own { spoofed(group) } else { Vec::new() },
+            ordinary(),
+            if knows_own { vec![spoofed_syn_ack(group)] } else { Vec::new() },
+            opening(group),
+            if knows_own { vec![spoofed(group)] } else { Vec::new() },
             guarded(),
             watched_at_once(group),
             first_fins(group),
@@ -151,11 +156,16 @@ pub(super) fn layout(watched: Watched<'_>) -> TableSpec {
 }
 
 /// Packets of no interest leave, by the cheapest test first.
-fn ordinary(group: u16) -> Vec<Vec<Expr>> {
-    let mut rules = vec![
+fn ordinary() -> Vec<Vec<Expr>> {
+    vec![
         rule(&[&no_flag(SYN | FIN | RST), &[Expr::Accept]]),
         vec![Expr::L4Proto, Expr::Differs(vec![IPPROTO_TCP]), Expr::Accept],
-    ];
+    ]
+}
+
+/// SYNs are noted, and leave; so do strangers' packets.
+fn opening(group: u16) -> Vec<Vec<Expr>> {
+    let mut rules = Vec::new();
     // A limiter forgets what lacks its entry at the next SYN of its source.
     for family in FAMILIES {
         let seen = [Expr::In(family.holders), OPENINGS, log(group, Some(OPENS), 1)];
@@ -172,13 +182,13 @@ fn ordinary(group: u16) -> Vec<Vec<Expr>> {
         &[port(), Expr::In(RESET), HURRIES, log(group, Some(HURRY), 1)],
     ])]);
     rules.extend(syns());
-    rules.push(rule(&[&ct(Expr::CtState, TRACKED, false), &[Expr::Accept]]));
+    rules.push(rule(&[&ct(Expr::CtState, WITH_ENTRY, false), &[Expr::Accept]]));
     rules
 }
 
 /// Packets that come in and say to be answers of this host, or of a container that is not where they
 /// come from: conntrack believes them, and the server never has sent them.
-fn spoofed(group: u16) -> Vec<Vec<Expr>> {
+fn spoofed(group: u16) -> Vec<Expr> {
     let source_port = Expr::transport(TCP_SOURCE_PORT, 2);
     let ours = [
         Expr::CtDirection,
@@ -194,7 +204,12 @@ fn spoofed(group: u16) -> Vec<Vec<Expr>> {
         Expr::Equals(vec![0; 4]),
     ];
     // One is as bad as an RST that TCP never gets, and no ordinary one is among them.
-    vec![rule(&[&ours, &[RESETS, log(group, Some(SPOOFED), 1), Expr::Accept]])]
+    rule(&[&ours, &[RESETS, log(group, Some(SPOOFED), 1), Expr::Accept]])
+}
+
+/// The same of an answer to a SYN: behind one that conntrack had no use for, it begins the handshake anew.
+fn spoofed_syn_ack(group: u16) -> Vec<Expr> {
+    rule(&[&flags(SYN | ACK, SYN | ACK), &spoofed(group)])
 }
 
 /// Packets to no port of the scope leave.

@@ -143,6 +143,18 @@ impl Peer {
         self.answers(pending, patience, None).0
     }
 
+    /// The answers to what has been begun with [`Self::syn_only`], none of which is completed yet:
+    /// [`RawConn::ack`] does that.
+    pub fn half_open(&self, mut pending: Vec<RawConn>, patience: Duration) -> Vec<RawConn> {
+        let deadline = Instant::now() + patience;
+        while pending.iter().any(|conn| conn.next_ack == 0) && self.wire.wait(deadline) {
+            self.wire.receive();
+            pending.iter_mut().for_each(RawConn::note_answer);
+        }
+        pending.retain(|conn| conn.next_ack != 0);
+        pending
+    }
+
     /// How many of `count` new connections are completed; they stay open.
     pub fn admitted(&self, port: u16, count: usize) -> usize {
         self.open(port, count).len()
@@ -355,6 +367,17 @@ impl RawConn {
             }
         }
         done(self)
+    }
+
+    /// Takes note of the server's SYN-ACK.
+    fn note_answer(&mut self) {
+        for frame in self.wire.take(self.client) {
+            if let Kind::Tcp { flags, seq, .. } = frame.kind
+                && flags & (SYN | ACK | RST) == SYN | ACK
+            {
+                self.next_ack = seq.wrapping_add(1);
+            }
+        }
     }
 
     fn handshake(&mut self) -> Handshake {

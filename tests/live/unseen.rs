@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::lab::{Daemon, Lab, Peer, RawConn, Server};
+use crate::lab::{self, Daemon, Lab, Peer, RawConn, Segment, Server};
 use dropped::Dropped;
 
 const CTKEEP: &str = env!("CARGO_BIN_EXE_ctkeep");
@@ -202,6 +202,136 @@ fn no_rst_that_tcp_never_gets_frees_a_slot_shield() {
 fn no_rst_that_tcp_never_gets_frees_a_slot_of_many() {
     assert_resisted(10, &["--events", "nflog"]);
     assert_resisted(40, &["--events", "nflog"]);
+}
+
+/// What an attacker does in each round, so many rounds, and how many sockets it has at their end: on the
+/// stock kernel, and with ctkeep by each way.
+fn contrast(source: &'static str, rounds: usize, round: impl Fn(&mut Scene) + Sync) -> Vec<usize> {
+    let attack = Attack { dropped: Dropped::LastRule, half_closed: false, source, limit: 3 };
+    let play = |args: Option<&[&str]>| {
+        let mut scene = Scene::new(attack, args)?;
+        (0..rounds).for_each(|_| {
+            round(&mut scene);
+            thread::sleep(LONG_PAUSE / 10);
+        });
+        let sockets = scene.sockets();
+        if args.is_some() {
+            scene.assert_all_counted(&format!("{args:?}, {sockets} sockets"));
+        }
+        Some(sockets)
+    };
+    let ways = [None, Some("nflog"), Some("ctnetlink"), Some("shield")];
+    thread::scope(|scope| {
+        let played = ways.map(|way| {
+            scope.spawn(move || match way {
+                None => play(None),
+                Some("shield") => play(Some(&["--shield", "on"])),
+                Some(events) => play(Some(&["--events", events])),
+            })
+        });
+        played.into_iter().filter_map(|it| it.join().expect("a played way")).collect()
+    })
+}
+
+fn assert_bounded(what: &str, counts: &[usize], grown: usize) {
+    eprintln!("{what}: {counts:?}");
+    let [stock, guarded @ ..] = counts else { return };
+    assert!(*stock >= grown, "{what}: the stock kernel resists: {counts:?}");
+    assert!(guarded.iter().all(|count| *count <= 12), "{what}: {counts:?}");
+}
+
+/// Begins three connections, has the RST come before the handshake ends, and ends it 20 ms later.
+fn reset_in_the_handshake(scene: &mut Scene, dropped: Dropped) -> Vec<RawConn> {
+    let begun = (0..scene.limit).map(|_| scene.attacker.syn_only(PORT)).collect();
+    let begun = scene.attacker.half_open(begun, Duration::from_millis(10));
+    begun.iter().for_each(|conn| scene.attacker.send_packet(&dropped.rst(conn)));
+    thread::sleep(Duration::from_millis(20));
+    begun
+}
+
+/// TCP gets none of these RSTs, so it takes the end of the handshake.
+#[test]
+fn no_rst_in_the_handshake_frees_a_slot() {
+    for (source, dropped) in [(ATTACKER, Dropped::SourceRoute), (ATTACKER6, Dropped::Md5)] {
+        let counts = contrast(source, 8, |scene| {
+            let begun = reset_in_the_handshake(scene, dropped);
+            begun.iter().for_each(RawConn::ack);
+        });
+        assert_bounded(&format!("{dropped:?} in the handshake"), &counts, 24);
+    }
+}
+
+/// A server that sends SYN cookies has nothing that an RST could end: it takes the end of the handshake
+/// minutes later, and all that were collected at once.
+#[test]
+fn no_rst_frees_a_slot_while_cookies_are_sent() {
+    for source in [ATTACKER, ATTACKER6] {
+        let counts = contrast(source, 1, |scene| {
+            scene.lab.server.sysctl("net/ipv4/tcp_syncookies", "2");
+            let rounds = (0..8).map(|_| reset_in_the_handshake(scene, Dropped::LastRule));
+            let begun: Vec<_> = rounds.flatten().collect();
+            begun.iter().for_each(RawConn::ack);
+        });
+        assert_bounded("cookies", &counts, 24);
+    }
+}
+
+/// The RST closes the entry, a SYN on the same tuple begins another, and since TCP has just answered one
+/// of those, no packet of the server makes it one that has had an answer; then an RST closes that.
+#[test]
+fn a_syn_on_the_tuple_of_a_closed_entry_frees_no_slot() {
+    const APART: Duration = Duration::from_millis(5);
+    for (source, wait) in [(ATTACKER, 20), (ATTACKER6, 2)] {
+        let rst = match source {
+            ATTACKER => Dropped::SourceRoute,
+            _ => Dropped::RoutingHeader,
+        };
+        let counts = contrast(source, 8, |scene| {
+            scene.held.iter().for_each(RawConn::syn);
+            thread::sleep(APART);
+            for conn in &scene.held {
+                scene.attacker.send_packet(&rst.rst(conn));
+                conn.syn();
+            }
+            thread::sleep(Duration::from_millis(wait));
+            for conn in &scene.held {
+                conn.rst_at(100_000);
+                scene.attacker.send_packet(&rst.rst(conn));
+            }
+            let begun = (0..scene.limit).map(|_| scene.attacker.syn_only(PORT)).collect();
+            let new = scene.attacker.complete(begun, APART);
+            scene.held.extend(new);
+            thread::sleep(LONG_PAUSE / 3);
+        });
+        assert_bounded(&format!("a SYN on the same tuple, {wait} ms"), &counts, 15);
+    }
+}
+
+/// Conntrack ignores a SYN of the connection, and takes what says to be the server's answer to it for the
+/// beginning of another handshake, whose entry is soon forgotten.
+#[test]
+fn an_answer_of_an_impostor_to_a_syn_frees_no_slot() {
+    // The kernel's own is 60 s, two deep sweeps.
+    const FORGOTTEN: (&str, &str) = ("net/netfilter/nf_conntrack_tcp_timeout_syn_recv", "1");
+    let counts = contrast(ATTACKER, 4, |scene| {
+        scene.lab.server.sysctl(FORGOTTEN.0, FORGOTTEN.1);
+        // TCP answers the first; behind an answer conntrack has forgotten the SYN.
+        scene.held.iter().for_each(RawConn::syn);
+        thread::sleep(Duration::from_millis(5));
+        for conn in &scene.held {
+            conn.syn();
+            let Segment { seq, .. } = conn.segment(lab::SYN, 100_000);
+            let (source, destination) = (conn.server, conn.client);
+            let (ack, flags) = (seq.wrapping_add(1), lab::SYN | lab::ACK);
+            let answer = Segment { source, destination, seq: 1, ack, flags, payload: Vec::new() };
+            scene.attacker.send_packet(&answer.to_packet());
+        }
+        thread::sleep(Duration::from_millis(1100));
+        let begun = (0..scene.limit).map(|_| scene.attacker.syn_only(PORT)).collect();
+        let new = scene.attacker.complete(begun, Duration::from_millis(5));
+        scene.held.extend(new);
+    });
+    assert_bounded("an impostor's answer to a SYN", &counts, 9);
 }
 
 /// A FIN that says to be the server's, then one of the client's that has a hole before it: to

@@ -107,7 +107,7 @@ fn agreeing_view() -> impl Strategy<Value = View> {
     let closing = vec![TcpState::LastAck, TcpState::TimeWait, TcpState::Close];
     let rules: Vec<(Vec<Option<State>>, Vec<TcpState>)> = vec![
         (vec![Some(State::CloseWait), Some(State::Established)], live),
-        (vec![Some(State::Established), Some(State::SynRecv)], opening),
+        (vec![Some(State::SynRecv)], opening),
         (vec![None, Some(State::LastAck), Some(State::TimeWait), Some(State::FinWait2)], closing),
     ];
     let closing_states = [State::LastAck, State::TimeWait, State::FinWait2];

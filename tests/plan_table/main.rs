@@ -40,54 +40,55 @@ fn port(number: u16) -> HashSet<TrackedPort> {
 }
 
 /// What is done for each cell. Words: `-` is "whatever"; `open` is any of the eleven states,
-/// `half-open` any of them but established, `half-closed` neither that nor syn-recv, `both-fins`
+/// `half-open` any of them but established, `begun` syn-recv, `whole` any but that; `both-fins`
 /// last-ack and closing, `one-fin` all others; `alive` are the entry states that are neither
-/// `closing` nor `opening`.
+/// `closing` nor `opening`. A cookie matters where nothing else is left of a handshake.
 const TABLE: &str = "
-# socket       entry                    guarded expiring held tracked  what is done
+# socket       entry                    guarded expiring held tracked cookie what is done
 
 # This host opened the connection: none of our business, whatever the socket.
-  any          outgoing any             -       -        -    -        leave outgoing
+  any          outgoing any             -       -        -    -       -      leave outgoing
 
 # The socket is gone. What is held and still alive is given back; conntrack ends the rest itself.
-  gone         none                     -       -        -    -        leave over
-  gone         from-peer closing        -       -        -    -        leave over
-  gone         from-peer alive          -       -        yes  -        release, socket gone
-  gone         reversed any             -       -        yes  -        release, socket gone
-  gone         from-peer alive          -       -        no   -        leave over-count
-  gone         reversed any             -       -        no   -        leave over-count
+  gone         none                     -       -        -    -       -      leave over
+  gone         from-peer closing        -       -        -    -       no     leave over
+  gone         from-peer alive          -       -        yes  -       -      release, socket gone
+  gone         reversed any             -       -        yes  -       -      release, socket gone
+  gone         from-peer alive          -       -        no   -       -      leave over-count
+  gone         reversed any             -       -        no   -       -      leave over-count
 # The peer has used its port again; with SYN cookies its socket comes last.
-  gone         from-peer opening        -       -        -    -        leave handshake
+  gone         from-peer opening        -       -        -    -       -      leave handshake
+# With these an RST ends no handshake.
+  gone         from-peer closing        -       -        -    -       yes    revive, cookie sent
 
 # The socket is open in a state that nobody guards: conntrack sees its packets itself. A hold stays
 # as it is, without renewal, until the socket is gone.
-  open         none                     no      -        -    -        leave not-guarded
-  open         from-peer any            no      -        -    -        leave not-guarded
-  open         reversed any             no      -        -    -        leave not-guarded
+  open         none                     no      -        -    -       -      leave not-guarded
+  open         from-peer any            no      -        -    -       -      leave not-guarded
+  open         reversed any             no      -        -    -       -      leave not-guarded
 
 # The socket is guarded and conntrack has lost it.
-  open         none                     yes     -        -    yes      reinsert, entry missing
-  open         none                     yes     -        -    no       leave untracked
-  one-fin      from-peer closing        yes     -        -    -        revive, entry closed
-  both-fins    from-peer over           yes     -        -    -        revive, entry closed
-  open         reversed any             yes     -        -    -        reverse, entry reversed
+  open         none                     yes     -        -    yes     -      reinsert, entry missing
+  open         none                     yes     -        -    no      -      leave untracked
+  one-fin      from-peer closing        yes     -        -    -       -      revive, entry closed
+  both-fins    from-peer over           yes     -        -    -       -      revive, entry closed
+  open         reversed any             yes     -        -    -       -      reverse, entry reversed
+# Conntrack sees the end of a handshake before TCP: this one is of a later SYN.
+  whole        from-peer opening        yes     -        -    -       -      revive, entry begun anew
 
 # The socket is guarded and its entry lives.
-  half-open    from-peer alive          yes     yes      -    -        extend, entry expiring
-  half-open    from-peer alive          yes     no       -    -        leave agree
-  half-closed  from-peer opening        yes     yes      -    -        extend, entry expiring
-  half-closed  from-peer opening        yes     no       -    -        leave agree
+  half-open    from-peer alive          yes     yes      -    -       -      extend, entry expiring
+  half-open    from-peer alive          yes     no       -    -       -      leave agree
 # Of a socket that has sent its FIN behind the peer's conntrack believes no less.
-  both-fins    from-peer last-ack       yes     yes      -    -        extend, entry expiring
-  both-fins    from-peer last-ack       yes     no       -    -        leave agree
-  established  from-peer half-closed    yes     yes      -    -        extend, entry expiring
-  established  from-peer half-closed    yes     no       -    -        leave agree
-  established  from-peer established    yes     yes      yes  -        extend, entry expiring
-  established  from-peer established    yes     no       yes  -        leave agree
+  both-fins    from-peer last-ack       yes     yes      -    -       -      extend, entry expiring
+  both-fins    from-peer last-ack       yes     no       -    -       -      leave agree
+  established  from-peer half-closed    yes     yes      -    -       -      extend, entry expiring
+  established  from-peer half-closed    yes     no       -    -       -      leave agree
+  established  from-peer established    yes     yes      yes  -       -      extend, entry expiring
+  established  from-peer established    yes     no       yes  -       -      leave agree
 # An idle connection is the kernel's to forget, and a handshake its to finish.
-  established  from-peer established    yes     -        no   -        leave agree
-  established  from-peer opening        yes     -        -    -        leave handshake
-  syn-recv     from-peer opening        yes     -        -    -        leave handshake
+  established  from-peer established    yes     -        no   -       -      leave agree
+  begun        from-peer opening        yes     -        -    -       -      leave handshake
 ";
 
 /// One row of [`TABLE`], split into words.
@@ -100,6 +101,7 @@ struct Row {
     expiring: &'static str,
     held: &'static str,
     tracked: &'static str,
+    cookie: &'static str,
     done: String,
 }
 
@@ -109,9 +111,9 @@ impl Row {
         let mut word = || words.next().unwrap_or_else(|| panic!("a short row: {text}"));
         let (socket, direction) = (word(), word());
         let state = if direction == "none" { "" } else { word() };
-        let [guarded, expiring, held, tracked] = [word(), word(), word(), word()];
+        let [guarded, expiring, held, tracked, cookie] = [(); 5].map(|()| word());
         let done = words.collect::<Vec<_>>().join(" ");
-        Self { text, socket, direction, state, guarded, expiring, held, tracked, done }
+        Self { text, socket, direction, state, guarded, expiring, held, tracked, cookie, done }
     }
 
     fn covers(&self, cell: &Cell) -> bool {
@@ -125,8 +127,8 @@ impl Row {
             ("any", _) | ("gone", None) | ("open", Some(_)) => true,
             ("half-open", Some(state)) => state != State::Established,
             ("established", Some(state)) => state == State::Established,
-            ("syn-recv", Some(state)) => state == State::SynRecv,
-            ("half-closed", Some(state)) => ![State::Established, State::SynRecv].contains(&state),
+            ("begun", Some(state)) => state == State::SynRecv,
+            ("whole", Some(state)) => state != State::SynRecv,
             ("both-fins", Some(state)) => [State::LastAck, State::Closing].contains(&state),
             ("one-fin", Some(state)) => ![State::LastAck, State::Closing].contains(&state),
             ("gone", _) | (_, None) => false,
@@ -138,6 +140,7 @@ impl Row {
             && answers(self.expiring, cell.expiring)
             && answers(self.held, cell.held)
             && answers(self.tracked, cell.tracked)
+            && answers(self.cookie, cell.cookie)
     }
 
     fn covers_entry(&self, entry: Option<(Direction, TcpState)>) -> bool {
@@ -178,9 +181,11 @@ fn cells() -> Vec<Cell> {
     let mut cells = Vec::new();
     for socket in sockets {
         for entry in &entries {
-            for bits in 0..16_u8 {
-                let [guarded, expiring, held, tracked] = [1, 2, 4, 8].map(|bit| bits & bit != 0);
-                cells.push(Cell { socket, guarded, entry: *entry, expiring, held, tracked });
+            for bits in 0..32_u8 {
+                let [guarded, expiring, held, tracked, cookie] =
+                    [1, 2, 4, 8, 16].map(|bit| bits & bit != 0);
+                let entry = *entry;
+                cells.push(Cell { socket, guarded, entry, expiring, held, tracked, cookie });
             }
         }
     }
@@ -209,6 +214,11 @@ fn words(verdict: Verdict, cell: &Cell) -> String {
                     assert_eq!(Some(state), cell.entry.map(|(_, state)| state), "{cell:?}");
                     "entry closed"
                 }
+                Reason::EntryBegunAnew(state) => {
+                    assert_eq!(Some(state), cell.entry.map(|(_, state)| state), "{cell:?}");
+                    "entry begun anew"
+                }
+                Reason::CookieSent => "cookie sent",
                 Reason::EntryExpiring => "entry expiring",
                 Reason::EntryReversed => "entry reversed",
                 Reason::SocketGone => "socket gone",
@@ -222,8 +232,8 @@ fn words(verdict: Verdict, cell: &Cell) -> String {
 #[test]
 fn every_cell_is_decided_as_the_table_says() {
     let (rows, cells) = (rows(), cells());
-    // No socket or one of 11 states; no entry or 3 directions of 10 states; four yes or no.
-    assert_eq!(cells.len(), (1 + 11) * (1 + 3 * 10) * 16);
+    // No socket or one of 11 states; no entry or 3 directions of 10 states; five yes or no.
+    assert_eq!(cells.len(), (1 + 11) * (1 + 3 * 10) * 32);
     let mut used = HashSet::new();
     for cell in &cells {
         let covering: Vec<_> = rows.iter().filter(|row| row.covers(cell)).collect();
@@ -238,7 +248,7 @@ fn every_cell_is_decided_as_the_table_says() {
 #[test]
 fn states_that_the_table_calls_closing_are_those_that_the_entry_calls_so() {
     for state in TcpState::ALL {
-        let row = Row::parse("  gone from-peer closing - - - - x");
+        let row = Row::parse("  gone from-peer closing - - - - - x");
         assert_eq!(row.covers_entry(Some((Direction::FromPeer, state))), state.is_closing());
     }
 }

@@ -41,6 +41,7 @@ pub use checks::AsRead;
 pub use deep::Shown;
 use in_place::InPlace;
 pub use in_place::Quiet;
+pub use suspects::Cookies;
 use suspects::Deferred;
 pub use sweep::{Depth, Sweep};
 
@@ -182,6 +183,7 @@ pub struct Keeper<T: Transport = KernelSocket, R: Recount = Recounter> {
     /// Nothing is asked of limits before.
     quiet: Instant,
     in_place: InPlace,
+    cookies: Option<Cookies>,
 }
 
 impl<T: Transport, R: Recount> Keeper<T, R> {
@@ -249,6 +251,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             random,
             quiet: now,
             in_place: InPlace::blind(),
+            cookies: None,
         })
     }
 

@@ -9,6 +9,7 @@ use crate::error::Result;
 use crate::flow::Connection;
 use crate::netlink::Transport;
 use crate::reconcile::plan::Action;
+use crate::reconcile::snapshot::{Snapshot, View};
 use crate::reconcile::timers::Timer;
 use crate::recount::{Hidden, Recount};
 use crate::sockdiag::{Lookup, State};
@@ -21,6 +22,9 @@ pub(super) const SECOND_LOOK: Duration = Duration::from_millis(3);
 /// An ordinary RST closes the entry a moment before TCP closes the socket: what an event makes of an
 /// open connection is looked at again this much later, and only then acted upon.
 const OPEN_LOOK: Duration = Duration::from_micros(500);
+
+/// Whether the server has sent SYN cookies a moment ago.
+pub type Cookies = Box<dyn FnMut() -> bool + Send>;
 
 /// Connections to look at, in a moment.
 #[derive(Clone, Debug, Default)]
@@ -129,6 +133,8 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
                 (Some(socket), Some(Some(entry))) if self.ledger.last_entry(&socket).is_none() => {
                     self.ledger.remember(&socket, entry);
                 }
+                // What is logged had an entry then.
+                (Some(socket), Some(None)) if view.entry.is_none() => self.ledger.distrust(&socket),
                 // Perhaps it closed the entry in the midst of its repair.
                 (Some(socket), Some(None))
                     if recent.contains(&view.connection)
@@ -141,7 +147,11 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             }
         }
         self.hasten_deep_sweep(&snapshot);
+        // Not beyond this look: a sweep cannot tell an RST from a refusal of the server.
+        let were_sent = self.were_cookies_sent(&snapshot);
+        self.ledger.set_cookies_were_sent(were_sent);
         let mut confirmed = self.confirmed(&snapshot);
+        self.ledger.set_cookies_were_sent(false);
         let open =
             |action: &Action| action.view.socket.filter(|socket| socket.state != State::CloseWait);
         let lookups = confirmed.actions().iter().filter_map(open).map(|it| Lookup::from(&it));
@@ -154,6 +164,18 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         let carried_out = self.carry_out(confirmed, Trigger::Event, since, now, witness);
         self.forget_packets();
         carried_out
+    }
+
+    /// What says whether the server has sent SYN cookies: then an RST can close the entry of a
+    /// handshake, and its last packet comes all the same.
+    pub fn rely_on_cookies(&mut self, cookies: Cookies) {
+        self.cookies = Some(cookies);
+    }
+
+    fn were_cookies_sent(&mut self, snapshot: &Snapshot) -> bool {
+        let closed = |view: &View| view.entry_side().is_some_and(|(_, state)| state.is_closing());
+        let is_asked = snapshot.views.iter().any(|view| view.socket.is_none() && closed(&view));
+        is_asked && self.cookies.as_mut().is_some_and(|were_sent| were_sent())
     }
 
     /// Adds to what waits for `timer`, which keeps its time.
