@@ -15,11 +15,10 @@ use crate::history::{now, store};
 use crate::host::instance;
 use crate::reconcile::policy::Policy;
 use crate::report::anonymous::Anonymous;
-use crate::report::file::{
-    ARRIVALS, ENTRIES, File, IP6TABLES, IPTABLES, LEGACY, LEGACY6, NFT, SOCKETS,
-};
+use crate::report::file::{ARRIVALS, BESIDE, ENTRIES, File, RULES, SOCKETS};
 use crate::report::host::{self, CONNECTIONS, Tables};
-use crate::report::tables;
+use crate::report::rules;
+use crate::report::tables::{self, Beside};
 
 /// The file of the service.
 const SETTINGS: &str = "/etc/ctkeep/ctkeep.toml";
@@ -77,6 +76,8 @@ fn collect(args: &Report, netns: &str, policy: &Policy) -> (File, Exit) {
         .as_ref()
         .map(|(seen, _)| seen.arrivals.iter().filter_map(tables::arrival_line).collect::<String>());
     file.add(ARRIVALS, Ok(arrivals.unwrap_or_default()));
+    let read = looked.as_ref().map(|(seen, _)| rules::lines(&seen.rules)).map_err(Clone::clone);
+    let beside: String = looked.iter().map(|(seen, _)| beside(seen)).collect();
     file.add(
         "audit",
         looked.map(|(seen, scope)| {
@@ -90,20 +91,27 @@ fn collect(args: &Report, netns: &str, policy: &Policy) -> (File, Exit) {
         }),
     );
     file.add("history", last_hour(&args.dir));
-    file.add(NFT, host::printed("nft", &["list", "ruleset"]));
-    for (section, program) in [(IPTABLES, "iptables-nft-save"), (IP6TABLES, "ip6tables-nft-save")] {
-        file.add(section, host::printed(program, &[]));
+    file.add(RULES, read);
+    file.add("nft list ruleset", host::printed("nft", &["list", "ruleset"]));
+    for program in ["iptables-nft-save", "ip6tables-nft-save"] {
+        file.add(program, host::printed(program, &[]));
     }
-    for (section, family) in [(LEGACY, Family::Ip), (LEGACY6, Family::Ip6)] {
-        file.add(section, host::legacy(family));
+    for family in [Family::Ip, Family::Ip6] {
+        let section = if family == Family::Ip { "iptables" } else { "ip6tables" };
+        file.add(&format!("{section}-legacy-save"), host::legacy(family));
     }
-    let (sockets, entries) = match tables {
-        Ok(tables) => (Ok(tables.sockets), Ok(tables.entries)),
-        Err(error) => (Err(error.clone()), Err(error)),
-    };
-    file.add(SOCKETS, sockets);
-    file.add(ENTRIES, entries);
+    let of = |part: fn(&Tables) -> String| tables.as_ref().map(part).map_err(Clone::clone);
+    file.add(SOCKETS, of(|tables| tables.sockets.clone()));
+    file.add(ENTRIES, of(|tables| tables.entries.clone()));
+    file.add(BESIDE, of(|tables| tables.beside.clone()).map(|of_tables| of_tables + &beside));
     (file, exit)
+}
+
+/// Connections of which no entry shows that this host has opened them; addresses of containers.
+fn beside(seen: &Seen) -> String {
+    let opened = seen.snapshot.evidence.opened_here.iter().copied().map(Beside::OpenedHere);
+    let all = opened.chain(seen.behind.iter().copied().map(Beside::Behind));
+    all.map(|it| format!("{}\n", tables::beside_line(&it))).collect()
 }
 
 fn settings(named: Option<&Path>) -> String {

@@ -460,7 +460,7 @@ impl<'r> Walk<'_, 'r, '_> {
                 }
                 Step::Log => self.witness(chain, rule, &matches, Sight::Log),
                 Step::Note(what) => {
-                    self.witness(chain, rule, &matches, Sight::Memory((*what).to_owned()));
+                    self.witness(chain, rule, &matches, Sight::Memory(what.clone().into_owned()));
                 }
                 Step::Remove(_)
                 | Step::SetMark(_)

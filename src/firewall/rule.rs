@@ -1,7 +1,10 @@
 //! Chains and rules: what a packet is asked, step by step, and what becomes of it. Pure.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
 
 use super::set::Set;
 use super::value::{Bits, Operand};
@@ -36,7 +39,7 @@ impl Chain {
 }
 
 /// The hook of a base chain.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Base {
     /// Where.
     pub hook: Hook,
@@ -51,7 +54,7 @@ pub struct Base {
 }
 
 /// Address family of a table (`NFPROTO_*`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the kernel's names")]
 pub enum Family {
     Ip,
@@ -151,7 +154,7 @@ pub enum Step {
     /// Written to a log.
     Log,
     /// Remembered by a match or target of xt: by `recent`, by a set.
-    Note(&'static str),
+    Note(Cow<'static, str>),
     /// The end of the rule.
     Verdict(Outcome),
 }
@@ -235,7 +238,7 @@ impl Test {
 }
 
 /// A limit in a rule.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Counting {
     /// How many.
     pub limit: Threshold,
@@ -257,7 +260,7 @@ pub struct Adding {
 }
 
 /// What becomes of a packet that a rule is for.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Outcome {
     /// The next rule.
     #[default]
@@ -284,7 +287,7 @@ pub enum Outcome {
 }
 
 /// The number in xt's `connlimit` or nft's `ct count`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Threshold {
     /// Connections.
     pub count: u32,

@@ -1,5 +1,7 @@
 //! Bytes of a packet of which some bits may not be known, and where rules take them from. Pure.
 
+use serde::{Deserialize, Serialize};
+
 use super::packet::Packet;
 
 /// Whether a packet meets what a rule asks.
@@ -160,7 +162,7 @@ impl Bits {
 }
 
 /// Where a value comes from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Field {
     /// The header of IPv4 or IPv6, from this offset.
     Ip(u32),
@@ -220,7 +222,7 @@ impl Field {
 }
 
 /// One change to a value.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Change {
     /// `(bits & mask) ^ xor`
     Mask(u128, u128),
@@ -231,7 +233,7 @@ pub enum Change {
 }
 
 /// A value that a rule looks at.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Operand {
     /// Where it comes from.
     pub field: Field,

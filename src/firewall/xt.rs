@@ -2,6 +2,8 @@
 //!
 //! Layouts from `include/uapi/linux/netfilter/xt_*.h`; iptables asks for the newest revision.
 
+use std::borrow::Cow;
+
 use super::ask::{self, Side, asks};
 use super::rule::{Counting, Threshold};
 use super::value::Field;
@@ -10,7 +12,7 @@ use super::{Outcome, Step, Test};
 const UDP: u8 = 17;
 
 /// `recent --set`, `--update`
-pub(super) const RECENT: Step = Step::Note("recent");
+pub(super) const RECENT: Step = Step::Note(Cow::Borrowed("recent"));
 
 /// A match by its name and info blob, in a table of IPv4 or IPv6.
 pub(super) fn matches(name: &str, info: &[u8], ipv4: bool) -> Vec<Step> {
@@ -76,7 +78,7 @@ pub(super) fn named_target(name: &str) -> Option<Step> {
         "MARK" => return Some(Step::SetMark(None)),
         "CONNMARK" => return Some(Step::SetCtMark(None)),
         "LOG" | "NFLOG" | "ULOG" => return Some(Step::Log),
-        "SET" => return Some(Step::Note("set")),
+        "SET" => return Some(Step::Note("set".into())),
         _ => return None,
     };
     Some(Step::Verdict(outcome))

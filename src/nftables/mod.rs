@@ -9,6 +9,8 @@ pub mod shared;
 mod table;
 pub(crate) mod uapi;
 
+use serde::{Deserialize, Serialize};
+
 pub(crate) use dump::time_left;
 pub use expr::{Expr, Header};
 pub use key::Field;
@@ -20,7 +22,7 @@ pub use table::{ChainSpec, SetSpec, Table, TableSpec};
 pub(crate) const COMMENT: &str = "of a running ctkeep";
 
 /// Where packets meet chains (`enum nf_inet_hooks`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[repr(u32)]
 pub enum Hook {
     /// Packets from the wire, before routing.

@@ -154,26 +154,9 @@ impl<T: Transport> Tables<T> {
     /// Lets the rules say which of the connections without an entry of their own conntrack never
     /// sees.
     pub fn play(&self, snapshot: &mut Snapshot, ledger: &Ledger) {
-        let Some(tracking) = &self.tracking else { return };
-        let plain = snapshot.views.iter().filter(|view| is_dark(view, ledger));
-        let plain = plain.filter(|view| tracking.is_surely_plain(view.connection));
-        let plain: Vec<_> = plain.map(|view| TrackedPort::of(view.connection.local)).collect();
-        snapshot.evidence.tracked.extend(plain);
-        let evidence = &snapshot.evidence;
-        let dark = || snapshot.views.iter().filter(|view| is_dark(view, ledger));
-        let opened = dark().map(|view| {
-            let of_entry = view.entry.filter(|entry| entry.reply == view.connection.sent());
-            let Connection { local, remote } = view.connection;
-            let asked = of_entry.map(|entry| entry.orig.dst);
-            let asked = asked.unwrap_or_else(|| match evidence.arrival(&view, ledger.arrivals()) {
-                Some(Arrival::Translated(first, _)) => first,
-                _ => local,
-            });
-            Opened { peer: remote, asked, socket: local }
-        });
-        let untracked = dark().zip(tracking.of_each(opened));
-        let untracked = untracked.filter(|(_, tracked)| *tracked != Some(true));
-        snapshot.evidence.untracked = untracked.map(|(view, _)| view.connection).collect();
+        if let Some(tracking) = &self.tracking {
+            play(tracking, snapshot, ledger);
+        }
     }
 
     /// The connections that this host has opened, among those of which no entry shows it: it is
@@ -225,6 +208,29 @@ impl<T: Transport> Tables<T> {
         }
         Ok(found)
     }
+}
+
+/// Lets rules say which of the connections without an entry of their own conntrack never sees.
+pub fn play(tracking: &Tracking, snapshot: &mut Snapshot, ledger: &Ledger) {
+    let plain = snapshot.views.iter().filter(|view| is_dark(view, ledger));
+    let plain = plain.filter(|view| tracking.is_surely_plain(view.connection));
+    let plain: Vec<_> = plain.map(|view| TrackedPort::of(view.connection.local)).collect();
+    snapshot.evidence.tracked.extend(plain);
+    let evidence = &snapshot.evidence;
+    let dark = || snapshot.views.iter().filter(|view| is_dark(view, ledger));
+    let opened = dark().map(|view| {
+        let of_entry = view.entry.filter(|entry| entry.reply == view.connection.sent());
+        let Connection { local, remote } = view.connection;
+        let asked = of_entry.map(|entry| entry.orig.dst);
+        let asked = asked.unwrap_or_else(|| match evidence.arrival(&view, ledger.arrivals()) {
+            Some(Arrival::Translated(first, _)) => first,
+            _ => local,
+        });
+        Opened { peer: remote, asked, socket: local }
+    });
+    let untracked = dark().zip(tracking.of_each(opened));
+    let untracked = untracked.filter(|(_, tracked)| *tracked != Some(true));
+    snapshot.evidence.untracked = untracked.map(|(view, _)| view.connection).collect();
 }
 
 /// Whether no entry shows, or has shown, how a socket's connection began.

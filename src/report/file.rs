@@ -21,16 +21,10 @@ pub const SOCKETS: &str = "sockets";
 pub const ENTRIES: &str = "entries";
 /// Peer, local address, device, where rules ask for it.
 pub const ARRIVALS: &str = "arrivals";
-/// What the build of iptables for nf_tables saves.
-pub const IPTABLES: &str = "iptables-save";
-/// The same for IPv6.
-pub const IP6TABLES: &str = "ip6tables-save";
-/// What the older build saves.
-pub const LEGACY: &str = "iptables-legacy-save";
-/// The same for IPv6.
-pub const LEGACY6: &str = "ip6tables-legacy-save";
-/// `nft list ruleset`
-pub const NFT: &str = "nft list ruleset";
+/// What neither of the two programs prints of a connection.
+pub const BESIDE: &str = "beside";
+/// The rules as ctkeep has read them.
+pub const RULES: &str = "rules";
 
 /// A report.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -152,13 +146,13 @@ mod tests {
         file.say("made", "2026-11-29T03:12:00Z");
         file.note("one of three connections");
         file.add(SOCKETS, Ok("ESTAB 0 0\n\n  == x ==\n".to_owned()));
-        file.add(NFT, Err("no nft".to_owned()));
+        file.add(RULES, Err("no nft".to_owned()));
         file.add(ENTRIES, Ok(String::new()));
         let text = file.text();
         assert_eq!(File::read(&text).unwrap(), file, "{text}");
         assert_eq!(File::read(&text.replace('\n', "\r\n")).unwrap(), file);
-        assert_eq!(file.section(NFT), None);
-        assert_eq!(file.failure(NFT).unwrap(), "nft list ruleset: not read: no nft");
+        assert_eq!(file.section(RULES), None);
+        assert_eq!(file.failure(RULES).unwrap(), "rules: not read: no nft");
         assert_eq!((file.failure(SOCKETS), file.section(ENTRIES)), (None, Some("")));
         assert_eq!(file.notes().collect::<Vec<_>>(), ["one of three connections"]);
     }
@@ -166,10 +160,10 @@ mod tests {
     #[test]
     fn no_line_of_a_section_begins_another() {
         let mut file = File::default();
-        file.add(NFT, Ok("== sockets ==\nESTAB\n".to_owned()));
+        file.add(RULES, Ok("== sockets ==\nESTAB\n".to_owned()));
         let read = File::read(&file.text()).unwrap();
         assert_eq!(
-            (read.section(SOCKETS), read.section(NFT)),
+            (read.section(SOCKETS), read.section(RULES)),
             (None, Some(" == sockets ==\nESTAB\n"))
         );
     }

@@ -6,8 +6,8 @@ use std::fmt::Write;
 use std::process::{Command, Stdio};
 use std::{env, fs};
 
-use super::tables;
-use crate::audit::processes::Owners;
+use super::tables::{self, Beside};
+use crate::audit::processes::{Holder, Owners};
 use crate::conntrack::{Conntrack, Entry, Filter};
 use crate::containers;
 use crate::error::Result;
@@ -39,6 +39,8 @@ pub struct Tables {
     pub sockets: String,
     /// A line for each entry.
     pub entries: String,
+    /// What neither ss nor conntrack prints of them.
+    pub beside: String,
     /// One of so many connections is in them; 1 where all are.
     pub one_of: usize,
 }
@@ -79,15 +81,28 @@ impl Tables {
             count += seen;
         }
         let owners = Owners::look(kept.iter().copied(), &listeners);
+        let mut beside = String::new();
         let mut lines = String::from("State Recv-Q Send-Q Local Address:Port Peer Address:Port\n");
         for socket in listeners.iter().chain(&kept) {
-            let _ = writeln!(lines, "{}", tables::socket(socket, owners.holder(socket)));
+            let holder = owners.holder(socket);
+            let _ = writeln!(lines, "{}", tables::socket(socket, holder));
+            if let Some(Holder { processes, container, .. }) = holder
+                && (*processes > 1 || container.is_some())
+            {
+                let holder = Beside::Holder(socket.cookie, *processes, container.clone());
+                let _ = writeln!(beside, "{}", tables::beside_line(&holder));
+            }
         }
         let mut entries: String =
             chosen.iter().map(|entry| format!("{}\n", tables::entry(entry))).collect();
         // As the tool ends its list: of an empty table that line alone shows that it was read.
         let _ = writeln!(entries, "conntrack v1 (ctkeep): {count} flow entries have been shown.");
-        Ok(Self { sockets: lines, entries, one_of })
+        for entry in chosen.iter().filter(|entry| entry.is_picked_up() || entry.is_ours()) {
+            let flags = entry.tcp.map(|tcp| tcp.flags).unwrap_or_default();
+            let flags = tables::beside_line(&Beside::Flags(entry.key(), flags));
+            let _ = writeln!(beside, "{flags}");
+        }
+        Ok(Self { sockets: lines, entries, beside, one_of })
     }
 }
 

@@ -3,10 +3,10 @@
 use std::net::IpAddr;
 
 use crate::audit::processes::Holder;
-use crate::conntrack::{Entry, Status, Zone};
+use crate::conntrack::{Entry, EntryKey, Status, Zone};
 use crate::firewall::packet::Interface;
-use crate::flow::FourTuple;
-use crate::sockdiag::{Socket, State};
+use crate::flow::{Connection, FourTuple};
+use crate::sockdiag::{Cookie, Socket, State};
 
 /// `CLOSE-WAIT 1 0 192.0.2.1:80 198.51.100.7:20000 users:(("apache2",pid=1,fd=0)) uid:33 ino:7 sk:1a`
 pub fn socket(socket: &Socket, holder: Option<&Holder>) -> String {
@@ -61,6 +61,63 @@ pub fn entry(entry: &Entry) -> String {
         tuple(entry.reply),
         entry.mark.unwrap_or(0)
     )
+}
+
+/// What neither ss nor conntrack prints of a connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Beside {
+    /// So many processes have the socket, in this container.
+    Holder(Cookie, usize, Option<String>),
+    /// The kernel's flags of an entry: whether it was picked up midway, or is ctkeep's.
+    Flags(EntryKey, [u8; 2]),
+    /// This host has opened it.
+    OpenedHere(Connection),
+    /// An address of another namespace, which packets are forwarded to.
+    Behind(IpAddr),
+}
+
+/// `holder 1a 3 web`, `flags 198.51.100.7:20000 192.0.2.1:80 0 0 10 10`, `opened-here LOCAL REMOTE`
+pub fn beside_line(beside: &Beside) -> String {
+    match beside {
+        Beside::Holder(cookie, processes, container) => {
+            let container = container.as_deref().unwrap_or_default();
+            format!("holder {:x} {processes} {container}", cookie.0)
+        }
+        Beside::Flags(EntryKey { zone, orig }, [first, second]) => {
+            let (src, dst) = (orig.src, orig.dst);
+            format!("flags {src} {dst} {} {} {first} {second}", zone.orig, zone.reply)
+        }
+        Beside::OpenedHere(Connection { local, remote }) => format!("opened-here {local} {remote}"),
+        Beside::Behind(addr) => format!("behind {addr}"),
+    }
+}
+
+/// The same from its line.
+pub(super) fn beside(line: &str) -> Option<Beside> {
+    let (kind, rest) = line.split_once(' ')?;
+    if kind == "holder" {
+        // A name may have blanks.
+        let mut parts = rest.splitn(3, ' ');
+        let cookie = Cookie(u64::from_str_radix(parts.next()?, 16).ok()?);
+        let processes = parts.next()?.parse().ok()?;
+        let container = parts.next().filter(|name| !name.is_empty()).map(str::to_owned);
+        return Some(Beside::Holder(cookie, processes, container));
+    }
+    if kind == "behind" {
+        return Some(Beside::Behind(rest.parse().ok()?));
+    }
+    let mut words = rest.split(' ');
+    let (one, other) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
+    match kind {
+        "opened-here" => Some(Beside::OpenedHere(Connection::new(one, other))),
+        "flags" => {
+            let (orig, reply) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
+            let flags = [words.next()?.parse().ok()?, words.next()?.parse().ok()?];
+            let key = EntryKey { zone: Zone { orig, reply }, orig: FourTuple::new(one, other) };
+            Some(Beside::Flags(key, flags))
+        }
+        _ => None,
+    }
 }
 
 /// By which device a peer comes in: `198.51.100.7 192.0.2.1 eth0 2`

@@ -117,6 +117,67 @@ fn a_report_is_read_as_the_host_is_with_its_addresses_or_with_others() {
     }
 }
 
+/// Rules that only nf_tables has: a white list with intervals, a map of verdicts, networks, several
+/// fields as one key, and a limit of its own for one address.
+const NATIVE: &str = "
+table inet fw {
+    set friends { type ipv4_addr; flags interval; elements = { 198.51.100.50-198.51.100.60, 203.0.113.0/24 } }
+    set pairs { type ipv4_addr . inet_service; elements = { 198.51.100.9 . 80 } }
+    set seen { type ipv4_addr; flags dynamic; }
+    set seen6 { type ipv6_addr; flags dynamic; }
+    map tiers { type ipv4_addr : verdict; elements = { 198.51.100.8 : jump strict } }
+    chain strict { ct state new ct count over 2 drop; }
+    chain input {
+        type filter hook input priority 0; policy accept;
+        ip saddr @friends accept
+        ip saddr . tcp dport @pairs accept
+        ether saddr 02:00:00:00:00:99 drop
+        tcp dport 80 ip saddr vmap @tiers
+        ip saddr 198.51.100.0/24 tcp dport 80 ct state new add @seen { ip saddr ct count over 3 } drop
+        ip6 saddr 2001:db8:1::/64 tcp dport 80 ct state new add @seen6 { ip6 saddr ct count over 3 } drop
+    }
+}
+";
+
+#[test]
+fn native_rules_of_a_report_are_played_as_on_its_host() {
+    let Some(scene) = Scene::new(Limiter::Nothing) else { return };
+    scene.lab.server.sysctl("net/netfilter/nf_conntrack_tcp_timeout_close_wait", "3600");
+    // Entries are made from the first connection on.
+    scene.lab.server.feed("nft -f -", "table inet see { chain in {\ntype filter hook input priority 5\nct state invalid drop\n}\n}\n");
+    let mut conns = Vec::new();
+    for source in [CLIENT, "198.51.100.55", "198.51.100.8", "198.51.100.9", "2001:db8:1::7"] {
+        conns.extend(scene.lab.peer(source).hold(80, LIMIT + 2));
+    }
+    scene.lab.half_close(&mut conns[0]);
+    scene.lab.server.feed("nft -f -", NATIVE);
+    let folder = tempfile::tempdir().expect("a folder");
+    let here = audit(&scene, &[]);
+    let over = |of: &str| {
+        here["sources"]
+            .as_array()
+            .is_some_and(|all| all.iter().any(|it| it["source"] == of && it["over_limit"] == true))
+    };
+    let are = [&format!("{CLIENT}/32"), "198.51.100.55/32", "198.51.100.8/32", "198.51.100.9/32"]
+        .map(over);
+    assert_eq!(are, [true, false, true, false], "{here:#}");
+    for args in [&[][..], &["--anonymous"]] {
+        let (text, path) = written(&scene, &folder, args);
+        let report = audit(&scene, &["--report", &path]);
+        assert_eq!(told(&report), told(&here), "{text}");
+        let limits = |of: &Value| of["layers"]["limiter"]["rules"].as_array().map(Vec::len);
+        assert_eq!(limits(&report), limits(&here));
+        let is_open = |what: &Value| what["id"] == "rules-unread";
+        let findings = report["layers"]["limiter"]["findings"].as_array().expect("findings");
+        assert!(!findings.iter().any(is_open), "{findings:#?}");
+        for ours in
+            ["198.51.100.", "203.0.113.", "2001:db8:1:", "02:00:00:00:00:99", "020000000099"]
+        {
+            assert!(args.is_empty() || !text.contains(ours), "{ours} is in:\n{text}");
+        }
+    }
+}
+
 /// Of tables that are too large the same connections are left out of both.
 #[test]
 fn what_is_left_out_is_left_out_of_both_tables() {
@@ -147,10 +208,13 @@ fn a_report_says_what_it_does_not_have() {
         assert!(text.contains(&format!("\n== {section} ==\n")), "no {section} in:\n{text}");
     }
     assert!(text.contains("== history ==\nnot read: ") || text.contains("== history ==\nTIME"));
-    // The limit of a native table can be seen, and is not played.
+    // Without its rules it says so; a limit can be named.
     assert!(text.contains("ct count over 3"), "{text}");
+    let start = text.find("== rules ==").expect("rules");
+    let end = text.find("== nft list ruleset ==").expect("rules as nft prints them");
+    fs::write(&path, [&text[..start], &text[end..]].concat()).expect("a file");
     let (code, out, err) = scene.ctkeep(&["audit", "--report", &path]);
-    assert!(code < 2 && out.contains("table inet scene"), "{code} {out}{err}");
+    assert!(code < 2 && out.contains("the report has no rules"), "{code} {out}{err}");
     let named = audit(&scene, &["--report", &path, "--limit", "2"]);
     assert_eq!(named["sources"][0]["over_limit"], true, "{named}");
     // What is no report is refused.

@@ -30,6 +30,8 @@ pub struct Entries {
     pub is_part: bool,
     /// The tool's last line says that the table is empty.
     pub is_empty_table: bool,
+    /// They are those of a report: no filter has left any out, and the kernel's flags of each are known.
+    pub is_of_report: bool,
     /// The tool's own words where it failed.
     pub failure: Option<(usize, String)>,
 }

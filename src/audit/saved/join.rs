@@ -61,8 +61,10 @@ impl Saved {
         let homes = Homes::of(&self.sockets.values);
         snapshot.views.retain(|view| view.socket.is_some() || homes.contain(view));
         notes.extend(self.leave_out(&mut snapshot.views));
-        notes.extend(unknown_direction(snapshot.views.iter(), &scope));
-        if self.entries.mentioned.is_none() {
+        if !self.entries.is_of_report {
+            notes.extend(unknown_direction(snapshot.views.iter(), &scope));
+        }
+        if self.entries.mentioned.is_none() && !self.entries.is_of_report {
             notes.extend(without_any_entry(snapshot.views.iter()));
             notes.extend(self.in_one_state(snapshot.views.iter()));
         }
