@@ -5,10 +5,12 @@ use std::{env, fmt};
 
 use nix::sys::stat::fstat;
 use tracing::{Event, Level, Subscriber};
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::Targets;
 use tracing_subscriber::fmt::format::{Format, Full, Writer};
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
+use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::registry::LookupSpan;
+use tracing_subscriber::util::SubscriberInitExt;
 
 use super::args::{Cli, Command, LogFormat};
 use crate::error::{Error, Result};
@@ -19,8 +21,8 @@ use crate::error::{Error, Result};
 /// # Errors
 /// `CTKEEP_LOG` is no filter: a usage error.
 pub(super) fn start(cli: &Cli) -> Result<()> {
-    let log = tracing_subscriber::fmt()
-        .with_env_filter(filter(cli)?)
+    let registry = tracing_subscriber::registry().with(filter(cli)?);
+    let log = tracing_subscriber::fmt::layer()
         .with_writer(io::stderr)
         .with_ansi(io::stderr().is_terminal() && env::var_os("NO_COLOR").is_none())
         .with_target(false);
@@ -29,14 +31,14 @@ pub(super) fn start(cli: &Cli) -> Result<()> {
         _ => LogFormat::Text,
     };
     match form {
-        LogFormat::Text => log.init(),
-        LogFormat::Json => log.json().with_span_list(false).init(),
-        LogFormat::Journald => log.event_format(Journal::new()).init(),
+        LogFormat::Text => registry.with(log).init(),
+        LogFormat::Json => registry.with(log.json().with_span_list(false)).init(),
+        LogFormat::Journald => registry.with(log.event_format(Journal::new())).init(),
     }
     Ok(())
 }
 
-fn filter(cli: &Cli) -> Result<EnvFilter> {
+fn filter(cli: &Cli) -> Result<Targets> {
     let level = match (cli.verbose, &cli.command) {
         (0, Command::Run(_)) => "info",
         (0, _) => "warn",
@@ -45,7 +47,8 @@ fn filter(cli: &Cli) -> Result<EnvFilter> {
     };
     let wanted = env::var("CTKEEP_LOG").ok().filter(|wanted| !wanted.is_empty());
     let wanted = wanted.as_deref().unwrap_or(level);
-    EnvFilter::try_new(wanted)
+    wanted
+        .parse()
         .map_err(|error| Error::usage("CTKEEP_LOG", format!("'{wanted}' is no filter: {error}")))
 }
 
