@@ -5,14 +5,16 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::Foundation;
 use super::control::{Control, Lead};
 use super::members::Members;
 use super::threads::{prefer_realtime, sleep};
 use super::worker::Worker;
 use crate::error::Result;
-use crate::host::instance;
 use crate::host::netns::Namespace;
+use crate::host::{instance, sysctl};
 use crate::metrics::{GuardMetrics, OWN};
+use crate::recount::{Mode, Recount, Recounter};
 use crate::shield::{self, Program};
 
 /// How long to wait for a namespace that has vanished to come back, from look to look.
@@ -215,4 +217,24 @@ pub(super) fn name(namespace: &Namespace) -> String {
 enum Ended {
     Stopped,
     NamespaceChanged,
+}
+
+/// Makes what recount needs, and says what that is.
+pub(super) fn open_recounter(foundation: &Foundation, now: Instant) -> Result<Option<Recounter>> {
+    let Foundation { recount, device, dry_run, .. } = foundation;
+    if *dry_run || *recount == Mode::Off {
+        return Ok(None);
+    }
+    let recounter = Recounter::open(*recount, device, now)?;
+    for shortfall in recounter.iter().flat_map(Recounter::shortfalls) {
+        tracing::warn!(reason = shortfall, "recount by fewer routes than wanted");
+    }
+    let routes = recounter.as_ref().map(Recounter::routes).unwrap_or_default();
+    tracing::info!(
+        recount = ?routes.iter().map(|route| route.name()).collect::<Vec<_>>(),
+        seal = recounter.as_ref().is_some_and(Recount::can_seal),
+        tcp_loose = sysctl::conntrack("nf_conntrack_tcp_loose"),
+        "opened"
+    );
+    Ok(recounter)
 }

@@ -1,40 +1,36 @@
 //! One guarded conntrack table: waits for what is to be done, hands it to the [`Keeper`], publishes
 //! what came of it.
 
+mod answer;
+mod wait;
+
 use std::collections::HashMap;
-use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use nix::poll::{PollFd, PollFlags};
-
-use super::control::{Control, Lead};
+use super::control::Control;
 use super::desk::Desk;
 use super::ends::SocketEnds;
+use super::guard;
 use super::members::Members;
 use super::overload::Overloads;
 use super::reader::Reader;
 use super::rules::Rules;
 use super::survey;
-use super::threads::{cpu_time, wait_for};
-use super::{Foundation, Live, OnExit};
+use super::threads::cpu_time;
+use super::{Live, OnExit};
 use crate::audit::survey::{Survey, SweepResult};
 use crate::conntrack::TcpState;
 use crate::error::{Error, Result};
 use crate::firewall::Ruleset;
 use crate::host::counters::Cookies;
-use crate::host::{instance, random, sysctl};
+use crate::host::{random, sysctl};
 use crate::metrics::{GuardMetrics, instant_of};
 use crate::reconcile::keeper::{Depth, Keeper, Sweep};
-use crate::reconcile::ledger::Held;
 use crate::reconcile::observe::Tables;
-use crate::recount::{Mode, Recount, Recounter};
 use crate::shield;
 use crate::sockdiag::States;
-
-/// A worker has a turn at least so often, for its signs of life.
-const TURN: Duration = Duration::from_secs(1);
 
 /// Containers that come within this time are looked at together: their servers may have had connections
 /// already.
@@ -43,16 +39,7 @@ const NEWCOMERS: Duration = Duration::from_millis(200);
 /// Asking limits may cost this share of a core.
 const CHECKS: u32 = 20;
 
-/// What there is to read.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Ready {
-    events: bool,
-    devices: bool,
-    question: bool,
-    rules: bool,
-    members: bool,
-    ends: bool,
-}
+use wait::Ready;
 
 pub(super) struct Worker<'p> {
     pub(super) keeper: Keeper,
@@ -79,7 +66,7 @@ impl<'p> Worker<'p> {
         share: GuardMetrics,
     ) -> Result<Self> {
         let (foundation, live, now) = (&control.foundation, control.live(), Instant::now());
-        let recounter = open_recounter(foundation, now)?;
+        let recounter = guard::open_recounter(foundation, now)?;
         let is_available = recounter.as_ref().is_none_or(|it| !it.ways().is_empty());
         let mut tables = Tables::open()?;
         if let Some(members) = members {
@@ -119,40 +106,6 @@ impl<'p> Worker<'p> {
             claim,
             sweep_failing,
         })
-    }
-
-    /// Sleeps until there is something to do.
-    pub(super) fn wait(&self, lead: &Lead) -> Result<Ready> {
-        let now = Instant::now();
-        let due = self.keeper.next_timeout().into_iter();
-        let due = due.chain(self.rules.as_ref().and_then(Rules::next_timeout));
-        let due = due.chain(self.overloads.next_timeout());
-        let due = due.chain(self.ends.next_timeout(now)).min();
-        let due = due.map(|due| due.saturating_duration_since(now));
-        // Signs of life and the namespaces want a turn now and then.
-        let time = due.unwrap_or(TURN).min(TURN);
-        let [events, packets] = self.desk.events.fds();
-        let sources = [
-            Some(lead.as_fd()),
-            events,
-            packets,
-            self.desk.shield.as_ref().map(AsFd::as_fd),
-            self.claim.as_ref().map(AsFd::as_fd),
-            self.rules.as_ref().map(AsFd::as_fd),
-            self.members.map(|members| members.wake.as_fd()),
-            self.ends.fd(now),
-            Some(self.reader.wake.as_fd()),
-        ];
-        let mut fds: Vec<_> = sources
-            .iter()
-            .flatten()
-            .map(|source| PollFd::new(*source, PollFlags::POLLIN))
-            .collect();
-        wait_for(&mut fds, time)?;
-        let mut answers = fds.iter().map(|fd| fd.any() != Some(false));
-        let [_, events, packets, devices, question, rules, members, ends, _] =
-            sources.map(|source| source.is_some() && answers.next() == Some(true));
-        Ok(Ready { events: events || packets, devices, question, rules, members, ends })
     }
 
     /// One turn of the loop. What fails is tried again, be it refused: the kernel has granted all of
@@ -282,34 +235,6 @@ impl<'p> Worker<'p> {
         Ok(())
     }
 
-    /// Lets the audit read what is held.
-    fn answer(&self) {
-        let Some(claim) = &self.claim else { return };
-        let now = Instant::now();
-        let age = |held: Held| (held.cookie.0, (now - held.since).as_secs());
-        let shield = self.desk.shield.as_ref().filter(|shield| shield.is_up());
-        let shield = shield.map(|shield| instance::Shielded {
-            ports: self.keeper.scope().ports.clone(),
-            is_whole: shield.is_whole(),
-        });
-        let containers = self.members.map(Members::are_looked_for);
-        let half_closed = self.desk.share.half_closed_since();
-        let half_closed = half_closed.map(|(cookie, since)| (cookie.0, (now - since).as_secs()));
-        let held = self.keeper.held().map(age);
-        let repairs = self.desk.repairs(now);
-        instance::answer(
-            claim,
-            instance::Said {
-                ages: &mut { held },
-                half_closed: &mut { half_closed },
-                repairs: &mut repairs.into_iter(),
-                level: self.keeper.ledger().pressure().level() as u64,
-                shield: shield.as_ref(),
-                containers,
-            },
-        );
-    }
-
     fn take_events(&mut self, now: Instant) -> Result<()> {
         let own = self.keeper.tables.conntrack.port();
         let mut suspects = HashMap::new();
@@ -427,26 +352,6 @@ fn know_rules(keeper: &mut Keeper, rules: &Rules) {
 fn rely_on_events(keeper: &mut Keeper, desk: &Desk<'_>) {
     keeper.rely_on_events(desk.events.longest_unseen());
     keeper.rely_on_syns(desk.quiet());
-}
-
-/// Makes what recount needs, and says what that is.
-fn open_recounter(foundation: &Foundation, now: Instant) -> Result<Option<Recounter>> {
-    let Foundation { recount, device, dry_run, .. } = foundation;
-    if *dry_run || *recount == Mode::Off {
-        return Ok(None);
-    }
-    let recounter = Recounter::open(*recount, device, now)?;
-    for shortfall in recounter.iter().flat_map(Recounter::shortfalls) {
-        tracing::warn!(reason = shortfall, "recount by fewer routes than wanted");
-    }
-    let routes = recounter.as_ref().map(Recounter::routes).unwrap_or_default();
-    tracing::info!(
-        recount = ?routes.iter().map(|route| route.name()).collect::<Vec<_>>(),
-        seal = recounter.as_ref().is_some_and(Recount::can_seal),
-        tcp_loose = sysctl::conntrack("nf_conntrack_tcp_loose"),
-        "opened"
-    );
-    Ok(recounter)
 }
 
 /// The timeout that the kernel itself gives an entry in this state.
