@@ -153,6 +153,7 @@ fn stopped_by(handle: Option<u64>) -> Asked {
         chain: "INPUT".to_owned(),
         rule: handle,
         is_drop: true,
+        is_queue: false,
     };
     Asked::Stopped(Trace { steps: vec![step], lacks: None })
 }

@@ -22,7 +22,7 @@ const LONGEST: Duration = Duration::from_secs(5);
 const TRIES: u32 = 64;
 /// Sources that wait. More are not asked for: their recounts stay "sent".
 const SOURCES: usize = 4096;
-/// Sources asked for at one turn, a millisecond each.
+/// Sources asked for at one turn, a millisecond each. One alone where a program holds questions up.
 const TOGETHER: usize = 16;
 /// A source is forgotten so long after its last try.
 const REMEMBERED: Duration = Duration::from_secs(60);
@@ -92,6 +92,7 @@ struct Check {
 #[derive(Clone, Debug, Default)]
 pub struct Checks {
     known: Arc<Limited>,
+    are_held_up: bool,
     sources: HashMap<IpAddr, Check>,
     /// Limits whose lists may be younger than what is open, each with a connection to ask for.
     samples: VecDeque<(LimitRule, Socket)>,
@@ -100,8 +101,14 @@ pub struct Checks {
 impl Checks {
     /// These limits count what is guarded here.
     pub fn know(&mut self, known: Limited) {
+        self.are_held_up = known.queues();
         self.known = Arc::new(known);
         self.samples.clear();
+    }
+
+    /// Whether a program may hold up what is sent to them.
+    pub fn are_held_up(&self) -> bool {
+        self.are_held_up
     }
 
     /// The limits, and their rules.
@@ -146,7 +153,7 @@ impl Checks {
         let due = self.sources.iter().filter(|(_, check)| is_due(check));
         let mut due: Vec<_> = due.map(|(source, check)| (check.due, *source)).collect();
         due.sort_unstable();
-        due.truncate(TOGETHER);
+        due.truncate(if self.are_held_up { 1 } else { TOGETHER });
         for (_, source) in &due {
             if let Some(check) = self.sources.get_mut(source) {
                 check.due = None;

@@ -162,6 +162,11 @@ pub trait Recount {
     /// The route is broken.
     fn nudge(&mut self, entry: &Entry, route: Route, now: Instant) -> Result<()>;
 
+    /// Rules hand packets to programs (NFQUEUE), or do not: a nudge may get to the limits later.
+    fn expect_queues(&mut self, are_there: bool) {
+        let _ = are_there;
+    }
+
     /// Sends one nudge by ingress, and sees whether it gets behind all rules.
     ///
     /// # Errors

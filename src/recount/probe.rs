@@ -46,6 +46,9 @@ const FORGOTTEN: u32 = 3;
 const LONG_AGO: Duration = Duration::from_millis(40);
 /// What a packet that is steered to another processor may take.
 const STEERED: Duration = Duration::from_millis(1);
+/// What a program may take for a packet that it has been handed (NFQUEUE); one that takes longer gives no
+/// answer.
+const QUEUED: Duration = Duration::from_millis(500);
 /// From one look for a probe to the next.
 const PAUSE: Duration = Duration::from_micros(500);
 /// Of the entries of probes; they are deleted long before.
@@ -330,7 +333,7 @@ impl Recounter {
         let asking = self.asking()?;
         loop {
             // Looked for behind each end, so that none is taken for stopped that has just arrived.
-            let is_over = sent.elapsed() >= STEERED;
+            let is_over = sent.elapsed() >= if trace.is_queued() { QUEUED } else { STEERED };
             if asking.has_arrived(port)? {
                 return Ok(Asked::LetIn);
             }

@@ -82,6 +82,8 @@ pub struct Recounter {
     names: HashMap<u32, String>,
     budget: Budget,
     tried: Vec<Tried>,
+    /// Whether programs may hold packets up.
+    are_held_up: bool,
     /// Opened at the first question.
     pub(super) asking: Option<Asking>,
     shortfalls: Vec<String>,
@@ -124,6 +126,7 @@ impl Recounter {
             names: HashMap::new(),
             budget: Budget::new(now),
             tried: Vec::new(),
+            are_held_up: false,
             asking: None,
             shortfalls: Vec::new(),
         };
@@ -185,6 +188,8 @@ impl Recounter {
         let of_route = || self.tried.iter().filter(|one| one.route == route);
         let counted = of_route().find(|one| one.verdict == Verdict::Counted);
         match counted {
+            // One that is held up meets the entry of another moment, or brings its own.
+            Some(_) if self.are_held_up => Some(Recipe::Fresh),
             Some(one) => Some(one.recipe),
             None if of_route().next().is_some()
                 && of_route().all(|one| one.verdict == Verdict::NotCounted) =>
@@ -398,6 +403,10 @@ impl Recount for Recounter {
             Route::Ingress => self.nudge_by_ingress(op, entry.orig),
             Route::Loopback => self.nudge_by_loopback(op, entry.orig),
         }
+    }
+
+    fn expect_queues(&mut self, are_there: bool) {
+        self.are_held_up = are_there;
     }
 
     fn show(&mut self, entry: &Entry, now: Instant) -> Result<Asked> {

@@ -16,6 +16,8 @@ use crate::nftables::{ChainSpec, Expr, Hook, Table, TableSpec, dump};
 const BEFORE_ALL: i32 = -450;
 /// Datagrams read at most: a probe meets some hundred rules.
 const LIMIT: usize = 65_536;
+/// Above it is the number of the queue (`NF_VERDICT_MASK`).
+const VERDICT_MASK: u64 = 0xff;
 /// `struct nfgenmsg`.
 const HEADER: usize = 4;
 
@@ -33,6 +35,11 @@ impl Trace {
     pub(super) fn is_dropped(&self) -> bool {
         self.steps.iter().any(|step| step.is_drop)
     }
+
+    /// Whether a program has been handed it.
+    pub(super) fn is_queued(&self) -> bool {
+        self.steps.iter().any(|step| step.is_queue)
+    }
 }
 
 /// A rule or policy that a packet met.
@@ -48,6 +55,8 @@ pub struct Step {
     pub rule: Option<u64>,
     /// The packet ends there.
     pub is_drop: bool,
+    /// A program of the host has it, and decides (NFQUEUE).
+    pub is_queue: bool,
 }
 
 /// Has the ways of probes reported, in one network namespace, for as long as it lives.
@@ -116,7 +125,9 @@ fn step(frame: Frame<'_>) -> std::result::Result<Option<Step>, DecodeError> {
                 for part in NlasIterator::new(value) {
                     let part = part?;
                     if part.kind() == NFTA_VERDICT_CODE {
-                        step.is_drop = number(part.value()) == u64::from(NF_DROP);
+                        let code = number(part.value());
+                        step.is_drop = code == u64::from(NF_DROP);
+                        step.is_queue = code & VERDICT_MASK == u64::from(NF_QUEUE);
                     }
                 }
             }

@@ -5,8 +5,8 @@ use crate::lab;
 use std::thread;
 use std::time::Duration;
 
-use crate::lab::rules::{CONNLIMIT, INPUT, chain, input};
-use crate::lab::{Lab, Peer, RawConn, wait_for};
+use crate::lab::rules::{CONNLIMIT, INPUT, chain, input, restore};
+use crate::lab::{Lab, Peer, Queue, RawConn, wait_for};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_ctkeep");
 const CLIENT: &str = "198.51.100.7";
@@ -85,6 +85,43 @@ fn what_a_rate_rule_before_the_limit_swallows_is_sent_again() {
             wait_for("the limit's answer", SOON, || daemon.logged(" recounted"));
         }
         Some(admitted_slowly(&peer))
+    };
+    let Some(without) = play(false) else { return };
+    assert_eq!(without, LIMIT, "the control");
+    assert_eq!(play(true), Some(0));
+}
+
+/// The first step of each repair is long over when its nudge gets to the limit.
+#[test]
+fn what_a_program_holds_up_before_the_limit_is_counted_again() {
+    const HELD_UP: Duration = Duration::from_millis(50);
+    let play = |guarded: bool| {
+        let lab = Lab::new()?;
+        let queued = "PREROUTING -p tcp --dport 80 -j NFQUEUE --queue-num 0";
+        let limit = format!("INPUT -p tcp --syn --dport 80 {CONNLIMIT} -j DROP");
+        let rules = restore("mangle", "PREROUTING", &[queued]) + &input(&[&limit]);
+        lab.server.feed("iptables-restore", &rules);
+        let _queue = Queue::hold_up(&lab.server, HELD_UP);
+        let _server = lab.serve("[::]:80");
+        let daemon = guarded.then(|| lab.daemon(PROGRAM, &["--shield", "off"]));
+        let peer = lab.peer(CLIENT);
+        let mut conns = peer.hold(80, LIMIT);
+        conns.iter_mut().for_each(|conn| lab.half_close(conn));
+        if let Some(daemon) = &daemon {
+            daemon.stop();
+        }
+        conns.iter().for_each(RawConn::stale_rst);
+        wait_for("closed entries", SOON, || !conns.iter().any(|conn| lab.is_alive(conn)));
+        // At the limit, which looks at its list then.
+        let looked = peer.syn_only(80);
+        thread::sleep(HELD_UP * 2);
+        looked.rst(0);
+        thread::sleep(HELD_UP * 2);
+        if let Some(daemon) = &daemon {
+            daemon.cont();
+            wait_for("the limit's answer", SOON, || daemon.logged(" recounted"));
+        }
+        Some(peer.admitted(80, TRIES))
     };
     let Some(without) = play(false) else { return };
     assert_eq!(without, LIMIT, "the control");

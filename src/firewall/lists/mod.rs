@@ -17,7 +17,7 @@ use self::legacy::Saved;
 use self::nft::{Identity, Numbers};
 use super::limits::{LimitRule, Limiter};
 use super::tracking::{Tracking, bears_on_tracking};
-use super::{Chain, Family, Match, Outcome, Rule, Ruleset, Step, nft_chains, parse_saved};
+use super::{Chain, Family, Hook, Match, Outcome, Rule, Ruleset, Step, nft_chains, parse_saved};
 use crate::error::{Cause, Op, Result};
 use crate::netlink::{Conversation, KernelSocket, Transport};
 
@@ -50,6 +50,18 @@ pub struct Limited {
     pub rules: Ruleset,
     /// The limits that are meant.
     pub limits: Vec<LimitRule>,
+}
+
+impl Limited {
+    /// Whether a rule hands what comes in to a program, before a limit perhaps.
+    pub fn queues(&self) -> bool {
+        let goes_out = |chain: &&Chain| {
+            let hook = chain.base.as_ref().map(|base| base.hook);
+            matches!(hook, Some(Hook::Output | Hook::Postrouting))
+        };
+        let chains = self.rules.chains.iter().filter(|chain| !goes_out(chain) && !chain.is_dormant);
+        chains.flat_map(|chain| &chain.rules).any(|rule| *rule.outcome() == Outcome::Queue)
+    }
 }
 
 /// What has been heard of since the lists were read before.

@@ -75,6 +75,9 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
     /// These limits count what is guarded here.
     pub fn know_limits(&mut self, known: Limited) {
         self.checks.know(known);
+        if let Some(recounter) = &mut self.recounter {
+            recounter.expect_queues(self.checks.are_held_up());
+        }
     }
 
     /// Has the lists of all limits tried: they may be younger than what is open. Nothing is changed
