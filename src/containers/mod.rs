@@ -65,7 +65,10 @@ pub fn join(sockets: &mut SockDiag) -> Result<usize> {
 
 /// The addresses of the interfaces of the calling thread's namespace, but for loopback's, which all
 /// namespaces have.
-fn addresses() -> Result<HashSet<IpAddr>> {
+///
+/// # Errors
+/// The kernel does not list them.
+pub fn addresses() -> Result<HashSet<IpAddr>> {
     let op = Op::new("list of addresses");
     let all = getifaddrs().map_err(|errno| op.io(errno.into()))?;
     let addr = |storage: nix::sys::socket::SockaddrStorage| {

@@ -9,13 +9,14 @@ use ipnet::IpNet;
 
 use super::Live;
 use super::threads::cpu_time;
+use crate::containers::addresses;
 use crate::error::Result;
 use crate::metrics::GuardMetrics;
 use crate::nftables::shared::Shape;
 use crate::overload::sets::{self, Sets};
 use crate::overload::{Changes, Marked, Overload, Place};
 use crate::reconcile::policy::{Policy, Scope};
-use crate::sockdiag::{SockDiag, States};
+use crate::sockdiag::{SockDiag, Socket, States};
 
 /// A look may cost this share of a core.
 const SHARE: u32 = 100;
@@ -131,7 +132,13 @@ impl Overloads {
             }
         }
         let states = live.overloads.iter().flat_map(|overload| overload.states.iter());
-        let all = sockets.sockets(States::from_iter(states))?;
+        let mut all = sockets.sockets(States::from_iter(states))?;
+        if sockets.members().len() > 0 {
+            // A proxy's, or a masquerade's: whose connection to the container it is does not show.
+            let own = addresses()?;
+            let is_of_member = |it: &Socket| sockets.is_of_member(it.local.addr());
+            all.retain(|it| !(own.contains(&it.remote.addr()) && is_of_member(it)));
+        }
         for (index, overload) in live.overloads.iter().enumerate() {
             let is_named = !overload.ports.is_empty();
             let over = overload.over(&all, |socket| {

@@ -376,3 +376,17 @@ fn clients_behind_a_masquerade_are_reported_and_measured_by_their_own_addresses(
     let (code, out, err) = scene.lab.ctkeep(CTKEEP, &["explain", &one, &other]);
     assert!(out.contains("198.51.100.7/32 holds 2 sockets, the rule sees 2"), "{code} {out}{err}");
 }
+
+/// The socket of the pod does not show whose it is, and nobody wants the node in a set of offenders.
+#[test]
+fn a_node_that_masquerades_is_no_overload() {
+    let Some(scene) = Scene::new(by_iptables(true, false, (NODE, NODE_PORT), 1)) else { return };
+    scene.lab.client.run("ip route add 10.1.0.0/16 via 192.0.2.1");
+    let args = ["--overload", "above=2 for=5s", "--sweep-interval", "200ms"];
+    let daemon = scene.lab.daemon(CTKEEP, &args);
+    let masqueraded = ["198.51.100.7", "198.51.100.8"].map(|it| scene.peer(it).hold(NODE_PORT, 2));
+    let direct = scene.lab.peer_to("198.51.100.9", "10.1.1.2").hold(INSIDE, 3);
+    wait_for("an overload", SOON, || daemon.logged("overload source=198.51.100.9"));
+    assert!(!daemon.logged("overload source=10.1.1.1"), "{}", daemon.log());
+    drop((masqueraded, direct));
+}
