@@ -5,6 +5,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::lab::guests::{Guest, INSIDE, LIMIT};
@@ -66,17 +67,27 @@ fn churn(time: Duration) {
     let (open, threads) = (process::descriptors_at_rest(pid), status(pid, "Threads"));
     let memory = status(pid, "VmRSS");
     let begun = Instant::now();
-    let (mut number, mut attacks, mut alive) = (0, 0, Vec::new());
-    let mut latest = Duration::ZERO;
-    while begun.elapsed() < time {
-        let due = begun + Duration::from_millis(100) * number;
-        std::thread::sleep(due.saturating_duration_since(Instant::now()));
-        alive.push(Passer::start(&lab, number));
-        if alive.len() > 3 {
-            alive.remove(0).end(&lab);
+    let (mut attacks, mut latest) = (0, Duration::ZERO);
+    let is_over = AtomicBool::new(false);
+    // They come and go whatever the attacks wait for.
+    let come_and_go = || {
+        let (mut number, mut alive) = (0, Vec::new());
+        // A test that fails waits for its threads.
+        while !is_over.load(Ordering::Relaxed) && begun.elapsed() < time + SOON * 2 {
+            let due = begun + Duration::from_millis(100) * number;
+            std::thread::sleep(due.saturating_duration_since(Instant::now()));
+            alive.push(Passer::start(&lab, number));
+            if alive.len() > 3 {
+                alive.remove(0).end(&lab);
+            }
+            number += 1;
         }
-        number += 1;
-        if begun.elapsed() > Duration::from_secs(2) * (attacks + 1) {
+        alive.into_iter().for_each(|one| one.end(&lab));
+        number
+    };
+    let number = std::thread::scope(|scope| {
+        let passers = scope.spawn(come_and_go);
+        while begun.elapsed() < time {
             attacks += 1;
             let peer = lab.peer(&format!("198.51.100.{attacks}"));
             let conns = bystander.half_closed(&peer);
@@ -84,20 +95,22 @@ fn churn(time: Duration) {
             conns.iter().for_each(RawConn::stale_rst);
             wait_for("repairs", SOON, || conns.iter().all(|conn| guests::is_counted(&lab, conn)));
             latest = latest.max(harmed.elapsed());
-            assert_eq!(peer.admitted(bystander.port, LIMIT), 0, "{number}: {}", daemon.log());
+            assert_eq!(peer.admitted(bystander.port, LIMIT), 0, "{attacks}: {}", daemon.log());
+            std::thread::sleep(Duration::from_secs(1));
         }
-    }
-    assert!(attacks > 0);
+        is_over.store(true, Ordering::Relaxed);
+        passers.join().expect("their number")
+    });
     eprintln!(
         "{number} containers in {:?}, {attacks} attacks, latest repair {latest:?}",
         begun.elapsed()
     );
-    alive.into_iter().for_each(|one| one.end(&lab));
     wait_for("their ends in the daemon", SOON, || process::descriptors(pid) <= open);
     assert_eq!(status(pid, "Threads"), threads, "threads");
     let now = status(pid, "VmRSS");
     assert!(now < memory + 4096, "{memory} KiB before, {now} KiB after");
-    assert!(latest < AT_ONCE * 2, "{latest:?}");
+    // Of which a loaded machine takes most to list the table.
+    assert!(latest < AT_ONCE * 5, "{latest:?}");
     let (ended, log) = daemon.term();
     assert!(ended.success() && !log.contains("ERROR") && !log.contains("WARN"), "{log}");
     assert!(log.lines().all(|line| line.len() < 500), "{log}");
