@@ -535,7 +535,7 @@ fn the_json_of_audit_keeps_its_contract() {
     });
     assert_has(&closed, &expected);
     let command = closed["command"].as_str().expect("a command");
-    assert!(command.starts_with("cli"), "{closed}");
+    assert!(command.starts_with("live"), "{closed}");
     assert!((1..=60).contains(&closed["entry_timeout_seconds"].as_u64().expect("seconds")));
     assert!(closed["inode"].as_u64().expect("an inode") > 0);
 
