@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crossterm::cursor::{Hide, MoveTo, Show};
 use crossterm::event::{Event, KeyCode, KeyEvent, KeyEventKind, KeyModifiers, poll, read};
@@ -14,13 +14,16 @@ use crossterm::terminal::{
 };
 use crossterm::{execute, queue};
 
+use nix::time::{ClockId, clock_gettime};
+
 use super::frame::{Line, Look, Size, frame, page};
 use super::model::{Key, Model, Screen, Wish};
 use super::rows::Seen;
 use crate::error::{Op, Result};
 use crate::flow::Connection;
 
-/// Looks may cost a tenth of a core: after each so many times its cost passes until the next.
+/// The program may cost a tenth of a core: after each look so many times of what has been used of a
+/// processor since the last one pass until the next. Sorting and drawing are in it, too.
 const REST: u32 = 9;
 /// From glance to glance at what has come from the thread that looks.
 const GLANCE: Duration = Duration::from_millis(100);
@@ -59,9 +62,9 @@ pub fn run(
 ) -> Result<()> {
     let op = Op::new("use the terminal");
     // Before the screen is taken: what is missing is said as everywhere.
-    let worked = Instant::now();
     model.take(look(Order::Now)?);
-    let mut cost = worked.elapsed();
+    let mut before = used();
+    let mut cost = before;
     let (orders, inbox) = mpsc::channel::<Order>();
     let (results, outbox) = mpsc::channel::<Result<Seen>>();
     thread::scope(|scope| {
@@ -76,9 +79,10 @@ pub fn run(
                     Err(RecvTimeoutError::Timeout) => Order::Now,
                     Err(RecvTimeoutError::Disconnected) => return,
                 };
-                let began = Instant::now();
                 let seen = look(order);
-                cost = began.elapsed();
+                let now = used();
+                cost = now.saturating_sub(before);
+                before = now;
                 if results.send(seen).is_err() {
                     return;
                 }
@@ -123,6 +127,11 @@ pub fn run(
         drop(orders);
         ended
     })
+}
+
+/// Time of a processor that this process has used, the kernel's on its behalf included.
+fn used() -> Duration {
+    clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
 }
 
 fn sized((width, height): (u16, u16)) -> Size {
