@@ -458,14 +458,20 @@ pub fn listener_gone(listeners: &[Socket], open: impl Iterator<Item = u16>) -> O
         .then(|| Finding::ok("listener-gone", format!("nothing listens any more on port {ports}")))
 }
 
-/// Open connections that conntrack does not look at; `ports` has the local port of each.
-pub fn untracked(ports: impl Iterator<Item = u16>) -> Option<Finding> {
-    let mut counts: BTreeMap<u16, usize> = BTreeMap::new();
-    for port in ports {
-        *counts.entry(port).or_default() += 1;
+/// Open connections that conntrack does not look at, by the local port and whether it is of IPv4.
+pub fn untracked(connections: impl Iterator<Item = (u16, bool)>) -> Option<Finding> {
+    let mut ports: BTreeMap<u16, bool> = BTreeMap::new();
+    let mut all = 0_usize;
+    for (port, ipv4) in connections {
+        *ports.entry(port).or_default() |= ipv4;
+        all += 1;
     }
-    let all: usize = counts.values().sum();
-    let ports: Vec<_> = counts.keys().map(u16::to_string).collect();
+    // Rules for IPv4 alone leave IPv6 untracked on the same port.
+    let name = |(port, ipv4): (&u16, &bool)| match ipv4 {
+        true => port.to_string(),
+        false => format!("{port} (of IPv6 clients)"),
+    };
+    let ports: Vec<_> = ports.iter().map(name).collect();
     (all > 0).then(|| {
         Finding::ok(
             "untracked",

@@ -5,7 +5,7 @@ use std::fmt;
 use serde::Serialize;
 
 /// Every identifier there is; docs/doctor.md has a section for each.
-pub const IDENTIFIERS: [&str; 49] = [
+pub const IDENTIFIERS: [&str; 50] = [
     "kernel",
     "privilege-net-admin",
     "privilege-net-raw",
@@ -27,6 +27,7 @@ pub const IDENTIFIERS: [&str; 49] = [
     "limit-forwarded",
     "limit-unseen",
     "limit-for-all",
+    "limit-one-family",
     "limit-dormant",
     "set-full",
     "limit-interface",

@@ -5,6 +5,7 @@ pub mod asked;
 pub mod checks;
 pub mod classes;
 pub mod cover;
+pub mod families;
 pub mod figures;
 pub mod finding;
 pub mod fronts;

@@ -13,6 +13,7 @@ use super::asked::Answered;
 use super::checks;
 use super::classes::Class;
 use super::cover::Coverage;
+use super::families::{self, Reached};
 use super::figures::Figures;
 use super::finding::Verdict;
 use super::fronts::{Front, fronts};
@@ -25,6 +26,7 @@ use crate::error::Result;
 use crate::firewall::limits::{LimitRule, Limiter};
 use crate::firewall::{Hook, Ruleset};
 use crate::flow::Connection;
+use crate::host::addresses::has_global_ipv6;
 use crate::host::instance::{self, DaemonStatus};
 use crate::reconcile::ledger::Ledger;
 use crate::reconcile::observe::Tables;
@@ -98,6 +100,8 @@ pub struct Seen {
     pub namespaces: usize,
     /// How many could not be looked into.
     pub unseen: usize,
+    /// Whether others can reach the host by IPv6.
+    pub has_ipv6: bool,
 }
 
 impl Seen {
@@ -151,6 +155,7 @@ impl Seen {
             behind,
             namespaces: tables.sockets.members().len(),
             unseen,
+            has_ipv6: has_global_ipv6(),
         };
         Ok((seen, scope))
     }
@@ -278,9 +283,19 @@ impl Report {
             let unheard = policy.unheard(&seen.listeners, scope, &seen.rules);
             layers.limiter.extend(checks::unheard(&unheard));
         }
-        layers
-            .limiter
-            .extend(checks::untracked(untracked.map(|it| it.view.connection.local.port())));
+        layers.limiter.extend(checks::untracked(untracked.map(|it| family(it.view.connection))));
+        let reached = Reached {
+            // Of saved tables what is open shows it.
+            by_ipv6: seen.has_ipv6
+                || snapshot.views.iter().any(|view| is_global_ipv6(view.connection)),
+            by_ipv4: snapshot
+                .views
+                .iter()
+                .map(|view| family(view.connection))
+                .filter_map(|(port, ipv4)| ipv4.then_some(port))
+                .collect(),
+        };
+        layers.limiter.extend(families::one_sided(limiter, &seen.rules, &listeners, &reached));
         Self {
             limit: request.limit,
             mask: measure.mask,
@@ -372,6 +387,18 @@ impl Report {
             "sources": sources,
             "layers": self.layers,
         })
+    }
+}
+
+/// The local port of a connection, and whether it is of IPv4.
+fn family(connection: Connection) -> (u16, bool) {
+    (connection.local.port(), connection.local.addr().is_ipv4())
+}
+
+fn is_global_ipv6(connection: Connection) -> bool {
+    match connection.local.addr() {
+        IpAddr::V6(addr) => !addr.is_loopback() && !addr.is_unicast_link_local(),
+        IpAddr::V4(_) => false,
     }
 }
 

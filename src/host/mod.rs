@@ -1,6 +1,7 @@
 //! The rest of the host: settings, counters, network namespaces, privileges,
 //! randomness.
 
+pub mod addresses;
 pub mod counters;
 pub mod instance;
 pub mod modules;

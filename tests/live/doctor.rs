@@ -36,6 +36,7 @@ fn a_host_that_is_set_up_well_has_nothing_bad() {
     }
     assert_eq!(verdicts(&report, "limit"), ["ok", "ok"], "one a family");
     assert_eq!(verdicts(&report, "daemon"), ["warn"]);
+    assert!(verdicts(&report, "limit-one-family").is_empty());
 }
 
 #[test]
@@ -54,6 +55,10 @@ fn what_keeps_a_limit_from_working_is_bad() {
     assert_eq!(verdicts(&report, "port-untracked"), ["bad"]);
     assert_eq!(verdicts(&report, "limit-shadowed"), ["bad"]);
     assert_eq!(verdicts(&report, "limit-without-syn"), ["warn"]);
+    // Port 82 is limited for IPv4 alone; that of 80 limits no client.
+    assert_eq!(verdicts(&report, "limit-one-family"), ["warn"]);
+    let what = texts(&report, "limit-one-family");
+    assert!(what.contains("port 82") && what.contains("not for those of IPv6"), "{what}");
 }
 
 #[test]
