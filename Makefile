@@ -104,8 +104,8 @@ containers-test: docker-test
 		libdevmapper1.02.1 slirp4netns libslirp0 passt && for package in *.deb; do dpkg -x $$package root && rm $$package; done
 	$(CARGO) test --locked --no-run --test live
 	$(AS_ROOT) env CTKEEP_PODMAN=$(CURDIR)/target/podman/root $(CARGO) test --locked --test live podman::
-	$(AS_ROOT) $(CARGO) test --locked --test live found:: -- --ignored --nocapture \
-		--test-threads 1
+	$(AS_ROOT) $(CARGO) test --locked --test live -- --ignored --nocapture --test-threads 1 \
+		found:: counted_once_whether
 
 check: cargo-deny
 	$(CARGO) fmt --check

@@ -11,6 +11,7 @@ use std::os::unix::fs::symlink;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::lab::guests::{self, Guest};
 use crate::lab::http::{self, Answer, samples};
 use crate::lab::{Lab, Namespace, wait_for};
 use crate::scene::{CLIENT, CTKEEP, LIMIT, Limiter, SOON, Scene};
@@ -347,6 +348,48 @@ fn the_figures_of_a_table_are_those_of_the_own_namespace() {
             && scraped["ctkeep_conntrack_table_entries_limit"] == limit
     });
     assert_eq!(scrape(&lab.server)["ctkeep_conntrack_tcp_loose"], 1.0);
+}
+
+/// One whose rules count is guarded in its own table, too; what looks at the figures sees its
+/// connections once, and nothing to be alarmed of.
+#[test]
+#[ignore = "deep sweeps that a debug build may make each 10 s: make containers-test"]
+fn connections_of_containers_are_counted_once_whether_these_count_themselves_or_not() {
+    let Some(lab) = Lab::new() else { return };
+    guests::limit(&lab);
+    lab.connlimit(80, 5);
+    let _server = lab.serve("0.0.0.0:80");
+    let (plain, limited) = (Guest::start(&lab, 1), Guest::start(&lab, 2));
+    limited.namespace.run(
+        "iptables -A INPUT -p tcp --syn --dport 8080 -m connlimit --connlimit-above 5 -j DROP",
+    );
+    let daemon = lab.daemon(CTKEEP, &EAGER);
+    wait_for("a guard inside", SOON, || daemon.log().matches(" ready ").count() == 2);
+    let peer = lab.peer(CLIENT);
+    let _held: Vec<_> =
+        [80, plain.port, limited.port].iter().flat_map(|port| peer.hold(*port, 1)).collect();
+    let sum = |scraped: &HashMap<String, f64>, begins: &str| -> f64 {
+        let of_it = scraped.iter().filter(|(name, _)| name.starts_with(begins));
+        of_it.map(|(_, value)| value).sum()
+    };
+    let seen = || {
+        let scraped = scrape(&lab.server);
+        let open =
+            |state| sum(&scraped, &format!("ctkeep_sockets{{family=\"ipv4\",state=\"{state}\"}}"));
+        (open("established"), scraped["ctkeep_source_connections_max{table=\"sockets\"}"])
+    };
+    wait_for("all of them", SOON, || seen() == (3.0, 3.0));
+    std::thread::sleep(Duration::from_secs(1));
+    assert_eq!(seen(), (3.0, 3.0));
+    let scraped = scrape(&lab.server);
+    for class in ["entry-missing", "entry-closed", "entry-reversed", "socket-missing"] {
+        assert_eq!(sum(&scraped, &format!("ctkeep_mismatches{{class=\"{class}\"")), 0.0, "{class}");
+    }
+    let alarming = "ctkeep_uncounted_connections ctkeep_late_repairs ctkeep_event_overruns ctkeep_sweep_errors";
+    for name in alarming.split_whitespace() {
+        assert_eq!(sum(&scraped, name), 0.0, "{name}");
+    }
+    assert_eq!(scraped["ctkeep_recount_available"], 1.0);
 }
 
 #[test]
