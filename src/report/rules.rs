@@ -200,7 +200,7 @@ pub fn read(text: &str) -> Ruleset {
                 let steps: Option<Vec<_>> = steps.into_iter().map(|it| step(it, &sets)).collect();
                 match (steps, rules.chains.last_mut()) {
                     (Some(steps), Some(chain)) => {
-                        chain.rules.push(Rule { position, handle, steps })
+                        chain.rules.push(Rule { position, handle, steps });
                     }
                     _ => lost += 1,
                 }
