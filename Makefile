@@ -64,7 +64,7 @@ reload-test: test-tools
 		for package in *.deb; do dpkg -x $$package firewalld && rm $$package; done
 	$(CARGO) test --locked --no-run --test live
 	$(AS_ROOT) env CTKEEP_UFW=$(CURDIR)/target/frontends/ufw CTKEEP_FIREWALLD=$(CURDIR)/target/frontends/firewalld \
-		CTKEEP_RELOADS=20 CTKEEP_STORM=30 $(CARGO) test --locked --test live reload:: -- --nocapture
+		CTKEEP_RELOADS=20 CTKEEP_STORM=30 $(CARGO) test --locked --test live reload:: -- --include-ignored --nocapture
 	$(AS_ROOT) $(CARGO) test --locked --test live large -- --ignored --nocapture
 
 # The daemon killed at a hundred moments of its work: what it has kept is there.

@@ -14,7 +14,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::lab::rules::{CONNLIMIT, CONNLIMIT6, INPUT, chain, input, restore};
-use crate::lab::{Lab, Namespace, Peer, RawConn, Server, process, wait_for};
+use crate::lab::{Daemon, Lab, Namespace, Peer, RawConn, Server, process, wait_for};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_ctkeep");
 const LIMIT: usize = 3;
@@ -91,14 +91,33 @@ fn admitted(
     let path = place.path();
     let arguments: &[&str] = if site.container { &["--netns", &path] } else { &[] };
     let daemon = with_ctkeep.then(|| lab.daemon(PROGRAM, arguments));
+    if let Some(daemon) = &daemon {
+        // That of the rules, not the container's.
+        wait_for("its guard", SOON * 2, || daemon.logged("guard{netns=\"\"}: ready"));
+    }
     for held in [&half_closed, &established].into_iter().filter(|_| site.limited) {
         assert_eq!(held.peer.admitted(80, 1), 0, "the limit holds before");
     }
+    let both = [&half_closed, &established];
+    let mut granted = [0; 2];
     for _ in 0..reloads() {
+        let before = daemon.as_ref().map_or(0, shown);
         reload(&lab.server);
-        thread::sleep(site.within);
+        if let Some(daemon) = &daemon {
+            thread::sleep(site.within);
+            // Later only on a machine that has no time for it; what legacy programs do shows nothing.
+            if site.within == COUNTED && shown(daemon) < before + 2 * LIMIT {
+                let late = Instant::now();
+                wait_for("recounts", SOON, || shown(daemon) >= before + 2 * LIMIT);
+                eprintln!("late by {:?}", late.elapsed());
+            }
+            let tried = both.map(|held| held.peer.open_promptly(80, TRIES).len());
+            granted = [granted[0] + tried[0], granted[1] + tried[1]];
+        }
     }
-    let granted = [&half_closed, &established].map(|held| held.peer.admitted(80, TRIES));
+    if !with_ctkeep {
+        granted = both.map(|held| held.peer.admitted(80, TRIES));
+    }
     if let Some(daemon) = daemon.filter(|_| granted != [0; 2]) {
         eprintln!("{}\n{}", daemon.log(), lab.server.output("iptables -S"));
     }
@@ -107,11 +126,17 @@ fn admitted(
 
 fn limit(site: Site) -> String {
     let count = if site.ipv6 { CONNLIMIT6 } else { CONNLIMIT };
-    if site.container {
-        format!("FORWARD -p tcp --syn --dport 8080 {count} -j DROP")
-    } else {
-        format!("INPUT -p tcp --syn --dport 80 {count} -j DROP")
-    }
+    let port = if site.container { 8080 } else { 80 };
+    format!("{} -p tcp --syn --dport {port} {count} -j DROP", chain_of(site))
+}
+
+/// Connections that were shown to limits so far.
+fn shown(daemon: &Daemon) -> usize {
+    daemon.log().matches("action=\"recount\"").count()
+}
+
+fn chain_of(site: Site) -> &'static str {
+    if site.container { "FORWARD" } else { "INPUT" }
 }
 
 fn tool(site: Site) -> &'static str {
@@ -153,36 +178,51 @@ fn the_limit_holds_over_a_restore_before_a_container() {
     holds_over(CONTAINER, connlimit(CONTAINER), save_and_restore(CONTAINER, ""));
 }
 
+/// Empties its chain, or takes the rule away; and adds it.
+fn add_anew(site: Site, empties: bool, add: &'static str) -> impl Fn(&Namespace) {
+    move |server| {
+        let (tool, rule) = (tool(site), limit(site));
+        let delete = if empties { format!("-F {}", chain_of(site)) } else { format!("-D {rule}") };
+        server.run(&format!("{tool} {delete}"));
+        server.run(&format!("{tool} {add} {rule}"));
+    }
+}
+
+fn change_number(site: Site) -> impl Fn(&Namespace) {
+    move |server| {
+        let (tool, rule) = (tool(site), limit(site));
+        let (chain, rest) = rule.split_once(' ').expect("a rule of a chain");
+        server.run(&format!("{tool} -R {chain} 1 {}", rest.replace("above 3", "above 4")));
+        server.run(&format!("{tool} -R {chain} 1 {rest}"));
+    }
+}
+
+/// Added without flush the first rule keeps its list: the second of the same kind is added, and
+/// then the first is taken away.
+fn add_once_more(site: Site) -> impl Fn(&Namespace) {
+    move |server| {
+        let (tool, chain) = (tool(site), chain_of(site));
+        let text = restore("filter", chain, &[&limit(site)]);
+        server.feed(&format!("{tool}-restore -n"), &text);
+        server.run(&format!("{tool} -D {chain} 1"));
+    }
+}
+
 #[test]
 fn the_limit_holds_when_the_rule_is_taken_away_and_added_anew() {
-    for (delete, add) in [("-F INPUT", "-A"), ("", "-A"), ("", "-I")] {
-        holds_over(HERE, connlimit(HERE), |server| {
-            let rule = limit(HERE);
-            let delete = if delete.is_empty() { format!("-D {rule}") } else { delete.to_owned() };
-            server.run(&format!("iptables {delete}"));
-            server.run(&format!("iptables {add} {rule}"));
-        });
+    for (empties, add) in [(true, "-A"), (false, "-A"), (false, "-I")] {
+        holds_over(HERE, connlimit(HERE), add_anew(HERE, empties, add));
     }
 }
 
 #[test]
 fn the_limit_holds_when_its_number_changes_and_changes_back() {
-    holds_over(HERE, connlimit(HERE), |server| {
-        let rule = limit(HERE);
-        let rest = rule.strip_prefix("INPUT ").expect("a rule of INPUT");
-        server.run(&format!("iptables -R INPUT 1 {}", rest.replace("above 3", "above 4")));
-        server.run(&format!("iptables -R INPUT 1 {rest}"));
-    });
+    holds_over(HERE, connlimit(HERE), change_number(HERE));
 }
 
-/// Added without flush the first rule keeps its list: the second of the same kind is added, and
-/// then the first is taken away.
 #[test]
 fn the_limit_holds_when_it_is_added_once_more_and_the_first_taken_away() {
-    holds_over(HERE, connlimit(HERE), |server| {
-        server.feed("iptables-restore -n", &input(&[&limit(HERE)]));
-        server.run("iptables -D INPUT 1");
-    });
+    holds_over(HERE, connlimit(HERE), add_once_more(HERE));
 }
 
 /// Added again, the second rule has a list of its own, and what is shown to it must pass the first, whose
@@ -217,49 +257,101 @@ fn a_list_behind_one_that_is_full_gets_what_is_open() {
     assert_eq!(play(true), [0; 2]);
 }
 
-fn set() -> String {
-    let rule = "tcp dport 80 ct state new add @web { ip saddr ct count over 3 } drop";
-    chain(INPUT, rule)
+fn rule_with_set(site: Site) -> String {
+    let (family, set) = if site.ipv6 { ("ip6", "web6") } else { ("ip", "web") };
+    let port = if site.container { 8080 } else { 80 };
+    format!("tcp dport {port} ct state new add @{set} {{ {family} saddr ct count over 3 }} drop")
+}
+
+fn set(site: Site) -> String {
+    if !site.container {
+        return chain(INPUT, &rule_with_set(site));
+    }
+    let dnat = "ip daddr 192.0.2.1 tcp dport 80 dnat to 10.0.0.2:8080";
+    chain("forward priority 0", &rule_with_set(site))
+        + &format!(
+            "table ip nat {{ chain in {{\n type nat hook prerouting priority -100;\n {dnat}\n }} }}\n"
+        )
+}
+
+fn load_set(site: Site) -> impl Fn(&Namespace) {
+    move |server| drop(server.feed("nft -f -", &set(site)))
+}
+
+fn flush_ruleset(site: Site) -> impl Fn(&Namespace) {
+    move |server| drop(server.feed("nft -f -", &format!("flush ruleset\n{}", set(site))))
+}
+
+fn flush_set(site: Site) -> impl Fn(&Namespace) {
+    let set = if site.ipv6 { "web6" } else { "web" };
+    move |server| server.run(&format!("nft flush set inet limits {set}"))
+}
+
+fn make_set_anew(site: Site) -> impl Fn(&Namespace) {
+    let (set, kind) = if site.ipv6 { ("web6", "ipv6_addr") } else { ("web", "ipv4_addr") };
+    move |server| {
+        let rule = rule_with_set(site);
+        let lines = format!(
+            "flush chain inet limits web_input\n\
+             delete set inet limits {set}\n\
+             add set inet limits {set} {{ type {kind}; flags dynamic; }}\n\
+             add rule inet limits web_input {rule}\n"
+        );
+        server.feed("nft -f -", &lines);
+    }
 }
 
 #[test]
 fn the_limit_holds_over_a_flush_of_the_ruleset() {
-    let load = |server: &Namespace| drop(server.feed("nft -f -", &set()));
-    holds_over(HERE, load, |server| {
-        server.feed("nft -f -", &format!("flush ruleset\n{}", set()));
-    });
+    holds_over(HERE, load_set(HERE), flush_ruleset(HERE));
 }
 
 #[test]
 fn the_limit_holds_over_a_flush_of_the_ruleset_over_ipv6() {
-    let rule = "tcp dport 80 ct state new add @web6 { ip6 saddr ct count over 3 } drop";
-    let load = |server: &Namespace| drop(server.feed("nft -f -", &chain(INPUT, rule)));
-    holds_over(OVER_IPV6, load, |server| {
-        server.feed("nft -f -", &format!("flush ruleset\n{}", chain(INPUT, rule)));
-    });
+    holds_over(OVER_IPV6, load_set(OVER_IPV6), flush_ruleset(OVER_IPV6));
 }
 
 #[test]
 fn the_limit_holds_over_a_flush_of_its_set() {
-    let load = |server: &Namespace| drop(server.feed("nft -f -", &set()));
-    holds_over(HERE, load, |server| server.run("nft flush set inet limits web"));
+    holds_over(HERE, load_set(HERE), flush_set(HERE));
 }
 
 #[test]
 fn the_limit_holds_when_its_set_is_made_anew() {
-    let load = |server: &Namespace| drop(server.feed("nft -f -", &set()));
-    holds_over(HERE, load, |server| {
-        let rule = "tcp dport 80 ct state new add @web { ip saddr ct count over 3 } drop";
-        server.feed(
-            "nft -f -",
-            &format!(
-                "flush chain inet limits web_input\n\
-                 delete set inet limits web\n\
-                 add set inet limits web {{ type ipv4_addr; flags dynamic; }}\n\
-                 add rule inet limits web_input {rule}\n"
-            ),
-        );
-    });
+    holds_over(HERE, load_set(HERE), make_set_anew(HERE));
+}
+
+/// Each way that the tests above do not go by this road.
+fn holds_over_every_other_way(site: Site) {
+    let ways: [(&str, Box<dyn Fn(&Namespace)>); 5] = [
+        ("-F, -A", Box::new(add_anew(site, true, "-A"))),
+        ("-D, -A", Box::new(add_anew(site, false, "-A"))),
+        ("-D, -I", Box::new(add_anew(site, false, "-I"))),
+        ("-R", Box::new(change_number(site))),
+        ("restore -n", Box::new(add_once_more(site))),
+    ];
+    for (name, way) in ways {
+        eprintln!("{name}");
+        holds_over(site, connlimit(site), way);
+    }
+    eprintln!("flush ruleset");
+    holds_over(site, load_set(site), flush_ruleset(site));
+    eprintln!("flush set");
+    holds_over(site, load_set(site), flush_set(site));
+    eprintln!("set made anew");
+    holds_over(site, load_set(site), make_set_anew(site));
+}
+
+#[test]
+#[ignore = "minutes: make reload-test"]
+fn the_limit_holds_over_every_other_way_over_ipv6() {
+    holds_over_every_other_way(OVER_IPV6);
+}
+
+#[test]
+#[ignore = "minutes: make reload-test"]
+fn the_limit_holds_over_every_other_way_before_a_container() {
+    holds_over_every_other_way(CONTAINER);
 }
 
 #[test]
@@ -519,6 +611,7 @@ fn streams_arrive_over(site: Site, target: &str) {
     let port = if site.container { "[::]:8080" } else { "[::]:80" };
     let listener = place.within(|| TcpListener::bind(port).expect("listener"));
     let daemon = lab.daemon(PROGRAM, arguments);
+    wait_for("its guard", SOON * 2, || daemon.logged("guard{netns=\"\"}: ready"));
     thread::scope(|scope| {
         let served = scope.spawn(|| {
             let streams = (0..STREAMS).map(|_| listener.accept().expect("a connection").0);
