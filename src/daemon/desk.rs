@@ -22,7 +22,7 @@ use crate::reconcile::pressure::Level;
 use crate::shield::{Program, Shield};
 use crate::sockdiag::Socket;
 use crate::watch::syns::Syns;
-use crate::watch::{Drained, Events, Wanted, nflog};
+use crate::watch::{Drained, Events, Memory, Wanted, nflog};
 
 /// Repairs that are remembered for [`Desk::repairs`]: as many as an attack has in a minute, in a
 /// megabyte or two.
@@ -539,6 +539,11 @@ fn wanted<'a>(
         name,
         group: foundation.nflog_group,
         ports,
-        memory: live.sweep_interval,
+        memory: Memory {
+            most: nflog::CLOSING,
+            // A sweep takes its time, and may come a little late.
+            long: live.deep_interval + live.deep_interval / 4,
+            brief: live.sweep_interval,
+        },
     }
 }

@@ -31,6 +31,9 @@ pub enum Expr {
     /// Load 0 for a packet of the direction that opened the connection, else 1 (1 byte); go on
     /// only if there is an entry. `ct direction`
     CtDirection,
+    /// Load the number of the packet's entry, which no other has, on the same tuple either (4 bytes);
+    /// go on only if there is an entry. `ct id`
+    CtId,
     /// Load the port that answers come from: the server's own, whatever the packet's was
     /// translated from (2 bytes); go on only if there is an entry. `ct reply proto-src`
     CtReplySource,
@@ -134,6 +137,7 @@ impl Expr {
             Self::CtState => ("ct", ct(NFT_CT_STATE)),
             Self::CtStatus => ("ct", ct(NFT_CT_STATUS)),
             Self::CtDirection => ("ct", ct(NFT_CT_DIRECTION)),
+            Self::CtId => ("ct", ct(NFT_CT_ID)),
             Self::CtReplySource => {
                 let mut data = ct(NFT_CT_PROTO_SRC);
                 data.push(nla(NFTA_CT_DIRECTION, &[IP_CT_DIR_REPLY]));

@@ -18,6 +18,8 @@ pub enum Field {
     InetProto = 12,
     /// A port.
     InetService = 13,
+    /// Four bytes of any meaning: nft has no type for the number of an entry that it loads again.
+    Mark = 19,
     /// The number of a device. Sets of them carry no note of their byte order (`udata`), so nft
     /// prints the bytes as if they were in network order: a number that it loads again anywhere,
     /// where a name would refuse the whole file on a host without that device.
@@ -30,7 +32,7 @@ impl Field {
         match self {
             Self::InetProto => 1,
             Self::InetService => 2,
-            Self::Ipv4Addr | Self::IfaceIndex => 4,
+            Self::Ipv4Addr | Self::Mark | Self::IfaceIndex => 4,
             Self::Ipv6Addr => 16,
         }
     }

@@ -140,6 +140,7 @@ pub(crate) const NFT_CT_SRC_IP: u32 = 19;
 pub(crate) const NFT_CT_DST_IP: u32 = 20;
 pub(crate) const NFT_CT_SRC_IP6: u32 = 21;
 pub(crate) const NFT_CT_DST_IP6: u32 = 22;
+pub(crate) const NFT_CT_ID: u32 = 23;
 
 pub(crate) const NFTA_PAYLOAD_DREG: u16 = 1;
 pub(crate) const NFTA_PAYLOAD_BASE: u16 = 2;

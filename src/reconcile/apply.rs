@@ -71,15 +71,21 @@ pub fn apply<T: Transport, R: Recount>(
 ) -> Result<Vec<Outcome>> {
     let mut outcomes = Vec::with_capacity(confirmed.actions().len());
     let hidden = hiding(confirmed.actions(), ledger);
-    let wanted = |actions: &[Action], hidden: &[Option<Hidden>], wanted: Hidden| -> Vec<_> {
-        let both = actions.iter().zip(hidden);
-        let of_kind = both.filter(|(_, hidden)| **hidden == Some(wanted));
-        // In both directions: conntrack also believes a peer that says to be the server.
-        let tuples = of_kind.flat_map(|(action, _)| [action.template.orig, action.template.reply]);
-        tuples.map(|tuple| (tuple, wanted)).collect()
+    // In both directions: conntrack also believes a peer that says to be the server.
+    let both = |action: &Action, hidden: Hidden| {
+        [action.template.orig, action.template.reply].map(|tuple| (tuple, hidden))
+    };
+    // What is hidden of a connection without entry is a stranger's to conntrack, and rules drop it.
+    let is_at_once = |action: &Action, hidden: Option<Hidden>| {
+        hidden == Some(Hidden::FinsAndRsts) && action.kind != ActionKind::Reinsert
     };
     for (actions, hidden) in confirmed.actions().chunks(CHUNK).zip(hidden.chunks(CHUNK)) {
-        let mut raised = raise(recounter, &wanted(actions, hidden, Hidden::FinsAndRsts), now);
+        let pairs = || actions.iter().zip(hidden.iter().copied());
+        let at_once = pairs().filter(|(action, hidden)| is_at_once(action, *hidden));
+        let at_once: Vec<_> =
+            at_once.flat_map(|(action, _)| both(action, Hidden::FinsAndRsts)).collect();
+        let mut raised = raise(recounter, &at_once, now);
+        let before = outcomes.len();
         let ways = actions.iter().zip(hidden).map(|(action, hidden)| {
             let cookie = action.view.socket.map(|socket| socket.cookie);
             if cookie.is_some_and(|cookie| known.on_list.contains(&cookie)) {
@@ -90,8 +96,16 @@ pub fn apply<T: Transport, R: Recount>(
         });
         let ways = ways.collect();
         apply_chunk(tables, recounter, actions, ways, policy, &mut outcomes, now)?;
-        // The first repair of a connection does not wait for it.
-        raised = raised.and(raise(recounter, &wanted(actions, hidden, Hidden::Fins), now));
+        // The first repair of a connection does not wait for it, and of one that failed nothing is hidden.
+        let done = outcomes.iter().skip(before).map(|outcome| outcome.result.is_ok());
+        let later = pairs()
+            .zip(done)
+            .filter(|((action, hidden), is_done)| *is_done && !is_at_once(action, *hidden));
+        let later: Vec<_> = later
+            .flat_map(|((action, hidden), _)| hidden.map(|it| both(action, it)))
+            .flatten()
+            .collect();
+        raised = raised.and(raise(recounter, &later, now));
         // The repair itself is done; that it may be undone again is told like a failed seal.
         if let (Err(error), Some(outcome)) = (raised, outcomes.last_mut()) {
             outcome.seal = Some(Err(error));

@@ -48,9 +48,20 @@ pub struct Wanted<'a> {
     pub group: u16,
     /// The local ports of the scope.
     pub ports: &'a HashSet<u16>,
-    /// How long a FIN is remembered: until the next sweep has taken note of connections that stay
-    /// half-closed.
-    pub memory: Duration,
+    /// Which FINs are remembered.
+    pub memory: Memory,
+}
+
+/// The FINs that are remembered.
+#[derive(Clone, Copy, Debug)]
+pub struct Memory {
+    /// So many, and as many more of each family briefly.
+    pub most: u32,
+    /// By their entries, until a deep sweep has found those that TCP has not taken.
+    pub long: Duration,
+    /// Where there is no room for that, by their tuples, until a sweep has taken note of connections that
+    /// stay half-closed. Not much longer: the next connection that uses the port is taken for the old one.
+    pub brief: Duration,
 }
 
 /// The event source in force.
@@ -132,7 +143,7 @@ impl Events {
     /// The source that was named cannot be had.
     pub fn open(wanted: Wanted<'_>) -> Result<Self> {
         let Wanted { source, name, group, ports, memory } = wanted;
-        let nflog = || Watch::open(name, group, ports, nflog::CLOSING, memory);
+        let nflog = || Watch::open(name, group, ports, memory);
         let alone = |error| {
             let what = "no packet log, conntrack events alone: what is dropped behind conntrack is \
                         left to the deep sweeps";

@@ -23,7 +23,7 @@ use super::nflog_table::{
     self, CLOSING_WORD, FULL, HELD4, HELD6, HOLDERS4, HOLDERS6, HURRY, OPENED, OPENS, PORTS, QUEUE,
     SPOOFED, TRANSLATED, Watched,
 };
-use super::{Drained, Suspect, tracking};
+use super::{Drained, Memory, Suspect, tracking};
 use crate::error::{Cause, Op, Result};
 use crate::flow::{Connection, FourTuple};
 use crate::netlink::{Conversation, KernelSocket, Request, drain};
@@ -62,8 +62,7 @@ pub struct Watch {
     next: Option<u32>,
     group: u16,
     ports: HashSet<u16>,
-    closing: u32,
-    memory: Duration,
+    memory: Memory,
     /// Ports some SYNs to which are logged.
     opened: HashSet<u16>,
     held: HashSet<Connection>,
@@ -78,21 +77,13 @@ impl Watch {
     /// Watches these ports of servers in or behind the network namespace of the calling thread, by
     /// `group` or one of those behind it, where another program has that.
     ///
-    /// `closing` is how many closing connections are remembered at once, [`CLOSING`] as a rule, and
-    /// `memory` for how long: until the caller has had time to name those that stay half-closed
-    /// ([`Watch::set_held`]), and not much longer, or the next connection that uses the port is
-    /// taken for the old one.
+    /// Of `memory` the number is [`CLOSING`] as a rule. The caller names those that stay half-closed
+    /// ([`Watch::set_held`]) in time.
     ///
     /// # Errors
     /// The kernel has no nf_tables or nfnetlink_log, all groups are taken, or `CAP_NET_ADMIN` is
     /// missing.
-    pub fn open(
-        name: &str,
-        group: u16,
-        ports: &HashSet<u16>,
-        closing: u32,
-        memory: Duration,
-    ) -> Result<Self> {
+    pub fn open(name: &str, group: u16, ports: &HashSet<u16>, memory: Memory) -> Result<Self> {
         let op = Op::new("open packet log");
         let mut connection = Conversation::new(KernelSocket::open(op, NETLINK_NETFILTER)?);
         let group = bind(&mut connection, op, group)?;
@@ -116,7 +107,6 @@ impl Watch {
             next: None,
             group,
             ports: ports.clone(),
-            closing,
             memory,
             opened: HashSet::new(),
             held: HashSet::new(),
@@ -132,8 +122,8 @@ impl Watch {
         if self.is_watching || !tracking::is_on() {
             return Ok(());
         }
-        let Self { group, closing, memory, .. } = *self;
-        let watched = Watched { group, ports: &self.ports, closing, memory, knows_own: true };
+        let Self { group, memory, .. } = *self;
+        let watched = Watched { group, ports: &self.ports, memory, knows_own: true };
         match self.table.rebuild(&nflog_table::layout(watched)) {
             // Others may be built without nft_fib.
             Err(error) if matches!(error.errno(), Some(Errno::ENOENT | Errno::EOPNOTSUPP)) => {

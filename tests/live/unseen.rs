@@ -48,7 +48,12 @@ struct Attack {
 
 impl Scene {
     fn new(attack: Attack, args: Option<&[&str]>) -> Option<Self> {
+        Self::prepared(attack, args, |_| {})
+    }
+
+    fn prepared(attack: Attack, args: Option<&[&str]>, prepare: impl Fn(&Lab)) -> Option<Self> {
         let lab = Lab::new()?;
+        prepare(&lab);
         lab.connlimit(PORT, u32::try_from(attack.limit).expect("a small limit"));
         attack.dropped.install(&lab, PORT);
         let server = lab.serve("[::]:80");
@@ -206,10 +211,15 @@ fn no_rst_that_tcp_never_gets_frees_a_slot_of_many() {
 
 /// What an attacker does in each round, so many rounds, and how many sockets it has at their end: on the
 /// stock kernel, and with ctkeep by each way.
-fn contrast(source: &'static str, rounds: usize, round: impl Fn(&mut Scene) + Sync) -> Vec<usize> {
+fn contrast(
+    source: &'static str,
+    prepare: impl Fn(&Lab) + Sync,
+    rounds: usize,
+    round: impl Fn(&mut Scene) + Sync,
+) -> Vec<usize> {
     let attack = Attack { dropped: Dropped::LastRule, half_closed: false, source, limit: 3 };
     let play = |args: Option<&[&str]>| {
-        let mut scene = Scene::new(attack, args)?;
+        let mut scene = Scene::prepared(attack, args, &prepare)?;
         (0..rounds).for_each(|_| {
             round(&mut scene);
             thread::sleep(LONG_PAUSE / 10);
@@ -253,10 +263,15 @@ fn reset_in_the_handshake(scene: &mut Scene, dropped: Dropped) -> Vec<RawConn> {
 #[test]
 fn no_rst_in_the_handshake_frees_a_slot() {
     for (source, dropped) in [(ATTACKER, Dropped::SourceRoute), (ATTACKER6, Dropped::Md5)] {
-        let counts = contrast(source, 8, |scene| {
-            let begun = reset_in_the_handshake(scene, dropped);
-            begun.iter().for_each(RawConn::ack);
-        });
+        let counts = contrast(
+            source,
+            |_| {},
+            8,
+            |scene| {
+                let begun = reset_in_the_handshake(scene, dropped);
+                begun.iter().for_each(RawConn::ack);
+            },
+        );
         assert_bounded(&format!("{dropped:?} in the handshake"), &counts, 24);
     }
 }
@@ -266,8 +281,8 @@ fn no_rst_in_the_handshake_frees_a_slot() {
 #[test]
 fn no_rst_frees_a_slot_while_cookies_are_sent() {
     for source in [ATTACKER, ATTACKER6] {
-        let counts = contrast(source, 1, |scene| {
-            scene.lab.server.sysctl("net/ipv4/tcp_syncookies", "2");
+        let always = |lab: &Lab| lab.server.sysctl("net/ipv4/tcp_syncookies", "2");
+        let counts = contrast(source, always, 1, |scene| {
             let rounds = (0..8).map(|_| reset_in_the_handshake(scene, Dropped::LastRule));
             let begun: Vec<_> = rounds.flatten().collect();
             begun.iter().for_each(RawConn::ack);
@@ -286,23 +301,28 @@ fn a_syn_on_the_tuple_of_a_closed_entry_frees_no_slot() {
             ATTACKER => Dropped::SourceRoute,
             _ => Dropped::RoutingHeader,
         };
-        let counts = contrast(source, 8, |scene| {
-            scene.held.iter().for_each(RawConn::syn);
-            thread::sleep(APART);
-            for conn in &scene.held {
-                scene.attacker.send_packet(&rst.rst(conn));
-                conn.syn();
-            }
-            thread::sleep(Duration::from_millis(wait));
-            for conn in &scene.held {
-                conn.rst_at(100_000);
-                scene.attacker.send_packet(&rst.rst(conn));
-            }
-            let begun = (0..scene.limit).map(|_| scene.attacker.syn_only(PORT)).collect();
-            let new = scene.attacker.complete(begun, APART);
-            scene.held.extend(new);
-            thread::sleep(LONG_PAUSE / 3);
-        });
+        let counts = contrast(
+            source,
+            |_| {},
+            8,
+            |scene| {
+                scene.held.iter().for_each(RawConn::syn);
+                thread::sleep(APART);
+                for conn in &scene.held {
+                    scene.attacker.send_packet(&rst.rst(conn));
+                    conn.syn();
+                }
+                thread::sleep(Duration::from_millis(wait));
+                for conn in &scene.held {
+                    conn.rst_at(100_000);
+                    scene.attacker.send_packet(&rst.rst(conn));
+                }
+                let begun = (0..scene.limit).map(|_| scene.attacker.syn_only(PORT)).collect();
+                let new = scene.attacker.complete(begun, APART);
+                scene.held.extend(new);
+                thread::sleep(LONG_PAUSE / 3);
+            },
+        );
         assert_bounded(&format!("a SYN on the same tuple, {wait} ms"), &counts, 15);
     }
 }
@@ -312,26 +332,54 @@ fn a_syn_on_the_tuple_of_a_closed_entry_frees_no_slot() {
 #[test]
 fn an_answer_of_an_impostor_to_a_syn_frees_no_slot() {
     // The kernel's own is 60 s, two deep sweeps.
-    const FORGOTTEN: (&str, &str) = ("net/netfilter/nf_conntrack_tcp_timeout_syn_recv", "1");
-    let counts = contrast(ATTACKER, 4, |scene| {
-        scene.lab.server.sysctl(FORGOTTEN.0, FORGOTTEN.1);
-        // TCP answers the first; behind an answer conntrack has forgotten the SYN.
-        scene.held.iter().for_each(RawConn::syn);
-        thread::sleep(Duration::from_millis(5));
-        for conn in &scene.held {
-            conn.syn();
-            let Segment { seq, .. } = conn.segment(lab::SYN, 100_000);
-            let (source, destination) = (conn.server, conn.client);
-            let (ack, flags) = (seq.wrapping_add(1), lab::SYN | lab::ACK);
-            let answer = Segment { source, destination, seq: 1, ack, flags, payload: Vec::new() };
-            scene.attacker.send_packet(&answer.to_packet());
-        }
-        thread::sleep(Duration::from_millis(1100));
-        let begun = (0..scene.limit).map(|_| scene.attacker.syn_only(PORT)).collect();
-        let new = scene.attacker.complete(begun, Duration::from_millis(5));
-        scene.held.extend(new);
-    });
+    const TIMEOUT: &str = "net/netfilter/nf_conntrack_tcp_timeout_syn_recv";
+    let counts = contrast(
+        ATTACKER,
+        |lab| lab.server.sysctl(TIMEOUT, "1"),
+        4,
+        |scene| {
+            // TCP answers the first; behind an answer conntrack has forgotten the SYN.
+            scene.held.iter().for_each(RawConn::syn);
+            thread::sleep(Duration::from_millis(5));
+            for conn in &scene.held {
+                conn.syn();
+                let Segment { seq, .. } = conn.segment(lab::SYN, 100_000);
+                let (source, destination) = (conn.server, conn.client);
+                let (ack, flags) = (seq.wrapping_add(1), lab::SYN | lab::ACK);
+                let answer =
+                    Segment { source, destination, seq: 1, ack, flags, payload: Vec::new() };
+                scene.attacker.send_packet(&answer.to_packet());
+            }
+            thread::sleep(Duration::from_millis(1100));
+            let begun = (0..scene.limit).map(|_| scene.attacker.syn_only(PORT)).collect();
+            let new = scene.attacker.complete(begun, Duration::from_millis(5));
+            scene.held.extend(new);
+        },
+    );
     assert_bounded("an impostor's answer to a SYN", &counts, 9);
+}
+
+/// TCP keeps a FIN with a hole before it, and asks for what is missing each time; between the two the sweeps
+/// look for connections that the first has closed, and there are none.
+#[test]
+fn a_fin_that_comes_again_behind_a_hole_after_some_sweeps_frees_no_slot() {
+    for source in [ATTACKER, ATTACKER6] {
+        let counts = contrast(
+            source,
+            |_| {},
+            3,
+            |scene| {
+                scene.held.iter().for_each(|conn| conn.fin_at(50));
+                thread::sleep(Duration::from_millis(1200));
+                scene.held.iter().for_each(|conn| conn.fin_at(50));
+                thread::sleep(Duration::from_millis(20));
+                let begun = (0..scene.limit).map(|_| scene.attacker.syn_only(PORT)).collect();
+                let new = scene.attacker.complete(begun, Duration::from_millis(5));
+                scene.held.extend(new);
+            },
+        );
+        assert_bounded("a FIN twice behind a hole", &counts, 9);
+    }
 }
 
 /// A FIN that says to be the server's, then one of the client's that has a hole before it: to

@@ -5,17 +5,19 @@ use std::thread;
 use std::time::Duration;
 
 use crate::lab::{Lab, RawConn, holds_within, wait_for};
+use ctkeep::watch::Memory;
 use ctkeep::watch::nflog::Watch;
 
 const CTKEEP: &str = env!("CARGO_BIN_EXE_ctkeep");
 const SOON: Duration = Duration::from_secs(10);
 const SOURCE: &str = "198.51.100.7";
 
+const TIME: Duration = Duration::from_secs(3);
+const MEMORY: Memory = Memory { most: 16, long: TIME, brief: TIME };
+
 /// Every closing connection beyond what is remembered would be one that nobody hears of.
 #[test]
 fn a_table_of_closing_connections_that_is_full_says_so() {
-    const ROOM: u32 = 16;
-    const MEMORY: Duration = Duration::from_secs(3);
     let Some(lab) = Lab::new() else { return };
     lab.connlimit(80, 1000);
     let _server = lab.serve("0.0.0.0:80");
@@ -23,7 +25,7 @@ fn a_table_of_closing_connections_that_is_full_says_so() {
     let conns = peer.hold(80, 60);
     let mut watch = lab.server.within(|| {
         let ports = HashSet::from([80]);
-        Watch::open("ctkeep-test", 4711, &ports, ROOM, MEMORY).expect("a packet log")
+        Watch::open("ctkeep-test", 4711, &ports, MEMORY).expect("a packet log")
     });
     // Behind a hole: each connection can send many.
     let fins = |conns: &[RawConn]| conns.iter().for_each(|conn| conn.fin_at(50));
@@ -39,7 +41,7 @@ fn a_table_of_closing_connections_that_is_full_says_so() {
     let mut logged = HashSet::new();
     let mut note = |flow| logged.insert(flow);
     watch.drain(1000, |suspect| _ = note(suspect.connection)).expect("the log");
-    assert!((16..20).contains(&logged.len()), "{} FINs were logged", logged.len());
+    assert!((32..36).contains(&logged.len()), "{} FINs were logged", logged.len());
     let holds = holds_within(SOON, || {
         fins(some);
         let drained = watch.drain(1000, |_| {}).expect("the log");
@@ -80,7 +82,7 @@ fn a_group_that_is_taken_stands_in_nobodys_way() {
     let conns = lab.peer(SOURCE).hold(80, 3);
     let watch = |name| {
         let ports = HashSet::from([80]);
-        lab.server.within(|| Watch::open(name, 4711, &ports, 16, Duration::from_secs(3)))
+        lab.server.within(|| Watch::open(name, 4711, &ports, MEMORY))
     };
     let watches = ["ctkeep-one", "ctkeep-two"].map(|name| watch(name).expect("a packet log"));
     conns.iter().for_each(|conn| conn.rst(0));
