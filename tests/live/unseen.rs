@@ -382,6 +382,42 @@ fn a_fin_that_comes_again_behind_a_hole_after_some_sweeps_frees_no_slot() {
     }
 }
 
+/// Hosts shape what comes in by an ifb device: packets are late, and what conntrack makes of them is still
+/// a moment before what TCP does.
+#[test]
+fn no_rst_behind_a_shaper_frees_a_slot() {
+    // A packet takes 10 ms. There is no matchall in every kernel.
+    const SHAPER: [&str; 5] = [
+        "ip link add ifb0 type ifb",
+        "ip link set ifb0 up",
+        "tc qdisc add dev ifb0 root tbf rate 48kbit burst 120 latency 2s",
+        "tc qdisc add dev eth0 handle ffff: ingress",
+        "tc filter add dev eth0 parent ffff: protocol all u32 match u32 0 0 action mirred egress redirect dev ifb0",
+    ];
+    let shaped = |lab: &Lab| SHAPER.iter().for_each(|command| lab.server.run(command));
+    let counts = contrast(ATTACKER, shaped, 4, |scene| {
+        scene
+            .held
+            .iter()
+            .for_each(|conn| scene.attacker.send_packet(&Dropped::SourceRoute.rst(conn)));
+        let repaired = |daemon: &Daemon, conn: &RawConn| {
+            let (log, client) = (daemon.log(), format!("{} ", conn.client));
+            log.lines().any(|line| line.contains("revive") && line.contains(&client))
+        };
+        match &scene.daemon {
+            Some(daemon) => lab::wait_for("repairs", LONG_PAUSE * 60, || {
+                scene.held.iter().all(|conn| repaired(daemon, conn))
+            }),
+            None => thread::sleep(LONG_PAUSE),
+        }
+        let begun = (0..scene.limit).map(|_| scene.attacker.syn_only(PORT)).collect();
+        let new = scene.attacker.complete(begun, LONG_PAUSE);
+        scene.held.extend(new);
+    });
+    assert_bounded("a shaper", &counts, 9);
+    assert!(counts.iter().skip(1).all(|count| *count <= 4), "{counts:?}");
+}
+
 /// A FIN that says to be the server's, then one of the client's that has a hole before it: to
 /// conntrack both sides have closed, and the server's next ACK ends it.
 #[test]
