@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::lab::{self, Daemon, Lab, Peer, RawConn, Segment, Server};
+use crate::lab::{self, Daemon, Lab, Peer, Queue, RawConn, Segment, Server};
 use dropped::Dropped;
 
 const CTKEEP: &str = env!("CARGO_BIN_EXE_ctkeep");
@@ -48,12 +48,17 @@ struct Attack {
 
 impl Scene {
     fn new(attack: Attack, args: Option<&[&str]>) -> Option<Self> {
-        Self::prepared(attack, args, |_| {})
+        Self::prepared(attack, args, |_| {}).map(|(scene, ())| scene)
     }
 
-    fn prepared(attack: Attack, args: Option<&[&str]>, prepare: impl Fn(&Lab)) -> Option<Self> {
+    /// With what lives as long as the scene.
+    fn prepared<P>(
+        attack: Attack,
+        args: Option<&[&str]>,
+        prepare: impl Fn(&Lab) -> P,
+    ) -> Option<(Self, P)> {
         let lab = Lab::new()?;
-        prepare(&lab);
+        let prepared = prepare(&lab);
         lab.connlimit(PORT, u32::try_from(attack.limit).expect("a small limit"));
         attack.dropped.install(&lab, PORT);
         let server = lab.serve("[::]:80");
@@ -67,7 +72,8 @@ impl Scene {
             lab.daemon(CTKEEP, &all)
         });
         let Attack { source, limit, .. } = attack;
-        Some(Self { lab, _server: server, attacker, daemon, held: Vec::new(), source, limit })
+        let held = Vec::new();
+        Some((Self { lab, _server: server, attacker, daemon, held, source, limit }, prepared))
     }
 
     fn burst(&mut self, attack: Attack) {
@@ -211,15 +217,15 @@ fn no_rst_that_tcp_never_gets_frees_a_slot_of_many() {
 
 /// What an attacker does in each round, so many rounds, and how many sockets it has at their end: on the
 /// stock kernel, and with ctkeep by each way.
-fn contrast(
+fn contrast<P>(
     source: &'static str,
-    prepare: impl Fn(&Lab) + Sync,
+    prepare: impl Fn(&Lab) -> P + Sync,
     rounds: usize,
     round: impl Fn(&mut Scene) + Sync,
 ) -> Vec<usize> {
     let attack = Attack { dropped: Dropped::LastRule, half_closed: false, source, limit: 3 };
     let play = |args: Option<&[&str]>| {
-        let mut scene = Scene::prepared(attack, args, &prepare)?;
+        let (mut scene, _prepared) = Scene::prepared(attack, args, &prepare)?;
         (0..rounds).for_each(|_| {
             round(&mut scene);
             thread::sleep(LONG_PAUSE / 10);
@@ -395,7 +401,23 @@ fn no_rst_behind_a_shaper_frees_a_slot() {
         "tc filter add dev eth0 parent ffff: protocol all u32 match u32 0 0 action mirred egress redirect dev ifb0",
     ];
     let shaped = |lab: &Lab| SHAPER.iter().for_each(|command| lab.server.run(command));
-    let counts = contrast(ATTACKER, shaped, 4, |scene| {
+    assert_repaired_in_time("a shaper", shaped);
+}
+
+/// A program between conntrack and TCP holds each packet up for 50 ms.
+#[test]
+fn no_rst_that_a_program_holds_up_frees_a_slot() {
+    const HELD_UP: Duration = Duration::from_millis(50);
+    assert_repaired_in_time("NFQUEUE", |lab| {
+        let queued = "PREROUTING -p tcp --dport 80 -j NFQUEUE --queue-num 0";
+        lab.server.run(&format!("iptables -t mangle -A {queued}"));
+        Queue::hold_up(&lab.server, HELD_UP)
+    });
+}
+
+/// RSTs for all that is held, and, when what they closed has been repaired, as many SYNs as the limit.
+fn assert_repaired_in_time<P>(what: &str, prepare: impl Fn(&Lab) -> P + Sync) {
+    let counts = contrast(ATTACKER, prepare, 4, |scene| {
         scene
             .held
             .iter()
@@ -414,8 +436,8 @@ fn no_rst_behind_a_shaper_frees_a_slot() {
         let new = scene.attacker.complete(begun, LONG_PAUSE);
         scene.held.extend(new);
     });
-    assert_bounded("a shaper", &counts, 9);
-    assert!(counts.iter().skip(1).all(|count| *count <= 4), "{counts:?}");
+    assert_bounded(what, &counts, 9);
+    assert!(counts.iter().skip(1).all(|count| *count <= 4), "{what}: {counts:?}");
 }
 
 /// A FIN that says to be the server's, then one of the client's that has a hole before it: to
