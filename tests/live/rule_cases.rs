@@ -291,3 +291,40 @@ fn rules_that_see_nudges_are_named_with_what_follows() {
     assert!(found.iter().all(|(verdict, what)| *verdict == ok && what.contains("(recent)")));
     assert!(found.len() >= 2, "{found:#?}");
 }
+
+/// Rule sets as their programs and well-known pages have them: CSF, fail2ban, the set of javapipe,
+/// cPanel, OpenWrt's fw4 with a limit of the administrator.
+#[test]
+fn rule_sets_that_people_have_are_told_as_they_are() {
+    let told = |file: &str| {
+        let case = Case::load(file)?;
+        let findings = case.findings(&[80]).into_iter();
+        let mut wrong: Vec<_> =
+            findings.filter(|(_, it)| *it != Verdict::Ok).map(|(id, _)| id).collect();
+        wrong.sort_unstable();
+        let rules = case.limiter.rules.iter();
+        let told = rules.map(|rule| {
+            let before: Vec<_> = rule.before.iter().map(ToString::to_string).collect();
+            (rule.words(), before.join("; "))
+        });
+        Some((told.collect::<Vec<_>>(), wrong))
+    };
+    let one = |words: &str, before: &str, wrong: &[&'static str]| {
+        Some((vec![(words.to_owned(), before.to_owned())], wrong.to_vec()))
+    };
+    let csf = told("csf.rules");
+    if csf.is_none() {
+        return;
+    }
+    let friend = "what goes to any port, from 203.0.113.9/32, if not by lo; what comes in by lo";
+    let words = "at most 20 from each /32 to port 80, if not by lo";
+    assert_eq!(csf, one(words, friend, &["rule-sees-nudges"]));
+    assert_eq!(told("fail2ban.rules"), one("at most 30 from each /32 to port 80", "", &[]));
+    let words = "at most 111 from each /32 to any port";
+    assert_eq!(told("javapipe.rules"), one(words, "", &["limit-without-syn"]));
+    let words = "at most 15 from each /32 to port 80";
+    assert_eq!(told("cpanel.rules"), one(words, "everything to port 80", &["limit-shadowed"]));
+    let words = "at most 10 from each /32 to port 80, by eth0";
+    let before = "packets of established connections";
+    assert_eq!(told("openwrt-limit.nft"), one(words, before, &["rule-sees-nudges"]));
+}
