@@ -51,7 +51,9 @@ impl Queue {
                 while let Ok((datagram, _)) = socket.recv_from_full() {
                     held.extend(packet(&datagram).map(|id| (id, Instant::now() + delay)));
                 }
-                while let Some((id, _)) = held.pop_front_if(|(_, due)| *due <= Instant::now()) {
+                while held.front().is_some_and(|(_, due)| *due <= Instant::now())
+                    && let Some((id, _)) = held.pop_front()
+                {
                     let verdict = [NF_ACCEPT.to_be_bytes(), id].concat();
                     socket
                         .send(&message(NFQNL_MSG_VERDICT, NFQA_VERDICT_HDR, &verdict), 0)

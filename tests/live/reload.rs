@@ -323,7 +323,8 @@ fn the_limit_holds_when_its_set_is_made_anew() {
 
 /// Each way that the tests above do not go by this road.
 fn holds_over_every_other_way(site: Site) {
-    let ways: [(&str, Box<dyn Fn(&Namespace)>); 5] = [
+    type Reload = Box<dyn Fn(&Namespace)>;
+    let ways: [(&str, Reload); 5] = [
         ("-F, -A", Box::new(add_anew(site, true, "-A"))),
         ("-D, -A", Box::new(add_anew(site, false, "-A"))),
         ("-D, -I", Box::new(add_anew(site, false, "-I"))),
