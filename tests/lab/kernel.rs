@@ -48,6 +48,11 @@ pub fn stale_rst() -> i64 {
     if believes_rst(-5) { -5 } else { 6 }
 }
 
+/// 5.10 does not believe an RST in the window of a connection of TCP Fast Open before its handshake ends.
+pub fn believes_rst_before_the_handshake_ends() -> bool {
+    *VERSION >= (6, 1)
+}
+
 /// Since 5.12 an nftables table can belong to a process and be gone with it, however that ends.
 pub fn tables_have_owners() -> bool {
     *VERSION >= (5, 12)
