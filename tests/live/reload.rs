@@ -270,7 +270,7 @@ fn set(site: Site) -> String {
     let dnat = "ip daddr 192.0.2.1 tcp dport 80 dnat to 10.0.0.2:8080";
     chain("forward priority 0", &rule_with_set(site))
         + &format!(
-            "table ip nat {{ chain in {{\n type nat hook prerouting priority -100;\n {dnat}\n }} }}\n"
+            "table ip nat {{\nchain in {{\n type nat hook prerouting priority -100;\n {dnat}\n}}\n}}\n"
         )
 }
 
