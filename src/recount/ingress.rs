@@ -14,6 +14,7 @@ use tun_rs::{DeviceBuilder, Layer, SyncDevice};
 
 use crate::error::{Cause, Op, Result};
 use crate::rtnetlink::changes::Listener;
+use crate::rtnetlink::link::{Link, links};
 use crate::rtnetlink::neighbour::Mac;
 use crate::rtnetlink::tc::{Selector, TrafficControl};
 
@@ -31,6 +32,11 @@ const ETH_P_IPV6: u16 = 0x86dd;
 /// Interfaces that filters are there for. Filters of interfaces that have left are taken away with
 /// the whole device when there are more.
 const TARGETS: u16 = 1024;
+
+/// Interfaces whose filters are made with the device: later that would be in the middle of a first repair,
+/// and wait there for the lock of all network devices, which namespaces that go were seen to hold for
+/// half a second. There may be hundreds of interfaces, of which clients come in by a few.
+const READY: usize = 16;
 
 /// Where a packet is to come in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -107,7 +113,16 @@ impl Ingress {
         traffic.add_ingress(index).map_err(|error| {
             unavailable(format!("{name}: {error}; is the module missing (modprobe sch_ingress)?"))
         })?;
-        Ok(Self { device, index, traffic, listener, targets: HashMap::new(), next: 1 })
+        let mut ingress =
+            Self { device, index, traffic, listener, targets: HashMap::new(), next: 1 };
+        // Ports of a bridge or bond are entered by it.
+        let entered =
+            |link: &Link| !link.is_loopback && link.master.is_none() && link.index != index;
+        for link in links()?.iter().filter(|link| entered(link)).take(READY) {
+            // Tried again, and told, when a packet wants it.
+            let _ = ingress.id(link.index);
+        }
+        Ok(ingress)
     }
 
     /// What others have done to the device and to interfaces since the last look. An interface
