@@ -129,7 +129,7 @@ pub(super) fn layout(watched: Watched<'_>) -> TableSpec {
             ..set(PORTS, &[Field::InetService], None, None)
         },
         set(OPENED, &[Field::InetService], None, None),
-        set(CLOSING_ENTRIES, &[Field::Mark], Some(most), Some(long)),
+        set(CLOSING_ENTRIES, &[Field::CtId], Some(most), Some(long)),
         set(CLOSING4, key::TUPLE_V4, Some(most), Some(brief)),
         set(CLOSING6, key::TUPLE_V6, Some(most), Some(brief)),
         set(HELD4, key::TUPLE_V4, None, None),
