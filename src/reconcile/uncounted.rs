@@ -8,6 +8,7 @@ use std::collections::{HashSet, VecDeque};
 
 use super::snapshot::View;
 use crate::conntrack::Entry;
+use crate::firewall::Hook;
 use crate::firewall::limits::LimitRule;
 use crate::firewall::lists::{Anew, Loss};
 use crate::flow::Connection;
@@ -111,10 +112,13 @@ impl Uncounted {
     }
 }
 
-/// As far as the socket shows: rules before address translation see another port.
+/// As far as the socket shows: rules before address translation see another port, and rules for what is
+/// forwarded another client than the socket of a container where a masquerade is behind them.
 pub(super) fn may_be_for(rule: &LimitRule, socket: &Socket) -> bool {
     let (peer, port) = (socket.remote.addr(), socket.local.port());
-    rule.is_before_nat() && rule.family.covers(peer.is_ipv4()) || rule.covers(peer, port)
+    let is_forwarded = rule.hook == Hook::Forward && rule.matches.ports.contains(port);
+    rule.family.covers(peer.is_ipv4()) && (rule.is_before_nat() || is_forwarded)
+        || rule.covers(peer, port)
 }
 
 /// Whether a limit is for a connection with this entry.
@@ -189,6 +193,27 @@ mod tests {
         };
         assert!(uncounted.concerns(&view("192.0.2.1:80")));
         assert!(!uncounted.concerns(&view("192.0.2.1:81")));
+    }
+
+    #[test]
+    fn a_limit_for_what_is_forwarded_sees_the_client_before_a_masquerade() {
+        let mut uncounted = Uncounted::default();
+        let text = "*filter\n:FORWARD ACCEPT [0:0]\n-A FORWARD ! -s 198.51.100.0/24 -p tcp -m tcp \
+                    --dport 8080 -m connlimit --connlimit-above 3 -j DROP\nCOMMIT\n";
+        let chains = parse_saved(text, Family::Ip);
+        let rule = Limiter::of(&Ruleset { chains, ..Ruleset::default() }).rules.pop().unwrap();
+        uncounted.add([Anew { rule, loss: Loss::New }]);
+        let sockets = [socket("10.0.0.2:8080", 1), socket("10.0.0.2:8081", 2)];
+        assert_eq!(found(&mut uncounted, &sockets), [1]);
+        let connection = sockets[0].connection();
+        let view = |client: &str| {
+            let plain = Entry::plain(connection.received(), Zone::default());
+            let orig = FourTuple::new(client.parse().unwrap(), connection.local);
+            let entry = Some(Entry { orig, ..plain });
+            View { connection, socket: Some(sockets[0]), entry }
+        };
+        assert!(uncounted.concerns(&view("203.0.113.9:4000")));
+        assert!(!uncounted.concerns(&view("198.51.100.7:4000")), "a client of its own network");
     }
 
     #[test]
