@@ -23,6 +23,7 @@ const TRANSPARENT: u8 = 1 << 5;
 /// A listener.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Listener {
+    pub(super) socket: Socket,
     pub(super) family: u8,
     pub(super) port: u16,
     pub(super) is_mptcp: bool,
@@ -43,6 +44,7 @@ pub(super) fn listeners<T: Transport>(all: &mut Conversation<T>) -> Result<Vec<L
         let attributes = attributes(frame);
         let upon = attributes.nest(INET_DIAG_ULP_INFO);
         all.push(Listener {
+            socket,
             family: frame.payload.first().copied().unwrap_or_default(),
             port: socket.local.port(),
             is_mptcp: upon.and_then(|it| it.text(INET_ULP_INFO_NAME)).as_deref() == Some(MPTCP),

@@ -61,8 +61,13 @@ impl<T: Transport> Sockets<T> {
 
     /// All sockets in these states; some perhaps twice.
     pub(super) fn dump(&mut self, states: States) -> Result<Vec<Socket>> {
+        if self.asks_listeners && states == States::from_iter([State::Listen]) {
+            return self.follow_listeners();
+        }
         let mut all = self.dump_tcp(states)?;
-        if states.contains(State::CloseWait) || states.contains(State::Listen) {
+        if self.asks_listeners
+            && (states.contains(State::CloseWait) || states.contains(State::Listen))
+        {
             self.follow_listeners()?;
         }
         if states.contains(State::CloseWait) && self.uses_mptcp() {
@@ -71,13 +76,14 @@ impl<T: Transport> Sockets<T> {
         Ok(all)
     }
 
-    fn follow_listeners(&mut self) -> Result<()> {
-        if self.asks_listeners {
-            let listeners = listener::listeners(&mut self.conversation)?;
-            self.mptcp.follow(&listeners);
-            self.is_proxy = listeners.iter().any(|listener| listener.is_transparent);
-        }
-        Ok(())
+    /// All listeners; notes what they are besides.
+    fn follow_listeners(&mut self) -> Result<Vec<Socket>> {
+        let listeners = listener::listeners(&mut self.conversation).map_err(or_module_missing)?;
+        self.mptcp.follow(&listeners);
+        self.is_proxy = listeners.iter().any(|listener| listener.is_transparent);
+        let all: Vec<_> = listeners.into_iter().map(|listener| listener.socket).collect();
+        self.note_bound(&all);
+        Ok(all)
     }
 
     pub(super) fn is_proxy(&self) -> bool {
@@ -109,17 +115,17 @@ impl<T: Transport> Sockets<T> {
             all.extend(decode::socket(frame).map_err(|error| request.op.malformed(error))?);
             Ok(())
         });
-        let all = all.map_err(|error| match error.errno() {
-            // Without tcp_diag, and without inet_diag below it.
-            Some(Errno::ENOENT | Errno::EOPNOTSUPP) => module_missing(request.op),
-            _ => error,
-        })?;
+        let all = all.map_err(or_module_missing)?;
+        self.note_bound(&all);
+        Ok(all)
+    }
+
+    fn note_bound(&mut self, all: &[Socket]) {
         let bound = &mut self.bound;
         bound.extend(all.iter().map(|socket| socket.interface).filter(|bound| *bound != 0));
         while bound.len() > BOUND {
             bound.pop_first();
         }
-        Ok(all)
     }
 
     /// Looks up those of these connections that have not been found yet.
@@ -236,9 +242,15 @@ fn lookup_in<T: Transport>(
     })
 }
 
-fn module_missing(op: Op) -> Error {
-    op.failed(Cause::Unavailable(format!(
-        "the kernel has no TCP socket diagnosis ({:?}); load it: modprobe tcp_diag",
-        Errno::ENOENT
-    )))
+/// Names the module where a dump shows that it is missing: `tcp_diag`, or `inet_diag` below it.
+fn or_module_missing(error: Error) -> Error {
+    match error.errno() {
+        Some(Errno::ENOENT | Errno::EOPNOTSUPP) => {
+            Op::new("dump of TCP sockets").failed(Cause::Unavailable(format!(
+                "the kernel has no TCP socket diagnosis ({:?}); load it: modprobe tcp_diag",
+                Errno::ENOENT
+            )))
+        }
+        _ => error,
+    }
 }
