@@ -20,7 +20,7 @@ pub enum Field {
     /// A port.
     InetService = 13,
     /// The number of an entry: for nft an integer, of which it also wants to know what it is of
-    /// ([`note_of`]).
+    /// (`note_of`).
     CtId = 4,
     /// The number of a device. Sets of them carry no note of their byte order (`udata`), so nft
     /// prints the bytes as if they were in network order: a number that it loads again anywhere,
