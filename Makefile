@@ -13,7 +13,7 @@ STATIC = x86_64-unknown-linux-musl
 # Without root the live tests run in a user namespace, where the kernel allows it.
 AS_ROOT := $(if $(filter 0,$(shell id -u)),,unshare --user --map-root-user)
 
-# Live tests wait more than they work: four at a time, on two cores, take 17 minutes.
+# Live tests wait more than they work: four at a time, on two cores, take 13 minutes.
 TEST_THREADS ?= 4
 FUZZ_SECONDS ?= 60
 FUZZ_TARGETS = conntrack sockdiag netlink nflog ruleset saved options http
