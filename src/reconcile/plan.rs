@@ -129,8 +129,9 @@ impl fmt::Display for Reason {
             Self::EntryTakenAway => {
                 f.write_str("socket open, its peer has done away with the entry")
             }
-            Self::EntryClosed(state) => write!(f, "socket open, entry in {state}"),
-            Self::EntryBegunAnew(state) => write!(f, "socket open, entry in {state}"),
+            Self::EntryClosed(state) | Self::EntryBegunAnew(state) => {
+                write!(f, "socket open, entry in {state}")
+            }
             Self::EntryIdle(_) => f.write_str("idle, the kernel would forget it"),
             Self::EntryExpiring => f.write_str("socket open, entry about to expire"),
             Self::EntryReversed => f.write_str("entry picked up in the wrong direction"),

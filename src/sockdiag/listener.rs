@@ -25,7 +25,6 @@ const TRANSPARENT: u8 = 1 << 5;
 pub(super) struct Listener {
     pub(super) socket: Socket,
     pub(super) family: u8,
-    pub(super) port: u16,
     pub(super) is_mptcp: bool,
     pub(super) is_transparent: bool,
 }
@@ -46,7 +45,6 @@ pub(super) fn listeners<T: Transport>(all: &mut Conversation<T>) -> Result<Vec<L
         all.push(Listener {
             socket,
             family: frame.payload.first().copied().unwrap_or_default(),
-            port: socket.local.port(),
             is_mptcp: upon.and_then(|it| it.text(INET_ULP_INFO_NAME)).as_deref() == Some(MPTCP),
             is_transparent: is_transparent(attributes),
         });

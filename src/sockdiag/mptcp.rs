@@ -72,7 +72,8 @@ impl Mptcp {
     pub(super) fn follow(&mut self, listeners: &[Listener]) {
         if self.is_known {
             let of_it = listeners.iter().filter(|listener| listener.is_mptcp);
-            self.listening = of_it.map(|listener| (listener.family, listener.port)).collect();
+            let key = |it: &Listener| (it.family, it.socket.local.port());
+            self.listening = of_it.map(key).collect();
         }
     }
 

@@ -9,6 +9,8 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use wait::Ready;
+
 use super::control::Control;
 use super::desk::Desk;
 use super::ends::SocketEnds;
@@ -38,8 +40,6 @@ const NEWCOMERS: Duration = Duration::from_millis(200);
 
 /// Asking limits may cost this share of a core.
 const CHECKS: u32 = 20;
-
-use wait::Ready;
 
 pub(super) struct Worker<'p> {
     pub(super) keeper: Keeper,
