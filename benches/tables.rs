@@ -26,7 +26,7 @@ use ctkeep::recount::{Mode, Recounter};
 use ctkeep::sockdiag::{Lookup, SockDiag, Socket, State, States};
 use netlink_sys::protocols::{NETLINK_NETFILTER, NETLINK_SOCK_DIAG};
 
-use lab::{Lab, SERVER_V4};
+use lab::{Lab, SERVER_V4, passing};
 use report::Target;
 
 /// Half-closed sockets, from so many addresses.
@@ -52,12 +52,12 @@ fn main() {
     traffic::half_close(&lab, &mut server, 80, &sources, GUARDED);
     lab.server.within(|| {
         let mut bench = Bench::open();
-        bench.change(&traffic::passing(0..TABLE - GUARDED));
+        bench.change(&passing::entries(0..TABLE - GUARDED));
         bench.keep_alive();
         bench.sweep();
         bench.repair(&lab);
         bench.keep_alive();
-        bench.change(&traffic::passing(TABLE - GUARDED..WHOLE_TABLE - GUARDED));
+        bench.change(&passing::entries(TABLE - GUARDED..WHOLE_TABLE - GUARDED));
         bench.dump(&lab);
     });
     assert_eq!(server.held(), GUARDED, "the server's sockets");

@@ -5,12 +5,9 @@
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
-use std::ops::Range;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use ctkeep::conntrack::{Change, Conntrack, Entry, Insert, Status, TcpState, Zone};
-use ctkeep::flow::{Endpoint, FourTuple};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::unistd::Pid;
@@ -307,34 +304,6 @@ pub fn half_close(lab: &Lab, server: &mut Server, port: u16, sources: &[Ipv4Addr
             server.held() >= begun + opened
         });
     }
-}
-
-/// Inserts entries of connections that do not end here.
-pub fn fill(conntrack: &mut Conntrack, count: usize) {
-    // Some may be there already.
-    drop(conntrack.change(&passing(0..count)).expect("inserts"));
-}
-
-/// Entries of connections that do not end here, each number one.
-pub fn passing(numbers: Range<usize>) -> Vec<Change> {
-    const PORTS: usize = 20_000;
-    numbers
-        .map(|number| {
-            let host = u32::try_from(number / PORTS).expect("a small number");
-            let source = Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 0, 0, 0)) + host);
-            let port = u16::try_from(PORTS + number % PORTS).expect("a port");
-            let flow = FourTuple::new(
-                Endpoint::new(source.into(), port),
-                Endpoint::new(Ipv4Addr::new(203, 0, 113, 9).into(), 443),
-            );
-            Change::Insert(Insert {
-                like: Entry::plain(flow, Zone::default()),
-                state: TcpState::Established,
-                status: Status::ASSURED,
-                timeout: Duration::from_secs(3_600),
-            })
-        })
-        .collect()
 }
 
 /// Processor time that a process has used so far.

@@ -24,6 +24,7 @@ pub mod http;
 pub mod kernel;
 mod namespace;
 pub mod neighbour;
+pub mod passing;
 mod peer;
 pub mod process;
 mod queue;

@@ -1,0 +1,36 @@
+//! Entries of connections that do not end here: what fills a table.
+
+use std::net::Ipv4Addr;
+use std::ops::Range;
+use std::time::Duration;
+
+use ctkeep::conntrack::{Change, Conntrack, Entry, Insert, Status, TcpState, Zone};
+use ctkeep::flow::{Endpoint, FourTuple};
+
+/// Puts them into the table, those that it has a place for.
+pub fn fill(conntrack: &mut Conntrack, numbers: Range<usize>) {
+    // Some may be there already.
+    drop(conntrack.change(&entries(numbers)).expect("inserts"));
+}
+
+/// Entries of connections that do not end here, each number one.
+pub fn entries(numbers: Range<usize>) -> Vec<Change> {
+    const PORTS: usize = 20_000;
+    numbers
+        .map(|number| {
+            let host = u32::try_from(number / PORTS).expect("a small number");
+            let source = Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 0, 0, 0)) + host);
+            let port = u16::try_from(PORTS + number % PORTS).expect("a port");
+            let flow = FourTuple::new(
+                Endpoint::new(source.into(), port),
+                Endpoint::new(Ipv4Addr::new(203, 0, 113, 9).into(), 443),
+            );
+            Change::Insert(Insert {
+                like: Entry::plain(flow, Zone::default()),
+                state: TcpState::Established,
+                status: Status::ASSURED,
+                timeout: Duration::from_secs(3_600),
+            })
+        })
+        .collect()
+}
