@@ -10,6 +10,7 @@ mod budget;
 mod ingress;
 mod jiffy;
 mod loopback;
+mod pace;
 mod packet;
 mod probe;
 mod recounter;

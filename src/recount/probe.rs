@@ -10,11 +10,11 @@
 //! entry, so that it keeps its place, until one gets through no more. Then the entries are closed,
 //! which makes every processor throw them off, and deleted. docs/limiter.md draws it.
 
-use std::collections::HashMap;
 use std::net::IpAddr;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::pace::{FORGOTTEN, Pace};
 use super::packet::Purpose;
 use super::reply_filter::{IPPROTO_TCP, LAST, MagicSeq, TCP_SEQ};
 use super::trace::{Trace, Tracer};
@@ -39,11 +39,8 @@ const ROUNDS: u32 = 6;
 /// Kernels without the change to 64 (CVE-2026-45860) throw no more off a list at one sweep
 /// (`CONNCOUNT_GC_MAX_NODES`).
 const SWEPT: usize = 8;
-/// Jiffies after which every processor throws a tuple without an entry off a list, and one for the
-/// jiffy that has begun (`find_or_evict()`).
-const FORGOTTEN: u32 = 3;
-/// Longer than that, at the longest jiffy of 10 ms.
-const LONG_AGO: Duration = Duration::from_millis(40);
+/// A clock that stands still must not hold us.
+const WAITS: u32 = 100;
 /// What a packet that is steered to another processor may take.
 const STEERED: Duration = Duration::from_millis(1);
 /// What a program may take for a packet that it has been handed (NFQUEUE); one that takes longer gives no
@@ -100,8 +97,7 @@ pub(super) struct Asking {
     /// What reports the ways of probes; or why nothing does.
     tracer: std::result::Result<Tracer, String>,
     conntrack: Conntrack,
-    /// Whose lists may still have a probe, since when; a few at most, as older ones go.
-    recent: HashMap<IpAddr, Instant>,
+    pace: Pace,
     /// The next port, from the first of [`EPHEMERAL`].
     next: u16,
 }
@@ -153,7 +149,8 @@ impl Asking {
         let tracer = Tracer::open(name, marks)
             .map_err(|error| format!("the ways of probes are not reported: {error}"));
         let conntrack = Conntrack::open()?;
-        Ok(Self { table, tracer, conntrack, recent: HashMap::new(), next })
+        let pace = Pace::new(jiffy::length());
+        Ok(Self { table, tracer, conntrack, pace, next })
     }
 
     /// The way of the last probe.
@@ -178,12 +175,11 @@ impl Asking {
         }
     }
 
-    /// Waits until the list of this client has no probe any more: never more than one place is
-    /// taken.
-    fn await_forgotten(&mut self, client: IpAddr, now: Instant) {
-        self.recent.retain(|_, asked| now.saturating_duration_since(*asked) < LONG_AGO);
-        if self.recent.insert(client, now).is_some() {
-            await_forgotten();
+    /// Waits until no list has a probe any more that this client would meet.
+    fn await_turn(&mut self, client: IpAddr) {
+        for _ in 0..WAITS {
+            let Some(wait) = self.pace.wait(client, jiffy::now()) else { return };
+            thread::sleep(wait);
         }
     }
 
@@ -201,9 +197,13 @@ impl Recounter {
     /// The ingress route does not lead to the rules for this client.
     pub fn ask(&mut self, question: Question, now: Instant) -> Result<Asked> {
         let way = self.way_of(question, now)?;
-        self.asking()?.await_forgotten(question.client, now);
+        self.asking()?.await_turn(question.client);
         let port = self.unused_port_by(&way)?;
-        self.probe(&way, port)
+        let asked = self.probe(&way, port);
+        // Now, as the probe may have been held up.
+        let is_let_in = matches!(asked, Ok(Asked::LetIn));
+        self.asking()?.pace.asked(question.client, is_let_in, jiffy::now());
+        asked
     }
 
     /// How many more connections would be let in; no more than `most` are tried.
@@ -212,7 +212,7 @@ impl Recounter {
     /// As [`Self::ask`]; the conntrack table is full.
     pub fn room(&mut self, question: Question, most: u32, now: Instant) -> Result<Room> {
         let way = self.way_of(question, now)?;
-        self.asking()?.await_forgotten(question.client, now);
+        self.asking()?.await_turn(question.client);
         let mut last = None;
         for _ in 0..ROUNDS {
             let (more, trace) = self.fill(&way, most)?;

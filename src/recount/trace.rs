@@ -64,6 +64,8 @@ pub struct Step {
 pub(super) struct Tracer {
     socket: KernelSocket,
     datagram: Vec<u8>,
+    /// Which tables are our own.
+    nftables: Conversation<KernelSocket>,
     _table: Table,
 }
 
@@ -85,7 +87,10 @@ impl Tracer {
         };
         let layout = TableSpec { sets: Vec::new(), chains: vec![traced] };
         let table = Table::create(&format!("{name}-trace"), &layout)?;
-        Ok(Self { socket, datagram: Vec::new(), _table: table })
+        let op = Op::new("open nftables netlink");
+        // Kept: closing one waits for all processors.
+        let nftables = Conversation::new(KernelSocket::open(op, NETLINK_NETFILTER)?);
+        Ok(Self { socket, datagram: Vec::new(), nftables, _table: table })
     }
 
     /// What has been reported since it was read before, but of our own tables. The kernel reports
@@ -97,9 +102,10 @@ impl Tracer {
             steps.extend(step(frame)?);
             Ok(())
         })?;
-        let op = Op::new("open nftables netlink");
-        let mut asked = Conversation::new(KernelSocket::open(op, NETLINK_NETFILTER)?);
-        let tables = dump::tables(&mut asked)?.unwrap_or_default();
+        if steps.is_empty() {
+            return Ok(Trace::default());
+        }
+        let tables = dump::tables(&mut self.nftables)?.unwrap_or_default();
         let ours: Vec<_> = tables.into_iter().filter(|table| table.is_ours).collect();
         steps.retain(|step: &Step| !ours.iter().any(|table| table.name == step.table));
         Ok(Trace { steps, lacks: None })

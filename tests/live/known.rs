@@ -113,10 +113,9 @@ fn what_a_program_holds_up_before_the_limit_is_counted_again() {
         conns.iter().for_each(RawConn::stale_rst);
         wait_for("closed entries", SOON, || !conns.iter().any(|conn| lab.is_alive(conn)));
         // At the limit, which looks at its list then.
-        let looked = peer.syn_only(80);
-        thread::sleep(HELD_UP * 2);
+        let looked = peer.half_open(vec![peer.syn_only(80)], SOON).pop().expect("an answer");
         looked.rst(0);
-        thread::sleep(HELD_UP * 2);
+        wait_for("its end", SOON, || !lab.is_alive(&looked));
         if let Some(daemon) = &daemon {
             daemon.cont();
             wait_for("the limit's answer", SOON, || daemon.logged(" recounted"));
