@@ -7,7 +7,7 @@ use std::sync::RwLock;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::lab::{Daemon, Lab, Peer, RST, RawConn, Server, holds_within, wait_for};
+use crate::lab::{Daemon, Lab, Peer, RST, RawConn, Server, holds_within, kernel, wait_for};
 use etherparse::{IpFragOffset, Ipv4Header, Ipv4Options};
 
 const CTKEEP: &str = env!("CARGO_BIN_EXE_ctkeep");
@@ -119,7 +119,7 @@ impl Trick {
 
     fn play(self, peer: &Peer, conn: &mut RawConn) {
         match self {
-            Self::StaleRst => conn.rst_at(-6),
+            Self::StaleRst => conn.rst_at(stale()),
             Self::RstInWindow => conn.rst_at(100),
             Self::RstInTwoFragments => fragments(conn).iter().for_each(|p| peer.send_packet(p)),
             Self::RstWithIpOptions => peer.send_packet(&with_options(conn)),
@@ -130,17 +130,17 @@ impl Trick {
             }
             Self::FinAgainThenRst => {
                 conn.fin_at(-1);
-                conn.rst_at(-6);
+                conn.rst_at(stale());
             }
             // The server answers a SYN by a challenge ACK once in half a second.
             Self::SynThenRst => {
                 conn.syn();
                 conn.syn();
-                conn.rst_at(-6);
+                conn.rst_at(stale());
             }
             Self::HoleThenRst => {
                 conn.fin_at(50);
-                conn.rst_at(-6);
+                conn.rst_at(stale());
             }
             Self::HoleTwice => {
                 conn.fin_at(50);
@@ -158,14 +158,19 @@ impl Trick {
             }
             Self::FinThenRst => {
                 conn.fin_at(0);
-                conn.rst_at(-5);
+                conn.rst_at(stale() + 1);
             }
         }
     }
 }
 
+/// Away from the next byte, behind a FIN: an RST there is believed by conntrack, and ignored by TCP.
+fn stale() -> i64 {
+    kernel::stale_rst() - 1
+}
+
 fn stale_rst(conn: &RawConn) -> (Ipv4Header, Vec<u8>) {
-    let packet = conn.segment(RST, -6).to_packet();
+    let packet = conn.segment(RST, stale()).to_packet();
     let (header, rest) = Ipv4Header::from_slice(&packet).expect("an IPv4 packet");
     (header, rest.to_vec())
 }
@@ -450,7 +455,7 @@ fn a_stream_of_rsts_gains_no_more_than_bursts() {
     let mut counts = Vec::new();
     for _ in 0..ROUNDS {
         let rsts: Vec<_> =
-            scene.held.iter().map(|conn| conn.segment(RST, -6).to_packet()).collect();
+            scene.held.iter().map(|conn| conn.segment(RST, stale()).to_packet()).collect();
         let until = Instant::now() + PAUSE;
         thread::scope(|scope| {
             scope.spawn(|| {
@@ -616,7 +621,7 @@ fn an_overrun_of_the_event_socket_loses_no_connection() {
     daemon.stop();
     for _ in 0..3_000 {
         for conn in &scene.held {
-            conn.rst_at(-6);
+            conn.rst_at(stale());
         }
     }
     scene.burst(Trick::FinAgainThenRst);
