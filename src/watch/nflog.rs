@@ -20,8 +20,8 @@ use nix::errno::Errno;
 use super::headers::tcp_flow;
 pub use super::nflog_table::CLOSING;
 use super::nflog_table::{
-    self, CLOSING_WORD, FULL, HELD4, HELD6, HOLDERS4, HOLDERS6, HURRY, OPENED, OPENS, PORTS, QUEUE,
-    SPOOFED, TRANSLATED, Watched,
+    self, ANSWERED, CLOSING_WORD, FULL, HELD4, HELD6, HOLDERS4, HOLDERS6, HURRY, OPENED, OPENS,
+    PORTS, QUEUE, SPOOFED, TRANSLATED, Watched,
 };
 use super::{Drained, Memory, Suspect, tracking};
 use crate::error::{Cause, Op, Result};
@@ -241,7 +241,7 @@ impl Watch {
                 let is_translated = prefix == Prefix::Translated;
                 let is_spoofed = prefix == Prefix::Spoofed;
                 // Its way is that of the server's own packets, and the device is not the socket's.
-                let (connection, interface) = if is_spoofed {
+                let (connection, interface) = if is_spoofed || prefix == Prefix::Answered {
                     (Connection::of_sender(flow), 0)
                 } else {
                     (Connection::of_receiver(flow), interface)
@@ -326,6 +326,8 @@ pub enum Prefix {
     Closing,
     /// It came in, and says to be this host's own.
     Spoofed,
+    /// An RST of the server.
+    Answered,
     /// A SYN of a source that has half-closed connections.
     Opens,
 }
@@ -347,6 +349,7 @@ impl Prefix {
             Some(Ok(CLOSING_WORD)) => Self::Closing,
             Some(Ok(OPENS)) => Self::Opens,
             Some(Ok(SPOOFED)) => Self::Spoofed,
+            Some(Ok(ANSWERED)) => Self::Answered,
             _ => Self::Plain,
         }
     }

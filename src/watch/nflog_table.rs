@@ -8,6 +8,9 @@
 //!   rule: strangers' packets change no entry, and are not logged.
 //! - The first FIN of a connection is remembered, by the number of its entry: a client that uses its port
 //!   again has another entry. What follows it, FIN or RST, is logged at once.
+//! - TCP answers an ACK of what it has never sent, in a handshake, by an RST of its own, and goes on to wait
+//!   for the right one; conntrack closes the entry. So RSTs of the server that answer an ACK are logged,
+//!   too, behind conntrack again.
 //! - An RST without a FIN before it waits in the kernel for others, up to [`QUEUE`] of them or some
 //!   ten milliseconds: each would else wake the daemon, for every connection that its client resets
 //!   (0.72 of the connections a second). Where RSTs wait, the next SYN sends them off: a limiter
@@ -81,6 +84,9 @@ pub(super) const TRANSLATED: &str = "translated";
 /// The word that goes with a packet that says to be the server's own.
 pub(super) const SPOOFED: &str = "spoofed";
 
+/// The word that goes with an RST of the server.
+pub(super) const ANSWERED: &str = "answered";
+
 /// Closing connections that are remembered at once, and as many of each family for a moment. At some
 /// 60 bytes each the long memory of a server that closes 10 000 in a second takes 16 MiB.
 pub const CLOSING: u32 = 262_144;
@@ -141,7 +147,7 @@ pub(super) fn layout(watched: Watched<'_>) -> TableSpec {
         set(SYNS6, &[Field::Ipv6Addr], Some(SYN_SOURCES), Some(SYN_MEMORY)),
         set(MISSED, &[Field::InetProto], Some(4), Some(SYN_MEMORY)),
     ];
-    let chain = ChainSpec {
+    let incoming = ChainSpec {
         name: "watch",
         hook: Hook::Prerouting,
         priority: PRIORITY,
@@ -150,6 +156,7 @@ pub(super) fn layout(watched: Watched<'_>) -> TableSpec {
             if knows_own { vec![spoofed_syn_ack(group)] } else { Vec::new() },
             opening(group),
             if knows_own { vec![spoofed(group)] } else { Vec::new() },
+            answered(group).to_vec(),
             guarded(),
             watched_at_once(group),
             first_fins(group),
@@ -157,7 +164,13 @@ pub(super) fn layout(watched: Watched<'_>) -> TableSpec {
         ]
         .concat(),
     };
-    TableSpec { sets, chains: vec![chain] }
+    let outgoing = ChainSpec {
+        name: "answers",
+        hook: Hook::Output,
+        priority: PRIORITY,
+        rules: answered(group).to_vec(),
+    };
+    TableSpec { sets, chains: vec![incoming, outgoing] }
 }
 
 /// Packets of no interest leave, by the cheapest test first.
@@ -215,6 +228,21 @@ fn spoofed(group: u16) -> Vec<Expr> {
 /// The same of an answer to a SYN: behind one that conntrack had no use for, it begins the handshake anew.
 fn spoofed_syn_ack(group: u16) -> Vec<Expr> {
     rule(&[&flags(SYN | ACK, SYN | ACK), &spoofed(group)])
+}
+
+/// RSTs of the server, or of a container's, that answer an ACK: those that end a connection have an ACK
+/// themselves (RFC 9293, 3.5.2). They wait as RSTs of peers do.
+fn answered(group: u16) -> [Vec<Expr>; 2] {
+    let port = [Expr::transport(TCP_SOURCE_PORT, 2), Expr::In(PORTS)];
+    let one = [
+        &flags(RST | ACK, RST)[..],
+        &[Expr::L4Proto, Expr::Equals(vec![IPPROTO_TCP])],
+        &[Expr::CtDirection, Expr::Equals(vec![IP_CT_DIR_REPLY])],
+        &port,
+    ]
+    .concat();
+    let wait = [RESETS, log(group, Some(ANSWERED), QUEUE), Expr::Accept];
+    [rule(&[&one, &[Expr::Add(RESET)]]), rule(&[&one, &wait])]
 }
 
 /// Packets to no port of the scope leave.

@@ -279,6 +279,28 @@ fn reset_in_the_handshake(scene: &mut Scene, dropped: Dropped) -> Vec<RawConn> {
     begun
 }
 
+/// TCP answers an ACK of what it has never sent by an RST of its own, which conntrack believes, and goes on
+/// to wait for the end of the handshake.
+#[test]
+fn no_rst_of_the_server_in_the_handshake_frees_a_slot() {
+    let counts = contrast(
+        ATTACKER,
+        |_| {},
+        8,
+        |scene| {
+            let begun = (0..scene.limit).map(|_| scene.attacker.syn_only(PORT)).collect();
+            let begun = scene.attacker.half_open(begun, Duration::from_millis(10));
+            for conn in &begun {
+                let wrong = conn.segment(lab::ACK, 0);
+                scene.attacker.send(&Segment { ack: wrong.ack.wrapping_sub(100), ..wrong });
+            }
+            thread::sleep(Duration::from_millis(20));
+            begun.iter().for_each(RawConn::ack);
+        },
+    );
+    assert_bounded("an ACK of what was never sent", &counts, 24);
+}
+
 /// TCP gets none of these RSTs, so it takes the end of the handshake.
 #[test]
 fn no_rst_in_the_handshake_frees_a_slot() {
