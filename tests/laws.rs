@@ -739,6 +739,22 @@ mod found {
         ];
         agree_after(&steps, None);
     }
+
+    /// The socket of a repair that was broken off has ended, and another one has its tuple: it was
+    /// repaired twice at once, and the second time failed.
+    #[test]
+    fn the_tuple_of_a_repair_that_was_broken_off_is_used_again() {
+        let steps = [
+            burst(1, Trick::Fin, 0, 0, 4),
+            Step::Fail { calls: 0, times: 1 },
+            burst(1, Trick::FinRst, 0, 2, 0),
+            Step::Fail { calls: 48, times: 3 },
+            Step::Sweep { deep: true },
+            Step::Reuse { source: 1, nth: 4 },
+            Step::Evict { source: 1, nth: 3 },
+        ];
+        agree_after(&steps, None);
+    }
 }
 
 proptest! {

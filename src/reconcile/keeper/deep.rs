@@ -245,7 +245,10 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         let skipped = self.ledger.uncounted_but(&whole.cookies);
         if !skipped.is_empty() {
             let found = self.tables.exactly(&skipped, &self.ledger)?.into_snapshot().views;
-            let found: Vec<_> = found.iter().filter(|view| view.socket.is_some()).collect();
+            // The tuple of one that has ended may be another's, which the dump has.
+            let is_skipped = |socket: Socket| !whole.cookies.contains(&socket.cookie);
+            let found: Vec<_> =
+                found.iter().filter(|view| view.socket.is_some_and(is_skipped)).collect();
             let flows: HashSet<_> = found.iter().map(|view| view.connection).collect();
             let views = &mut whole.snapshot.views;
             views.retain(|view| view.socket.is_some() || !flows.contains(&view.connection));
