@@ -191,6 +191,12 @@ fn apply_chunk<T: Transport, R: Recount>(
 
     let mut chunk = Vec::with_capacity(actions.len());
     let (mut shown, mut refused) = (Vec::new(), Vec::new());
+    // Programs hand on packets in the order that they get them: when the last has passed, all have.
+    let last = if recounter.as_ref().is_some_and(R::is_held_up_before_conntrack) {
+        ways.iter().rposition(Method::is_replaced_by_ingress)
+    } else {
+        None
+    };
     for (index, (action, way)) in actions.iter().zip(ways).enumerate() {
         let is_in_place = matches!(way, Method::OnList);
         let (action, result) = (*action, Ok(()));
@@ -204,9 +210,11 @@ fn apply_chunk<T: Transport, R: Recount>(
                 let nudged = match way.recipe {
                     // One after the other, with nothing in between: a list of thousands is swept at
                     // the first nudge of each jiffy, which takes as long.
-                    Recipe::Replace if before.is_empty() => recounter.nudge(entry, way.route, now),
+                    Recipe::Replace if before.is_empty() && last != Some(index) => {
+                        recounter.nudge(entry, way.route, now)
+                    }
                     Recipe::Replace => recounter.show(entry, now).map(|asked| {
-                        if is_refused(&asked, before) {
+                        if !before.is_empty() && is_refused(&asked, before) {
                             refused.push(Refused { index, seal, before });
                         }
                     }),
@@ -347,6 +355,12 @@ impl Method<'_> {
     /// Whether the nudge must meet no entry: then no other one of the batch may wait for it.
     fn is_fresh(&self) -> bool {
         matches!(self, Self::Recount { way, .. } if way.recipe == Recipe::Fresh)
+    }
+
+    /// Whether its nudge meets an entry, and can be seen to pass.
+    fn is_replaced_by_ingress(&self) -> bool {
+        let replaced = recount::Way { route: Route::Ingress, recipe: Recipe::Replace };
+        matches!(self, Self::Recount { way, .. } if *way == replaced)
     }
 }
 

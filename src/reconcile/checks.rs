@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use crate::firewall::limits::LimitRule;
 use crate::firewall::lists::Limited;
 use crate::flow::Endpoint;
+use crate::recount::HeldUp;
 use crate::sockdiag::Socket;
 
 /// From a recount to the question: the repairs of one burst are asked for together.
@@ -92,7 +93,7 @@ struct Check {
 #[derive(Clone, Debug, Default)]
 pub struct Checks {
     known: Arc<Limited>,
-    are_held_up: bool,
+    held_up: HeldUp,
     sources: HashMap<IpAddr, Check>,
     /// Limits whose lists may be younger than what is open, each with a connection to ask for.
     samples: VecDeque<(LimitRule, Socket)>,
@@ -101,14 +102,18 @@ pub struct Checks {
 impl Checks {
     /// These limits count what is guarded here.
     pub fn know(&mut self, known: Limited) {
-        self.are_held_up = known.queues();
+        self.held_up = match (known.queues_before_conntrack(), known.queues()) {
+            (true, _) => HeldUp::BeforeConntrack,
+            (false, true) => HeldUp::BehindConntrack,
+            (false, false) => HeldUp::Nowhere,
+        };
         self.known = Arc::new(known);
         self.samples.clear();
     }
 
-    /// Whether a program may hold up what is sent to them.
-    pub fn are_held_up(&self) -> bool {
-        self.are_held_up
+    /// Where a program may hold up what is sent to them.
+    pub fn held_up(&self) -> HeldUp {
+        self.held_up
     }
 
     /// The limits, and their rules.
@@ -153,7 +158,7 @@ impl Checks {
         let due = self.sources.iter().filter(|(_, check)| is_due(check));
         let mut due: Vec<_> = due.map(|(source, check)| (check.due, *source)).collect();
         due.sort_unstable();
-        due.truncate(if self.are_held_up { 1 } else { TOGETHER });
+        due.truncate(if self.held_up == HeldUp::Nowhere { TOGETHER } else { 1 });
         for (_, source) in &due {
             if let Some(check) = self.sources.get_mut(source) {
                 check.due = None;

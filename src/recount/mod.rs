@@ -128,6 +128,18 @@ pub struct Way {
     pub recipe: Recipe,
 }
 
+/// Where a program may hold nudges up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum HeldUp {
+    /// Nowhere.
+    #[default]
+    Nowhere,
+    /// Before conntrack: they meet the entry as it is then.
+    BeforeConntrack,
+    /// Behind it: they bring the entry that they met, or one of their own.
+    BehindConntrack,
+}
+
 /// Which packets of a peer conntrack takes for ACKs, so that they cannot fool it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Hidden {
@@ -164,8 +176,13 @@ pub trait Recount {
     fn nudge(&mut self, entry: &Entry, route: Route, now: Instant) -> Result<()>;
 
     /// Rules hand packets to programs (NFQUEUE), or do not: a nudge may get to the limits later.
-    fn expect_queues(&mut self, are_there: bool) {
-        let _ = are_there;
+    fn expect_queues(&mut self, held_up: HeldUp) {
+        let _ = held_up;
+    }
+
+    /// Whether nudges must be seen to have passed before their entries are made ordinary ones.
+    fn is_held_up_before_conntrack(&self) -> bool {
+        false
     }
 
     /// Sends one nudge by ingress, and sees whether it gets behind all rules.

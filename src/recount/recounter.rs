@@ -13,7 +13,8 @@ use super::packet::{self, DropBy, Purpose, Shape};
 use super::probe::Asking;
 use super::reply_filter::{MagicSeq, ReplyFilter};
 use super::{
-    Asked, Hidden, Mode, Question, Recipe, Recount, Room, Route, Tried, Verdict, Way, jiffy, trial,
+    Asked, HeldUp, Hidden, Mode, Question, Recipe, Recount, Room, Route, Tried, Verdict, Way,
+    jiffy, trial,
 };
 use crate::conntrack::Entry;
 use crate::error::{Cause, Error, Op, Result};
@@ -82,8 +83,7 @@ pub struct Recounter {
     names: HashMap<u32, String>,
     budget: Budget,
     tried: Vec<Tried>,
-    /// Whether programs may hold packets up.
-    are_held_up: bool,
+    held_up: HeldUp,
     /// Opened at the first question.
     pub(super) asking: Option<Asking>,
     shortfalls: Vec<String>,
@@ -126,7 +126,7 @@ impl Recounter {
             names: HashMap::new(),
             budget: Budget::new(now),
             tried: Vec::new(),
-            are_held_up: false,
+            held_up: HeldUp::Nowhere,
             asking: None,
             shortfalls: Vec::new(),
         };
@@ -188,8 +188,8 @@ impl Recounter {
         let of_route = || self.tried.iter().filter(|one| one.route == route);
         let counted = of_route().find(|one| one.verdict == Verdict::Counted);
         match counted {
-            // One that is held up meets the entry of another moment, or brings its own.
-            Some(_) if self.are_held_up => Some(Recipe::Fresh),
+            // Without one that it meets, it brings its own, whenever it gets to the limit.
+            Some(_) if self.held_up == HeldUp::BehindConntrack => Some(Recipe::Fresh),
             Some(one) => Some(one.recipe),
             None if of_route().next().is_some()
                 && of_route().all(|one| one.verdict == Verdict::NotCounted) =>
@@ -199,6 +199,8 @@ impl Recounter {
             // Not known. By ingress every kernel counts the fresh one; by loopback most count the
             // other.
             None => Some(match route {
+                // There no entry can be missing for so long; and the trial may have been held up itself.
+                Route::Ingress if self.held_up == HeldUp::BeforeConntrack => Recipe::Replace,
                 Route::Ingress => Recipe::Fresh,
                 Route::Loopback => Recipe::Replace,
             }),
@@ -405,8 +407,12 @@ impl Recount for Recounter {
         }
     }
 
-    fn expect_queues(&mut self, are_there: bool) {
-        self.are_held_up = are_there;
+    fn expect_queues(&mut self, held_up: HeldUp) {
+        self.held_up = held_up;
+    }
+
+    fn is_held_up_before_conntrack(&self) -> bool {
+        self.held_up == HeldUp::BeforeConntrack
     }
 
     fn show(&mut self, entry: &Entry, now: Instant) -> Result<Asked> {

@@ -91,15 +91,15 @@ fn what_a_rate_rule_before_the_limit_swallows_is_sent_again() {
     assert_eq!(play(true), Some(0));
 }
 
-/// The first step of each repair is long over when its nudge gets to the limit.
-#[test]
-fn what_a_program_holds_up_before_the_limit_is_counted_again() {
+/// Connections that a limit has thrown off are repaired while a program holds up what passes this table's
+/// PREROUTING.
+fn held_up(table: &str) {
     const HELD_UP: Duration = Duration::from_millis(50);
     let play = |guarded: bool| {
         let lab = Lab::new()?;
         let queued = "PREROUTING -p tcp --dport 80 -j NFQUEUE --queue-num 0";
         let limit = format!("INPUT -p tcp --syn --dport 80 {CONNLIMIT} -j DROP");
-        let rules = restore("mangle", "PREROUTING", &[queued]) + &input(&[&limit]);
+        let rules = restore(table, "PREROUTING", &[queued]) + &input(&[&limit]);
         lab.server.feed("iptables-restore", &rules);
         let _queue = Queue::hold_up(&lab.server, HELD_UP);
         let _server = lab.serve("[::]:80");
@@ -125,6 +125,18 @@ fn what_a_program_holds_up_before_the_limit_is_counted_again() {
     let Some(without) = play(false) else { return };
     assert_eq!(without, LIMIT, "the control");
     assert_eq!(play(true), Some(0));
+}
+
+/// The first step of each repair is long over when its nudge gets to the limit.
+#[test]
+fn what_a_program_holds_up_before_the_limit_is_counted_again() {
+    held_up("mangle");
+}
+
+/// And when it gets to conntrack.
+#[test]
+fn what_a_program_holds_up_before_conntrack_is_counted_again() {
+    held_up("raw");
 }
 
 /// Nothing has been heard of it: it was there first.

@@ -21,6 +21,9 @@ use super::{Chain, Family, Hook, Match, Outcome, Rule, Ruleset, Step, nft_chains
 use crate::error::{Cause, Op, Result};
 use crate::netlink::{Conversation, KernelSocket, Transport};
 
+/// `NF_IP_PRI_CONNTRACK`
+const CONNTRACK: i32 = -200;
+
 /// Rules that change while they are read are read anew so often.
 const ATTEMPTS: u32 = 4;
 
@@ -55,12 +58,33 @@ pub struct Limited {
 impl Limited {
     /// Whether a rule hands what comes in to a program, before a limit perhaps.
     pub fn queues(&self) -> bool {
+        self.queueing().next().is_some()
+    }
+
+    /// Whether one may do so before conntrack sees it. A chain that is only jumped to stands where any of
+    /// its table does.
+    pub fn queues_before_conntrack(&self) -> bool {
+        let is_before = |chain: &Chain| {
+            let base = chain.base.as_ref();
+            base.is_some_and(|it| it.hook == Hook::Prerouting && it.priority < CONNTRACK)
+        };
+        let is_of = |chain: &Chain, other: &Chain| {
+            chain.base.is_none() && (chain.family, &chain.table) == (other.family, &other.table)
+        };
+        let before: Vec<_> = self.rules.chains.iter().filter(|chain| is_before(chain)).collect();
+        self.queueing()
+            .any(|chain| is_before(chain) || before.iter().any(|other| is_of(chain, other)))
+    }
+
+    /// Chains with such rules.
+    fn queueing(&self) -> impl Iterator<Item = &Chain> {
         let goes_out = |chain: &&Chain| {
             let hook = chain.base.as_ref().map(|base| base.hook);
             matches!(hook, Some(Hook::Output | Hook::Postrouting))
         };
-        let chains = self.rules.chains.iter().filter(|chain| !goes_out(chain) && !chain.is_dormant);
-        chains.flat_map(|chain| &chain.rules).any(|rule| *rule.outcome() == Outcome::Queue)
+        let queues = |chain: &&Chain| chain.rules.iter().any(|it| *it.outcome() == Outcome::Queue);
+        let chains = self.rules.chains.iter().filter(move |it| !goes_out(it) && !it.is_dormant);
+        chains.filter(queues)
     }
 }
 

@@ -76,7 +76,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
     pub fn know_limits(&mut self, known: Limited) {
         self.checks.know(known);
         if let Some(recounter) = &mut self.recounter {
-            recounter.expect_queues(self.checks.are_held_up());
+            recounter.expect_queues(self.checks.held_up());
         }
     }
 
