@@ -82,6 +82,8 @@ pub enum Expr {
     Add(&'static str),
     /// The same, and give what is there its whole time again.
     Update(&'static str),
+    /// Let what is there expire with the next tick of the kernel's clock.
+    Expire(&'static str),
     /// Send the packet's first bytes to this NFLOG group.
     Log {
         /// The group.
@@ -183,6 +185,10 @@ impl Expr {
             Self::NotIn(set) => ("lookup", lookup(set, NFT_LOOKUP_F_INV)),
             Self::Add(set) => ("dynset", dynset(set, NFT_DYNSET_OP_ADD)),
             Self::Update(set) => ("dynset", dynset(set, NFT_DYNSET_OP_UPDATE)),
+            Self::Expire(set) => {
+                let soon = nla(NFTA_DYNSET_TIMEOUT, &1_u64.to_be_bytes());
+                ("dynset", [dynset(set, NFT_DYNSET_OP_UPDATE), vec![soon]].concat())
+            }
             Self::Log { group, snaplen, prefix, threshold } => {
                 let mut data = vec![
                     nla(NFTA_LOG_GROUP, &group.to_be_bytes()),

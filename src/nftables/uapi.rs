@@ -190,6 +190,8 @@ pub(crate) const NFT_REJECT_TCP_RST: u32 = 1;
 
 pub(crate) const NFTA_DYNSET_OP: u16 = 3;
 pub(crate) const NFTA_DYNSET_SREG_KEY: u16 = 4;
+/// Milliseconds.
+pub(crate) const NFTA_DYNSET_TIMEOUT: u16 = 6;
 pub(crate) const NFTA_DYNSET_EXPR: u16 = 7;
 pub(crate) const NFTA_DYNSET_FLAGS: u16 = 9;
 pub(crate) const NFTA_DYNSET_EXPRESSIONS: u16 = 10;

@@ -7,7 +7,9 @@
 //! - A packet without SYN, FIN and RST leaves at the first rule, one without entry at the `ct state`
 //!   rule: strangers' packets change no entry, and are not logged.
 //! - The first FIN of a connection is remembered, by the number of its entry: a client that uses its port
-//!   again has another entry. What follows it, FIN or RST, is logged at once.
+//!   again has another entry. What follows it, FIN or RST, is logged at once. The number is made of the
+//!   tuple and of the entry's address in memory, so a tuple that is used again while its old entry is in
+//!   TIME_WAIT mostly gets the same one: the SYN shows it, and the connection has its FINs remembered apart.
 //! - TCP answers an ACK of what it has never sent, in a handshake, by an RST of its own, and goes on to wait
 //!   for the right one; conntrack closes the entry. So RSTs of the server that answer an ACK are logged,
 //!   too, behind conntrack again.
@@ -30,6 +32,11 @@ pub(super) const HOLDERS6: &str = "holders6";
 /// Ports whose connections may end without any packet that is seen (Multipath TCP).
 pub(super) const OPENED: &str = "opened";
 const CLOSING_ENTRIES: &str = "closing";
+/// Entries whose number was in [`CLOSING_ENTRIES`] when their SYN came: of a connection that is over, with
+/// the same tuple and, as it happens, at the same place in memory.
+const REUSED: &str = "reused";
+/// The same as [`CLOSING_ENTRIES`], of [`REUSED`].
+const CLOSING_AGAIN: &str = "again";
 const CLOSING4: &str = "closing4";
 const CLOSING6: &str = "closing6";
 /// Sources of packets with SYN, for [`SYN_MEMORY`] from the last one on.
@@ -106,7 +113,8 @@ const ACK: u8 = 0x10;
 const TRACKED: u32 = 1 << 1 | 1 << 2;
 /// And that of `IP_CT_NEW`: of a FIN or RST that there is one, whose SYN is without an answer. A SYN on
 /// the tuple of a closed entry makes one, and TCP answers it twice in a second.
-const WITH_ENTRY: u32 = TRACKED | 1 << 3;
+const WITH_ENTRY: u32 = TRACKED | NEW;
+const NEW: u32 = 1 << 3;
 /// `enum ip_conntrack_status`
 const IPS_DST_NAT: u32 = 1 << 5;
 /// `enum ip_conntrack_dir`
@@ -136,6 +144,8 @@ pub(super) fn layout(watched: Watched<'_>) -> TableSpec {
         },
         set(OPENED, &[Field::InetService], None, None),
         set(CLOSING_ENTRIES, &[Field::CtId], Some(most), Some(long)),
+        set(REUSED, &[Field::CtId], Some(most), Some(long)),
+        set(CLOSING_AGAIN, &[Field::CtId], Some(most), Some(long)),
         set(CLOSING4, key::TUPLE_V4, Some(most), Some(brief)),
         set(CLOSING6, key::TUPLE_V6, Some(most), Some(brief)),
         set(HELD4, key::TUPLE_V4, None, None),
@@ -199,9 +209,21 @@ fn opening(group: u16) -> Vec<Vec<Expr>> {
         &flags(SYN | ACK | FIN | RST, SYN),
         &[port(), Expr::In(RESET), HURRIES, log(group, Some(HURRY), 1)],
     ])]);
+    rules.extend(reusing());
     rules.extend(syns());
     rules.push(rule(&[&ct(Expr::CtState, WITH_ENTRY, false), &[Expr::Accept]]));
     rules
+}
+
+/// SYNs of connections that have the number of one that has closed.
+fn reusing() -> [Vec<Expr>; 2] {
+    let new = [&flags(SYN | ACK | FIN | RST, SYN)[..], &ct(Expr::CtState, NEW, true)].concat();
+    let forget =
+        [CLOSING_ENTRIES, REUSED, CLOSING_AGAIN].map(|set| [Expr::CtId, Expr::Expire(set)]);
+    let second = [Expr::CtId, Expr::In(CLOSING_ENTRIES), Expr::CtId, Expr::Add(REUSED)];
+    // The third is as the first, if it lives for longer than a tick.
+    let third = [&[Expr::CtId, Expr::In(CLOSING_AGAIN)][..], forget.as_flattened()].concat();
+    [rule(&[&new, &third]), rule(&[&new, &second])]
 }
 
 /// Packets that come in and say to be answers of this host, or of a container that is not where they
@@ -284,8 +306,11 @@ fn watched_at_once(group: u16) -> Vec<Vec<Expr>> {
     let by_tuple = |family: Family| {
         [family.held, family.closing].map(|known| rule(&[&family.key(), &[Expr::In(known)]]))
     };
-    let by_entry = vec![Expr::CtId, Expr::In(CLOSING_ENTRIES)];
-    let known = [by_entry].into_iter().chain(FAMILIES.into_iter().flat_map(by_tuple));
+    let by_entry = [
+        vec![Expr::CtId, Expr::In(CLOSING_ENTRIES), Expr::CtId, Expr::NotIn(REUSED)],
+        vec![Expr::CtId, Expr::In(CLOSING_AGAIN)],
+    ];
+    let known = by_entry.into_iter().chain(FAMILIES.into_iter().flat_map(by_tuple));
     let plain = ct(Expr::CtStatus, IPS_DST_NAT, false);
     let both = |found: Vec<Expr>| {
         [
@@ -301,8 +326,15 @@ fn first_fins(group: u16) -> Vec<Vec<Expr>> {
     // With an RST it is an RST, to TCP and to conntrack.
     let fin = flags(FIN | RST, FIN);
     rules.push(rule(&[&fin, &[ONCE_A_SECOND, log(group, Some(CLOSING_WORD), 1)]]));
+    rules.push(rule(&[
+        &fin,
+        &[Expr::CtId, Expr::In(REUSED), Expr::CtId, Expr::Add(CLOSING_AGAIN), Expr::Accept],
+    ]));
     // Nothing can be added to a full set, and its rule ends there.
-    rules.push(rule(&[&fin, &[Expr::CtId, Expr::Add(CLOSING_ENTRIES), Expr::Accept]]));
+    rules.push(rule(&[
+        &fin,
+        &[Expr::CtId, Expr::NotIn(REUSED), Expr::CtId, Expr::Add(CLOSING_ENTRIES), Expr::Accept],
+    ]));
     for family in FAMILIES {
         rules.push(rule(&[&fin, &family.key(), &[Expr::Add(family.closing), Expr::Accept]]));
     }

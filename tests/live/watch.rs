@@ -5,6 +5,9 @@ use std::thread;
 use std::time::Duration;
 
 use crate::lab::{Lab, RawConn, holds_within, wait_for};
+use nix::sched::{CpuSet, sched_getcpu, sched_setaffinity};
+use nix::unistd::Pid;
+
 use ctkeep::watch::Memory;
 use ctkeep::watch::nflog::Watch;
 
@@ -13,6 +16,8 @@ const SOON: Duration = Duration::from_secs(10);
 const SOURCE: &str = "198.51.100.7";
 
 const TIME: Duration = Duration::from_secs(3);
+/// A few of the kernel's clock, at a hundred a second.
+const TICKS: Duration = Duration::from_millis(30);
 const MEMORY: Memory = Memory { most: 16, long: TIME, brief: TIME };
 
 /// Every closing connection beyond what is remembered would be one that nobody hears of.
@@ -70,6 +75,8 @@ fn conntrack_is_not_switched_on_by_the_watch() {
     conns.iter_mut().for_each(|conn| lab.half_close(conn));
     conns.iter().for_each(RawConn::stale_rst);
     wait_for("repairs by event", SOON, || daemon.logged("trigger=Event"));
+    let repaired = || daemon.log().matches("action=\"revive\"").count();
+    wait_for("all of them", SOON, || repaired() >= conns.len());
     assert_eq!(peer.admitted(80, 3), 0, "{}", daemon.log());
 }
 
@@ -93,4 +100,44 @@ fn a_group_that_is_taken_stands_in_nobodys_way() {
             logged.len() == 3
         });
     }
+}
+
+/// A proxy before the server uses each of its tuples again within seconds, and the kernel gives the entry the
+/// number of the last: its first FIN is none that follows another.
+#[test]
+fn a_connection_that_follows_another_on_its_tuple_is_logged_as_any_other() {
+    let Some(lab) = Lab::new() else { return };
+    lab.connlimit(80, 1000);
+    let mut server = lab.serve("0.0.0.0:80");
+    let memory = Memory { most: 16, long: SOON * 6, brief: TIME };
+    let mut watch = lab.server.within(|| {
+        Watch::open("ctkeep-test", 4711, &HashSet::from([80]), memory).expect("a packet log")
+    });
+    let mut conns = lab.peer(SOURCE).hold(80, 1);
+    let conn = conns.first_mut().expect("a connection");
+    let mut logged = |what: &str, most: u64| {
+        let drained = watch.drain(1000, |_| {}).expect("the log");
+        assert!(drained.logged <= most && !drained.full, "{what}: {drained:?}");
+        drained.logged
+    };
+    // An entry that has gone leaves its place to the next one that is made by the same processor.
+    let mut one = CpuSet::new();
+    one.set(sched_getcpu().expect("a processor")).expect("a processor");
+    sched_setaffinity(Pid::from_raw(0), &one).expect("on one processor");
+    for turn in 0..6 {
+        lab.half_close(conn);
+        server.close_all();
+        assert!(conn.await_fin(), "the server's FIN");
+        conn.ack_all();
+        wait_for("the end of the socket", SOON, || lab.socket_state(conn).is_none());
+        logged(&format!("turn {turn}"), 0);
+        assert!(conn.reopen(), "the same tuple again");
+        thread::sleep(TICKS);
+    }
+    // What follows a FIN of its own is logged.
+    conn.fin_at(50);
+    logged("a first FIN", 1);
+    conn.fin_at(60);
+    let is_logged = holds_within(SOON, || logged("a second FIN", 1) > 0);
+    assert!(is_logged, "nothing of the second FIN");
 }
