@@ -275,6 +275,31 @@ mod peace {
     }
 }
 
+mod resets {
+    use super::*;
+
+    #[test]
+    fn of_many_that_close_as_they_should_the_sockets_alone_are_asked_for() {
+        let mut world = World::with(4000..4022);
+        world.sweep(Depth::Deep);
+        [4020, 4021].into_iter().for_each(|port| world.fin(port));
+        world.sweep(Depth::Shallow);
+        // One whose entry is held ends with the others, and one RST never gets to TCP.
+        for port in 4000..4021 {
+            world.close(port);
+            world.rst(port);
+        }
+        world.rst(4021);
+        let suspects = (4000..4022).flat_map(|port| suspects_of(port, 0)).collect();
+        let (mut deeds, before) = (Deeds::default(), world.host.borrow().looks);
+        world.keeper.suspects(suspects, world.now, world.now, &mut deeds).unwrap();
+        assert_eq!(deeds.done, [(ActionKind::Revive, 4021)]);
+        let looks = world.host.borrow().looks - before;
+        assert!((22..32).contains(&looks), "{looks} looks at 22 connections");
+        assert_eq!(world.keeper.held().count(), 1);
+    }
+}
+
 mod zones {
     use super::*;
 
@@ -465,6 +490,24 @@ mod watched {
         assert_eq!(dumps(&mut world, SECOND * 4), 2);
         world.keeper.rely_on_events(SECOND * 5);
         assert!(dumps(&mut world, SECOND * 4) >= 4, "by the clock without the packet log");
+    }
+
+    #[test]
+    fn questions_for_half_closed_sockets_take_a_hundredth_of_a_core() {
+        let mut world = held();
+        world.keeper.rely_on_ends(true);
+        let before = world.host.borrow().half_closed;
+        let begun = world.now;
+        while world.now < begun + SECOND * 60 {
+            // Something closes all the time.
+            world.keeper.closing();
+            if let Some(sweep) = world.turn().0.unwrap() {
+                world.now += SECOND / 25;
+                world.keeper.took(&sweep, world.now, SECOND / 25);
+            }
+        }
+        let dumps = world.host.borrow().half_closed - before;
+        assert!((12..=16).contains(&dumps), "{dumps} questions of 40 ms in a minute");
     }
 
     #[test]

@@ -47,7 +47,7 @@ pub use namespace::Namespace;
 use neighbour::Neighbour;
 pub use peer::{Peer, RawConn};
 pub use queue::Queue;
-pub use segment::{ACK, FIN, Frame, Kind, PSH, RST, SYN, Segment};
+pub use segment::{ACK, FIN, Frame, Kind, PSH, RST, SYN, Segment, with_tcp_options};
 pub use server::{Server, serve_if_asked};
 pub use tables::{Entry, Socket};
 pub use way::Way;

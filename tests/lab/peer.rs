@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::kernel;
 use super::namespace::Namespace;
-use super::segment::{ACK, FIN, Frame, Kind, PSH, RST, SYN, Segment};
+use super::segment::{ACK, FIN, Frame, Kind, PSH, RST, SYN, Segment, with_tcp_options};
 use super::wire::Wire;
 
 /// How long an answer may take. It comes within microseconds unless the machine is overloaded;
@@ -168,18 +168,24 @@ impl Peer {
 
     /// The same from a port that was used before.
     pub fn syn_from(&self, own_port: u16, port: u16) -> RawConn {
-        self.syn_with(own_port, port, &[])
+        self.syn_with(own_port, port, &[], &[])
+    }
+
+    /// A SYN from a new port that offers these TCP options, padded to whole words.
+    pub fn syn_with_options(&self, port: u16, options: &[u8]) -> RawConn {
+        self.syn_with(self.next_port.fetch_add(1, Ordering::Relaxed), port, options, &[])
     }
 
     /// A SYN from a new port that brings data along (TCP Fast Open without a cookie).
     pub fn syn_with_data(&self, port: u16, data: &[u8]) -> RawConn {
-        let mut conn = self.syn_with(self.next_port.fetch_add(1, Ordering::Relaxed), port, data);
+        let own_port = self.next_port.fetch_add(1, Ordering::Relaxed);
+        let mut conn = self.syn_with(own_port, port, &[], data);
         let length = u32::try_from(data.len()).expect("a small segment");
         conn.next_seq = conn.next_seq.wrapping_add(length);
         conn
     }
 
-    fn syn_with(&self, own_port: u16, port: u16, data: &[u8]) -> RawConn {
+    fn syn_with(&self, own_port: u16, port: u16, options: &[u8], data: &[u8]) -> RawConn {
         // Far from both ends of the sequence space, and different for every connection.
         let seq = 0x1000_0000 + (u32::from(own_port) << 8);
         let conn = RawConn {
@@ -191,7 +197,9 @@ impl Peer {
             fin_seq: None,
             seen: Seen::default(),
         };
-        conn.transmit(SYN, seq, 0, data);
+        let mut syn = conn.segment(SYN, -1);
+        (syn.ack, syn.payload) = (0, data.to_vec());
+        self.send_packet(&with_tcp_options(&syn.to_packet(), options));
         conn
     }
 

@@ -56,6 +56,31 @@ impl Segment {
     }
 }
 
+/// An IP packet without options of its own, with these more in its TCP header: whole words.
+pub fn with_tcp_options(packet: &[u8], options: &[u8]) -> Vec<u8> {
+    if options.is_empty() {
+        return packet.to_vec();
+    }
+    let (ip, _) = LaxIpSlice::from_slice(packet).expect("an IP packet");
+    let payload = ip.payload().payload;
+    let (mut tcp, data) = TcpHeader::from_slice(payload).expect("a TCP header");
+    let all = [tcp.options.as_slice(), options].concat();
+    tcp.set_options_raw(&all).expect("few options");
+    let builder = match ip {
+        LaxIpSlice::Ipv4(ip) => {
+            let ip = ip.header();
+            PacketBuilder::ipv4(ip.source(), ip.destination(), ip.ttl())
+        }
+        LaxIpSlice::Ipv6(ip) => {
+            let ip = ip.header();
+            PacketBuilder::ipv6(ip.source(), ip.destination(), ip.hop_limit())
+        }
+    };
+    let mut packet = Vec::new();
+    builder.tcp_header(tcp).write(&mut packet, data).expect("a small packet");
+    packet
+}
+
 /// A packet that came back.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Frame {

@@ -6,7 +6,10 @@ use std::net::IpAddr;
 
 use etherparse::{Ipv4Header, Ipv4Options};
 
-use crate::lab::{FIN, Lab, RST, RawConn, Segment};
+use crate::lab::{self, FIN, Lab, RST, RawConn, Segment};
+
+/// Of zeros (RFC 2385), and padding.
+const SIGNATURE: [u8; 20] = [19, 18, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1];
 
 /// An RST that ends the connection in conntrack's eyes, and what keeps it from TCP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,7 +87,7 @@ impl Dropped {
 
     /// The same of a FIN.
     pub fn fin(self, conn: &RawConn, offset: i64) -> Vec<u8> {
-        self.packet(&conn.segment(FIN | crate::lab::ACK, offset))
+        self.packet(&conn.segment(FIN | lab::ACK, offset))
     }
 
     pub fn packet(self, segment: &Segment) -> Vec<u8> {
@@ -103,7 +106,7 @@ impl Dropped {
             // Type, length, pointer to the next hop, one hop; then the end.
             Self::SourceRoute => with_options(&plain, &[131, 7, 4, a, b, c, d, 0]),
             Self::MalformedOption => with_options(&plain, &[7, 0, 0, 0]),
-            Self::Md5 => with_md5(&plain, 20),
+            Self::Md5 => lab::with_tcp_options(&plain, &SIGNATURE),
             Self::FewHops => with_hops(&plain, 2),
             _ => plain,
         }
@@ -123,7 +126,7 @@ impl Dropped {
             Self::UnknownOption => {
                 with_extension(&plain, DESTINATION_OPTIONS, &[0x5e, 4, 0, 0, 0, 0])
             }
-            Self::Md5 => with_md5(&plain, 40),
+            Self::Md5 => lab::with_tcp_options(&plain, &SIGNATURE),
             Self::FewHops => with_hops(&plain, 2),
             _ => plain,
         }
@@ -164,39 +167,4 @@ fn with_hops(packet: &[u8], hops: u8) -> Vec<u8> {
     header.write(&mut packet).expect("a header");
     packet.extend(payload);
     packet
-}
-
-/// With a signature of zeros, checksum included; `at` is where the TCP header begins.
-fn with_md5(packet: &[u8], at: usize) -> Vec<u8> {
-    let (ip, tcp) = packet.split_at(at);
-    let mut tcp = [tcp, &[19, 18], &[0; 16], &[1, 1]].concat();
-    tcp[12] = u8::try_from(tcp.len() / 4).expect("a short header") << 4;
-    let length = u16::try_from(tcp.len()).expect("a short header");
-    let ip = if at == 20 {
-        let (mut header, _) = Ipv4Header::from_slice(packet).expect("an IPv4 packet");
-        header.set_payload_len(tcp.len()).expect("a small payload");
-        let mut ip = Vec::new();
-        header.write(&mut ip).expect("a header");
-        ip
-    } else {
-        [ip.split_at(4).0, &length.to_be_bytes(), ip.split_at(6).1].concat()
-    };
-    tcp[16..18].fill(0);
-    let addresses = if at == 20 { &ip[12..20] } else { &ip[8..40] };
-    let sum = checksum(addresses, &tcp);
-    tcp[16..18].copy_from_slice(&sum.to_be_bytes());
-    [ip, tcp].concat()
-}
-
-/// RFC 1071, with the pseudo-header.
-fn checksum(addresses: &[u8], tcp: &[u8]) -> u16 {
-    let pseudo = [addresses, &[0, 6], &u16::try_from(tcp.len()).expect("short").to_be_bytes()];
-    let all = [&pseudo.concat()[..], tcp].concat();
-    let words =
-        all.chunks(2).map(|two| u32::from(two[0]) << 8 | u32::from(*two.get(1).unwrap_or(&0)));
-    let mut sum: u32 = words.sum();
-    while sum >> 16 != 0 {
-        sum = (sum & 0xffff) + (sum >> 16);
-    }
-    !u16::try_from(sum).expect("folded")
 }
