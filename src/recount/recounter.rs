@@ -101,6 +101,11 @@ impl Recounter {
         }
         let mut this = Self::untried(mode, name, now)?;
         this.try_recipes();
+        // It can be had. Until something goes out behind it no packet need pay for it.
+        this.filter = match this.filter {
+            Filter::Up { .. } => Filter::Down,
+            filter => filter,
+        };
         Ok(Some(this))
     }
 
