@@ -36,7 +36,7 @@ demo: tools
 # Everything: unit, golden bytes, conversations, plan table, command line, live kernel.
 test: test-tools
 	$(CARGO) test --locked --no-run
-	$(AS_ROOT) env RUST_TEST_THREADS=$(TEST_THREADS) $(CARGO) test --locked
+	$(AS_ROOT) env RUST_TEST_THREADS=$(TEST_THREADS) CARGO="$(CARGO)" tests/run.sh
 
 # Thousands of random rule sets, played and tried on the running kernel; CTKEEP_RULE_SETS says how many.
 play-test:
