@@ -288,6 +288,7 @@ fn no_rst_of_the_server_in_the_handshake_frees_a_slot() {
     let counts = contrast(
         ATTACKER,
         |_| {},
+        24,
         8,
         |scene| {
             let begun = (0..scene.limit).map(|_| scene.attacker.syn_only(PORT)).collect();
