@@ -232,6 +232,7 @@ fn suspects_of(port: u16, interface: u32) -> HashMap<Connection, Suspect> {
         interface,
         is_translated: false,
         is_spoofed: false,
+        is_answered: false,
         destroyed: None,
         at: None,
     };

@@ -310,6 +310,7 @@ impl World {
             interface: 0,
             is_translated: false,
             is_spoofed: false,
+            is_answered: false,
             destroyed: None,
             at: None,
         };

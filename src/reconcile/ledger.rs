@@ -44,7 +44,8 @@ pub struct Ledger {
     orphans: HashMap<EntryKey, Instant>,
     overdue: HashSet<EntryKey>,
     idle: Option<Idle>,
-    cookies_were_sent: bool,
+    /// While SYN cookies are sent: the connections of [`Ledger::may_have_a_cookie`].
+    cookies: Option<HashSet<Connection>>,
     /// The looks of [`Known::look`].
     agenda: Agenda,
     /// Dumps of sockets so far.
@@ -150,14 +151,18 @@ impl Ledger {
         self.idle = idle;
     }
 
-    /// Whether the server has sent SYN cookies a moment ago: a handshake can end without a socket.
-    pub fn cookies_were_sent(&self) -> bool {
-        self.cookies_were_sent
+    /// Whether the server may have sent a SYN cookie for this connection a moment ago: then its handshake
+    /// can end without a socket. An ACK that the server has answered by an RST does not end it, though
+    /// conntrack has taken it for the end.
+    pub fn may_have_a_cookie(&self, connection: Connection, is_assured: bool) -> bool {
+        let cookies = self.cookies.as_ref();
+        cookies.is_some_and(|answered| !is_assured || answered.contains(&connection))
     }
 
-    /// Takes note that it has, or has not.
-    pub fn set_cookies_were_sent(&mut self, were_sent: bool) {
-        self.cookies_were_sent = were_sent;
+    /// Takes note that the server has sent SYN cookies, with the connections of which it has answered an
+    /// ACK by an RST; or that it has not.
+    pub fn set_cookies(&mut self, answered: Option<HashSet<Connection>>) {
+        self.cookies = answered;
     }
 
     /// How hard entries are fought over.

@@ -438,13 +438,14 @@ pub fn cell(
                 && socket.state == State::SynRecv
                 && (is_closed || ledger.holds(socket))
     };
-    let is_unassured = |entry: &Entry| entry.status.is_some_and(|status| !status.is_assured());
+    let may_have_a_cookie = |entry: &Entry| {
+        let status = entry.status;
+        status.is_some_and(|it| ledger.may_have_a_cookie(view.connection, it.is_assured()))
+    };
     Cell {
         socket: socket.map(|socket| socket.state),
         guarded: in_scope && socket.as_ref().is_some_and(guards),
-        cookie: in_scope
-            && ledger.cookies_were_sent()
-            && view.entry.as_ref().is_some_and(is_unassured),
+        cookie: in_scope && view.entry.as_ref().is_some_and(may_have_a_cookie),
         entry,
         expiring: view.entry.and_then(|entry| entry.timeout).is_some_and(|timeout| {
             timeout < policy.renew_below()

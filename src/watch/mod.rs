@@ -88,6 +88,8 @@ pub struct Suspect {
     pub is_translated: bool,
     /// Its packet came in and says to be the server's own: no honest one does.
     pub is_spoofed: bool,
+    /// Its packet is an RST of the server that answers an ACK.
+    pub is_answered: bool,
     /// What conntrack said of it last, where that is all that is left.
     pub destroyed: Option<Entry>,
     /// When the kernel saw what happened, where it says so.
@@ -124,7 +126,8 @@ impl Suspect {
     pub fn and_then(self, later: Self) -> Self {
         let interface = if later.interface == 0 { self.interface } else { later.interface };
         let is_spoofed = self.is_spoofed || later.is_spoofed;
-        Self { interface, is_spoofed, at: self.at, ..later }
+        let is_answered = self.is_answered || later.is_answered;
+        Self { interface, is_spoofed, is_answered, at: self.at, ..later }
     }
 }
 
@@ -225,6 +228,7 @@ impl Events {
                             interface: 0,
                             is_translated: false,
                             is_spoofed: false,
+                            is_answered: false,
                             destroyed,
                             at: None,
                         });

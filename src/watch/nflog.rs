@@ -241,7 +241,8 @@ impl Watch {
                 let is_translated = prefix == Prefix::Translated;
                 let is_spoofed = prefix == Prefix::Spoofed;
                 // Its way is that of the server's own packets, and the device is not the socket's.
-                let (connection, interface) = if is_spoofed || prefix == Prefix::Answered {
+                let is_answered = prefix == Prefix::Answered;
+                let (connection, interface) = if is_spoofed || is_answered {
                     (Connection::of_sender(flow), 0)
                 } else {
                     (Connection::of_receiver(flow), interface)
@@ -251,6 +252,7 @@ impl Watch {
                     interface,
                     is_translated,
                     is_spoofed,
+                    is_answered,
                     destroyed: None,
                     at,
                 });

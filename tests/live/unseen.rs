@@ -281,6 +281,18 @@ fn reset_in_the_handshake(scene: &mut Scene, dropped: Dropped) -> Vec<RawConn> {
     begun
 }
 
+/// Begins three connections, acknowledges what was never sent, and later what was.
+fn acknowledge_wrongly(scene: &mut Scene, later: Duration) {
+    let begun = (0..scene.limit).map(|_| scene.attacker.syn_only(PORT)).collect();
+    let begun = scene.attacker.half_open(begun, Duration::from_millis(10));
+    for conn in &begun {
+        let wrong = conn.segment(lab::ACK, 0);
+        scene.attacker.send(&Segment { ack: wrong.ack.wrapping_sub(100), ..wrong });
+    }
+    thread::sleep(later);
+    begun.iter().for_each(RawConn::ack);
+}
+
 /// TCP answers an ACK of what it has never sent by an RST of its own, which conntrack believes, and goes on
 /// to wait for the end of the handshake.
 #[test]
@@ -290,18 +302,18 @@ fn no_rst_of_the_server_in_the_handshake_frees_a_slot() {
         |_| {},
         24,
         8,
-        |scene| {
-            let begun = (0..scene.limit).map(|_| scene.attacker.syn_only(PORT)).collect();
-            let begun = scene.attacker.half_open(begun, Duration::from_millis(10));
-            for conn in &begun {
-                let wrong = conn.segment(lab::ACK, 0);
-                scene.attacker.send(&Segment { ack: wrong.ack.wrapping_sub(100), ..wrong });
-            }
-            thread::sleep(Duration::from_millis(20));
-            begun.iter().for_each(RawConn::ack);
-        },
+        |scene| acknowledge_wrongly(scene, Duration::from_millis(20).max(scene.pause)),
     );
     assert_bounded("an ACK of what was never sent", &counts, 24);
+}
+
+/// The same of a server that has nothing of the handshake: the wrong ACK has made conntrack take it for
+/// over before the RST ended it.
+#[test]
+fn no_rst_of_the_server_frees_a_slot_while_cookies_are_sent() {
+    let always = |lab: &Lab| lab.server.sysctl("net/ipv4/tcp_syncookies", "2");
+    let counts = contrast(ATTACKER, always, 5, |scene| acknowledge_wrongly(scene, LONG_PAUSE));
+    assert_bounded("an ACK of what was never sent, cookies", &counts, 15);
 }
 
 /// TCP gets none of these RSTs, so it takes the end of the handshake.

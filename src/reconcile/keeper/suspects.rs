@@ -149,9 +149,11 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         self.hasten_deep_sweep(&snapshot);
         // Not beyond this look: a sweep cannot tell an RST from a refusal of the server.
         let were_sent = self.were_cookies_sent(&snapshot);
-        self.ledger.set_cookies_were_sent(were_sent);
+        let answered = suspects.values().filter(|suspect| suspect.is_answered);
+        let answered = answered.map(|suspect| suspect.connection).collect();
+        self.ledger.set_cookies(were_sent.then_some(answered));
         let mut confirmed = self.confirmed(&snapshot);
-        self.ledger.set_cookies_were_sent(false);
+        self.ledger.set_cookies(None);
         let open =
             |action: &Action| action.view.socket.filter(|socket| socket.state != State::CloseWait);
         let lookups = confirmed.actions().iter().filter_map(open).map(|it| Lookup::from(&it));
