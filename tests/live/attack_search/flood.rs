@@ -37,7 +37,7 @@ fn strange(random: &mut Random, address: IpAddr) -> IpAddr {
 fn of_any_shape_starts_no_sweep_fills_no_memory_and_stops_no_repair() {
     let rules = Rules::Plain;
     let args = ["--sweep-interval", "20s"];
-    let Some(host) = Host::new(rules, Some(&args)) else { return };
+    let Some(host) = Host::new(rules, None, Some(&args)) else { return };
     let daemon = host.daemon.as_ref().expect("a daemon");
     let peers = ["198.51.100.7", "2001:db8:1::7"].map(|source| host.lab.peer(source));
     let mut models: Vec<RawConn> = peers.iter().flat_map(|peer| peer.hold(PORT, 1)).collect();

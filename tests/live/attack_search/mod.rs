@@ -18,7 +18,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::lab::{Daemon, Lab, Peer, RawConn, Server};
-use packet::{Random, Shot};
+use packet::{Random, STAMPS, Shot};
 use rules::Rules;
 use tun_rs::{DeviceBuilder, Layer, SyncDevice};
 
@@ -62,8 +62,11 @@ struct Outcome {
 }
 
 impl Host {
-    fn new(rules: Rules, args: Option<&[&str]>) -> Option<Self> {
+    fn new(rules: Rules, kernel: Kernel, args: Option<&[&str]>) -> Option<Self> {
         let lab = Lab::new()?;
+        if let Some((name, value)) = kernel {
+            lab.server.sysctl(name, value);
+        }
         rules.install(&lab, PORT, LIMIT);
         let server = lab.serve("[::]:80");
         // What is written into the tap leaves by the cable, whatever it is.
@@ -88,23 +91,34 @@ impl Host {
 
     fn play(&mut self, histories: &[History], setting: &Setting) -> Vec<Vec<RawConn>> {
         let peers: Vec<Peer> = histories.iter().map(|it| self.lab.peer(&it.source)).collect();
-        let mut conns: Vec<Vec<RawConn>> = peers.iter().map(|it| it.hold(PORT, LIMIT)).collect();
+        let mut conns: Vec<Vec<RawConn>> = peers.iter().map(|it| setting.opens.begin(it)).collect();
         match setting.server {
             Does::Nothing => {}
             Does::HalfClose => self.server.shutdown_all(),
             Does::Send => self.server.send_all(b"some of an answer"),
         }
-        if setting.half_closed {
-            conns.iter_mut().flatten().for_each(RawConn::fin);
-            thread::sleep(Duration::from_millis(60));
+        let is_begun = setting.opens != Opens::InTheMidst;
+        if is_begun {
+            if setting.half_closed {
+                conns.iter_mut().flatten().for_each(RawConn::fin);
+                thread::sleep(Duration::from_millis(60));
+            }
+            conns.iter_mut().flatten().for_each(RawConn::ack_all);
         }
-        conns.iter_mut().flatten().for_each(RawConn::ack_all);
         let longest = histories.iter().map(|it| it.shots.len()).max().unwrap_or(0);
-        for round in 0..longest {
+        for round in 0..=longest {
+            if round == longest.div_ceil(2) && !is_begun {
+                conns.iter().flatten().for_each(RawConn::ack);
+                if setting.half_closed {
+                    conns.iter_mut().flatten().for_each(RawConn::fin);
+                }
+            }
             let mut begun = Vec::new();
             for (index, history) in histories.iter().enumerate() {
-                if let Some(shot) = history.shots.get(round) {
-                    for frame in shot.frames(&conns[index][shot.conn]) {
+                if let Some(shot) = history.shots.get(round)
+                    && let Some(conn) = conns[index].get(shot.conn)
+                {
+                    for frame in shot.frames(conn) {
                         // A frame that the device refuses is as good as lost.
                         let _ = self.wire.send(&frame);
                     }
@@ -167,9 +181,53 @@ enum Does {
     Send,
 }
 
+/// How a source's first connections are begun.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Opens {
+    AtOnce,
+    WithTimestamps,
+    /// The handshake ends when half of the packets have been sent.
+    InTheMidst,
+}
+
+impl Opens {
+    fn begin(self, peer: &Peer) -> Vec<RawConn> {
+        const ANSWER: Duration = Duration::from_millis(100);
+        match self {
+            Self::AtOnce => peer.hold(PORT, LIMIT),
+            Self::WithTimestamps => {
+                let begun = (0..LIMIT).map(|_| peer.syn_with_options(PORT, &STAMPS)).collect();
+                peer.complete(begun, ANSWER)
+            }
+            Self::InTheMidst => {
+                let begun = (0..LIMIT).map(|_| peer.syn_only(PORT)).collect();
+                peer.half_open(begun, ANSWER)
+            }
+        }
+    }
+}
+
+/// A setting of the server's that administrators change, if it is not the kernel's own.
+type Kernel = Option<(&'static str, &'static str)>;
+
+const COOKIES: Kernel = Some(("net/ipv4/tcp_syncookies", "2"));
+
+const KERNELS: [Kernel; 8] = [
+    None,
+    None,
+    None,
+    COOKIES,
+    Some(("net/netfilter/nf_conntrack_tcp_be_liberal", "1")),
+    Some(("net/netfilter/nf_conntrack_checksum", "0")),
+    Some(("net/netfilter/nf_conntrack_tcp_loose", "0")),
+    Some(("net/ipv4/tcp_timestamps", "0")),
+];
+
 /// What all sources of a batch have in common.
 #[derive(Clone, Copy, Debug)]
 struct Setting {
+    kernel: Kernel,
+    opens: Opens,
     is_ipv6: bool,
     server: Does,
     half_closed: bool,
@@ -200,8 +258,12 @@ fn batch(hosts: &mut [Host; 2], setting: Setting, number: usize, random: &mut Ra
     let by_stock = stock.outcomes(&stock_conns);
     let mut outcomes = guarded.outcomes(&conns);
     tally.fooled = by_stock.iter().filter(|outcome| outcome.lost > 0).count();
+    // A place that a cookie may still ask for stays taken for a lease.
+    let is_stale = |outcome: &Outcome, stock: &Outcome| {
+        outcome.stale > stock.stale && setting.kernel != COOKIES
+    };
     let is_wrong =
-        |outcome: &Outcome, stock: &Outcome| outcome.lost > 0 || outcome.stale > stock.stale;
+        |outcome: &Outcome, stock: &Outcome| outcome.lost > 0 || is_stale(outcome, stock);
     if outcomes.iter().zip(&by_stock).any(|(outcome, stock)| is_wrong(outcome, stock)) {
         // A machine under load gets another chance.
         thread::sleep(BOUND);
@@ -212,7 +274,7 @@ fn batch(hosts: &mut [Host; 2], setting: Setting, number: usize, random: &mut Ra
         if outcome.lost > 0 {
             wrong.push(format!("{} open sockets are not counted", outcome.lost));
         }
-        if outcome.stale > stock.stale {
+        if is_stale(outcome, stock) {
             wrong.push(format!("{} entries stay without a socket", outcome.stale));
         }
         if outcome.held >= LIMIT && outcome.lost == 0 {
@@ -260,15 +322,15 @@ fn search(seed: u64, time: Duration) -> Tally {
     let mut pair = seed;
     while begun.elapsed() < time {
         let mut random = Random(pair);
-        let rules = random.of(&Rules::ALL);
+        let (rules, kernel) = (random.of(&Rules::ALL), random.of(&KERNELS));
         let args: &[&str] = random.of(&[
             &["--events", "nflog"][..],
             &["--events", "nflog"],
             &["--events", "ctnetlink"],
             &["--shield", "auto"],
         ]);
-        let (Some(stock), Some(guarded)) = (Host::new(rules, None), Host::new(rules, Some(args)))
-        else {
+        let hosts = [None, Some(args)].map(|args| Host::new(rules, kernel, args));
+        let [Some(stock), Some(guarded)] = hosts else {
             return all;
         };
         let mut hosts = [stock, guarded];
@@ -277,6 +339,8 @@ fn search(seed: u64, time: Duration) -> Tally {
                 break;
             }
             let setting = Setting {
+                kernel,
+                opens: random.of(&[Opens::AtOnce, Opens::WithTimestamps, Opens::InTheMidst]),
                 is_ipv6: random.once_in(3),
                 server: random.of(&[Does::Nothing, Does::Nothing, Does::HalfClose, Does::Send]),
                 half_closed: random.once_in(2),

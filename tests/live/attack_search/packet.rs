@@ -4,6 +4,10 @@ use std::net::IpAddr;
 
 use crate::lab::{ACK, FIN, PSH, RST, RawConn, SYN};
 
+const URG: u8 = 0x20;
+const ECE: u8 = 0x40;
+const CWR: u8 = 0x80;
+
 /// Random numbers that a seed gives again (splitmix64).
 pub struct Random(pub u64);
 
@@ -55,11 +59,15 @@ pub enum Between {
 pub enum TcpOptions {
     None,
     Md5,
+    /// Older than [`STAMPS`]: TCP drops such a FIN (PAWS, RFC 7323), and conntrack does not look.
     Timestamp,
     Unknown,
     BadLength,
     Sack,
 }
+
+/// What a SYN offers so that the connection has timestamps.
+pub const STAMPS: [u8; 12] = [1, 1, 8, 10, 0x10, 0, 0, 0, 0, 0, 0, 0];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lie {
@@ -123,7 +131,9 @@ impl Shot {
             SYN | ACK,
             RST | FIN,
         ];
-        const SEQS: [i64; 18] = [
+        // Nothing, most often; else urgent data, or what congestion has to say.
+        const BESIDE: [u8; 8] = [0, 0, 0, 0, 0, URG, ECE, CWR | ECE];
+        const SEQS: [i64; 19] = [
             0,
             0,
             0,
@@ -137,6 +147,7 @@ impl Shot {
             100,
             1000,
             -1000,
+            64_000,
             64_240,
             64_241,
             200_000,
@@ -147,7 +158,7 @@ impl Shot {
         let flags = if random.once_in(8) {
             u8::try_from(random.below(256)).expect("a byte")
         } else {
-            random.of(&FLAGS)
+            random.of(&FLAGS) | random.of(&BESIDE)
         };
         let cut = if rarely(random) {
             let at = random.of(&[8, 16, 24]);
@@ -190,9 +201,9 @@ impl Shot {
             from: if random.once_in(6) { From::Server } else { From::Peer },
             flags,
             seq: random.of(&SEQS),
-            ack: random.of(&[0, 0, 0, 1, -1, 1000, -1000, 1 << 31]),
+            ack: random.of(&[0, 0, 0, 1, -1, -100, 1000, -1000, 1 << 31]),
             window: random.of(&[64_240, 64_240, 0, 1]),
-            payload: random.of(&[0, 0, 0, 0, 1, 9, 100]),
+            payload: random.of(&[0, 0, 0, 0, 1, 9, 100, 1000]),
             urgent: random.of(&[0, 0, 0, 1]),
             options: if rarely(random) { random.of(&options) } else { TcpOptions::None },
             between: if rarely(random) { random.of(&between) } else { Between::Nothing },
