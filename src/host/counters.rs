@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 /// A SYN cookie is good for one or two minutes (`MAX_SYNCOOKIE_AGE`).
 const COOKIE_AGE: Duration = Duration::from_secs(120);
-/// To read the counters takes some 30 us.
-const COOKIE_LOOK: Duration = Duration::from_millis(20);
+/// To read the counters takes some 30 to 300 us. Of the very first cookies this much may pass unnoticed.
+const COOKIE_LOOK: Duration = Duration::from_millis(10);
 
 /// `TcpExt` counters by their names in `/proc/net/netstat` (`ListenOverflows`); what `nstat` shows.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -55,7 +55,7 @@ impl Cookies {
 
     /// Whether one may be good still.
     pub fn may_be_out(&mut self, now: Instant) -> bool {
-        if now.saturating_duration_since(self.looked) >= COOKIE_LOOK || self.last.is_none() {
+        if now.saturating_duration_since(self.looked) >= COOKIE_LOOK {
             self.looked = now;
             let sent = Self::sent();
             if sent != std::mem::replace(&mut self.sent, sent) {

@@ -115,7 +115,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         let is_told = self.longest_unseen == Duration::MAX && self.ends_are_told;
         // No event reports a connection of Multipath TCP whose last TCP connection ends by FINs.
         let is_told = is_told && !self.tables.sockets.uses_mptcp();
-        !is_told || self.dumps > 0 || now >= self.next_dump
+        !is_told || self.dumps > 0 && now >= self.soonest_question || now >= self.next_dump
     }
 
     /// The next sweep looks at every watched connection.
@@ -142,6 +142,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             let policy = &self.settings.policy;
             let dump = self.tables.half_closed(&self.scope, policy, &self.ledger)?;
             self.dumps = self.dumps.saturating_sub(1);
+            self.has_asked = true;
             self.next_dump = now + self.settings.sweep_interval * UNTOLD;
             self.looks = self.ledger.compare(&dump, self.ends_are_told);
             let half_closed = dump.into_iter().filter(|it| it.state == State::CloseWait);

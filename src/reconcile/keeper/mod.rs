@@ -153,6 +153,10 @@ pub struct Keeper<T: Transport = KernelSocket, R: Recount = Recounter> {
     dumps: u32,
     /// One asks at the latest then.
     next_dump: Instant,
+    /// None asks sooner only because connections begin to close.
+    soonest_question: Instant,
+    /// The last shallow sweep has asked.
+    has_asked: bool,
     /// The next sweep looks at every watched connection.
     suspects_all: bool,
     /// A look at all of them on suspicion comes no sooner.
@@ -233,6 +237,8 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             ends_are_told: false,
             dumps: look::DUMPS,
             next_dump: now,
+            soonest_question: now,
+            has_asked: false,
             suspects_all: false,
             soonest_all: now,
             proxied: HashSet::new(),

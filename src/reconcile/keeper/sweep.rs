@@ -118,11 +118,16 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
     /// What a sweep has cost: `ended` is when it was done, `cost` the time of a processor that it
     /// took. Intervals count from its end, and deep sweeps never take more than a hundredth of a
     /// core: where a dump of the table is too much for that, half of it is for dumps, and half for
-    /// sweeps between them that ask for the entry of each socket.
+    /// sweeps between them that ask for the entry of each socket. Another hundredth is for questions
+    /// for half-closed sockets that are asked because something closes: for each the kernel walks its
+    /// whole table of sockets.
     pub fn took(&mut self, sweep: &Sweep, ended: Instant, cost: Duration) {
         let elapsed = ended.saturating_duration_since(sweep.began);
         if !sweep.is_beside {
             self.timers.delay(Timer::Shallow, elapsed);
+        }
+        if std::mem::take(&mut self.has_asked) && sweep.depth == Depth::Shallow {
+            self.soonest_question = ended + cost * 100;
         }
         if sweep.depth == Depth::Deep {
             self.timers.delay(Timer::Deep, elapsed);
