@@ -312,7 +312,7 @@ fn no_rst_of_the_server_in_the_handshake_frees_a_slot() {
 #[test]
 fn no_rst_of_the_server_frees_a_slot_while_cookies_are_sent() {
     let always = |lab: &Lab| lab.server.sysctl("net/ipv4/tcp_syncookies", "2");
-    let counts = contrast(ATTACKER, always, 5, |scene| acknowledge_wrongly(scene, LONG_PAUSE));
+    let counts = contrast(ATTACKER, always, 15, 5, |scene| acknowledge_wrongly(scene, LONG_PAUSE));
     assert_bounded("an ACK of what was never sent, cookies", &counts, 15);
 }
 
