@@ -53,6 +53,8 @@ pub struct Known {
     pub on_list: HashSet<Cookie>,
     /// Those that limits before the one that lacks them may refuse.
     pub behind: Behind,
+    /// Those that no list has which will be long.
+    pub of_long_lists: HashSet<Cookie>,
 }
 
 /// Carries out a confirmed plan; `ledger` learns what is held and what no longer is.
@@ -92,7 +94,8 @@ pub fn apply<T: Transport, R: Recount>(
                 return Method::OnList;
             }
             let before = cookie.and_then(|cookie| known.behind.get(&cookie));
-            method(action, *hidden, before, recounter.as_mut(), now)
+            let is_long = cookie.is_some_and(|cookie| known.of_long_lists.contains(&cookie));
+            method(action, *hidden, before, recounter.as_mut(), now).for_list(is_long)
         });
         let ways = ways.collect();
         apply_chunk(tables, recounter, actions, ways, policy, &mut outcomes, now)?;
@@ -208,8 +211,6 @@ fn apply_chunk<T: Transport, R: Recount>(
             (Method::Recount { way, seal, before }, Some(recounter)) if outcome.result.is_ok() => {
                 let entry = &action.template;
                 let nudged = match way.recipe {
-                    // One after the other, with nothing in between: a list of thousands is swept at
-                    // the first nudge of each jiffy, which takes as long.
                     Recipe::Replace if before.is_empty() && last != Some(index) => {
                         recounter.nudge(entry, way.route, now)
                     }
@@ -355,6 +356,18 @@ impl Method<'_> {
     /// Whether the nudge must meet no entry: then no other one of the batch may wait for it.
     fn is_fresh(&self) -> bool {
         matches!(self, Self::Recount { way, .. } if way.recipe == Recipe::Fresh)
+    }
+
+    /// Where the list is long and has none of them: the kernel walks all of it at each nudge that meets an
+    /// entry, and once a jiffy, or every 64, at those that meet none.
+    fn for_list(mut self, is_long: bool) -> Self {
+        if let Self::Recount { way, before: [], .. } = &mut self
+            && is_long
+            && way.route == Route::Ingress
+        {
+            way.recipe = Recipe::Fresh;
+        }
+        self
     }
 
     /// Whether its nudge meets an entry, and can be seen to pass.

@@ -4,7 +4,10 @@
 //! Sockets and entries of such connections agree, so no sweep would find them: what is known comes
 //! from the rules (docs/reloads.md).
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::net::IpAddr;
+
+use ipnet::IpNet;
 
 use super::snapshot::View;
 use crate::conntrack::Entry;
@@ -13,6 +16,10 @@ use crate::firewall::limits::LimitRule;
 use crate::firewall::lists::{Anew, Loss};
 use crate::flow::Connection;
 use crate::sockdiag::{Lookup, Socket};
+
+/// A list of more connections is long: the kernel walks it at each nudge that meets an entry, and beyond
+/// this for half a second in all.
+const LONG: usize = 2048;
 
 /// Limits whose lists are new, and what is open of theirs.
 #[derive(Clone, Debug, Default)]
@@ -23,12 +30,17 @@ pub struct Uncounted {
     current: Vec<Anew>,
     /// As many as there are open sockets at most.
     waiting: VecDeque<Lookup>,
+    /// Of which of `current` the list of which sources gets long; `None` are all sources together.
+    long: HashSet<(usize, Option<IpNet>)>,
+    /// Lists were made anew while others were shown what is open: they have got some of it.
+    is_begun: bool,
 }
 
 impl Uncounted {
     /// The lists of these limits are new. One of the same place takes the place of the one before:
     /// many reloads in a row are no more than one.
     pub fn add(&mut self, anew: impl IntoIterator<Item = Anew>) {
+        self.is_begun |= !self.waiting.is_empty();
         for one in anew {
             let is_same = |known: &Anew| {
                 known.rule.place() == one.rule.place() && known.rule.matches == one.rule.matches
@@ -54,13 +66,31 @@ impl Uncounted {
     /// `found`, and wait.
     pub fn find(&mut self, sockets: &[Socket], mut found: impl FnMut(&Socket, Loss)) {
         self.current = std::mem::take(&mut self.new);
+        let mut lists: HashMap<_, usize> = HashMap::new();
         for socket in sockets {
-            let loss = self.current.iter().find(|one| may_be_for(&one.rule, socket));
-            if let Some(Anew { loss, .. }) = loss {
+            let current = self.current.iter().enumerate();
+            let mut meant = current.filter(|(_, one)| may_be_for(&one.rule, socket)).peekable();
+            if let Some((_, Anew { loss, .. })) = meant.peek() {
                 found(socket, *loss);
                 self.waiting.push_back(Lookup::from(socket));
             }
+            for (index, one) in meant {
+                *lists.entry((index, net(&one.rule, socket.remote.addr()))).or_default() += 1;
+            }
         }
+        let is_begun = std::mem::take(&mut self.is_begun);
+        lists.retain(|_, held| *held > LONG && !is_begun);
+        self.long = lists.into_keys().collect();
+    }
+
+    /// Whether a list that has nothing yet gets long, and this peer's connections with it.
+    pub fn is_list_long(&self, peer: IpAddr) -> bool {
+        !self.long.is_empty()
+            && self
+                .current
+                .iter()
+                .enumerate()
+                .any(|(index, one)| self.long.contains(&(index, net(&one.rule, peer))))
     }
 
     /// This limit does not count these, though it was shown them.
@@ -68,6 +98,7 @@ impl Uncounted {
         if !self.current.iter().any(|one| one.rule == *rule) {
             if self.waiting.is_empty() {
                 self.current.clear();
+                self.long.clear();
             }
             self.current.push(Anew { rule: rule.clone(), loss: Loss::Unknown });
         }
@@ -110,6 +141,12 @@ impl Uncounted {
         let Some(entry) = view.entry else { return false };
         self.current.iter().any(|one| is_for(&one.rule, view.connection, &entry))
     }
+}
+
+/// The sources that a limit counts together with this one at most; `None` are all.
+pub(super) fn net(rule: &LimitRule, source: IpAddr) -> Option<IpNet> {
+    let bits = rule.source_prefix()?.min(if source.is_ipv4() { 32 } else { 128 });
+    IpNet::new(source, bits).ok().map(|net| net.trunc())
 }
 
 /// As far as the socket shows: rules before address translation see another port, and rules for what is
@@ -235,6 +272,22 @@ mod tests {
         assert_eq!(ports(uncounted.next_of_each(10)), [2]);
         assert_eq!(ports(uncounted.next_of_each(10)), [4]);
         assert!(!uncounted.is_waiting());
+    }
+
+    #[test]
+    fn a_long_list_is_that_of_one_source() {
+        let mut uncounted = Uncounted::default();
+        uncounted.add([limit("filter", "INPUT", 80)]);
+        let of = |octet: u8, port: u16| Socket {
+            remote: format!("198.51.100.{octet}:{port}").parse().unwrap(),
+            ..socket("192.0.2.1:80", u64::from(octet) << 16 | u64::from(port))
+        };
+        let many = (1..=2049).map(|port| of(7, port));
+        let few = (1..=2048).map(|port| of(8, port));
+        let sockets: Vec<_> = many.chain(few).collect();
+        assert_eq!(found(&mut uncounted, &sockets).len(), 4097);
+        let is_long = |octet: u8| uncounted.is_list_long(of(octet, 1).remote.addr());
+        assert_eq!((is_long(7), is_long(8)), (true, false));
     }
 
     #[test]

@@ -22,6 +22,7 @@ use crate::reconcile::groups::{Group, Groups, Member};
 use crate::reconcile::plan::Action;
 use crate::reconcile::snapshot::View;
 use crate::reconcile::timers::Timer;
+use crate::reconcile::uncounted::net;
 use crate::recount::{Asked, Recount, Room};
 use crate::sockdiag::{Cookie, Lookup, Socket};
 
@@ -504,10 +505,4 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         }
         Ok(())
     }
-}
-
-/// The sources that a limit counts together with this one at most; `None` are all.
-fn net(rule: &LimitRule, source: IpAddr) -> Option<IpNet> {
-    let bits = rule.source_prefix()?.min(if source.is_ipv4() { 32 } else { 128 });
-    IpNet::new(source, bits).ok().map(|net| net.trunc())
 }

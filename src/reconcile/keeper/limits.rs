@@ -1,5 +1,6 @@
 //! Limits that have lost their lists are shown what is open of theirs, part by part.
 
+use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use super::checks::QUIET;
@@ -12,7 +13,8 @@ use crate::reconcile::behind::Behind;
 use crate::reconcile::groups::{Groups, Member};
 use crate::reconcile::plan::{Action, ActionKind};
 use crate::reconcile::timers::Timer;
-use crate::recount::Recount;
+use crate::recount::{HeldUp, Recount};
+use crate::sockdiag::Cookie;
 
 /// The longest (`CONFIG_HZ_100`).
 const JIFFY: Duration = Duration::from_millis(10);
@@ -108,6 +110,19 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             }
         }
         Ok(behind)
+    }
+
+    /// Connections that new lists are to get, more than the kernel likes to walk through.
+    pub(super) fn of_long_lists(&self, actions: &[Action]) -> HashSet<Cookie> {
+        // Where a list may have it, one that meets no entry could get there twice; and a program may hold
+        // it up in which time none can be missing.
+        if self.uncounted.may_be_known() || self.checks.held_up() == HeldUp::BeforeConntrack {
+            return HashSet::new();
+        }
+        let recounts = actions.iter().filter(|action| action.kind == ActionKind::Recount);
+        let sockets = recounts.filter_map(|action| action.view.socket);
+        let of_long = sockets.filter(|it| self.uncounted.is_list_long(it.remote.addr()));
+        of_long.map(|socket| socket.cookie).collect()
     }
 
     /// Limits that lost their lists while what is open was shown to them begin anew at `at`.

@@ -44,6 +44,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         let known = Known {
             on_list: self.on_their_lists(confirmed.actions())?,
             behind: self.behind_others(confirmed.actions())?,
+            of_long_lists: self.of_long_lists(confirmed.actions()),
         };
         let withheld = self.withheld(confirmed.actions())?;
         let is_withheld = |action: &Action| {
