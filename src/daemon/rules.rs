@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::threads::cpu_time;
+use super::threads::{cpu_time, cpu_time_of_children};
 use crate::error::Result;
 use crate::firewall::Hook;
 use crate::firewall::limits::LimitRule;
@@ -46,6 +46,8 @@ pub(super) struct Rules {
     doubt: Duration,
     /// Until then a run of iptables-legacy that shows nothing is not believed.
     believed: Instant,
+    /// Limits were kept back.
+    is_doubted: bool,
     is_failing: bool,
 }
 
@@ -80,6 +82,7 @@ impl Rules {
             spare: Spare::new(now),
             doubt: DOUBT.0,
             believed: now,
+            is_doubted: false,
             is_failing: false,
         })
     }
@@ -160,7 +163,8 @@ impl Rules {
             return None;
         }
         self.due = None;
-        let worked = cpu_time();
+        // The save programs of iptables-legacy are processes of their own.
+        let worked = cpu_time() + cpu_time_of_children();
         let known = (!self.heard.is_of_nft()).then_some(&self.lists);
         let lists = match Lists::read(known) {
             Ok(lists) => lists,
@@ -191,10 +195,14 @@ impl Rules {
         }
         let first = self.first_heard.take().unwrap_or(now);
         let ended = Instant::now();
-        // The save programs of iptables-legacy are processes of their own.
-        let cost = if ran { ended - now } else { cpu_time().saturating_sub(worked) };
+        let cost = (cpu_time() + cpu_time_of_children()).saturating_sub(worked);
         self.spare.spend(cost * factor, ended);
         Some((anew, first))
+    }
+
+    /// Whether limits may have lost their lists and were kept back since: they are to be asked.
+    pub(super) fn take_doubt(&mut self) -> bool {
+        std::mem::take(&mut self.is_doubted)
     }
 
     /// Keeps limits that may have lost their lists, for all that a run of iptables-legacy shows, back
@@ -205,6 +213,7 @@ impl Rules {
         }
         if now < self.believed {
             anew.retain(|one| one.loss != Loss::Unknown);
+            self.is_doubted = true;
             self.heard.legacy += 1;
             self.due = Some(self.due.map_or(self.believed, |due| due.min(self.believed)));
             return;

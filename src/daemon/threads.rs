@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, ppoll};
+use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::time::TimeVal;
 use nix::time::{ClockId, clock_gettime};
 use thread_priority::{
     NormalThreadSchedulePolicy, RealtimeThreadSchedulePolicy, ThreadPriority, ThreadPriorityValue,
@@ -31,6 +33,16 @@ pub(super) fn wait_for(fds: &mut [PollFd<'_>], time: Duration) -> Result<()> {
 /// What this thread has cost so far: waiting, and being stopped, cost nothing.
 pub(super) fn cpu_time() -> Duration {
     clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
+}
+
+/// What processes that this one has started, and that have ended, have cost.
+pub(super) fn cpu_time_of_children() -> Duration {
+    let micros = |time: TimeVal| {
+        let whole = time.tv_sec() * 1_000_000 + time.tv_usec();
+        Duration::from_micros(u64::try_from(whole).unwrap_or(0))
+    };
+    let usage = getrusage(UsageWho::RUSAGE_CHILDREN);
+    usage.map_or(Duration::ZERO, |used| micros(used.user_time()) + micros(used.system_time()))
 }
 
 /// Asks for SCHED_RR: bursts of traffic then do not put a repair off.

@@ -189,6 +189,9 @@ impl<'p> Worker<'p> {
         if looked.is_some() {
             self.desk.rules_changed();
             know_rules(&mut self.keeper, rules);
+            if rules.take_doubt() && !self.desk.foundation.dry_run {
+                self.keeper.doubt_limits(Instant::now())?;
+            }
         }
         let (anew, since) = looked.unwrap_or_else(|| (Vec::new(), Instant::now()));
         self.desk.limits_lost(&anew);
