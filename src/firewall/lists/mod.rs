@@ -324,3 +324,27 @@ fn is_same_reach(one: &LimitRule, other: &LimitRule) -> bool {
         && one.before == other.before
         && (one.hook, one.priority) == (other.hook, other.priority)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_stands_before_conntrack_in_the_raw_table_and_in_its_chains() {
+        let limited = |text: &str| {
+            let chains = parse_saved(text, Family::Ip);
+            let rules = Ruleset { chains, ..Ruleset::default() };
+            let limited = Limited { rules, limits: Vec::new() };
+            (limited.queues(), limited.queues_before_conntrack())
+        };
+        let queue = "-p tcp -j NFQUEUE --queue-num 0\nCOMMIT\n";
+        let raw = "*raw\n:PREROUTING ACCEPT [0:0]\n";
+        assert_eq!(limited(&format!("{raw}-A PREROUTING {queue}")), (true, true));
+        let jump = ":IDS - [0:0]\n-A PREROUTING -j IDS\n";
+        assert_eq!(limited(&format!("{raw}{jump}-A IDS {queue}")), (true, true));
+        let mangle = "*mangle\n:PREROUTING ACCEPT [0:0]\n";
+        assert_eq!(limited(&format!("{mangle}-A PREROUTING {queue}")), (true, false));
+        let output = "*raw\n:OUTPUT ACCEPT [0:0]\n";
+        assert_eq!(limited(&format!("{output}-A OUTPUT {queue}")), (false, false));
+    }
+}
