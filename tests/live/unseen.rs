@@ -495,6 +495,29 @@ fn assert_repaired_in_time<P>(what: &str, prepare: impl Fn(&Lab) -> P + Sync) {
     assert!(counts.iter().skip(1).all(|count| *count <= 6), "{what}: {counts:?}");
 }
 
+/// The same before the handshake ends.
+#[test]
+fn a_fin_of_an_impostor_in_the_handshake_frees_no_slot() {
+    const LATER: Duration = Duration::from_millis(100);
+    let play = |args: Option<&[&str]>| {
+        let (dropped, source, limit) = (Dropped::SpoofedAnswer, ATTACKER, 3);
+        let scene = Scene::new(Attack { dropped, half_closed: false, source, limit }, args)?;
+        let begun = (0..limit).map(|_| scene.attacker.syn_only(PORT)).collect();
+        let conns = scene.attacker.half_open(begun, LATER);
+        conns.iter().for_each(|conn| scene.attacker.send_packet(&dropped.fin(conn, 0)));
+        thread::sleep(LATER);
+        conns.iter().for_each(RawConn::ack);
+        thread::sleep(LATER);
+        conns.iter().for_each(|conn| conn.fin_at(50));
+        thread::sleep(LATER);
+        let admitted = scene.attacker.open_promptly(PORT, limit + 2).len();
+        assert_eq!(scene.sockets(), limit + admitted, "a socket has ended");
+        Some(admitted)
+    };
+    let Some(stock) = play(None) else { return };
+    assert_eq!((stock, play(Some(&["--events", "nflog"]))), (3, Some(0)));
+}
+
 /// A FIN that says to be the server's, then one of the client's that has a hole before it: to
 /// conntrack both sides have closed, and the server's next ACK ends it.
 #[test]

@@ -150,9 +150,10 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         let snapshot = self.tables.exactly(lookups, &self.ledger)?;
         let recent: HashSet<_> =
             self.second_look.lookups.iter().map(|lookup| lookup.connection).collect();
+        let is_open = |it: &Socket| matches!(it.state, State::Established | State::SynRecv);
         for view in snapshot.views.iter() {
             // What conntrack makes of it is not what the server has done: the next FIN would end it.
-            if let Some(socket) = view.socket.filter(|it| it.state == State::Established)
+            if let Some(socket) = view.socket.filter(is_open)
                 && suspects.get(&view.connection).is_some_and(|suspect| suspect.is_spoofed)
                 && let Some((_, TcpState::FinWait | TcpState::CloseWait)) = view.entry_side()
             {
