@@ -61,17 +61,19 @@ fn a_table_of_closing_connections_that_is_full_says_so() {
 fn conntrack_is_not_switched_on_by_the_watch() {
     let Some(lab) = Lab::new() else { return };
     let _server = lab.serve("0.0.0.0:80");
+    // Sweeps are so rare that none comes before the event.
     let daemon =
-        lab.daemon(CTKEEP, &["--port", "80", "--events", "nflog", "--sweep-interval", "100ms"]);
+        lab.daemon(CTKEEP, &["--port", "80", "--events", "nflog", "--sweep-interval", "1s"]);
     let peer = lab.peer(SOURCE);
     let conns = peer.hold(80, 3);
-    thread::sleep(Duration::from_secs(1));
+    thread::sleep(Duration::from_secs(2));
     assert!(conns.iter().all(|conn| lab.entry(conn).is_none()), "{}", daemon.log());
     // Once it is there the watch follows.
     lab.connlimit(80, 3);
     let peer = lab.peer("198.51.100.8");
     let mut conns = peer.hold(80, 3);
-    thread::sleep(Duration::from_secs(1));
+    let is_watching = || lab.server.output("nft list ruleset").contains("chain watch");
+    wait_for("the watch", SOON, is_watching);
     conns.iter_mut().for_each(|conn| lab.half_close(conn));
     conns.iter().for_each(RawConn::stale_rst);
     wait_for("repairs by event", SOON, || daemon.logged("trigger=Event"));
