@@ -10,6 +10,8 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 PROFILE ?= release
 BUILD = $(TARGET)/$(PROFILE:dev=debug)
 STATIC = x86_64-unknown-linux-musl
+# What to build beside the program: dependencies are compiled with the features that all of it needs.
+WITH ?=
 # Without root the live tests run in a user namespace, where the kernel allows it.
 AS_ROOT := $(if $(filter 0,$(shell id -u)),,unshare --user --map-root-user)
 
@@ -26,7 +28,7 @@ KERNELS ?= 5.10 6.1 6.12 sid
 	cargo-generate-rpm cargo-fuzz
 
 all:
-	$(CARGO) build --locked --profile $(PROFILE)
+	$(CARGO) build --locked --profile $(PROFILE) $(WITH)
 
 # Shows what ctkeep is for: 10 seconds, and a minute and a half to build it the first time.
 demo: tools

@@ -24,7 +24,7 @@ mkdir -p "$cache"
 rm -f "$cache"/*.deb
 for revision in 1 2; do
     # The quick build, that the other tests have made: this one is about what is around the program.
-    make -s deb PROFILE=dev VERSION="$version-$revision"
+    make -s deb PROFILE=dev WITH="--bins --tests" VERSION="$version-$revision"
     # The next one would throw it away.
     mv "target/debian/ctkeep_$version-${revision}_"*.deb "$cache"
 done
