@@ -108,12 +108,12 @@ impl<T: Transport> Tables<T> {
     /// A broken conversation. An unanswered question never looks like an absent socket.
     pub fn exactly(&mut self, lookups: &[Lookup], ledger: &Ledger) -> Result<Exact> {
         let entries = self.entries_of(lookups, ledger.zones())?;
-        let sockets = self.sockets.lookup(lookups)?;
-        // A connection in TIME_WAIT is over: the kernel only remembers its tuple.
-        let is_there = |socket: &Socket| socket.state != State::TimeWait;
-        let views = lookups.iter().zip(sockets).zip(entries).map(|((lookup, socket), entry)| {
-            View { connection: lookup.connection, socket: socket.filter(is_there), entry }
-        });
+        let sockets = self.open_sockets(lookups)?;
+        let views = lookups
+            .iter()
+            .zip(sockets)
+            .zip(entries)
+            .map(|((lookup, socket), entry)| View { connection: lookup.connection, socket, entry });
         let mut snapshot = Snapshot::new(views);
         let unseen = snapshot
             .views
@@ -131,6 +131,17 @@ impl<T: Transport> Tables<T> {
         snapshot.evidence.opened_here = self.opened_here(&snapshot, ledger)?;
         self.play(&mut snapshot, ledger);
         Ok(Exact(snapshot))
+    }
+
+    /// The sockets of these connections, in the order asked.
+    ///
+    /// # Errors
+    /// A broken conversation. An unanswered question never looks like an absent socket.
+    pub fn open_sockets(&mut self, lookups: &[Lookup]) -> Result<Vec<Option<Socket>>> {
+        // A connection in TIME_WAIT is over: the kernel only remembers its tuple.
+        let is_there = |socket: &Socket| socket.state != State::TimeWait;
+        let sockets = self.sockets.lookup(lookups)?;
+        Ok(sockets.into_iter().map(|socket| socket.filter(is_there)).collect())
     }
 
     /// Local addresses of other namespaces that have a connection whose entry does not show how its

@@ -123,10 +123,9 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         if lookups.len() < MANY {
             return Ok(lookups.to_vec());
         }
-        let sockets = self.tables.sockets.lookup(lookups)?;
-        let is_open = |socket: Option<Socket>| socket.is_some_and(|it| it.state != State::TimeWait);
+        let sockets = self.tables.open_sockets(lookups)?;
         // With SYN cookies a connection has no socket before the end of its handshake.
-        if !sockets.iter().all(|socket| is_open(*socket)) && self.were_cookies_sent() {
+        if sockets.iter().any(Option::is_none) && self.were_cookies_sent() {
             return Ok(lookups.to_vec());
         }
         let is_plain = |connection: &Connection| {
@@ -135,7 +134,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
                 && !self.ledger.holds_connection(*connection)
         };
         let all = lookups.iter().zip(sockets);
-        let left = all.filter(|(lookup, it)| is_open(*it) || !is_plain(&lookup.connection));
+        let left = all.filter(|(lookup, it)| it.is_some() || !is_plain(&lookup.connection));
         Ok(left.map(|(lookup, _)| *lookup).collect())
     }
 
