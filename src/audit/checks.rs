@@ -436,12 +436,23 @@ pub fn lacking(answered: &Answered, rule: &str) -> Option<Finding> {
 pub fn clients_as_one(front: Front) -> Finding {
     let Front { behind, port, from, connections, is_gateway } = front;
     let to = behind.map_or(format!("port {port}"), |addr| Endpoint::new(addr, port).to_string());
-    let whose = if is_gateway { "the gateway" } else { "an address of this host" };
+    let (whose, place) = match (is_gateway, behind) {
+        (true, _) => ("the gateway", format!("on the host or router that has {from}")),
+        (false, Some(_)) => {
+            ("an address of this host", "in INPUT of this host, for the published port".to_owned())
+        }
+        (false, None) => (
+            "an address of this host",
+            "in INPUT of the host on which the proxy listens, for its port".to_owned(),
+        ),
+    };
     Finding::warn(
         "clients-as-one",
         format!("all {connections} connections to {to} come from {from}, {whose}"),
-        "a limit for each client takes them for one: limit where the clients' own addresses are \
-         seen, before the proxy (docker-proxy, rootlessport, slirp4netns) or router",
+        format!(
+            "a limit for each client takes them for one: put it {place}, before the proxy \
+             (docker-proxy, rootlessport, slirp4netns) or masquerade that hides their addresses"
+        ),
     )
 }
 

@@ -27,6 +27,7 @@ mod doctor;
 mod faults;
 mod field;
 mod found;
+mod fronts;
 mod full;
 mod history;
 mod honest;

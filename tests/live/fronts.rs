@@ -1,0 +1,116 @@
+//! Proxies and masquerades between clients and a container: to its socket all clients are one. Where
+//! that is so is said, with the place for the limit, which holds there; where the clients' own
+//! addresses are seen nothing is said.
+
+use crate::lab::guests;
+use std::net::TcpStream;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use crate::lab::guests::{Guest, INSIDE, LIMIT};
+use crate::lab::{Lab, Namespace, wait_for};
+use crate::scene::CTKEEP;
+
+const SOON: Duration = Duration::from_secs(15);
+
+/// A proxy that takes connections and opens one to the container for each, as docker-proxy does.
+struct Proxy(Child);
+
+impl Proxy {
+    fn start(lab: &Lab, port: u16, guest: &Guest) -> Self {
+        let script = format!(
+            "import socket\ns = socket.create_server(('', {port}), backlog=100)\nh = []\n\
+             while True: h.append((s.accept(), socket.create_connection(('{}', {INSIDE}))))\n",
+            guest.address
+        );
+        let mut command = Command::new("/usr/bin/python3");
+        command.args(["-c", &script]);
+        let child = lab.server.spawn_with(&command, |command| {
+            command.stdin(Stdio::null()).stdout(Stdio::null());
+        });
+        let this = Self(child.expect("a proxy"));
+        let listens = || !lab.server.output(&format!("ss -Hltn sport = :{port}")).is_empty();
+        wait_for("the proxy", SOON, listens);
+        this
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// What `audit` says of clients that are one, with its advice; `doctor` says the same.
+fn said(lab: &Lab, args: &[&str]) -> Vec<(String, String)> {
+    let (code, out, err) = lab.ctkeep(CTKEEP, &[&["audit", "--format", "json"], args].concat());
+    assert!(code == 0 || code == 1, "{err}");
+    let report: serde_json::Value = serde_json::from_str(&out).expect("a report");
+    let all = report["layers"]["limiter"]["findings"].as_array().expect("findings");
+    let text = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned();
+    let ours = all.iter().filter(|it| it["id"] == "clients-as-one");
+    let said: Vec<_> = ours.map(|it| (text(&it["what"]), text(&it["advice"]))).collect();
+    if args.is_empty() {
+        let (_, doctor, err) = lab.ctkeep(CTKEEP, &["doctor"]);
+        assert_eq!(doctor.matches("clients-as-one").count(), said.len(), "{doctor}{err}");
+    }
+    said
+}
+
+#[test]
+fn behind_a_proxy_of_the_host_all_clients_are_one_and_the_limit_stands_in_input() {
+    let Some(lab) = Lab::new() else { return };
+    guests::limit(&lab);
+    let guest = Guest::start_again(&lab, 1);
+    let proxy = Proxy::start(&lab, 8001, &guest);
+    let held: Vec<_> = (1..=3)
+        .flat_map(|number| lab.peer(&format!("198.51.100.{number}")).hold(8001, 2))
+        .collect();
+    let said_now = said(&lab, &[]);
+    let [(what, advice)] = said_now.as_slice() else { panic!("{said_now:?}") };
+    assert_eq!(
+        what,
+        "all 6 connections to 10.1.1.2:8080 come from 10.1.1.1, an address of this host"
+    );
+    assert!(advice.contains("in INPUT of this host"), "{advice}");
+    drop(held);
+
+    lab.connlimit(8001, u32::try_from(LIMIT).expect("a limit"));
+    let gain = |source: &str, with_ctkeep| guests::gain(&lab, &lab.peer(source), 8001, with_ctkeep);
+    assert_eq!(gain("198.51.100.7", false), LIMIT, "the control");
+    let daemon = lab.daemon(CTKEEP, &[]);
+    assert_eq!(gain("198.51.100.8", true), 0, "{}", daemon.log());
+    drop(proxy);
+}
+
+/// Containers that reach another one by the host's address, with a masquerade, as their answers would not
+/// come back by the host.
+#[test]
+fn behind_a_hairpin_the_container_sees_one_client_and_the_host_sees_each() {
+    let Some(lab) = Lab::new() else { return };
+    guests::limit(&lab);
+    let server = Guest::start(&lab, 1);
+    let clients = [Guest::start_again(&lab, 2), Guest::start_again(&lab, 3)];
+    lab.server.run(&format!(
+        "iptables -t nat -A POSTROUTING -s 10.1.0.0/16 -d {} -p tcp --dport {INSIDE} -j MASQUERADE",
+        server.address
+    ));
+    let published = format!("192.0.2.1:{}", server.port);
+    let open = |namespace: &Namespace| {
+        let one = || TcpStream::connect_timeout(&published.parse().expect("an address"), SOON / 15);
+        namespace.within(|| (0..LIMIT).map_while(|_| one().ok()).collect::<Vec<_>>())
+    };
+    let held: Vec<_> = clients.iter().flat_map(|guest| open(&guest.namespace)).collect();
+    assert_eq!(held.len(), 2 * LIMIT, "the limit of the host counts each");
+
+    let path = server.namespace.path();
+    assert_eq!(said(&lab, &[]), [], "on the host");
+    let said_inside = said(&lab, &["--netns", &path, "--limit", "3"]);
+    let [(what, advice)] = said_inside.as_slice() else { panic!("{said_inside:?}") };
+    assert_eq!(what, "all 6 connections to port 8080 come from 10.1.1.1, the gateway");
+    assert!(advice.contains("on the host or router that has 10.1.1.1"), "{advice}");
+    for guest in &clients {
+        assert_eq!(open(&guest.namespace).len(), 0, "the limit in FORWARD is for each of them");
+    }
+}
