@@ -221,22 +221,6 @@ fn a_new_container_is_guarded_at_once_and_one_that_ends_is_let_go() {
     assert_eq!(peer.admitted(bystander.port, LIMIT + 2), 0, "{}", daemon.log());
 }
 
-#[test]
-fn without_the_privileges_one_line_says_so() {
-    let Some(lab) = Lab::new() else { return };
-    let mut command = std::process::Command::new("setpriv");
-    command.args(["--bounding-set", "-sys_admin", "--inh-caps", "-all", "--"]);
-    command.args(["timeout", "3", CTKEEP, "run", "--log-format", "text"]);
-    let child = lab.server.spawn_with(&command, |command| {
-        command.stderr(std::process::Stdio::piped());
-    });
-    let output = child.expect("a daemon").wait_with_output().expect("its end");
-    let log = String::from_utf8_lossy(&output.stderr);
-    assert!(log.contains(" ready "), "{log}");
-    assert_eq!(log.matches("connections of containers are not guarded").count(), 1, "{log}");
-    assert!(log.contains("lacking=\"CAP_SYS_ADMIN\""), "{log}");
-}
-
 /// What an event shows of a translated connection is put right before the next sweep.
 #[test]
 fn a_stale_rst_to_a_container_is_answered_by_the_event_not_by_the_sweep() {

@@ -213,6 +213,43 @@ fn wrapped(lab: &Lab, before: &str) -> (tempfile::TempDir, Daemon) {
     (folder, daemon)
 }
 
+/// The daemon says once what it lacks, whichever it is; `doctor` sees it, and what it costs: a limit of
+/// what is forwarded, or a published port, whose sockets nobody looks at.
+#[test]
+fn without_a_privilege_one_line_says_so_and_a_forwarded_limit_is_bad() {
+    let Some(lab) = Lab::new() else { return };
+    lab.server.sysctl("net/ipv4/ip_forward", "1");
+    let guest = Guest::start(&lab, 1);
+    let published = "ip nat PREROUTING rule 1";
+    for (lacking, rule) in [
+        ("sys_admin", published),
+        ("sys_ptrace", published),
+        ("dac_read_search", "ip filter FORWARD rule 1"),
+    ] {
+        if rule != published {
+            guests::limit(&lab);
+        }
+        let without = format!("setpriv --bounding-set -{lacking} --inh-caps -all --");
+        let (_folder, daemon) = wrapped(&lab, &format!("exec {without}"));
+        let said = "connections of containers are not guarded";
+        wait_for("a line of it", SOON, || daemon.logged(said));
+        let (code, out, err) = lab.ctkeep(CTKEEP, &["doctor"]);
+        assert!(out.contains("limit-unseen") && out.contains(rule), "{code}: {out}{err}");
+        assert!(out.contains("the daemon does not look at its sockets"), "{out}{err}");
+        assert_eq!(code, 1, "{out}{err}");
+        if rule != published {
+            let gained = guest.gain(&lab, &lab.peer("198.51.100.7"), false);
+            assert_eq!(gained, LIMIT, "as it says: {}", daemon.log());
+        }
+        let (status, log) = daemon.term();
+        assert!(status.success(), "{log}");
+        assert_eq!(log.matches(said).count(), 1, "{log}");
+        assert!(log.contains(&format!("lacking=\"CAP_{}\"", lacking.to_uppercase())), "{log}");
+    }
+    let (code, out, err) = lab.ctkeep(CTKEEP, &["doctor"]);
+    assert!(!out.contains("limit-unseen"), "with all of them: {code}: {out}{err}");
+}
+
 #[test]
 fn containers_are_found_where_proc_hides_processes() {
     let Some(lab) = Lab::new() else { return };
