@@ -157,14 +157,32 @@ pub fn limiter(limiter: &Limiter, ports: &[u16]) -> Vec<Finding> {
         if let Some(place) = limiter.notrack(*port)
             && !limiter.synproxied.iter().any(|ports| ports.contains(*port))
         {
-            all.push(Finding::bad(
-                "port-untracked",
-                format!("port {port} is not tracked ({place}): no limit can count it"),
-                "delete the NOTRACK rule, or leave the port out of ctkeep: --port",
-            ));
+            all.push(untracked_port(limiter, *port, place));
         }
     }
     all
+}
+
+/// A port that a rule at `place` keeps out of conntrack.
+fn untracked_port(limiter: &Limiter, port: u16, place: &str) -> Finding {
+    const ID: &str = "port-untracked";
+    let limits = || limiter.of_port(port).filter(|rule| rule.matches.ports.contains(port));
+    let what = format!("port {port} is not tracked ({place})");
+    if let Some(limit) = limits().find(|rule| !rule.matches.ports.is_all()) {
+        return Finding::bad(
+            ID,
+            format!("{what}: {} cannot count it", limit.place()),
+            "delete the NOTRACK rule, or leave the port out of ctkeep: --port",
+        );
+    }
+    match limits().next() {
+        Some(limit) => Finding::warn(
+            ID,
+            format!("{what}: {}, which is for any port, does not count it", limit.place()),
+            "delete the NOTRACK rule, or name the ports of the limit",
+        ),
+        None => Finding::ok(ID, format!("{what}, and no limit is for it: left alone")),
+    }
 }
 
 /// Ports that are named in vain.
@@ -211,7 +229,15 @@ fn witness(witness: &Witness) -> Finding {
             ),
             format!("put {limit} before it"),
         ),
-        (Sight::Rate(what) | Sight::Memory(what), _) => Finding::ok(
+        (Sight::Accepts(what), Some(limit)) => Finding::warn(
+            ID,
+            format!(
+                "{place} ({what}) accepts so many SYNs a second before {limit}: a repair among them is \
+                 not counted"
+            ),
+            format!("put {limit} before it"),
+        ),
+        (Sight::Rate(what) | Sight::Accepts(what) | Sight::Memory(what), _) => Finding::ok(
             ID,
             format!(
                 "{place} ({what}) counts SYNs: a connection that is repaired behind the next SYN of its \
@@ -238,7 +264,7 @@ fn one_limit(rule: &LimitRule) -> Finding {
             format!("move {} before the rule that accepts", rule.place()),
         );
     }
-    if !rule.matches.is_opening() && !rule.before.contains(&EarlierAccept::Established) {
+    if rule.matches.is_for_all() && !rule.before.contains(&EarlierAccept::Established) {
         return Finding::warn(
             "limit-without-syn",
             format!("{rule} judges every packet: a stale RST itself frees the slot"),

@@ -177,6 +177,8 @@ pub struct Witness {
     pub sight: Sight,
     /// The place of the first limit behind it.
     pub before: Option<String>,
+    /// The hook of its base chain.
+    hook: Hook,
     matches: Match,
     /// So many limits come before it.
     limits: usize,
@@ -185,8 +187,10 @@ pub struct Witness {
 /// What a rule does with the SYNs that it sees.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Sight {
-    /// Passes so many in a time, by this match.
+    /// Lets so many in a time on to what stands behind, by this match.
     Rate(String),
+    /// Accepts so many in a time, by this match, which what stands behind does not see.
+    Accepts(String),
     /// Remembers their sources, in this.
     Memory(String),
     /// Logs them.
@@ -195,7 +199,12 @@ pub enum Sight {
 
 impl Witness {
     fn sees(&self, rule: &LimitRule) -> bool {
-        !self.matches.and(&rule.matches).never
+        // A packet is for this host or is forwarded, and meets the rules of one of the two.
+        let is_elsewhere = matches!(
+            (self.hook, rule.hook),
+            (Hook::Input, Hook::Forward) | (Hook::Forward, Hook::Input)
+        );
+        !is_elsewhere && !self.matches.and(&rule.matches).never
     }
 }
 
@@ -207,6 +216,7 @@ impl Limiter {
         for at in player.bases() {
             found.walk(&player, *at);
         }
+        found.merge_ways();
         let Self { rules, witnesses, .. } = &mut found;
         // A limit's own rule is reported by what it logs or sets of packets that exceed it.
         let of_limits = |one: &Witness| {
@@ -228,6 +238,14 @@ impl Limiter {
             }
         }
         found
+    }
+
+    /// A limit that opening packets come to is no other one for those that come another way: of what
+    /// is untracked, say.
+    fn merge_ways(&mut self) {
+        let opening = self.rules.iter().filter(|rule| rule.matches.may_open());
+        let opening: Vec<_> = opening.map(|rule| (rule.at, rule.hook)).collect();
+        self.rules.retain(|it| it.matches.may_open() || !opening.contains(&(it.at, it.hook)));
     }
 
     fn walk(&mut self, player: &Player<'_>, at: usize) {
@@ -420,7 +438,7 @@ impl<'r> Walk<'_, 'r, '_> {
                 }
                 Step::Test(test) => {
                     if let super::Test::Rate(what) = test {
-                        self.witness(chain, rule, &matches, Sight::Rate(what.clone()));
+                        self.witness(chain, rule, &matches, rate(rule, what.clone()));
                     }
                     matches = matches.and(&Match::of(test));
                 }
@@ -433,8 +451,9 @@ impl<'r> Walk<'_, 'r, '_> {
                     matches.is_rated |= adding.is_sometimes;
                     if adding.limit.is_none() {
                         let set = format!("set {}", adding.set.name);
-                        let sight = if adding.is_sometimes { Sight::Rate } else { Sight::Memory };
-                        self.witness(chain, rule, &matches, sight(set));
+                        let sight =
+                            if adding.is_sometimes { rate(rule, set) } else { Sight::Memory(set) };
+                        self.witness(chain, rule, &matches, sight);
                     }
                     if let Some(threshold) = adding.limit {
                         let limit = limit(threshold, &adding.by, true);
@@ -534,13 +553,15 @@ impl<'r> Walk<'_, 'r, '_> {
         if !is_of_hosts || chain.is_ours {
             return;
         }
-        if matches.never || matches.is_established() || matches.is_loopback() {
+        // What is sent in a client's name is a SYN that conntrack takes for the first of a connection.
+        if matches.never || !matches.may_open() || matches.is_loopback() {
             return;
         }
         let place =
             format!("{} {} {} rule {}", chain.family, chain.table, chain.name, rule.position);
         let limits = self.found.rules.len();
-        let found = Witness { place, sight, before: None, matches: matches.clone(), limits };
+        let (hook, matches) = (self.base.hook, matches.clone());
+        let found = Witness { place, sight, before: None, hook, matches, limits };
         let is_known = |known: &Witness| known.place == found.place && known.sight == found.sight;
         if self.found.witnesses.len() < LIMITS && !self.found.witnesses.iter().any(is_known) {
             self.found.witnesses.push(found);
@@ -687,7 +708,7 @@ fn earlier(all: &[Earlier], matches: &Match) -> Vec<EarlierAccept> {
             EarlierAccept::Loopback
         } else if earlier.is_established() {
             EarlierAccept::Established
-        } else if earlier.states.is_some_and(|bits| bits & scope::STATE_NEW == 0) {
+        } else if !earlier.may_open() {
             continue;
         } else if earlier.is_for_everybody()
             && earlier.asked.is_all()
@@ -702,6 +723,15 @@ fn earlier(all: &[Earlier], matches: &Match) -> Vec<EarlierAccept> {
         }
     }
     before
+}
+
+/// What a rate in a rule does with SYNs: one without a verdict lets them all go on.
+fn rate(rule: &Rule, what: String) -> Sight {
+    match rule.outcome() {
+        Outcome::Accept | Outcome::Queue => Sight::Accepts(what),
+        Outcome::Continue => Sight::Memory(what),
+        _ => Sight::Rate(what),
+    }
 }
 
 fn limit(threshold: Threshold, by: &[Operand], dynamic: bool) -> Limit {

@@ -142,10 +142,14 @@ impl Match {
         self.states.is_some_and(|bits| bits & STATE_ESTABLISHED != 0 && bits & STATE_NEW == 0)
     }
 
-    /// Whether only opening packets pass it.
-    pub fn is_opening(&self) -> bool {
-        let states = |bits| bits & STATE_NEW != 0 && bits & STATE_ESTABLISHED == 0;
-        self.syn || self.states.is_some_and(states)
+    /// Whether packets of open connections pass it: a stale RST is one.
+    pub fn is_for_all(&self) -> bool {
+        !self.syn && self.states.is_none_or(|bits| bits & STATE_ESTABLISHED != 0)
+    }
+
+    /// Whether a packet that opens a tracked connection may pass it.
+    pub fn may_open(&self) -> bool {
+        self.states.is_none_or(|bits| bits & STATE_NEW != 0)
     }
 
     /// Whether no client, destination and interface is left out.

@@ -51,7 +51,7 @@ fn connlimit_with_syn_and_a_mask() {
             "at most 40 from each /24 to port 80 (ip filter INPUT rule 1)",
             "{tool}"
         );
-        assert!(rule.limit.over && !rule.limit.dynamic && rule.matches.is_opening(), "{tool}");
+        assert!(rule.limit.over && !rule.limit.dynamic && !rule.matches.is_for_all(), "{tool}");
         assert!(!rule.matches.is_narrowed() && rule.before.is_empty(), "{tool}: {rule:#?}");
         assert_eq!(rule.outcome, Outcome::Reset, "{tool}");
     }
@@ -83,7 +83,7 @@ fn connlimit_upto_accepts_under_a_drop_policy() {
         assert_eq!(rule.matches.ports.to_string(), "80,443,8000-8010", "{tool}");
         assert_eq!((rule.limit.over, rule.limit.count), (false, 5), "{tool}");
         assert_eq!(rule.before, [EarlierAccept::Established], "{tool}");
-        assert!(rule.matches.is_opening() && !rule.matches.is_narrowed(), "{tool}: {rule:#?}");
+        assert!(!rule.matches.is_for_all() && !rule.matches.is_narrowed(), "{tool}: {rule:#?}");
         assert_eq!(rule.position, 3, "{tool}");
     }
 }
@@ -149,7 +149,7 @@ fn firewalld_form_with_zones_and_an_own_table_for_the_limit() {
     );
     assert_eq!(rule.before, [EarlierAccept::Loopback]);
     assert_eq!(rule.priority, -5);
-    assert!(rule.limit.dynamic && rule.limit.over && rule.matches.is_opening());
+    assert!(rule.limit.dynamic && rule.limit.over && !rule.matches.is_for_all());
 }
 
 #[test]
@@ -241,7 +241,7 @@ fn nft_set_that_declares_its_limit_itself() {
         rule.to_string(),
         "at most 9 from each /32 for each port to port 1000-2000 (inet t c rule 1)"
     );
-    assert!(rule.is_before_nat() && rule.matches.is_opening());
+    assert!(rule.is_before_nat() && !rule.matches.is_for_all());
 }
 
 #[test]

@@ -47,6 +47,7 @@ fn what_keeps_a_limit_from_working_is_bad() {
         "iptables-restore",
         "*raw\n-A PREROUTING -p tcp --dport 81 -j CT --notrack\nCOMMIT\n\
          *filter\n-A INPUT -p tcp --dport 82 -m connlimit --connlimit-above 3 -j DROP\n\
+         -A INPUT -p tcp --syn --dport 81 -m connlimit --connlimit-above 3 -j DROP\n\
          -A INPUT -p tcp --dport 80 -j ACCEPT\n\
          -A INPUT -p tcp --syn --dport 80 -m connlimit --connlimit-above 3 -j DROP\nCOMMIT\n",
     );
@@ -55,8 +56,8 @@ fn what_keeps_a_limit_from_working_is_bad() {
     assert_eq!(verdicts(&report, "port-untracked"), ["bad"]);
     assert_eq!(verdicts(&report, "limit-shadowed"), ["bad"]);
     assert_eq!(verdicts(&report, "limit-without-syn"), ["warn"]);
-    // Port 82 is limited for IPv4 alone; that of 80 limits no client.
-    assert_eq!(verdicts(&report, "limit-one-family"), ["warn"]);
+    // Ports 81 and 82 are limited for IPv4 alone; that of 80 limits no client.
+    assert_eq!(verdicts(&report, "limit-one-family"), ["warn", "warn"]);
     let what = texts(&report, "limit-one-family");
     assert!(what.contains("port 82") && what.contains("not for those of IPv6"), "{what}");
 }

@@ -107,6 +107,9 @@ fn an_empty_set_before_a_limit_shadows_nothing() {
     let Some(case) = Case::load("nixos.nft") else { return };
     assert_eq!(case.over(&[("198.51.100.7", "192.0.2.1:80", 5)]), only("198.51.100.7"));
     assert!(!case.findings(&[80]).contains_key("limit-shadowed"));
+    // What is untracked comes to the same limit another way; no stale RST does.
+    assert_eq!(case.limiter.rules.len(), 1, "{:#?}", case.limiter.rules);
+    assert!(!case.findings(&[80]).contains_key("limit-without-syn"));
 }
 
 /// A rate, a named limit and a quota before it let some pass, and not all.
@@ -286,6 +289,22 @@ fn rules_that_see_nudges_are_named_with_what_follows() {
         &witnesses("ban-on-count.nft").unwrap(),
         &[(ok, "inet fw input rule 1 ", "tells of what exceeds it")],
     );
+    is(
+        &witnesses("rate-accept.nft").unwrap(),
+        &[
+            (
+                warn,
+                "inet fw input rule 3 ",
+                "accepts so many SYNs a second before inet fw input rule 4",
+            ),
+            (warn, "inet fw input rule 5 ", "before inet fw input rule 7"),
+            (warn, "inet fw input rule 6 ", "before inet fw input rule 7"),
+        ],
+    );
+    // Rates for what is invalid, for what is not for this host, in rules that only log, and in INPUT
+    // before a limit in FORWARD: a nudge to port 80 meets none of them before its limit.
+    let found = witnesses("ufw-docker.rules").unwrap();
+    assert!(found.iter().all(|(verdict, _)| *verdict == ok), "{found:#?}");
     is(&witnesses("own-tables.nft").unwrap(), &[]);
     let found = witnesses("recent-ban.rules").unwrap();
     assert!(found.iter().all(|(verdict, what)| *verdict == ok && what.contains("(recent)")));
@@ -327,4 +346,48 @@ fn rule_sets_that_people_have_are_told_as_they_are() {
     let words = "at most 10 from each /32 to port 80, by eth0";
     let before = "packets of established connections";
     assert_eq!(told("openwrt-limit.nft"), one(words, before, &["rule-sees-nudges"]));
+    let before = "packets of established connections";
+    let limits = |limits: &[(&str, &str)]| {
+        let told =
+            limits.iter().map(|(words, more)| ((*words).to_owned(), format!("{before}{more}")));
+        Some((told.collect::<Vec<_>>(), Vec::<&'static str>::new()))
+    };
+    let friend = "; what goes to port 8080, from 203.0.113.0/24, by eth0";
+    let shorewall = limits(&[
+        ("at most 10 from each /32 to port 25, by eth0", ""),
+        ("at most 3 from each /32 to port 80,443, by eth0", ""),
+        ("at most 2 from each /32 to port 8080, by eth0", friend),
+    ]);
+    assert_eq!(told("shorewall.rules"), shorewall);
+    let ufw = told("ufw-docker.rules").unwrap();
+    let words: Vec<_> = ufw.0.iter().map(|(words, _)| words.as_str()).collect();
+    assert_eq!(
+        words,
+        ["at most 3 from each /32 to port 80", "at most 10 from each /32 to port 8443"]
+    );
+    assert!(ufw.1.is_empty(), "{:?}", ufw.1);
+}
+
+/// A port that rules keep out of conntrack is bad where a limit is for it, and nobody's business else.
+#[test]
+fn an_untracked_port_is_bad_where_a_limit_is_for_it() {
+    let found = |limit: &str| {
+        let text = format!(
+            "*raw\n:PREROUTING ACCEPT [0:0]\n-A PREROUTING -p tcp --dport 81 -j CT --notrack\nCOMMIT\n*filter\n{limit}COMMIT\n"
+        );
+        let chains = ctkeep::firewall::parse_saved(&text, ctkeep::firewall::Family::Ip);
+        let limiter = Limiter::of(&Ruleset { chains, unread: Vec::new() });
+        let all = checks::limiter(&limiter, &[80, 81]);
+        let all = all.into_iter().filter(|finding| finding.id == "port-untracked");
+        all.map(|finding| finding.verdict).collect::<Vec<_>>()
+    };
+    let limit = |port: &str| {
+        format!(
+            ":INPUT ACCEPT [0:0]\n-A INPUT -p tcp --syn{port} -m connlimit --connlimit-above 3 -j DROP\n"
+        )
+    };
+    assert_eq!(found(&limit(" --dport 81")), [Verdict::Bad]);
+    assert_eq!(found(&limit("")), [Verdict::Warn]);
+    assert_eq!(found(&limit(" --dport 80")), [Verdict::Ok]);
+    assert_eq!(found(""), [Verdict::Ok]);
 }

@@ -199,7 +199,9 @@ fn connections(report: &Report, all: bool, no_header: bool) -> Option<String> {
             holder.map_or("-".to_owned(), ToString::to_string),
         ]
     };
-    let rows: Vec<_> = report.listed(all).into_iter().map(row).collect();
+    let mut listed = report.listed(all);
+    listed.retain(|connection| all || connection.class.is_disagreement());
+    let rows: Vec<_> = listed.into_iter().map(row).collect();
     let is_there = !rows.is_empty();
     is_there.then(|| table(&headings, rows, Rows::Whole, no_header))
 }
