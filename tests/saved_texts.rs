@@ -255,6 +255,49 @@ fn subflows_are_taken_and_the_mptcp_lines_are_not() {
     let open = &report["summary"]["sockets"];
     assert_eq!((&open["established"], &open["close-wait"]), (&1.into(), &0.into()));
     assert!(said.err.contains("3 mptcp"), "{}", said.err);
+    // The application still has a connection of which no TCP line is left.
+    assert_eq!((said.code, said.classes()), (0, counts(&[("agree", 2)])), "{}", said.out);
+    assert!(said.err.contains("1 entries without a TCP socket"), "{}", said.err);
+}
+
+#[test]
+fn what_a_filter_of_entries_has_not_looked_for_is_not_missing() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let entries = directory.path().join("entries");
+    let only = |port: &str| {
+        let plain = read("ct-plain.txt");
+        plain
+            .lines()
+            .find(|line| line.contains(port))
+            .map(|line| format!("{line}\n"))
+            .expect("a line")
+    };
+    let empty = "conntrack v1.4.7 (conntrack-tools): 0 flow entries have been shown.\n";
+    for (command, text, code, classes) in [
+        ("$ conntrack -L | grep 41002", only("41002"), 0, &[("agree", 1)][..]),
+        ("# conntrack -L --sport 41003", only("41003"), 1, &[("entry-closed", 1)][..]),
+        ("# conntrack -L -s 198.51.100.20", empty.to_owned(), 0, &[][..]),
+        ("# conntrack -L -f ipv6", empty.to_owned(), 0, &[][..]),
+        ("# conntrack -L -p tcp --dport 8080", empty.to_owned(), 1, &[("entry-missing", 3)][..]),
+        ("$ conntrack -L | grep 8080", only("41002"), 1, &[("agree", 1), ("entry-missing", 2)][..]),
+    ] {
+        std::fs::write(&entries, format!("{command}\n{text}")).expect("a file");
+        let said = audit(&file("ss-plain.txt"), &entries, &["--format=json", "--all"]);
+        assert_eq!((said.code, said.classes()), (code, counts(classes)), "{command}: {}", said.err);
+    }
+}
+
+#[test]
+fn what_is_no_disagreement_stands_in_no_row() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let entries = directory.path().join("entries");
+    let offloaded = read("ct-plain.txt").replacen("6 3412 ESTABLISHED", "6", 1);
+    std::fs::write(&entries, offloaded.replacen("[ASSURED]", "[OFFLOAD]", 1)).expect("a file");
+    let rows = |args: &[&str]| {
+        let said = audit(&file("ss-plain.txt"), &entries, args);
+        said.out.lines().filter(|line| line.starts_with("offloaded ")).count()
+    };
+    assert_eq!((rows(&[]), rows(&["--all"])), (0, 1));
 }
 
 #[test]

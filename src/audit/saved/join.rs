@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::IpAddr;
 
 use super::Saved;
+use super::entries::Entries;
 use super::refusal::{File, Refusal};
 use crate::audit::processes::Owners;
 use crate::audit::report::Seen;
@@ -111,6 +112,14 @@ impl Saved {
                  read): {count} entries without a socket are left out"
             )),
         }
+        let is_of_multipath = |view: &View| sockets.multipath.contains(&view.connection);
+        match remove(views, |view| view.socket.is_none() && is_of_multipath(view)) {
+            0 => {}
+            count => notes.push(format!(
+                "{count} entries without a TCP socket are of connections of Multipath TCP, which may go \
+                 on by another one, and are left out"
+            )),
+        }
         let is_outdated = |view: &View| {
             view.socket.is_none()
                 && view.entry.is_some_and(|entry| entries.outdated.contains(&entry.key()))
@@ -124,7 +133,8 @@ impl Saved {
         }
         let missing = views.iter().filter(|view| view.entry.is_none()).count();
         let is_unread = entries.is_part || missing <= entries.unread;
-        match remove(views, |view| view.entry.is_none() && is_unread) {
+        let is_left_out = |view: &View| is_unread || !entries.may_show(view.connection);
+        match remove(views, |view| view.entry.is_none() && is_left_out(view)) {
             0 => {}
             count => notes.push(format!(
                 "the text holds a part of the entries (a filter, grep, a line that could not be \
@@ -261,6 +271,22 @@ impl Homes {
         };
         self.addresses.contains(&local.addr())
             || self.any.contains(&(local.port(), local.addr().is_ipv4())) && leads_here()
+    }
+}
+
+impl Entries {
+    /// Whether an entry of this connection would be among those that the command of the text shows.
+    fn may_show(&self, connection: Connection) -> bool {
+        let (local, remote) = (connection.local, connection.remote);
+        let parts = [
+            local.addr().to_string(),
+            remote.addr().to_string(),
+            local.port().to_string(),
+            remote.port().to_string(),
+        ];
+        let has = |number: &String| parts.iter().any(|part| part.contains(number.as_str()));
+        self.family.is_none_or(|ipv4| connection.sent().is_ipv4() == ipv4)
+            && self.sought.iter().all(|any| any.iter().any(has))
     }
 }
 

@@ -1,7 +1,7 @@
 //! What a text seems to be that cannot be read, and what to give instead. Pure.
 
-use super::lines::Text;
-use super::{Parsed, Saved, conntrack, entries, sockets, ss};
+use super::lines::{Line, Text};
+use super::{CUT_SHORT, Parsed, Saved, conntrack, entries, sockets, ss};
 use crate::sockdiag::State;
 
 /// One of the two texts.
@@ -61,7 +61,11 @@ fn check_sockets(saved: &Saved, text: &Text) -> Result<(), Refusal> {
     let found = &saved.sockets;
     let without = found.without_state.len();
     let is_list = found.values.iter().all(|socket| socket.state == State::Listen);
-    if is_list && text.commands.iter().any(|command| is_of_listeners(command)) {
+    let is_title = |line: &Line| line.text.ends_with("(only servers)");
+    if is_list
+        && (text.commands.iter().any(|command| is_of_listeners(command))
+            || text.lines.iter().any(is_title))
+    {
         return refuse(None, format!("listening sockets alone (-l); {instead}"));
     }
     if is_read(&found.parsed) && without == 0 {
@@ -152,7 +156,9 @@ fn seems(text: &Text, parsed: &Parsed, wanted: File) -> Option<(usize, String)> 
         return Some((*line, format!("{}: names instead of numbers (no -n)", mistake.what)));
     }
     let (line, mistake) = parsed.mistakes.first()?;
-    Some((*line, mistake.what.clone()))
+    let is_cut = parsed.mistakes.iter().all(|(_, mistake)| mistake.kind == CUT_SHORT);
+    let why = if is_cut { ": the lines are cut short" } else { "" };
+    Some((*line, format!("{}{why}", mistake.what)))
 }
 
 /// What a line belongs to that is none of the wanted text.
@@ -166,7 +172,7 @@ fn known(line: &str, wanted: File) -> Option<&'static str> {
     if begins(&["{", "[{", "[\"", "\"", "}"]) || matches!(line, "[" | "[]") {
         return Some("this is JSON");
     }
-    if begins(&["-A -t ", "-I -t ", "-A -u ", "-A -s "]) {
+    if begins(&["-A -", "-I -", "-D -"]) {
         return Some("these are commands (conntrack -o save)");
     }
     if begins(&["*filter", "*mangle", "*raw", "*nat", "-A ", ":INPUT", "Chain "]) {
@@ -180,6 +186,9 @@ fn known(line: &str, wanted: File) -> Option<&'static str> {
     }
     if words.starts_with(&["COMMAND", "PID"]) {
         return Some("this is the output of lsof");
+    }
+    if words.starts_with(&["Proto", "Local", "Address"]) {
+        return Some("this is the netstat of another system (Windows)");
     }
     if matches!(first, "tcp4" | "tcp46" | "udp46") {
         return Some("this is the netstat of another system (BSD, macOS)");
@@ -235,6 +244,17 @@ mod tests {
             ("*filter\n:INPUT ACCEPT [0:0]\n", Some(1), "iptables"),
             ("  sl  local_address rem_address   st\n", Some(1), "/proc/net/tcp"),
             ("tcp4  0  0  192.0.2.1.80  198.51.100.7.41001  ESTABLISHED\n", Some(1), "BSD"),
+            (
+                "Proto  Local Address  Foreign Address  State\nTCP 192.0.2.1:80 198.51.100.7:1 ESTABLISHED\n",
+                Some(1),
+                "Windows",
+            ),
+            (
+                "Active Internet connections (only servers)\nProto Recv-Q Send-Q Local Address Foreign \
+                 Address State\ntcp 0 0 0.0.0.0:8080 0.0.0.0:* LISTEN\n",
+                None,
+                "listening sockets alone",
+            ),
             (ENTRIES, Some(1), "conntrack entries"),
             ("hello\nworld\n", Some(1), "no socket: 'hello'"),
         ] {
@@ -260,6 +280,12 @@ mod tests {
             ("<?xml version=\"1.0\"?>\n", Some(1), "XML"),
             ("[\n  {\"a\": 1}\n", Some(1), "JSON"),
             ("-A -t 120 -u ASSURED\n", Some(1), "conntrack -o save"),
+            ("-A -w 0 -s 198.51.100.7\n", Some(1), "conntrack -o save"),
+            (
+                "tcp 6 9 CLOSE src=198.51.100.7 dst=192.0.2.1 sport=41001 dport=8080\n",
+                Some(1),
+                "cut short",
+            ),
             ("298 proto=6 src=192.0.2.1\n", Some(1), "expectations"),
             (&dying, Some(1), "dying"),
             (failed, Some(1), "you must be root"),

@@ -1,6 +1,6 @@
 //! A text of sockets: which lines belong together, and what each of them is. Pure.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use super::lines::{Line, Text};
 use super::ss::Row;
@@ -27,6 +27,8 @@ pub struct Sockets {
     pub without_state: Vec<usize>,
     /// Lines of TCP sockets that could not be read.
     pub unread: usize,
+    /// Connections that a line of Multipath TCP shows; their TCP lines may be there or not.
+    pub multipath: HashSet<Connection>,
     /// A filter has left sockets out, or the text was cut off.
     is_part: bool,
 }
@@ -64,7 +66,13 @@ pub(super) fn sockets(text: &Text, filter: Option<State>) -> Sockets {
             }
             Ok(None) => {
                 let first = record.line.text.split_whitespace().next().unwrap_or_default();
-                sockets.parsed.pass(ss::other(first).unwrap_or_default());
+                let other = ss::other(first).unwrap_or_default();
+                sockets.parsed.pass(other);
+                if other == "mptcp"
+                    && let Ok(row) = ss::row(&record.line.text.replacen("mptcp", "tcp", 1))
+                {
+                    sockets.multipath.insert(Connection::new(row.local, row.remote));
+                }
             }
             Err(mistake) => {
                 let is_socket = is_whole(&words(&record.line.text)) || mistake.kind == CUT_SHORT;
@@ -192,7 +200,12 @@ fn records(lines: &[Line], parsed: &mut Parsed) -> Vec<Record> {
         let open = records.last_mut().filter(|record| record.pieces < PIECES);
         let is_open = |record: &Record| !is_whole(&self::words(&record.line.text));
         match open {
-            Some(record) if is_open(record) && !is_whole(&words) && !in_details => {
+            Some(record)
+                if is_open(record)
+                    && !is_whole(&words)
+                    && !in_details
+                    && !ss::has_state(&words) =>
+            {
                 join(record, &line.text);
             }
             _ if is_start(&words) => {
@@ -356,6 +369,17 @@ mod tests {
         }
         let named = sockets(&Text::of(rows.as_bytes()), Some(State::Established));
         assert!(named.values.iter().all(|socket| socket.state == State::Established));
+    }
+
+    #[test]
+    fn lines_that_are_cut_at_an_edge_are_no_pieces_of_one() {
+        let text = "State      Recv-Q Send-Q        Local Address:Port          Pee\n\
+            LISTEN     0      128                 0.0.0.0:8080\n\
+            ESTAB      0      0                 192.0.2.1:8080\n\
+            CLOSE-WAIT 1      0                 192.0.2.1:8080\n";
+        let read = read(text);
+        assert!(read.parsed.mistakes.iter().all(|(_, it)| it.kind == CUT_SHORT), "{read:?}");
+        assert_eq!(lines(&read), [2, 3, 4]);
     }
 
     #[test]

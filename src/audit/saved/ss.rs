@@ -86,6 +86,13 @@ pub(super) fn before_queues(words: &[&str]) -> Option<usize> {
     }
 }
 
+/// Whether a line begins with a state and both queues, which no rest of a broken line does.
+pub(super) fn has_state(words: &[&str]) -> bool {
+    let words = words.strip_prefix(&["tcp"]).unwrap_or(words);
+    words.first().is_some_and(|word| state(word).is_some())
+        && words.get(1..3).is_some_and(|two| two.iter().all(|word| word.parse::<u32>().is_ok()))
+}
+
 /// Whether the line holds all that a socket has, up to the peer.
 pub(super) fn is_complete(words: &[&str]) -> bool {
     before_queues(words).is_some_and(|before| {
