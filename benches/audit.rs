@@ -3,15 +3,13 @@
 //!
 //!     cargo bench --bench audit
 
+mod foreign;
 #[path = "../tests/lab/mod.rs"]
 mod lab;
 
-use std::ops::Range;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use ctkeep::conntrack::{Change, Conntrack, Entry, Insert, Status, TcpState, Zone};
-use ctkeep::flow::{Endpoint, FourTuple};
 use lab::Lab;
 
 const CTKEEP: &str = env!("CARGO_BIN_EXE_ctkeep");
@@ -33,13 +31,12 @@ fn main() {
             conns.extend(peer.open(port, 250));
         }
     }
-    let foreign = ENTRIES - u32::try_from(conns.len()).expect("a count");
-    lab.server.within(|| insert(0..foreign));
+    let others = ENTRIES - u32::try_from(conns.len()).expect("a count");
+    lab.server.within(|| foreign::insert(0..others));
     compare(&lab, "every socket has its entry");
-    top(&lab);
     // As after a firewall was started anew: every socket is looked at exactly, and reported.
     lab.server.run("conntrack -D -p tcp -d 192.0.2.1");
-    lab.server.within(|| insert(foreign..ENTRIES));
+    lab.server.within(|| foreign::insert(others..ENTRIES));
     compare(&lab, "no socket has an entry");
     drop(servers);
 }
@@ -68,60 +65,6 @@ fn compare(lab: &Lab, what: &str) {
             ours.as_secs_f64() / theirs.as_secs_f64()
         );
     }
-}
-
-/// What share of a core `ctkeep top` takes in a terminal.
-fn top(lab: &Lab) {
-    const WATCHED: Duration = Duration::from_secs(60);
-    let name = format!("ctkeep-bench-{}", std::process::id());
-    let tmux = |args: &[&str]| {
-        let mut command = Command::new("tmux");
-        let output = command.args(["-L", &name, "-f", "/dev/null"]).args(args).output();
-        String::from_utf8_lossy(&output.expect("tmux").stdout).trim().to_owned()
-    };
-    let shell = format!("exec nsenter --net={} {CTKEEP} top", lab.server.path());
-    tmux(&["new-session", "-d", "-x", "80", "-y", "24", &shell]);
-    lab::wait_for("the table", Duration::from_secs(120), || {
-        tmux(&["capture-pane", "-p"]).contains("SOURCE")
-    });
-    let pid = tmux(&["list-panes", "-F", "#{pane_pid}"]);
-    let cost = || {
-        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("its figures");
-        // proc(5): utime and stime, in hundredths of a second.
-        let fields = stat.rsplit_once(')').expect("a name").1.split_whitespace().skip(11).take(2);
-        fields.map(|field| field.parse::<f64>().expect("a number")).sum::<f64>() / 100.0
-    };
-    let (began, before) = (Instant::now(), cost());
-    std::thread::sleep(WATCHED);
-    let share = (cost() - before) / began.elapsed().as_secs_f64();
-    println!("ctkeep top, {WATCHED:?} in a terminal: {:.1} % of a core", 100.0 * share);
-    tmux(&["kill-server"]);
-}
-
-/// Entries of other hosts.
-fn insert(numbers: Range<u32>) {
-    let mut table = Conntrack::open().expect("conntrack");
-    let change = |number: u32| {
-        let client =
-            Endpoint::new((0x0a00_0000 + number / 50_000).to_be_bytes().into(), port(number));
-        let server = Endpoint::new([172, 16, 0, 1].into(), 443);
-        let like = Entry::plain(FourTuple::new(client, server), Zone::default());
-        let timeout = Duration::from_secs(3600);
-        Change::Insert(Insert {
-            like,
-            state: TcpState::Established,
-            status: Status::ASSURED,
-            timeout,
-        })
-    };
-    let changes: Vec<_> = numbers.map(change).collect();
-    let failed =
-        table.change(&changes).expect("a conversation").iter().filter(|r| r.is_err()).count();
-    assert_eq!(failed, 0, "of {} inserts", changes.len());
-}
-
-fn port(number: u32) -> u16 {
-    u16::try_from(number % 50_000 + 10_000).expect("a port")
 }
 
 fn time(lab: &Lab, program: &str, args: &[&str]) -> Duration {
