@@ -201,6 +201,8 @@ pub struct Queue {
     pub pid: Option<i32>,
     /// Its command name.
     pub command: Option<String>,
+    /// The container that it is in, where it is in one.
+    pub container: Option<String>,
     /// How full it is.
     pub verdict: Verdict,
     /// The finding in words, with its figures.
@@ -234,6 +236,8 @@ pub struct Application {
     pub pid: Option<i32>,
     /// Its command name.
     pub command: Option<String>,
+    /// The container that it is in, where it is in one.
+    pub container: Option<String>,
     /// How many processes share its sockets, at most.
     pub processes: usize,
     /// Sockets by state.
@@ -271,7 +275,8 @@ impl Queue {
     /// How full it is, and whose it is.
     pub fn finding(&self) -> Finding {
         let who = self.command.as_deref().map_or(String::new(), |name| format!(" by {name}"));
-        let what = format!("{}: {}{who}", self.local, self.what);
+        let place = place(self.container.as_deref());
+        let what = format!("{}: {}{who}{place}", self.local, self.what);
         Finding::of("listen-queue-full", self.verdict, what, self.advice.clone())
     }
 }
@@ -286,9 +291,13 @@ impl Application {
             (Some(pid), Some(command)) => format!("{command} ({pid})"),
             _ => self.kind.to_string(),
         };
-        let what = format!("{who}: {}", self.what);
+        let what = format!("{who}{}: {}", place(self.container.as_deref()), self.what);
         Finding::of("half-closed-held", self.verdict, what, self.advice.clone())
     }
+}
+
+fn place(container: Option<&str>) -> String {
+    container.map_or(String::new(), |name| format!(" in {name}"))
 }
 
 impl fmt::Display for Kind {
@@ -351,6 +360,7 @@ fn queue(socket: &Socket, owners: &Owners) -> Queue {
         limit: socket.send_queue,
         pid: holder.map(|holder| holder.pid),
         command: holder.map(|holder| holder.command.clone()),
+        container: holder.and_then(|holder| holder.container.clone()),
         verdict: finding.verdict,
         what: finding.what,
         advice: Some(finding.advice).filter(|advice| !advice.is_empty()),
@@ -414,6 +424,7 @@ fn application(kind: Kind, holder: Option<&Holder>, sockets: &[Socket]) -> Appli
         kind,
         pid: holder.map(|holder| holder.pid),
         command: holder.map(|holder| holder.command.clone()),
+        container: holder.and_then(|holder| holder.container.clone()),
         processes: holder.map_or(0, |holder| holder.processes),
         sockets: by_state,
         unread,

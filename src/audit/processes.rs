@@ -26,13 +26,17 @@ impl Holder {
     pub fn process(&self) -> String {
         format!("{}/{}", self.pid, self.command)
     }
+
+    /// ` in web`, where it is in a container.
+    pub fn place(&self) -> String {
+        self.container.as_ref().map_or(String::new(), |name| format!(" in {name}"))
+    }
 }
 
 /// `123/apache2`, or `123/apache2 in web`.
 impl fmt::Display for Holder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.process())?;
-        self.container.as_ref().map_or(Ok(()), |name| write!(f, " in {name}"))
+        write!(f, "{}{}", self.process(), self.place())
     }
 }
 
