@@ -5,7 +5,6 @@ use std::time::Instant;
 
 use ipnet::IpNet;
 
-use super::arrivals::Arrivals;
 use super::report::Seen;
 use super::sources::{Load, Met, Plays, loads};
 use crate::conntrack::Zone;
@@ -17,7 +16,7 @@ use crate::reconcile::deciding::{limit_of, question};
 use crate::reconcile::ledger::Ledger;
 use crate::reconcile::observe::Tables;
 use crate::reconcile::snapshot::View;
-use crate::recount::{Recounter, Room, Step, Trace};
+use crate::recount::{Question, Recounter, Room, Step, Trace};
 use crate::sockdiag::Lookup;
 
 /// More room than this is not counted: each probe in it takes a place from an honest SYN for some
@@ -75,11 +74,10 @@ impl<'r> Asker<'r> {
     pub fn open(
         rules: &'r Ruleset,
         limiter: &'r Limiter,
-        arrivals: &'r Arrivals,
+        plays: Plays<'r>,
         now: Instant,
     ) -> Result<Self> {
         let recounter = Recounter::to_ask(DEVICE, now)?;
-        let plays = Plays::new(limiter, rules).arriving(arrivals);
         Ok(Self { rules, limiter, plays, recounter, is_careful: true })
     }
 
@@ -110,8 +108,13 @@ impl<'r> Asker<'r> {
         if self.plays.of(view).is_synproxied {
             return cannot("SYNPROXY answers for it");
         }
+        let Some(question) = question_about(view, &self.plays) else {
+            return cannot(
+                "its entry is gone, and rules may have translated what its client asked for",
+            );
+        };
         let most = tightest.limit.saturating_add(1).min(MOST);
-        let room = self.recounter.room(question(view, Zone::default()), most, now)?;
+        let room = self.recounter.room(question, most, now)?;
         Ok(match room {
             Room::For { more, trace } => {
                 let (limit, decides) = self.deciding(view, &met, &trace);
@@ -169,6 +172,11 @@ impl<'r> Asker<'r> {
     }
 }
 
+/// Asks about the source of a connection; `None` where nothing shows what its client asked for.
+pub fn question_about(view: &View, plays: &Plays<'_>) -> Option<Question> {
+    Some(Question { server: plays.asked(view)?, ..question(view, Zone::default()) })
+}
+
 /// Asks for each source that a limit has to bear, at most `SOURCES`, those first that are nearest
 /// to their limit. A question that failed is handed to `failed`.
 ///
@@ -179,8 +187,7 @@ pub fn ask_for_sources(
     now: Instant,
     mut failed: impl FnMut(&Error),
 ) -> Result<()> {
-    let mut plays =
-        Plays::new(&seen.limiter, &seen.rules).arriving(&seen.arrivals).behind(&seen.behind);
+    let mut plays = seen.plays();
     let views = || seen.snapshot.views.iter().filter(|view| !view.is_outgoing());
     let mut loads = loads(views(), &mut plays);
     loads.retain(|load| load.held > 0);
@@ -192,7 +199,7 @@ pub fn ask_for_sources(
         }
     }
     let mut answers: Vec<Answered> = Vec::new();
-    let mut asker = Asker::open(&seen.rules, &seen.limiter, &seen.arrivals, now)?;
+    let mut asker = Asker::open(&seen.rules, &seen.limiter, seen.plays(), now)?;
     let mut tables = Tables::open()?;
     // Those whose sockets the look had.
     containers::join(&mut tables.sockets)?;

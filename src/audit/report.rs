@@ -20,6 +20,7 @@ use super::fronts::{Front, fronts};
 use super::layers::{Inputs, Layers};
 use super::processes::{Holder, Owners};
 use super::sources::{Listed, Measure, Plays, Source, loads, sources};
+use super::ways::Ways;
 use crate::conntrack::TcpState;
 use crate::containers;
 use crate::error::Result;
@@ -123,12 +124,19 @@ impl Seen {
         ledger.note(&snapshot);
         tables.play(&mut snapshot, &ledger);
         make_sure(&mut tables, &mut snapshot, &scope, policy, &ledger)?;
-        // What another namespace has, and nothing of it has come by here, is none of this table's.
+        let limiter = Limiter::of(&rules);
+        let behind = snapshot.views.iter().map(|view| view.connection.local.addr());
+        let behind: HashSet<_> = behind.filter(|addr| tables.sockets.is_of_member(*addr)).collect();
+        // What another namespace has, and nothing of it has come by here, is none of this table's, unless a
+        // limit here counts it, or may.
         let evidence = &snapshot.evidence;
+        let mut plays = Plays::new(&limiter, &rules).behind(&behind).beside(evidence);
+        let mut ways = Ways::open()?;
         snapshot.views.retain(|view| {
             let cell = cell(view, evidence, &scope, policy, &ledger);
-            !tables.sockets.is_of_member(view.connection.local.addr())
+            !behind.contains(&view.connection.local.addr())
                 || Class::of(view, cell, evidence) != Class::Untracked
+                || (plays.is_limited(view) && ways.lead_through(view.connection))
         });
         let sockets = snapshot.views.iter().filter_map(|view| view.socket);
         let owners = Owners::look(sockets, &listeners);
@@ -144,7 +152,7 @@ impl Seen {
             snapshot,
             ledger,
             listeners,
-            limiter: Limiter::of(&rules),
+            limiter,
             rules,
             arrivals,
             fronts,
@@ -158,6 +166,14 @@ impl Seen {
             has_ipv6: has_global_ipv6(),
         };
         Ok((seen, scope))
+    }
+
+    /// Plays SYNs through the rules, with all that the look has shown.
+    pub fn plays(&self) -> Plays<'_> {
+        Plays::new(&self.limiter, &self.rules)
+            .arriving(&self.arrivals)
+            .behind(&self.behind)
+            .beside(&self.snapshot.evidence)
     }
 }
 
@@ -206,8 +222,7 @@ impl Report {
             limit: request.limit,
             limiter,
         };
-        let mut plays =
-            Plays::new(limiter, &seen.rules).arriving(&seen.arrivals).behind(&seen.behind);
+        let mut plays = seen.plays();
         let loads = loads(snapshot.views.iter(), &mut plays);
         let mut layers = Layers::of(Inputs {
             figures: seen.figures.as_ref(),
@@ -222,9 +237,8 @@ impl Report {
         // A limit makes the kernel track what it is for. Of saved tables the rules may not be known.
         let are_rules_open = seen.figures.is_none() && !limiter.unread.is_empty();
         let mut is_limited = |view: &View| {
-            let played = plays.of(view);
-            played.tracked != Some(false)
-                && (are_rules_open || request.limit.is_some() || !played.hits.is_empty())
+            let is_open = are_rules_open || request.limit.is_some();
+            plays.is_limited(view) || is_open && plays.of(view).tracked != Some(false)
         };
         let mut class = |view: &View| {
             let cell = cell(view, &snapshot.evidence, scope, policy, ledger);

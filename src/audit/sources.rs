@@ -12,7 +12,9 @@ use crate::firewall::Ruleset;
 use crate::firewall::limits::{LimitRule, Limiter};
 use crate::firewall::packet::Syn;
 use crate::firewall::play::{Certainty, Counts, Hit, LimitAt, Played, Player};
+use crate::firewall::tracking::translates_what_comes_in;
 use crate::flow::Endpoint;
+use crate::reconcile::evidence::{Arrival, Evidence};
 use crate::reconcile::snapshot::View;
 use crate::sockdiag::{Socket, State};
 
@@ -197,7 +199,9 @@ pub struct Plays<'r> {
     player: Player<'r>,
     arrivals: Option<&'r Arrivals>,
     behind: Option<&'r HashSet<IpAddr>>,
-    played: HashMap<(IpAddr, Endpoint, Endpoint), Rc<Played>>,
+    siblings: Option<&'r Evidence>,
+    may_translate: bool,
+    played: HashMap<(IpAddr, Option<Endpoint>, Endpoint), Rc<Played>>,
 }
 
 impl<'r> Plays<'r> {
@@ -208,8 +212,17 @@ impl<'r> Plays<'r> {
             player: Player::new(rules),
             arrivals: None,
             behind: None,
+            siblings: None,
+            may_translate: rules.chains.iter().any(translates_what_comes_in),
             played: HashMap::new(),
         }
+    }
+
+    /// The same, where this is known of their siblings: a connection without an entry asked for what they
+    /// asked for.
+    #[must_use]
+    pub fn beside(self, siblings: &'r Evidence) -> Self {
+        Self { siblings: Some(siblings), ..self }
     }
 
     /// The same, where it is known by which devices clients come in.
@@ -236,14 +249,27 @@ impl<'r> Plays<'r> {
     /// The SYN that opened, or would open, a connection.
     fn syn(&self, view: &View) -> Syn {
         let (source, destination) = (view.client().addr(), view.connection.local);
-        // Rules before destination NAT see what the client asked for.
-        let entry = view.entry.filter(|entry| entry.reply == view.connection.sent());
-        let asked = entry.map_or(destination, |entry| entry.orig.dst);
+        let asked = self.asked(view);
         let is_forwarded = self.behind.is_some_and(|behind| behind.contains(&destination.addr()));
         let syn = Syn { asked, is_forwarded, ..Syn::new(source, destination) };
         match self.arrivals.and_then(|arrivals| arrivals.get(&arrivals::of(view))) {
             Some(interface) => Syn { interface: interface.clone(), ..syn },
             None => syn,
+        }
+    }
+
+    /// What the client of a connection asked for, as rules before destination NAT see it; `None` where
+    /// rules may have translated it and neither its entry nor its siblings show from what.
+    pub fn asked(&self, view: &View) -> Option<Endpoint> {
+        let entry = view.entry.filter(|entry| entry.reply == view.connection.sent());
+        if let Some(entry) = entry {
+            return Some(entry.orig.dst);
+        }
+        let siblings = self.siblings.and_then(|it| it.arrival(view, &Default::default()));
+        match siblings {
+            Some(Arrival::Translated(asked, _)) => Some(asked),
+            Some(Arrival::Various) if self.may_translate => None,
+            _ => Some(view.connection.local),
         }
     }
 
@@ -253,6 +279,12 @@ impl<'r> Plays<'r> {
         let key = (syn.source, syn.asked, syn.destination);
         let played = self.played.entry(key).or_insert_with(|| Rc::new(player.limits(&syn)));
         played.clone()
+    }
+
+    /// Whether a limit counts this connection, or may.
+    pub fn is_limited(&mut self, view: &View) -> bool {
+        let played = self.of(view);
+        played.tracked != Some(false) && !played.hits.is_empty()
     }
 
     /// Whether no rule but a limit that is exceeded stops the SYN of this connection.

@@ -27,7 +27,7 @@ use crate::reconcile::plan::{Cell, Verdict, cell, verdict};
 use crate::reconcile::pressure::Defence;
 use crate::reconcile::snapshot::{Direction, Snapshot, View};
 use crate::reconcile::whole::Over;
-use crate::sockdiag::{Lookup, States};
+use crate::sockdiag::{Lookup, Socket, States};
 
 pub(super) fn run(args: &Explain) -> Result<Exit> {
     let policy = args.scope.policy();
@@ -47,6 +47,11 @@ pub(super) fn run(args: &Explain) -> Result<Exit> {
         tables.follow_tracking(&rules);
         let mut scope = tables.scope(&policy)?;
         let sockets = tables.sockets.sockets(States::open())?;
+        let behind_connection = match translated {
+            Some(_) => None,
+            None => behind_it(&mut tables, connection, &sockets)?,
+        };
+        let connection = behind_connection.unwrap_or(connection);
         scope.ports.extend(tables.served_without_listener(&sockets, &scope, &policy)?);
         // Siblings of the same port tell whether it is tracked, and in which zones.
         let mut siblings = scope.clone();
@@ -76,7 +81,6 @@ pub(super) fn run(args: &Explain) -> Result<Exit> {
         }
         let cell = cell(&view, &around.evidence, &scope, &policy, &ledger);
         let verdict = verdict(&view, &around.evidence, &scope, &policy, &ledger);
-        let class = Class::of(&view, cell, &around.evidence);
         let swapped =
             Lookup { connection: Connection::of_sender(connection.received()), interface: 0 };
         let is_swapped = view.socket.is_none()
@@ -88,15 +92,21 @@ pub(super) fn run(args: &Explain) -> Result<Exit> {
         let behind =
             Some(connection.local.addr()).filter(|addr| tables.sockets.is_of_member(*addr));
         let behind: HashSet<_> = behind.into_iter().collect();
-        let limits = limits(
-            Plays::new(&limiter, &rules).arriving(&arrivals).behind(&behind),
-            &limiter,
-            &view,
-            &around,
-        );
+        let plays = || {
+            Plays::new(&limiter, &rules)
+                .arriving(&arrivals)
+                .behind(&behind)
+                .beside(&around.evidence)
+        };
+        let class = match Class::of(&view, cell, &around.evidence) {
+            // A limit makes the kernel track what it is for.
+            Class::Untracked if plays().is_limited(&view) => Class::EntryMissing,
+            class => class,
+        };
+        let limits = limits(plays(), &limiter, &view, &around);
         let asked = args.ask.then(|| {
             let now = Instant::now();
-            Asker::open(&rules, &limiter, &arrivals, now)?.come_what_may().ask(&view, now)
+            Asker::open(&rules, &limiter, plays(), now)?.come_what_may().ask(&view, now)
         });
         let others = around.others.remove(&connection).unwrap_or_default();
         let in_scope = scope.contains(&policy, connection);
@@ -111,6 +121,7 @@ pub(super) fn run(args: &Explain) -> Result<Exit> {
             in_scope,
             cover,
             is_swapped,
+            is_behind: behind_connection.is_some(),
             owners,
             limits,
             asked: asked.map(|asked| asked.map_err(|error: Error| error.cause.to_string())),
@@ -124,6 +135,23 @@ pub(super) fn run(args: &Explain) -> Result<Exit> {
         Verdict::Act(..) => Exit::Disagreement,
         Verdict::Leave(_) => Exit::Done,
     })
+}
+
+/// The connection behind the one that was asked about, as its socket has it: where its entry is gone nothing shows
+/// how it was translated, but the socket of that very peer does, if it is the only one and has no entry either.
+fn behind_it(
+    tables: &mut Tables,
+    asked: Connection,
+    sockets: &[Socket],
+) -> Result<Option<Connection>> {
+    let mut of_peer = sockets.iter().filter(|socket| socket.remote == asked.remote);
+    let (Some(socket), None) = (of_peer.next(), of_peer.next()) else { return Ok(None) };
+    if socket.local == asked.local {
+        return Ok(None);
+    }
+    let looked = tables.exactly(&[Lookup::from(socket)], &Ledger::default())?;
+    let is_lost = looked.views.iter().any(|view| view.socket.is_some() && view.entry.is_none());
+    Ok(is_lost.then(|| socket.connection()))
 }
 
 /// All that is known of one connection.
@@ -140,6 +168,8 @@ struct Found {
     in_scope: bool,
     /// The addresses were given the other way round.
     is_swapped: bool,
+    /// It is not the connection that was asked about, but the one of that peer behind this host.
+    is_behind: bool,
     owners: Owners,
     cover: Coverage,
     limits: Vec<String>,
@@ -195,9 +225,12 @@ fn to_text(found: &Found) -> String {
     };
     let holder = match view.socket.map(|socket| found.owners.of(&socket)) {
         Some(Owner::Process(holder)) if holder.processes > 1 => {
-            format!("{} ({} and {} more)", holder.command, holder.pid, holder.processes - 1)
+            let more = holder.processes - 1;
+            format!("{} ({} and {more} more){}", holder.command, holder.pid, holder.place())
         }
-        Some(Owner::Process(holder)) => format!("{} ({})", holder.command, holder.pid),
+        Some(Owner::Process(holder)) => {
+            format!("{} ({}){}", holder.command, holder.pid, holder.place())
+        }
         Some(Owner::Queue) => "waiting to be accepted".to_owned(),
         Some(Owner::Unseen) => format!("process unknown{}", found.owners.why_unseen()),
         Some(Owner::Descriptorless | Owner::Kernel) | None => "none".to_owned(),
@@ -214,10 +247,12 @@ fn to_text(found: &Found) -> String {
         None => String::new(),
         Some(answer) => format!("asked       {}\n", in_words(answer)),
     };
-    let hint = if found.is_swapped {
-        "hint        the other way round there is one: the server's end comes first\n"
-    } else {
-        ""
+    let hint = match (found.is_swapped, found.is_behind) {
+        (true, _) => "hint        the other way round there is one: the server's end comes first\n",
+        (_, true) => {
+            "hint        the entry that would show it is gone: this is the peer's only socket here\n"
+        }
+        _ => "",
     };
     format!(
         "connection  {} (server) with {} (peer)\n\

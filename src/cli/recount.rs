@@ -13,6 +13,8 @@ use super::output::{self, Rows};
 use super::reconcile::{Done, action_json, keeper, make_sure};
 use crate::audit::arrivals::arrivals;
 use crate::audit::asked::Asker;
+use crate::audit::sources::Plays;
+use crate::containers;
 use crate::error::Result;
 use crate::firewall::limits::{LimitRule, Limiter};
 use crate::firewall::lists::{Anew, Lists, Loss};
@@ -22,6 +24,7 @@ use crate::reconcile::keeper::Depth;
 use crate::reconcile::policy::Policy;
 use crate::reconcile::snapshot::View;
 use crate::reconcile::uncounted;
+use crate::sockdiag::SockDiag;
 use crate::watch::rules::RuleEvents;
 
 /// Sources whose limits are asked at the end, a tenth of a second each.
@@ -138,7 +141,14 @@ fn ask(sources: &mut Sources, done: &Done) {
     let limiter = Limiter::of(&rules);
     let views = done.outcomes.iter().map(|outcome| outcome.action.view);
     let arrivals = arrivals(&rules, views).unwrap_or_default();
-    let Ok(mut asker) = Asker::open(&rules, &limiter, &arrivals, now) else { return };
+    let Ok(mut sockets) = SockDiag::open() else { return };
+    if containers::join(&mut sockets).is_err() {
+        return;
+    }
+    let all = done.outcomes.iter().map(|outcome| outcome.action.view.connection.local.addr());
+    let behind = all.filter(|addr| sockets.is_of_member(*addr)).collect();
+    let plays = Plays::new(&limiter, &rules).arriving(&arrivals).behind(&behind);
+    let Ok(mut asker) = Asker::open(&rules, &limiter, plays, now) else { return };
     let mut asked = HashSet::new();
     for outcome in &done.outcomes {
         let view = outcome.action.view;

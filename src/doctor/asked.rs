@@ -2,13 +2,11 @@
 
 use std::time::Instant;
 
-use crate::audit::asked::DEVICE;
+use crate::audit::asked::{DEVICE, question_about};
 use crate::audit::finding::Finding;
 use crate::audit::report::Seen;
-use crate::audit::sources::{Plays, loads};
-use crate::conntrack::Zone;
+use crate::audit::sources::loads;
 use crate::error::Result;
-use crate::reconcile::deciding::question;
 use crate::recount::{Mode, Recounter, Through};
 
 /// Sources that are tried until one has room for a trial.
@@ -27,7 +25,7 @@ pub(super) fn ask(seen: &Seen, now: Instant) -> Finding {
 }
 
 fn try_ask(seen: &Seen, now: Instant) -> Result<Finding> {
-    let mut plays = Plays::new(&seen.limiter, &seen.rules).arriving(&seen.arrivals);
+    let mut plays = seen.plays();
     let views = || seen.snapshot.views.iter().filter(|view| !view.is_outgoing());
     let mut loads = loads(views(), &mut plays);
     let room = |held: usize, limit: u32| limit.saturating_sub(held.try_into().unwrap_or(u32::MAX));
@@ -45,9 +43,10 @@ fn try_ask(seen: &Seen, now: Instant) -> Result<Finding> {
         let mut of_load = views().filter(|view| view.socket.is_some());
         let is_it = |met: &crate::audit::sources::Met| (met.rule, met.net) == (load.rule, load.net);
         let Some(view) = of_load.find(|view| plays.met(view).iter().any(is_it)) else { continue };
+        let Some(question) = question_about(&view, &plays) else { continue };
         let (source, place) = (view.client().addr(), rule.place());
         let most = load.limit.saturating_add(1).min(MOST);
-        return Ok(match recounter.try_through(question(&view, Zone::default()), most, now) {
+        return Ok(match recounter.try_through(question, view.connection.local, most, now) {
             Ok(Through::Counted { route, seal: None }) => Finding::ok(
                 ID,
                 format!(

@@ -50,8 +50,9 @@ pub struct Syn {
     pub source: IpAddr,
     /// From which port, where that is known.
     pub source_port: Option<u16>,
-    /// The address and port that the client asked for.
-    pub asked: Endpoint,
+    /// The address and port that the client asked for; `None` where rules may have translated them and
+    /// nothing shows from what.
+    pub asked: Option<Endpoint>,
     /// The address and port that it gets to: another one after destination NAT.
     pub destination: Endpoint,
     /// The device that it comes in by.
@@ -67,7 +68,7 @@ impl Syn {
         Self {
             source,
             source_port: None,
-            asked: destination,
+            asked: Some(destination),
             destination,
             interface: if is_local { Interface::loopback() } else { Interface::NotLoopback },
             is_forwarded: false,
@@ -115,8 +116,8 @@ impl<'s> Packet<'s> {
         self.syn
     }
 
-    fn destination(&self) -> Endpoint {
-        if self.is_translated { self.syn.destination } else { self.syn.asked }
+    fn destination(&self) -> Option<Endpoint> {
+        if self.is_translated { Some(self.syn.destination) } else { self.syn.asked }
     }
 
     /// Some bytes of it, or of what the kernel knows of it.
@@ -127,7 +128,7 @@ impl<'s> Packet<'s> {
         let is_ipv4 = self.syn.source.is_ipv4();
         let by_family = |ipv4, ipv6| Bits::number(if is_ipv4 { ipv4 } else { ipv6 }, length);
         // Where one direction mirrors the other.
-        let plain = self.syn.asked == self.syn.destination;
+        let plain = self.syn.asked == Some(self.syn.destination);
         match field {
             Field::Ip(offset) => self.network(offset, length),
             Field::Tcp(offset) => self.transport(offset, length),
@@ -152,17 +153,20 @@ impl<'s> Packet<'s> {
                 let translated = if plain { 0 } else { XT_DNAT };
                 let dnat = if self.is_translated { translated } else { 0 };
                 let (value, known) = self.states(INVALID, NEW, XT_UNTRACKED, dnat);
-                Bits::partly((value & !XT_SNAT).into(), known.into(), 4)
+                let unsure = if self.syn.asked.is_none() { XT_DNAT } else { 0 };
+                Bits::partly((value & !XT_SNAT).into(), (known & !unsure).into(), 4)
             }
             Field::CtDirection => Bits::number(0, length),
             Field::CtSource(true) => address(self.syn.source, length),
-            Field::CtDestination(true) => address(self.syn.asked.addr(), length),
-            Field::CtSourcePort(true) => self.source_port(length),
-            Field::CtDestinationPort(true) => Bits::number(self.syn.asked.port().into(), length),
-            Field::CtSource(false) if plain => address(self.syn.asked.addr(), length),
-            Field::CtSourcePort(false) if plain => {
-                Bits::number(self.syn.asked.port().into(), length)
+            Field::CtDestination(true) => {
+                self.syn.asked.map_or(Bits::unknown(length), |it| address(it.addr(), length))
             }
+            Field::CtSourcePort(true) => self.source_port(length),
+            Field::CtDestinationPort(true) => {
+                self.syn.asked.map_or(Bits::unknown(length), |it| port(it.port(), length))
+            }
+            Field::CtSource(false) if plain => address(self.syn.destination.addr(), length),
+            Field::CtSourcePort(false) if plain => port(self.syn.destination.port(), length),
             Field::DestinationType if !self.syn.is_forwarded => native(RTN_LOCAL).first(length),
             Field::SourceType if self.syn.interface != Interface::loopback() => {
                 native(RTN_UNICAST).first(length)
@@ -198,30 +202,34 @@ impl<'s> Packet<'s> {
 
     fn source_port(&self, length: u32) -> Bits {
         match self.syn.source_port {
-            Some(port) => Bits::number(port.into(), length),
+            Some(number) => port(number, length),
             None => Bits::unknown(length),
         }
     }
 
     fn network(&self, offset: u32, length: u32) -> Bits {
         let (mut value, mut known) = ([0_u8; 40], [0_u8; 40]);
-        let size = match (self.syn.source, self.destination().addr()) {
-            (IpAddr::V4(from), IpAddr::V4(to)) => {
+        let size = match (self.syn.source, self.syn.destination.addr()) {
+            (IpAddr::V4(from), IpAddr::V4(_)) => {
                 set(&mut value, &mut known, 0, &[0x45]);
                 // Neither a fragment nor the first of some; whether it may become some is open.
                 set(&mut value, &mut known, 6, &[0, 0]);
                 set(&mut known, &mut [0; 40], 6, &[0xbf, 0xff]);
                 set(&mut value, &mut known, 9, &[TCP]);
                 set(&mut value, &mut known, 12, &from.octets());
-                set(&mut value, &mut known, 16, &to.octets());
+                if let Some(IpAddr::V4(to)) = self.destination().map(|it| it.addr()) {
+                    set(&mut value, &mut known, 16, &to.octets());
+                }
                 20
             }
-            (from, to) => {
+            (from, _) => {
                 set(&mut value, &mut known, 0, &[0x60]);
                 set(&mut known, &mut [0; 40], 0, &[0xf0]);
                 set(&mut value, &mut known, 6, &[TCP]);
                 set(&mut value, &mut known, 8, &octets(from));
-                set(&mut value, &mut known, 24, &octets(to));
+                if let Some(to) = self.destination() {
+                    set(&mut value, &mut known, 24, &octets(to.addr()));
+                }
                 40
             }
         };
@@ -233,7 +241,9 @@ impl<'s> Packet<'s> {
         if let Some(port) = self.syn.source_port {
             set(&mut value, &mut known, 0, &port.to_be_bytes());
         }
-        set(&mut value, &mut known, 2, &self.destination().port().to_be_bytes());
+        if let Some(to) = self.destination() {
+            set(&mut value, &mut known, 2, &to.port().to_be_bytes());
+        }
         set(&mut value, &mut known, 13, &[SYN]);
         part(&value, &known, 20, offset, length)
     }
@@ -252,6 +262,10 @@ fn address(addr: IpAddr, length: u32) -> Bits {
         (IpAddr::V6(addr), 16) => Bits::of(&addr.octets()),
         _ => Bits::unknown(length),
     }
+}
+
+fn port(number: u16, length: u32) -> Bits {
+    Bits::number(number.into(), length)
 }
 
 fn set(value: &mut [u8; 40], known: &mut [u8; 40], at: usize, bytes: &[u8]) {

@@ -103,6 +103,7 @@ impl Zones<'_> {
 impl Opened {
     fn syn(self) -> Syn {
         let Self { peer, asked, socket } = self;
+        let asked = Some(asked);
         Syn { source_port: Some(peer.port()), asked, ..Syn::new(peer.addr(), socket) }
     }
 }
@@ -114,7 +115,7 @@ pub(super) fn bears_on_tracking(chain: &Chain) -> bool {
 }
 
 /// Whether a base chain has rules that may lead a packet of the network to another address.
-fn translates_what_comes_in(chain: &Chain) -> bool {
+pub fn translates_what_comes_in(chain: &Chain) -> bool {
     let comes_in = |hook| matches!(hook, Hook::Prerouting | Hook::Input);
     let is_of_it = chain.base.as_ref().is_some_and(|base| base.is_nat && comes_in(base.hook));
     is_of_it && !chain.rules.is_empty()

@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use self::choose::{Age, Candidate, Choice, Which};
 use crate::audit::processes::{Owner, Owners};
 use crate::audit::report::Seen;
-use crate::audit::sources::{Load, Plays, overloads};
+use crate::audit::sources::{Load, overloads};
 use crate::containers;
 use crate::error::{Error, Result};
 use crate::host::instance;
@@ -97,8 +97,7 @@ impl Killer {
     /// By the one look that shows what limits count.
     fn over_limit(&self, policy: &Policy) -> Result<Known> {
         let (seen, _) = Seen::look("", policy)?;
-        let mut plays =
-            Plays::new(&seen.limiter, &seen.rules).arriving(&seen.arrivals).behind(&seen.behind);
+        let mut plays = seen.plays();
         let overloads = overloads(seen.snapshot.views.iter(), &mut plays);
         let sockets = seen.snapshot.views.iter().filter_map(|view| view.socket);
         let sockets = sockets.filter(|socket| self.which.states.contains(socket.state)).collect();

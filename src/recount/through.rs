@@ -33,11 +33,18 @@ pub enum Through {
 
 impl Recounter {
     /// Has a limit count a connection that only conntrack knows, asks before and after, and takes
-    /// it away again.
+    /// it away again. `socket` is where such a connection gets to: another endpoint than the one that is
+    /// asked for, where rules translate.
     ///
     /// # Errors
     /// The client cannot be asked for; no way reaches the rules; a broken conversation.
-    pub fn try_through(&mut self, question: Question, most: u32, now: Instant) -> Result<Through> {
+    pub fn try_through(
+        &mut self,
+        question: Question,
+        socket: Endpoint,
+        most: u32,
+        now: Instant,
+    ) -> Result<Through> {
         let Room::For { more: before, .. } = Self::room(self, question, most, now)? else {
             return Ok(Through::Untold);
         };
@@ -45,8 +52,9 @@ impl Recounter {
             return Ok(Through::Untold);
         }
         let port = self.unused_port(question, now)?;
-        let flow = FourTuple::new(Endpoint::new(question.client, port), question.server);
-        let like = Entry::plain(flow, question.zone);
+        let client = Endpoint::new(question.client, port);
+        let plain = Entry::plain(FourTuple::new(client, question.server), question.zone);
+        let like = Entry { reply: FourTuple::new(socket, client), ..plain };
         let shown = self.show(like, now);
         let after = match &shown {
             Ok(_) => Self::room(self, question, most, now),

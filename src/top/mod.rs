@@ -17,7 +17,7 @@ use self::rows::{Seen, Shown};
 use crate::audit::asked::ask_for_sources;
 use crate::audit::processes::Owner;
 use crate::audit::report;
-use crate::audit::sources::{Listed, Plays, loads};
+use crate::audit::sources::{Listed, loads};
 use crate::error::Result;
 use crate::reconcile::policy::Policy;
 
@@ -30,8 +30,7 @@ pub fn look(netns: &str, policy: &Policy, asks: bool, clock: SystemTime) -> Resu
     if asks {
         ask_for_sources(&mut seen, Instant::now(), |_| {})?;
     }
-    let mut plays =
-        Plays::new(&seen.limiter, &seen.rules).arriving(&seen.arrivals).behind(&seen.behind);
+    let mut plays = seen.plays();
     let loads = loads(seen.snapshot.views.iter(), &mut plays);
     let answers = seen.asked.iter().flatten().map(|answered| &answered.answer);
     let listed = answers.filter_map(|answer| {

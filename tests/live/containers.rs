@@ -286,6 +286,71 @@ fn every_command_joins_the_sockets_of_containers_with_the_entries_of_the_host() 
     assert_eq!(peer.admitted(guest.port, LIMIT), 0, "{out}{err}");
 }
 
+/// A limit for the port that clients ask for, which the socket does not show: what is known of a connection
+/// whose entry is gone is what its siblings asked for, and where they are gone, too, nothing is sure.
+#[test]
+fn connections_without_entries_are_measured_by_what_their_siblings_asked_for() {
+    let Some(lab) = Lab::new() else { return };
+    lab.server.sysctl("net/ipv4/ip_forward", "1");
+    lab.server.run(&format!(
+        "iptables -A FORWARD -p tcp --syn -m conntrack --ctorigdstport 8001 \
+         -m connlimit --connlimit-above {LIMIT} --connlimit-mask 32 -j DROP"
+    ));
+    let guest = Guest::start(&lab, 1);
+    let (peer, other) = (lab.peer(CLIENT), lab.peer("198.51.100.8"));
+    let forget = |source: &str| lab.server.run(&format!("conntrack -D -p tcp -s {source}"));
+    let mut held = guest.half_closed(&peer);
+    let sibling = other.hold(guest.port, 1);
+    forget(CLIENT);
+    held.extend(guest.half_closed(&peer));
+    let audit = || {
+        let (code, out, err) = lab.ctkeep(CTKEEP, &["audit", "--format", "json"]);
+        assert_eq!(code, 1, "{err}");
+        let report: serde_json::Value = serde_json::from_str(&out).expect(&err);
+        let sources = report["sources"].as_array().expect("sources").clone();
+        let ours = sources.into_iter().find(|it| it["source"] == format!("{CLIENT}/32"));
+        let missing = report["summary"]["classes"]["entry-missing"].clone();
+        (ours.unwrap_or_else(|| panic!("{report:#}")), missing)
+    };
+    let (source, missing) = audit();
+    assert_eq!((&source["held"], &source["counted"]), (&6.into(), &3.into()), "{source}");
+    assert_eq!((&source["limit"], &source["over_limit"]), (&3.into(), &true.into()), "{source}");
+    assert_eq!(missing, 3);
+    let asked = held[0].server.to_string();
+    let (code, out, err) = lab.ctkeep(CTKEEP, &["explain", &asked, &held[0].client.to_string()]);
+    assert!(out.contains("10.1.1.2:8080 (server)") && out.contains("entry-missing"), "{out}{err}");
+    assert!(out.contains("holds 6 sockets, the rule sees 3"), "{out}{err}");
+    assert!(out.contains("the entry that would show it is gone"), "{out}{err}");
+    assert_eq!(code, 1, "{out}{err}");
+
+    forget(CLIENT);
+    forget("198.51.100.8");
+    let (source, missing) = audit();
+    assert_eq!((&source["held"], &source["counted"]), (&6.into(), &0.into()), "{source}");
+    let unsure = serde_json::Value::Null;
+    assert_eq!((&source["limit"], &source["over_limit"]), (&3.into(), &unsure), "{source}");
+    assert_eq!(missing, 7);
+    drop(sibling);
+}
+
+#[test]
+fn a_limit_of_containers_answers_when_it_is_asked() {
+    let Some(lab) = Lab::new() else { return };
+    guests::limit(&lab);
+    let guest = Guest::start(&lab, 1);
+    let conns = lab.peer(CLIENT).hold(guest.port, LIMIT - 1);
+    let (_, out, err) = lab.ctkeep(CTKEEP, &["audit", "--ask", "--format", "json"]);
+    let report: serde_json::Value = serde_json::from_str(&out).expect(&err);
+    assert_eq!(report["sources"][0]["listed"], LIMIT - 1, "{report:#}{err}");
+    let (one, other) = (conns[0].server.to_string(), conns[0].client.to_string());
+    let (_, out, err) = lab.ctkeep(CTKEEP, &["explain", "--ask", &one, &other]);
+    assert!(out.contains("1 more would be let in: 2 of 3 on the list"), "{out}{err}");
+    let (_, out, err) = lab.ctkeep(CTKEEP, &["doctor", "--ask"]);
+    assert!(out.contains("ip filter FORWARD rule 1 counted a connection of"), "{out}{err}");
+    let (code, out, err) = lab.ctkeep(CTKEEP, &["recount"]);
+    assert!(code == 0 && out.contains(" counted"), "{out}{err}");
+}
+
 #[test]
 fn a_forwarded_limit_whose_sockets_the_daemon_does_not_look_at_is_bad() {
     let Some(lab) = Lab::new() else { return };

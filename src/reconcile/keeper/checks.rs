@@ -430,7 +430,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             _ => local,
         });
         let is_forwarded = self.tables.sockets.is_of_member(local.addr());
-        let mut syn = Syn { asked, is_forwarded, ..Syn::new(peer.addr(), local) };
+        let mut syn = Syn { asked: Some(asked), is_forwarded, ..Syn::new(peer.addr(), local) };
         if groups.ask_for_interfaces()
             && let Some(recounter) = &mut self.recounter
             && let Some((name, index)) = recounter.interface(peer.addr(), asked.addr())?
