@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use ipnet::IpNet;
 use serde::Serialize;
 
 use super::asked::Answered;
@@ -11,7 +12,7 @@ use super::figures::{Figures, Table, Tcp};
 use super::finding::{Finding, Verdict, worst};
 use super::processes::{Holder, Owner, Owners};
 use super::sources::Load;
-use crate::firewall::limits::{EarlierAccept, LimitRule, Limiter};
+use crate::firewall::limits::{EarlierAccept, Key, LimitRule, Limiter};
 use crate::reconcile::snapshot::Views;
 use crate::sockdiag::{Socket, State};
 
@@ -128,8 +129,11 @@ pub struct LimitFigures {
 /// A source that holds as much as a limit allows, or more.
 #[derive(Clone, Debug, Serialize)]
 pub struct Full {
-    /// Whose connections are counted together; all addresses where it is not by source.
+    /// Whose connections are counted together; all addresses where it is not by source, and they
+    /// are of several clients or of all.
     pub source: String,
+    /// To which port, where each is counted on its own.
+    pub port: Option<u16>,
     /// Its sockets that the limit counts, or may count.
     pub held: usize,
     /// Entries that it can count.
@@ -145,15 +149,17 @@ impl LimitFigures {
         let over: Vec<_> = loads.iter().filter(|load| load.is_over() == Some(true)).collect();
         let mut findings = checks::limit(rule);
         findings.extend(
-            over.first()
-                .map(|worst| checks::over(worst.net, worst.held, worst.limit, worst.counted)),
+            over.first().map(|worst| {
+                checks::over(whose(rule, worst), worst.held, worst.limit, worst.counted)
+            }),
         );
         let passing = |is_sure| {
             let all = rule.before.iter().filter(move |before| before.is_sure() == is_sure);
             all.map(EarlierAccept::to_string).collect()
         };
         let full = loads.iter().filter(|load| load.is_full()).map(|load| Full {
-            source: load.net.to_string(),
+            source: whose(rule, load).to_string(),
+            port: load.port,
             held: load.held,
             counted: load.counted,
             limit: load.limit,
@@ -176,6 +182,12 @@ impl LimitFigures {
             findings,
         }
     }
+}
+
+/// Whose connections a limit counts together, as well as it can be named.
+fn whose(rule: &LimitRule, load: &Load) -> IpNet {
+    let is_by_source = rule.source_prefix().is_some() || rule.limit.key == Key::All;
+    load.client.filter(|_| !is_by_source).map_or(load.net, IpNet::from)
 }
 
 /// Figures of the handshake layer.

@@ -9,7 +9,7 @@ use ipnet::IpNet;
 
 use super::arrivals::{self, Arrivals};
 use crate::firewall::Ruleset;
-use crate::firewall::limits::{LimitRule, Limiter};
+use crate::firewall::limits::{Key, LimitRule, Limiter};
 use crate::firewall::packet::Syn;
 use crate::firewall::play::{Certainty, Counts, Hit, LimitAt, Played, Player};
 use crate::firewall::tracking::translates_what_comes_in;
@@ -72,6 +72,10 @@ pub struct Load {
     pub rule: usize,
     /// Whose connections: a source, or all of a family where the rule does not go by the source.
     pub net: IpNet,
+    /// The client, where all of them are of one.
+    pub client: Option<IpAddr>,
+    /// The port, where they are counted for each port on its own.
+    pub port: Option<u16>,
     /// How many it allows, the element's own where it has one.
     pub limit: u32,
     /// Open sockets that it counts, or may count.
@@ -312,6 +316,12 @@ impl<'r> Plays<'r> {
         network(view.client().addr(), prefix.unwrap_or(0))
     }
 
+    /// The port, where a limit counts each on its own.
+    fn port(&self, rule: usize, view: &View) -> Option<u16> {
+        let key = &self.limiter.rules.get(rule)?.limit.key;
+        matches!(key, Key::SourceAndPort(_)).then(|| view.connection.local.port())
+    }
+
     /// The limit, among those that were found, in which a connection is counted.
     fn rule(&self, hit: &Hit, view: &View) -> Option<usize> {
         let (peer, port) = (view.client().addr(), view.connection.local.port());
@@ -395,11 +405,14 @@ fn gather(
             let load = groups.entry(group).or_insert_with(|| Load {
                 rule: index,
                 net: plays.net(index, &view),
+                client: Some(peer),
+                port: plays.port(index, &view),
                 limit: hit.limit.count,
                 held: 0,
                 held_for_sure: 0,
                 counted: 0,
             });
+            load.client = load.client.filter(|client| *client == peer);
             load.held += usize::from(is_open);
             load.held_for_sure += usize::from(is_open && is_sure);
             load.counted += usize::from(is_counted);

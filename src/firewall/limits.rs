@@ -542,8 +542,14 @@ impl<'r> Walk<'_, 'r, '_> {
                 let within = limited.map(|limit| limit.count);
                 self.before.push(Earlier { matches: matches.clone(), within });
             }
-            Outcome::Synproxy => self.found.synproxied.push(matches.ports.clone()),
-            Outcome::Continue | Outcome::Drop | Outcome::Reject | Outcome::Reset => {}
+            Outcome::Synproxy if !matches.without_syn => {
+                self.found.synproxied.push(matches.ports.clone());
+            }
+            Outcome::Synproxy
+            | Outcome::Continue
+            | Outcome::Drop
+            | Outcome::Reject
+            | Outcome::Reset => {}
         }
     }
 
@@ -570,7 +576,7 @@ impl<'r> Walk<'_, 'r, '_> {
 
     fn notrack(&mut self, chain: &Chain, rule: &Rule, matches: &Match) {
         let is_early = self.base.hook == Hook::Prerouting && self.base.priority < CONNTRACK;
-        if is_early && matches.is_for_everybody() && !matches.is_rated {
+        if is_early && matches.may_open() && matches.is_for_everybody() && !matches.is_rated {
             let place =
                 format!("{} {} {} rule {}", chain.family, chain.table, chain.name, rule.position);
             self.found.untracked.push((matches.ports.clone(), place));
@@ -641,6 +647,10 @@ impl<'r> Walk<'_, 'r, '_> {
         set: Option<SetUse>,
         matches: Match,
     ) {
+        // No packet that opens a connection comes to it.
+        if matches.without_syn {
+            return;
+        }
         let found = LimitRule {
             family: chain.family,
             table: chain.table.clone(),

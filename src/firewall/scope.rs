@@ -40,6 +40,8 @@ pub struct Match {
     pub states: Option<u32>,
     /// Packets with SYN only (`--syn`, `tcp flags syn`).
     pub syn: bool,
+    /// All packets without SYN and no others (`! --syn`).
+    pub without_syn: bool,
     /// Source networks: inside, or (`false`) outside of it; all must hold.
     pub sources: Vec<(IpNet, bool)>,
     /// Destination networks likewise.
@@ -106,6 +108,8 @@ impl Match {
         let never = self.never
             || other.never
             || families
+            || self.syn && other.without_syn
+            || self.without_syn && other.syn
             || ports.is_empty()
             || asked.is_empty()
             || states == Some(0)
@@ -119,6 +123,7 @@ impl Match {
             interfaces: interfaces.unwrap_or_default(),
             states,
             syn: self.syn || other.syn,
+            without_syn: self.without_syn || other.without_syn,
             sources,
             destinations,
             others,
@@ -139,7 +144,10 @@ impl Match {
 
     /// Whether packets of established connections pass it, and opening ones do not.
     pub fn is_established(&self) -> bool {
-        self.states.is_some_and(|bits| bits & STATE_ESTABLISHED != 0 && bits & STATE_NEW == 0)
+        self.without_syn
+            || self
+                .states
+                .is_some_and(|bits| bits & STATE_ESTABLISHED != 0 && bits & STATE_NEW == 0)
     }
 
     /// Whether packets of open connections pass it: a stale RST is one.
@@ -149,7 +157,7 @@ impl Match {
 
     /// Whether a packet that opens a tracked connection may pass it.
     pub fn may_open(&self) -> bool {
-        self.states.is_none_or(|bits| bits & STATE_NEW != 0)
+        !self.without_syn && self.states.is_none_or(|bits| bits & STATE_NEW != 0)
     }
 
     /// Whether no client, destination and interface is left out.
@@ -264,13 +272,20 @@ fn within(value: &Operand, from: Bits, to: Bits, is: bool) -> Match {
                 _ => Match { asked: ports, ..Match::default() },
             }
         }
-        (Field::Tcp(13), 1) => Match {
-            syn: (0..=u8::MAX.into())
-                .filter(|flags: &u128| flags & SYN == 0)
-                .all(|flags| answer(flags, 1) == Answer::No),
-            never: answer(SYN, 1) == Answer::No,
-            ..Match::default()
-        },
+        (Field::Tcp(13), 1) => {
+            let without_syn = |wanted| {
+                let mut flags = (0..=u8::MAX.into()).filter(|flags: &u128| flags & SYN == 0);
+                flags.all(|flags| answer(flags, 1) == wanted)
+            };
+            let never = answer(SYN, 1) == Answer::No;
+            let is_rest = never && without_syn(Answer::Yes);
+            Match {
+                syn: without_syn(Answer::No),
+                without_syn: is_rest,
+                never: never && !is_rest,
+                ..Match::default()
+            }
+        }
         (Field::CtState | Field::XtState, _) => states(value, from, to, is),
         (Field::InterfaceName | Field::InterfaceIndex, _) if value.is_plain() && from == to => {
             let name = interface(value.field, from);
@@ -283,6 +298,11 @@ fn within(value: &Operand, from: Bits, to: Bits, is: bool) -> Match {
             Some((net, true)) => Match { sources: vec![(net, is)], ..Match::default() },
             Some((net, false)) => Match { destinations: vec![(net, is)], ..Match::default() },
             None => header(value, from, is),
+        },
+        (Field::Ip(_), _) if value.is_plain() => match (network_of(value, from, to), is) {
+            (Some((net, true)), _) => Match { sources: vec![(net, is)], ..Match::default() },
+            (Some((net, false)), _) => Match { destinations: vec![(net, is)], ..Match::default() },
+            _ => header(value, from, is),
         },
         (Field::Ip(_), _) => header(value, from, is),
         _ => other(described(value, from, to, is)),
@@ -385,6 +405,21 @@ fn network(value: &Operand, with: Bits) -> Option<(IpNet, bool)> {
         Ipv6Addr::from(octets).into()
     };
     Some((IpNet::new(addr, prefix).ok()?.trunc(), is_source))
+}
+
+/// The network that a range of whole addresses is, as sets keep them, and whether it is the source's.
+fn network_of(value: &Operand, from: Bits, to: Bits) -> Option<(IpNet, bool)> {
+    let (first, is_source) = network(value, from)?;
+    let (last, _) = network(value, to)?;
+    let width = first.max_prefix_len();
+    let is_whole = |net: &IpNet| net.prefix_len() == width;
+    if !is_whole(&first) || !is_whole(&last) {
+        return None;
+    }
+    let nets = (0..width).filter_map(|bits| IpNet::new(first.addr(), bits).ok());
+    let mut exact =
+        nets.filter(|net| net.network() == first.addr() && net.broadcast() == last.addr());
+    Some((exact.next()?, is_source))
 }
 
 /// The name of an interface; one without its NUL is the beginning of names.

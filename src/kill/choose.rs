@@ -198,6 +198,8 @@ mod tests {
             candidate(5, State::CloseWait, Some(99)),
         ];
         let load = |limit, held| Load {
+            client: None,
+            port: None,
             rule: 0,
             net: "198.51.100.7/32".parse().unwrap(),
             limit,

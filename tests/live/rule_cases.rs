@@ -368,6 +368,61 @@ fn rule_sets_that_people_have_are_told_as_they_are() {
     assert!(ufw.1.is_empty(), "{:?}", ufw.1);
 }
 
+/// A chain that packets without SYN leave at once; friends as a range, tiers by a map, one list for
+/// each port.
+#[test]
+fn a_limit_behind_a_return_of_all_but_syns_judges_no_other_packet() {
+    let Some(case) = Case::load("tiers.nft") else { return };
+    let held = [
+        ("198.51.100.7", "192.0.2.1:80", 3),
+        ("198.51.100.7", "192.0.2.1:443", 4),
+        ("198.51.100.20", "192.0.2.1:80", 6),
+        ("203.0.113.5", "192.0.2.1:80", 6),
+        ("203.0.113.6", "192.0.2.1:80", 3),
+        ("203.0.113.6", "192.0.2.1:443", 2),
+    ];
+    let (_, loads) = case.measured(&held);
+    let full = loads.iter().filter(|load| load.is_full());
+    let full: Vec<_> = full.map(|load| (load.net.to_string(), load.port, load.held)).collect();
+    let of = |net: &str, port, held| (net.to_owned(), port, held);
+    assert_eq!(
+        full,
+        [
+            of("203.0.113.6/32", None, 5),
+            of("198.51.100.7/32", Some(443), 4),
+            of("198.51.100.7/32", Some(80), 3),
+            of("203.0.113.6/32", Some(80), 3),
+        ]
+    );
+    let wrong: Vec<_> =
+        case.findings(&[80, 443]).into_iter().filter(|(_, it)| *it != Verdict::Ok).collect();
+    assert!(wrong.is_empty(), "{wrong:?}");
+    for rule in &case.limiter.rules {
+        let before: Vec<_> = rule.before.iter().map(ToString::to_string).collect();
+        assert!(before.contains(&"packets of established connections".to_owned()), "{before:?}");
+        // The tier of one client is not for the friends.
+        let is_friends = before.contains(&"what goes to any port, from 203.0.113.4/31".to_owned());
+        assert_eq!(is_friends, rule.chain == "pre", "{before:?}");
+    }
+}
+
+/// Of a list that is not by source alone, the client is named where it is one.
+#[test]
+fn who_is_at_a_limit_by_several_fields_is_named() {
+    let Some(case) = Case::load("meter.nft") else { return };
+    let (_, loads) = case.measured(&[
+        ("198.51.100.7", "192.0.2.1:80", 3),
+        ("198.51.100.20", "192.0.2.1:80", 3),
+        ("198.51.100.7", "192.0.2.1:443", 4),
+        ("198.51.100.20", "192.0.2.1:443", 3),
+    ]);
+    let clients: Vec<_> = loads.iter().map(|load| load.client.map(|it| it.to_string())).collect();
+    let one = |client: &str| Some(client.to_owned());
+    assert_eq!(clients.len(), 3, "{loads:?}");
+    assert!(clients.contains(&one("198.51.100.7")) && clients.contains(&one("198.51.100.20")));
+    assert!(clients.contains(&None), "all together");
+}
+
 /// A port that rules keep out of conntrack is bad where a limit is for it, and nobody's business else.
 #[test]
 fn an_untracked_port_is_bad_where_a_limit_is_for_it() {

@@ -45,6 +45,7 @@ fn limits(report: &Report, no_header: bool) -> Option<String> {
     if let Some((limit, [mask, mask6])) = report.named_limit() {
         let full = report.sources.iter().filter(|source| source.held > 0);
         let full = full.filter(|source| size(limit) <= source.held).map(|source| Full {
+            port: None,
             source: source.net.to_string(),
             held: source.held,
             counted: source.counted,
@@ -108,12 +109,13 @@ fn at_it(full: &[Full]) -> Vec<String> {
     let line = |source: &Full| {
         let Full { held, counted, limit, .. } = source;
         let whose = if source.source.ends_with("/0") { "all" } else { &source.source };
+        let port = source.port.map_or(String::new(), |port| format!(" to port {port}"));
         let how = match source.over {
             Some(true) => "over it",
             None => "perhaps over it",
             Some(false) => "at it",
         };
-        format!("{how}: {whose}, {held} sockets of {limit}, {counted} counted")
+        format!("{how}: {whose}{port}, {held} sockets of {limit}, {counted} counted")
     };
     let mut lines: Vec<_> = full.iter().take(FULL).map(line).collect();
     if full.len() > FULL {
