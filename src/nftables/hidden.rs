@@ -72,7 +72,8 @@ impl Closing {
         let urgent = if self == Self::Fin { 0 } else { URG };
         let mask = SYN | FIN | RST | ACK | urgent;
         let value = self.flag() | ACK ^ self.lent();
-        let change = change(!(RESERVED | FIN | RST), self.bits(by) | self.lent());
+        // The flag is there, and is turned over: nft 1.1 lists a rule that clears it by the mask as one that `nft -f` refuses.
+        let change = change(!RESERVED, self.bits(by) | self.flag() | self.lent());
         [&is(mask, value)[..], found, &change, &[Expr::Accept]].concat()
     }
 
@@ -114,8 +115,8 @@ fn bytes(word: u16) -> Vec<u8> {
     word.to_be_bytes().to_vec()
 }
 
-fn is(mask: u16, value: u16) -> [Expr; 3] {
-    [word(), Expr::Mask(bytes(mask)), Expr::Equals(bytes(value))]
+fn is(mask: u16, value: u16) -> Vec<Expr> {
+    Expr::transport_bits(WORD, 2, mask, value)
 }
 
 fn change(keep: u16, flip: u16) -> [Expr; 3] {

@@ -290,7 +290,7 @@ fn guarded() -> Vec<Vec<Expr>> {
 fn syns() -> Vec<Vec<Expr>> {
     let syn = [Expr::transport(TCP_FLAGS, 1), Expr::Mask(vec![SYN]), Expr::Differs(vec![0])];
     let missed = [Expr::L4Proto, Expr::Update(MISSED)];
-    let done = rule(&[&no_flag(FIN | RST), &[Expr::Accept]]);
+    let done = rule(&[&flags(FIN | SYN | RST, SYN), &[Expr::Accept]]);
     let mut rules = vec![rule(&[&syn, &ct(Expr::CtState, TRACKED, true), &missed])];
     rules.extend(FAMILIES.map(|family| {
         let is_of_it = [Expr::NfProto, Expr::Equals(vec![family.nfproto])];
@@ -404,11 +404,11 @@ fn port() -> Expr {
     Expr::transport(TCP_DESTINATION_PORT, 2)
 }
 
-fn flags(mask: u8, value: u8) -> [Expr; 3] {
-    [Expr::transport(TCP_FLAGS, 1), Expr::Mask(vec![mask]), Expr::Equals(vec![value])]
+fn flags(mask: u8, value: u8) -> Vec<Expr> {
+    Expr::transport_bits(TCP_FLAGS, 1, mask.into(), value.into())
 }
 
-fn no_flag(mask: u8) -> [Expr; 3] {
+fn no_flag(mask: u8) -> Vec<Expr> {
     flags(mask, 0)
 }
 
