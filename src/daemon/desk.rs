@@ -542,8 +542,7 @@ fn wanted<'a>(
         memory: Memory {
             most: nflog::CLOSING,
             // A sweep takes its time, and may come a little late.
-            long: live.deep_interval + live.deep_interval / 4,
-            brief: live.sweep_interval,
+            time: live.deep_interval + live.deep_interval / 4,
         },
     }
 }

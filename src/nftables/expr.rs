@@ -31,9 +31,14 @@ pub enum Expr {
     /// Load 0 for a packet of the direction that opened the connection, else 1 (1 byte); go on
     /// only if there is an entry. `ct direction`
     CtDirection,
-    /// Load the number of the packet's entry, which no other has, on the same tuple either (4 bytes);
-    /// go on only if there is an entry. `ct id`
-    CtId,
+    /// Load the labels of the packet's entry (16 bytes), which are 0 where it has no room for any; go on
+    /// only if there is an entry. `ct label`
+    CtLabels,
+    /// Give the entry the labels that were loaded besides those it has. Entries that are made while no rule
+    /// does so have no room for any, and stay as they are. `ct label set`
+    AddCtLabels,
+    /// Load these bytes.
+    Constant(Vec<u8>),
     /// Load the port that answers come from: the server's own, whatever the packet's was
     /// translated from (2 bytes); go on only if there is an entry. `ct reply proto-src`
     CtReplySource,
@@ -82,8 +87,6 @@ pub enum Expr {
     Add(&'static str),
     /// The same, and give what is there its whole time again.
     Update(&'static str),
-    /// Let what is there expire with the next tick of the kernel's clock.
-    Expire(&'static str),
     /// Send the packet's first bytes to this NFLOG group.
     Log {
         /// The group.
@@ -157,7 +160,14 @@ impl Expr {
             Self::CtState => ("ct", ct(NFT_CT_STATE)),
             Self::CtStatus => ("ct", ct(NFT_CT_STATUS)),
             Self::CtDirection => ("ct", ct(NFT_CT_DIRECTION)),
-            Self::CtId => ("ct", ct(NFT_CT_ID)),
+            Self::CtLabels => ("ct", ct(NFT_CT_LABELS)),
+            Self::AddCtLabels => {
+                ("ct", vec![word(NFTA_CT_KEY, NFT_CT_LABELS), word(NFTA_CT_SREG, NFT_REG32_00)])
+            }
+            Self::Constant(bytes) => (
+                "immediate",
+                vec![word(NFTA_IMMEDIATE_DREG, NFT_REG32_00), value(NFTA_IMMEDIATE_DATA, bytes)],
+            ),
             Self::CtReplySource => {
                 let mut data = ct(NFT_CT_PROTO_SRC);
                 data.push(nla(NFTA_CT_DIRECTION, &[IP_CT_DIR_REPLY]));
@@ -203,10 +213,6 @@ impl Expr {
             Self::NotIn(set) => ("lookup", lookup(set, NFT_LOOKUP_F_INV)),
             Self::Add(set) => ("dynset", dynset(set, NFT_DYNSET_OP_ADD)),
             Self::Update(set) => ("dynset", dynset(set, NFT_DYNSET_OP_UPDATE)),
-            Self::Expire(set) => {
-                let soon = nla(NFTA_DYNSET_TIMEOUT, &1_u64.to_be_bytes());
-                ("dynset", [dynset(set, NFT_DYNSET_OP_UPDATE), vec![soon]].concat())
-            }
             Self::Log { group, snaplen, prefix, threshold } => {
                 let mut data = vec![
                     nla(NFTA_LOG_GROUP, &group.to_be_bytes()),

@@ -2,7 +2,6 @@
 
 use std::net::IpAddr;
 
-use super::uapi::NFT_CT_ID;
 use super::{Expr, Header};
 use crate::flow::FourTuple;
 
@@ -19,9 +18,6 @@ pub enum Field {
     InetProto = 12,
     /// A port.
     InetService = 13,
-    /// The number of an entry: for nft an integer, of which it also wants to know what it is of
-    /// (`note_of`).
-    CtId = 4,
     /// The number of a device. Sets of them carry no note of their byte order (`udata`), so nft
     /// prints the bytes as if they were in network order: a number that it loads again anywhere,
     /// where a name would refuse the whole file on a host without that device.
@@ -34,7 +30,7 @@ impl Field {
         match self {
             Self::InetProto => 1,
             Self::InetService => 2,
-            Self::Ipv4Addr | Self::CtId | Self::IfaceIndex => 4,
+            Self::Ipv4Addr | Self::IfaceIndex => 4,
             Self::Ipv6Addr => 16,
         }
     }
@@ -46,25 +42,6 @@ const TYPE_BITS: u32 = 6;
 /// The type of a key, as nft writes it down: those of its fields, the first in the highest bits.
 pub(super) fn type_of(fields: &[Field]) -> u32 {
     fields.iter().fold(0, |all, field| all << TYPE_BITS | *field as u32)
-}
-
-/// What nft keeps beside a set whose key has no type of its own, for `typeof ct id` (libnftnl's and
-/// nft's `udata`: kind, length, value; numbers of the machine's order).
-pub(super) fn note_of(fields: &[Field]) -> Option<Vec<u8>> {
-    const HOST_ENDIAN: u32 = 2;
-    const EXPR_CT: u32 = 12;
-    const NO_DIRECTION: u32 = u32::MAX;
-    let word = |kind: u8, value: u32| [&[kind, 4], &value.to_ne_bytes()[..]].concat();
-    let nest = |kind: u8, inner: Vec<u8>| {
-        let length = u8::try_from(inner.len()).unwrap_or(u8::MAX);
-        [&[kind, length], &inner[..]].concat()
-    };
-    (fields == [Field::CtId]).then(|| {
-        let of_ct = [word(0, NFT_CT_ID), word(1, NO_DIRECTION)].concat();
-        let of_key = [word(0, EXPR_CT), nest(1, of_ct)].concat();
-        // NFTNL_UDATA_SET_KEYBYTEORDER, NFTNL_UDATA_SET_KEY_TYPEOF
-        [word(0, HOST_ENDIAN), nest(3, of_key)].concat()
-    })
 }
 
 /// The length of a key in bytes.

@@ -150,7 +150,6 @@ impl<T: Transport> Table<T> {
             word(NFTA_SET_KEY_TYPE, key::type_of(set.key)),
             word(NFTA_SET_KEY_LEN, key::length_of(set.key)),
         ];
-        attributes.extend(key::note_of(set.key).map(|note| nla(NFTA_SET_USERDATA, &note)));
         if let Some(size) = set.size {
             attributes.push(nested(NFTA_SET_DESC, &[word(NFTA_SET_DESC_SIZE, size)]));
         }

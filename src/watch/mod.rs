@@ -52,16 +52,14 @@ pub struct Wanted<'a> {
     pub memory: Memory,
 }
 
-/// The FINs that are remembered.
+/// The FINs that are remembered beside those of entries that have labels: of connections that were there
+/// before ctkeep, and where the kernel has no labels, of all.
 #[derive(Clone, Copy, Debug)]
 pub struct Memory {
-    /// So many, and as many more of each family briefly.
+    /// So many of each family.
     pub most: u32,
-    /// By their entries, until a deep sweep has found those that TCP has not taken.
-    pub long: Duration,
-    /// Where there is no room for that, by their tuples, until a sweep has taken note of connections that
-    /// stay half-closed. Not much longer: the next connection that uses the port is taken for the old one.
-    pub brief: Duration,
+    /// For so long: until a deep sweep has found those that TCP has not taken.
+    pub time: Duration,
 }
 
 /// The event source in force.

@@ -20,8 +20,8 @@ use nix::errno::Errno;
 use super::headers::tcp_flow;
 pub use super::nflog_table::CLOSING;
 use super::nflog_table::{
-    self, ANSWERED, CLOSING_WORD, FULL, HELD4, HELD6, HOLDERS4, HOLDERS6, HURRY, OPENED, OPENS,
-    PORTS, QUEUE, SPOOFED, TRANSLATED, Watched,
+    self, ANSWERED, CLOSING_WORD, FULL, HELD4, HELD6, HOLDERS4, HOLDERS6, HURRY, Kernel, OPENED,
+    OPENS, PORTS, QUEUE, SPOOFED, TRANSLATED, Watched,
 };
 use super::{Drained, Memory, Suspect, tracking};
 use crate::error::{Cause, Op, Result};
@@ -123,16 +123,21 @@ impl Watch {
             return Ok(());
         }
         let Self { group, memory, .. } = *self;
-        let watched = Watched { group, ports: &self.ports, memory, knows_own: true };
-        match self.table.rebuild(&nflog_table::layout(watched)) {
-            // Others may be built without nft_fib.
-            Err(error) if matches!(error.errno(), Some(Errno::ENOENT | Errno::EOPNOTSUPP)) => {
-                tracing::info!(%error, "no nft_fib: answers that are not this host's are not told");
-                let layout = nflog_table::layout(Watched { knows_own: false, ..watched });
-                self.table.rebuild(&layout)?;
+        // Kernels of others may be built without nft_fib, or without labels.
+        let kernels = [(true, true), (false, true), (true, false), (false, false)];
+        let mut built = Ok(());
+        for (knows_own, has_labels) in kernels {
+            let kernel = Kernel { knows_own, has_labels };
+            let watched = Watched { group, ports: &self.ports, memory, kernel };
+            built = self.table.rebuild(&nflog_table::layout(watched));
+            match &built {
+                Err(error) if matches!(error.errno(), Some(Errno::ENOENT | Errno::EOPNOTSUPP)) => {
+                    tracing::info!(%error, knows_own, has_labels, "the kernel lacks a part of nf_tables");
+                }
+                _ => break,
             }
-            built => built?,
         }
+        built?;
         self.is_watching = true;
         Ok(())
     }
@@ -178,7 +183,7 @@ impl Watch {
     }
 
     /// Logs every FIN and RST of exactly these half-closed connections:
-    /// the table by itself remembers a FIN for a moment only; and some SYNs of their peers.
+    /// an entry that is put back knows nothing of a FIN before it; and some SYNs of their peers.
     ///
     /// # Errors
     /// The set is full, or the table is gone.

@@ -6,10 +6,10 @@
 //!
 //! - A packet without SYN, FIN and RST leaves at the first rule, one without entry at the `ct state`
 //!   rule: strangers' packets change no entry, and are not logged.
-//! - The first FIN of a connection is remembered, by the number of its entry: a client that uses its port
-//!   again has another entry. What follows it, FIN or RST, is logged at once. The number is made of the
-//!   tuple and of the entry's address in memory, so a tuple that is used again while its old entry is in
-//!   TIME_WAIT mostly gets the same one: the SYN shows it, and the connection has its FINs remembered apart.
+//! - The first FIN of a connection is remembered by a label of its entry ([`CLOSING_LABEL`]). What follows it,
+//!   FIN or RST, is logged at once. The next connection on the tuple has an entry, and labels, of its own.
+//!   Entries that were there before the rule have no room for labels, and some kernels have none: there
+//!   the tuple is remembered for a while.
 //! - TCP answers an ACK of what it has never sent, in a handshake, by an RST of its own, and goes on to wait
 //!   for the right one; conntrack closes the entry. So RSTs of the server that answer an ACK are logged,
 //!   too, behind conntrack again.
@@ -31,12 +31,6 @@ pub(super) const HOLDERS4: &str = "holders4";
 pub(super) const HOLDERS6: &str = "holders6";
 /// Ports whose connections may end without any packet that is seen (Multipath TCP).
 pub(super) const OPENED: &str = "opened";
-const CLOSING_ENTRIES: &str = "closing";
-/// Entries whose number was in [`CLOSING_ENTRIES`] when their SYN came: of a connection that is over, with
-/// the same tuple and, as it happens, at the same place in memory.
-const REUSED: &str = "reused";
-/// The same as [`CLOSING_ENTRIES`], of [`REUSED`].
-const CLOSING_AGAIN: &str = "again";
 const CLOSING4: &str = "closing4";
 const CLOSING6: &str = "closing6";
 /// Sources of packets with SYN, for [`SYN_MEMORY`] from the last one on.
@@ -94,9 +88,13 @@ pub(super) const SPOOFED: &str = "spoofed";
 /// The word that goes with an RST of the server.
 pub(super) const ANSWERED: &str = "answered";
 
-/// Closing connections that are remembered at once, and as many of each family for a moment. At some
-/// 60 bytes each the long memory of a server that closes 10 000 in a second takes 16 MiB.
+/// Closing connections without labels of each family that are remembered at once. At some 100 bytes each
+/// those of IPv4 take 25 MiB.
 pub const CLOSING: u32 = 262_144;
+
+/// The bit of an entry's labels that its first FIN sets: the last of 128, since those who name theirs
+/// (`connlabel.conf`) begin with the first. As they lie in memory.
+const CLOSING_LABEL: [u8; 16] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x80];
 
 const IPPROTO_TCP: u8 = 6;
 const NFPROTO_IPV4: u8 = 2;
@@ -129,13 +127,22 @@ pub(super) struct Watched<'a> {
     pub(super) group: u16,
     pub(super) ports: &'a HashSet<u16>,
     pub(super) memory: Memory,
-    /// The kernel can say whether an address is its own (`nft_fib`).
+    pub(super) kernel: Kernel,
+}
+
+/// What not every kernel can do.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Kernel {
+    /// Say whether an address is its own (`nft_fib`).
     pub(super) knows_own: bool,
+    /// Keep labels with an entry (`CONFIG_NF_CONNTRACK_LABELS`).
+    pub(super) has_labels: bool,
 }
 
 pub(super) fn layout(watched: Watched<'_>) -> TableSpec {
-    let Watched { group, ports, memory, knows_own } = watched;
-    let Memory { most, long, brief } = memory;
+    let Watched { group, ports, memory, kernel } = watched;
+    let Kernel { knows_own, has_labels } = kernel;
+    let Memory { most, time } = memory;
     let set = |name, key, size, timeout| SetSpec { name, key, size, timeout, elements: Vec::new() };
     let sets = vec![
         SetSpec {
@@ -143,11 +150,8 @@ pub(super) fn layout(watched: Watched<'_>) -> TableSpec {
             ..set(PORTS, &[Field::InetService], None, None)
         },
         set(OPENED, &[Field::InetService], None, None),
-        set(CLOSING_ENTRIES, &[Field::CtId], Some(most), Some(long)),
-        set(REUSED, &[Field::CtId], Some(most), Some(long)),
-        set(CLOSING_AGAIN, &[Field::CtId], Some(most), Some(long)),
-        set(CLOSING4, key::TUPLE_V4, Some(most), Some(brief)),
-        set(CLOSING6, key::TUPLE_V6, Some(most), Some(brief)),
+        set(CLOSING4, key::TUPLE_V4, Some(most), Some(time)),
+        set(CLOSING6, key::TUPLE_V6, Some(most), Some(time)),
         set(HELD4, key::TUPLE_V4, None, None),
         set(HELD6, key::TUPLE_V6, None, None),
         set(HOLDERS4, &[Field::Ipv4Addr], None, None),
@@ -168,8 +172,12 @@ pub(super) fn layout(watched: Watched<'_>) -> TableSpec {
             if knows_own { vec![spoofed(group)] } else { Vec::new() },
             answered(group).to_vec(),
             guarded(),
-            watched_at_once(group),
-            first_fins(group),
+            if has_labels { known(group, &closing_label()).to_vec() } else { Vec::new() },
+            known_by(group, |family| family.held),
+            announced(group),
+            if has_labels { remembered_by_label() } else { Vec::new() },
+            known_by(group, |family| family.closing),
+            remembered_by_tuple(group),
             resets(group),
         ]
         .concat(),
@@ -209,21 +217,9 @@ fn opening(group: u16) -> Vec<Vec<Expr>> {
         &flags(SYN | ACK | FIN | RST, SYN),
         &[port(), Expr::In(RESET), HURRIES, log(group, Some(HURRY), 1)],
     ])]);
-    rules.extend(reusing());
     rules.extend(syns());
     rules.push(rule(&[&ct(Expr::CtState, WITH_ENTRY, false), &[Expr::Accept]]));
     rules
-}
-
-/// SYNs of connections that have the number of one that has closed.
-fn reusing() -> [Vec<Expr>; 2] {
-    let new = [&flags(SYN | ACK | FIN | RST, SYN)[..], &ct(Expr::CtState, NEW, true)].concat();
-    let forget =
-        [CLOSING_ENTRIES, REUSED, CLOSING_AGAIN].map(|set| [Expr::CtId, Expr::Expire(set)]);
-    let second = [Expr::CtId, Expr::In(CLOSING_ENTRIES), Expr::CtId, Expr::Add(REUSED)];
-    // The third is as the first, if it lives for longer than a tick.
-    let third = [&[Expr::CtId, Expr::In(CLOSING_AGAIN)][..], forget.as_flattened()].concat();
-    [rule(&[&new, &third]), rule(&[&new, &second])]
 }
 
 /// Packets that come in and say to be answers of this host, or of a container that is not where they
@@ -301,45 +297,50 @@ fn syns() -> Vec<Vec<Expr>> {
     rules
 }
 
-/// Connections that are half-closed, or whose first FIN has just been seen.
-fn watched_at_once(group: u16) -> Vec<Vec<Expr>> {
-    let by_tuple = |family: Family| {
-        [family.held, family.closing].map(|known| rule(&[&family.key(), &[Expr::In(known)]]))
-    };
-    let by_entry = [
-        vec![Expr::CtId, Expr::In(CLOSING_ENTRIES), Expr::CtId, Expr::NotIn(REUSED)],
-        vec![Expr::CtId, Expr::In(CLOSING_AGAIN)],
-    ];
-    let known = by_entry.into_iter().chain(FAMILIES.into_iter().flat_map(by_tuple));
+/// What closes a connection of which that is known already is logged at once.
+fn known(group: u16, known: &[Expr]) -> [Vec<Expr>; 2] {
     let plain = ct(Expr::CtStatus, IPS_DST_NAT, false);
-    let both = |found: Vec<Expr>| {
-        [
-            rule(&[&found, &plain, &[log(group, None, 1), Expr::Accept]]),
-            rule(&[&found, &[log(group, Some(TRANSLATED), 1), Expr::Accept]]),
-        ]
-    };
-    known.flat_map(both).collect()
+    [
+        rule(&[known, &plain, &[log(group, None, 1), Expr::Accept]]),
+        rule(&[known, &[log(group, Some(TRANSLATED), 1), Expr::Accept]]),
+    ]
 }
 
-fn first_fins(group: u16) -> Vec<Vec<Expr>> {
+/// The same of connections by their tuples, in a set of each family.
+fn known_by(group: u16, set: fn(&Family) -> &'static str) -> Vec<Vec<Expr>> {
+    let of = |family: &Family| known(group, &rule(&[&family.key(), &[Expr::In(set(family))]]));
+    FAMILIES.iter().flat_map(of).collect()
+}
+
+/// With an RST it is an RST, to TCP and to conntrack; with a SYN it has no entry (`tcp_valid_flags`), and has left.
+fn fin() -> Vec<Expr> {
+    flags(FIN | SYN | RST, FIN)
+}
+
+fn closing_label() -> [Expr; 3] {
+    let none = vec![0; CLOSING_LABEL.len()];
+    [Expr::CtLabels, Expr::Mask(CLOSING_LABEL.to_vec()), Expr::Differs(none)]
+}
+
+/// Something begins to close.
+fn announced(group: u16) -> Vec<Vec<Expr>> {
+    vec![rule(&[&fin(), &[ONCE_A_SECOND, log(group, Some(CLOSING_WORD), 1)]])]
+}
+
+/// Who has room for the label has it then, and leaves.
+fn remembered_by_label() -> Vec<Vec<Expr>> {
+    let label = [Expr::Constant(CLOSING_LABEL.to_vec()), Expr::AddCtLabels];
+    vec![rule(&[&fin(), &label]), rule(&[&fin(), &closing_label(), &[Expr::Accept]])]
+}
+
+fn remembered_by_tuple(group: u16) -> Vec<Vec<Expr>> {
     let mut rules = Vec::new();
-    // With an RST it is an RST, to TCP and to conntrack.
-    let fin = flags(FIN | RST, FIN);
-    rules.push(rule(&[&fin, &[ONCE_A_SECOND, log(group, Some(CLOSING_WORD), 1)]]));
-    rules.push(rule(&[
-        &fin,
-        &[Expr::CtId, Expr::In(REUSED), Expr::CtId, Expr::Add(CLOSING_AGAIN), Expr::Accept],
-    ]));
     // Nothing can be added to a full set, and its rule ends there.
-    rules.push(rule(&[
-        &fin,
-        &[Expr::CtId, Expr::NotIn(REUSED), Expr::CtId, Expr::Add(CLOSING_ENTRIES), Expr::Accept],
-    ]));
     for family in FAMILIES {
-        rules.push(rule(&[&fin, &family.key(), &[Expr::Add(family.closing), Expr::Accept]]));
+        rules.push(rule(&[&fin(), &family.key(), &[Expr::Add(family.closing), Expr::Accept]]));
     }
-    rules.push(rule(&[&fin, &[ONCE_A_SECOND, log(group, Some(FULL), 1)]]));
-    rules.push(rule(&[&fin, &[Expr::Accept]]));
+    rules.push(rule(&[&fin(), &[ONCE_A_SECOND, log(group, Some(FULL), 1)]]));
+    rules.push(rule(&[&fin(), &[Expr::Accept]]));
     rules
 }
 
