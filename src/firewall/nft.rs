@@ -307,7 +307,7 @@ impl<T: Transport> Machine<'_, T> {
 
     fn load(&mut self, destination: Option<u32>, value: Operand) {
         let Some(first) = destination.map(slot) else { return };
-        let end = first + value.length.div_ceil(4).max(1);
+        let end = first.saturating_add(value.length.div_ceil(4).max(1));
         // The register is overwritten, and a value that overlaps it is lost.
         self.registers
             .retain(|at, old| *at >= end || at.saturating_add(old.length.div_ceil(4)) <= first);
@@ -329,6 +329,7 @@ impl<T: Transport> Machine<'_, T> {
 
     /// The value in the registers from `register` on, `length` bytes.
     fn value(&self, register: Option<u32>, length: u32) -> Operand {
+        let length = length.min(REGISTERS);
         match self.values(register, length).as_slice() {
             [one] => one.clone(),
             _ => unknown(length),
@@ -338,7 +339,7 @@ impl<T: Transport> Machine<'_, T> {
     /// The same, field by field.
     fn values(&self, register: Option<u32>, length: u32) -> Vec<Operand> {
         let mut at = register.map(slot).unwrap_or(u32::MAX / 2);
-        let end = at.saturating_add(length.div_ceil(4));
+        let end = at.saturating_add(length.min(REGISTERS).div_ceil(4));
         let mut all = Vec::new();
         while at < end {
             let value = self.registers.get(&at).cloned().unwrap_or_else(|| unknown(4));
@@ -653,6 +654,10 @@ fn verdict(data: Attributes<'_>) -> Option<Outcome> {
         _ => Outcome::Continue,
     })
 }
+
+/// All registers of values together, in bytes (`NFT_REG32_COUNT` less those of the verdict): no value
+/// is longer, whatever length a message has.
+const REGISTERS: u32 = 64;
 
 /// Registers 1 to 4 are 16 bytes, registers from 8 on are their 4-byte parts.
 fn slot(register: u32) -> u32 {

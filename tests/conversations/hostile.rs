@@ -3,6 +3,8 @@
 use proptest::prelude::*;
 
 use super::*;
+use ctkeep::firewall::nft_chains;
+use ctkeep::netlink::frames;
 
 /// One thing that goes wrong with the answers to one send.
 #[derive(Clone, Debug)]
@@ -293,4 +295,25 @@ proptest! {
         script.send(&[]).unwrap();
         let _ = Listener::new(script).drain(100, |_| ());
     }
+}
+
+/// Found by the fuzz target `ruleset`: a rule whose value is said to be gigabytes long, of which each
+/// word was taken for a register.
+#[test]
+fn a_length_without_end_in_a_rule_is_that_of_all_registers() {
+    const RULES: &[u8] = include_bytes!("../../fuzz/seeds/ruleset/a-length-without-end");
+    /// Each question that lists something, and the kind of its answers.
+    const ANSWERS: [(u16, u16); 6] = [(1, 0), (4, 3), (7, 6), (10, 9), (13, 12), (19, 18)];
+    let kernel = script(|sent| {
+        let request = &played::requests(sent)[0];
+        let wanted = ANSWERS.iter().find(|(asked, _)| *asked == request.kind & 0xff).unwrap().1;
+        let of_kind = frames(RULES).flatten().filter(|frame| frame.kind & 0xff == wanted);
+        let answer = |payload: &[u8]| message(10 << 8 | wanted, 2, request.seq, payload);
+        let mut replies: Vec<Reply> =
+            of_kind.map(|frame| Reply::Datagram(answer(frame.payload))).collect();
+        replies.push(Reply::Datagram(done(request.seq, 0)));
+        replies
+    });
+    let chains = nft_chains(&mut Conversation::new(kernel)).unwrap();
+    assert!(!chains.is_empty());
 }
