@@ -1,12 +1,13 @@
 //! Takes the look: joins the tables, makes sure of every disagreement, names and adds up.
 
+mod json;
+
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::IpAddr;
 use std::thread;
 use std::time::{Duration, SystemTime};
 
 use ipnet::IpNet;
-use serde_json::{Value, json};
 
 use super::arrivals::{Arrivals, arrivals};
 use super::asked::Answered;
@@ -360,48 +361,6 @@ impl Report {
         listed.sort_by_key(|connection| connection.view.connection);
         listed
     }
-
-    /// The report by its schema; `all` lists agreeing connections too, `top` cuts the sources.
-    pub fn to_json(&self, all: bool, top: Option<usize>) -> Value {
-        let connections: Vec<_> = self.listed(all).into_iter().map(connection_json).collect();
-        let sources: Vec<_> = self
-            .sources
-            .iter()
-            .take(top.unwrap_or(usize::MAX))
-            .map(|source| {
-                json!({
-                    "source": source.net.to_string(),
-                    "sockets": named(source.sockets.iter().map(|(state, n)| (state.name(), *n))),
-                    "held": source.held,
-                    "counted": source.counted,
-                    "uncounted": source.uncounted,
-                    "stale": source.stale,
-                    "oldest_half_close_seconds": source.oldest_half_close,
-                    "limit": source.limit,
-                    "over_limit": source.over_limit,
-                    "listed": source.listed.map(|listed| listed.count),
-                    "full": source.listed.map(|listed| listed.is_full),
-                })
-            })
-            .collect();
-        json!({
-            "schema": 1,
-            "generated_at": humantime::format_rfc3339_seconds(self.now).to_string(),
-            "kernel": self.kernel,
-            "netns": self.netns,
-            "limit": self.limit,
-            "mask": self.mask,
-            "mask6": self.mask6,
-            "summary": {
-                "sockets": named(self.sockets.iter().map(|(state, n)| (state.name(), *n))),
-                "entries": named(self.entries.iter().map(|(state, n)| (state.name(), *n))),
-                "classes": named(self.classes().into_iter().map(|(class, n)| (class.name(), n))),
-            },
-            "connections": connections,
-            "sources": sources,
-            "layers": self.layers,
-        })
-    }
 }
 
 /// The local port of a connection, and whether it is of IPv4.
@@ -428,40 +387,6 @@ fn listed(source: &Source, asked: &[Answered]) -> Option<Listed> {
 /// Zones in which a connection has entries beside the one that is looked at.
 fn other_zones(others: &Others, connection: Connection) -> Vec<u16> {
     others.get(&connection).into_iter().flatten().map(|entry| entry.zone.id()).collect()
-}
-
-fn named(counts: impl IntoIterator<Item = (&'static str, usize)>) -> Value {
-    Value::Object(counts.into_iter().map(|(name, n)| (name.to_owned(), n.into())).collect())
-}
-
-fn connection_json(connection: &ReportedConnection) -> Value {
-    let View { connection: seen, socket, entry } = connection.view;
-    let holder = connection.holder.as_ref();
-    json!({
-        "local": seen.local.to_string(),
-        "remote": seen.remote.to_string(),
-        "socket_state": socket.map(|socket| socket.state.name()),
-        "entry_state": entry.and_then(|entry| entry.state()).map(TcpState::name),
-        "entry_timeout_seconds":
-            entry.and_then(|entry| entry.timeout).map(|timeout| timeout.as_secs()),
-        "unreplied": entry.map(|_| connection.view.is_unreplied()),
-        "zone": entry.map_or(0, |entry| entry.zone.id()),
-        "other_zones": connection.other_zones,
-        "class": connection.class.name(),
-        "asked": connection.view.entry.filter(|entry| entry.reply == seen.sent() && entry.is_translated())
-            .map(|entry| entry.orig.dst.to_string()),
-        "client": Some(connection.view.client()).filter(|client| *client != seen.remote)
-            .map(|client| client.to_string()),
-        "container": holder.and_then(|holder| holder.container.as_ref()),
-        "pid": holder.map(|holder| holder.pid),
-        "command": holder.map(|holder| &holder.command),
-        "processes": holder.map(|holder| holder.processes),
-        "inode": socket.map(|socket| socket.inode),
-        "uid": socket.map(|socket| socket.uid),
-        "recv_queue": socket.map(|socket| socket.recv_queue),
-        "send_queue": socket.map(|socket| socket.send_queue),
-        "shielded": connection.cover.map(Coverage::is_certain),
-    })
 }
 
 /// A connection that closes in an orderly way leaves the two tables microseconds apart; a packet is

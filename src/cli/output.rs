@@ -74,8 +74,9 @@ pub fn text(text: &str) -> Result<()> {
 ///
 /// # Errors
 /// As [`text`].
-pub fn line(value: &serde_json::Value) -> Result<()> {
-    text(&format!("{value}\n"))
+pub fn line(value: &impl serde::Serialize) -> Result<()> {
+    // What has names for keys can be written.
+    text(&format!("{}\n", serde_json::to_string(value).unwrap_or_default()))
 }
 
 /// Findings, each with what to do about it.

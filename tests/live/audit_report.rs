@@ -140,6 +140,12 @@ fn json_keeps_to_its_schema() {
             validator.iter_errors(&report).map(|e| format!("{e} at {}", e.instance_path)).collect();
         assert!(errors.is_empty(), "{args:?}: {errors:#?}");
     }
+    // What was written for version 0.1.0 can still read it.
+    let first = serde_json::from_str(include_str!("../golden/audit.schema.0.1.0.json")).unwrap();
+    let first = jsonschema::validator_for(&first).expect("a valid schema");
+    let (_, report) = audit(&lab, &["--all"]);
+    let errors: Vec<_> = first.iter_errors(&report).map(|e| e.to_string()).collect();
+    assert!(errors.is_empty(), "{errors:#?}");
     // The schema is not a rubber stamp.
     let (_, mut report) = audit(&lab, &[]);
     report["connections"][0]["class"] = "odd".into();
