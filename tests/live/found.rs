@@ -112,7 +112,10 @@ fn churn(time: Duration) {
     // Of which a loaded machine takes most to list the table.
     assert!(latest < AT_ONCE * 5, "{latest:?}");
     let (ended, log) = daemon.term();
-    assert!(ended.success() && !log.contains("ERROR") && !log.contains("WARN"), "{log}");
+    // On a loaded machine a limit may count at the second time only; what that lets in is asserted above.
+    let mut warnings = log.lines().filter(|line| line.contains("WARN"));
+    assert!(warnings.all(|line| line.contains("will be shown again")), "{log}");
+    assert!(ended.success() && !log.contains("ERROR"), "{log}");
     assert!(log.lines().all(|line| line.len() < 500), "{log}");
 }
 
