@@ -3,16 +3,23 @@
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 use std::ops::Range;
+use std::time::Duration;
+
+use nix::time::{ClockId, clock_gettime};
 
 use super::namespace::Sockets;
 use super::{Lookup, Socket, State, States};
 use crate::error::Result;
 use crate::netlink::Transport;
 
-/// Namespaces that are listed at one look. A dump of one walks the sockets of the whole machine:
-/// 0.25 ms at 262 144 buckets (Linux 6.18), so these cost a hundredth of a core at a look a second.
-/// Listeners have a table of their own, of 20 us and the way there and back.
+/// Namespaces that are listed at one look, at most. A dump of one walks the sockets of the whole machine: 0.25 ms
+/// at 262 144 buckets (Linux 6.18). Listeners have a table of their own, of 20 us and the way there and back.
 const LISTED: usize = 32;
+/// And no further ones when these have taken so much of a processor: a hundredth of a core at a look a second.
+/// Where other programs have the caches, a dump takes up to 4 ms.
+const SPENT: Duration = Duration::from_millis(10);
+/// So many in any case.
+const LEAST: usize = 4;
 
 /// So many looks a namespace is new: its servers start to listen.
 const NEW: u8 = 30;
@@ -97,10 +104,16 @@ impl<T: Transport> Members<T> {
     /// The sockets in these states: of some by a list, of the others those that were so lately.
     pub(super) fn sockets_lately(&mut self, states: States) -> Result<Vec<Socket>> {
         let [next, _] = &mut self.next;
-        let is_in_turn = turn(next, self.all.len());
-        let mut all = Vec::new();
-        for (place, member) in self.all.iter_mut().enumerate() {
-            let is_in_turn = is_in_turn(place);
+        let (count, began) = (self.all.len(), cpu_time());
+        let first = next.checked_rem(count).unwrap_or(0);
+        let mut listed = 0;
+        let mut all = vec![Vec::new(); count];
+        let places = (first..count).chain(0..first);
+        for (turn, place) in places.enumerate() {
+            let Some(member) = self.all.get_mut(place) else { continue };
+            let has_time = || turn < LEAST || cpu_time().saturating_sub(began) < SPENT;
+            let is_in_turn = turn == listed && turn < LISTED && has_time();
+            listed += usize::from(is_in_turn);
             let found = match member.lately.take() {
                 Some(lookups) if !is_in_turn => {
                     let mut found = member.look_up(&lookups)?;
@@ -111,9 +124,12 @@ impl<T: Transport> Members<T> {
             };
             learn(&mut self.homes, member.id, &found);
             member.lately = Some(found.iter().map(Lookup::from).collect());
-            all.extend(found);
+            if let Some(slot) = all.get_mut(place) {
+                *slot = found;
+            }
         }
-        Ok(all)
+        *next = first + listed;
+        Ok(all.into_iter().flatten().collect())
     }
 
     /// The listeners as of late: some namespaces are asked in turn, and new ones each time.
@@ -190,6 +206,11 @@ impl<T: Transport> Member<T> {
         self.sockets.rest();
         Ok(found.into_iter().flatten().collect())
     }
+}
+
+/// What the calling thread has used of a processor.
+fn cpu_time() -> Duration {
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
 }
 
 /// Whether it is the turn of the one at a place, of `count`.

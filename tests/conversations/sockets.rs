@@ -1,6 +1,9 @@
 //! Conversations about sockets.
 
 use std::collections::HashSet;
+use std::time::Duration;
+
+use nix::time::{ClockId, clock_gettime};
 
 use super::*;
 
@@ -235,6 +238,34 @@ fn of_many_namespaces_some_are_listed_at_a_time_and_none_is_forgotten() {
     for _ in 0..5 {
         assert_eq!(diag.sockets_lately(all()).unwrap(), sockets);
     }
+}
+
+/// Where a list is dear, fewer are listed at a look, and all of them by and by.
+#[test]
+fn what_lists_of_namespaces_cost_at_one_look_is_bounded() {
+    let lists = Rc::new(RefCell::new(Vec::new()));
+    let used = || Duration::from(clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).unwrap());
+    let mut diag = namespace(Vec::new());
+    for id in 0..20 {
+        let lists = lists.clone();
+        let dear = SockDiag::new(obliging(move |request| {
+            assert!(request.is_dump());
+            lists.borrow_mut().push(id);
+            let before = used();
+            while used() < before + Duration::from_millis(4) {}
+            Ok(vec![])
+        }));
+        diag.join(id, dear, HashSet::new());
+    }
+    let mut look = || {
+        diag.sockets_lately(all()).unwrap();
+        lists.take()
+    };
+    assert_eq!(look().len(), 20, "each of them is new");
+    let looks: Vec<_> = (0..5).map(|_| look()).collect();
+    assert!(looks.iter().all(|listed| (4..20).contains(&listed.len())), "{looks:?}");
+    let seen: HashSet<_> = looks.into_iter().flatten().collect();
+    assert_eq!(seen.len(), 20);
 }
 
 #[test]
