@@ -23,7 +23,7 @@ FUZZ_TARGETS = conntrack sockdiag netlink nflog ruleset saved options http
 # make test-kernels KERNELS="6.12.73 6.18.5"
 KERNELS ?= 5.10 6.1 6.12 sid
 
-.PHONY: all demo test play-test test-kernels docker-test containers-test reload-test history-test apache-test ban-test pictures attack-search laws faults check advisories fuzz soak bench install stage deb rpm static package-test \
+.PHONY: all demo test play-test test-kernels top-test docker-test containers-test reload-test history-test apache-test ban-test pictures attack-search laws faults check advisories fuzz soak bench install stage deb rpm static package-test \
 	kubernetes-check dashboard-check tools shield-tools test-tools kernel-tools cargo-deny cargo-deb \
 	cargo-generate-rpm cargo-fuzz
 
@@ -48,6 +48,11 @@ play-test:
 # The core of the live tests on other kernels, in QEMU.
 test-kernels: shield-tools kernel-tools
 	CARGO="$(CARGO)" tests/kernels/run.sh $(KERNELS)
+
+# `ctkeep top` on a table of 2 000 000 entries, which a guest's kernel is given: an hour or two.
+top-test: kernel-tools
+	$(CARGO) bench --locked --bench top --no-run --message-format=json >target/top.json
+	tests/kernels/top.sh sid "$$(sed -n 's/.*"kind":\["bench"\].*"executable":"\([^"]*\)".*/\1/p' target/top.json)"
 
 # Containers of the real Docker, Debian's, which is not installed: its own programs, data folder and network.
 docker-test:

@@ -24,7 +24,7 @@ limit=${KERNEL_TIMEOUT:-1800}
 
 began=$(date +%s)
 timeout --foreground "$limit" qemu-system-x86_64 \
-    -machine q35 -cpu Nehalem -smp 1 -m 1024 -nodefaults -display none -no-reboot \
+    -machine q35 -cpu Nehalem -smp 1 -m "${KERNEL_MEMORY:-1024}" -nodefaults -display none -no-reboot \
     -accel tcg,thread=single,tb-size=512 -icount shift=1 \
     -kernel "$directory/vmlinuz" -initrd "$directory/initrd" \
     -append "console=ttyS0 quiet panic=-1 mitigations=off norandmaps nokaslr tsc=reliable \
