@@ -47,7 +47,8 @@ fn said(lab: &Lab, args: &[&str]) -> Vec<(String, String)> {
     let (code, out, err) = lab.ctkeep(CTKEEP, &[&["audit", "--format", "json"], args].concat());
     assert!(code == 0 || code == 1, "{err}");
     let report: serde_json::Value = serde_json::from_str(&out).expect("a report");
-    let all = report["layers"]["limiter"]["findings"].as_array().expect("findings");
+    let all = report.pointer("/layers/limiter/findings").and_then(|all| all.as_array());
+    let all = all.expect("findings");
     let text = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned();
     let ours = all.iter().filter(|it| it["id"] == "clients-as-one");
     let said: Vec<_> = ours.map(|it| (text(&it["what"]), text(&it["advice"]))).collect();
