@@ -111,7 +111,10 @@ fn limit() -> Result<Table> {
         elements: Vec::new(),
     };
     let chain = ChainSpec { name: "input", hook: Hook::Input, priority: 0, rules: vec![rule] };
-    Table::create(LIMIT, &TableSpec { sets: vec![counted], chains: vec![chain] })
+    Table::create(
+        LIMIT,
+        &TableSpec { sets: vec![counted], chains: vec![chain], ..TableSpec::default() },
+    )
 }
 
 /// The device that the client is reached by.

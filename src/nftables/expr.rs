@@ -113,6 +113,10 @@ pub enum Expr {
     Accept,
     /// Drop the packet.
     Drop,
+    /// Go through a regular chain of the table, and then on with the next rule.
+    Jump(&'static str),
+    /// Go through a regular chain of the table, and no further.
+    Goto(&'static str),
 }
 
 /// A header of the packet.
@@ -237,8 +241,10 @@ impl Expr {
                     word(NFTA_CONNLIMIT_FLAGS, NFT_CONNLIMIT_F_INV),
                 ],
             ),
-            Self::Accept => ("immediate", verdict(NF_ACCEPT)),
-            Self::Drop => ("immediate", verdict(NF_DROP)),
+            Self::Accept => ("immediate", verdict(NF_ACCEPT, None)),
+            Self::Drop => ("immediate", verdict(NF_DROP, None)),
+            Self::Jump(chain) => ("immediate", verdict(NFT_JUMP.cast_unsigned(), Some(chain))),
+            Self::Goto(chain) => ("immediate", verdict(NFT_GOTO.cast_unsigned(), Some(chain))),
         };
         nested(NFTA_LIST_ELEM, &[text(NFTA_EXPR_NAME, name), nested(NFTA_EXPR_DATA, &data)])
     }
@@ -298,8 +304,10 @@ fn compare(how: u32, bytes: &[u8]) -> Vec<DefaultNla> {
     vec![word(NFTA_CMP_SREG, NFT_REG32_00), word(NFTA_CMP_OP, how), value(NFTA_CMP_DATA, bytes)]
 }
 
-fn verdict(code: u32) -> Vec<DefaultNla> {
-    let verdict = nested(NFTA_DATA_VERDICT, &[word(NFTA_VERDICT_CODE, code)]);
+fn verdict(code: u32, chain: Option<&str>) -> Vec<DefaultNla> {
+    let mut parts = vec![word(NFTA_VERDICT_CODE, code)];
+    parts.extend(chain.map(|chain| text(NFTA_VERDICT_CHAIN, chain)));
+    let verdict = nested(NFTA_DATA_VERDICT, &parts);
     vec![word(NFTA_IMMEDIATE_DREG, NFT_REG_VERDICT), nested(NFTA_IMMEDIATE_DATA, &[verdict])]
 }
 

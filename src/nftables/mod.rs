@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 pub(crate) use dump::time_left;
 pub use expr::{Expr, Header};
 pub use key::Field;
-pub use table::{ChainSpec, SetSpec, Table, TableSpec};
+pub use table::{ChainSpec, RegularSpec, SetSpec, Table, TableSpec};
 
 /// The comment of every table that is ours as long as a process lives, by which all of them are
 /// known, whatever name the helper device gives them; `nft list` prints it. A copy that was saved

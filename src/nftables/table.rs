@@ -41,8 +41,19 @@ pub struct SetSpec {
 pub struct TableSpec {
     /// Its sets.
     pub sets: Vec<SetSpec>,
-    /// Its chains.
+    /// Its base chains.
     pub chains: Vec<ChainSpec>,
+    /// Its regular chains, which others of its rules jump to.
+    pub regular: Vec<RegularSpec>,
+}
+
+/// A regular chain with its rules.
+#[derive(Clone, Debug)]
+pub struct RegularSpec {
+    /// Its name.
+    pub name: &'static str,
+    /// As those of a [`ChainSpec`]; at its end a jump goes on with the next rule.
+    pub rules: Vec<Vec<Expr>>,
 }
 
 /// A base chain with its rules.
@@ -116,6 +127,11 @@ impl<T: Transport> Table<T> {
                 messages.push(self.elements(op, NFT_MSG_NEWSETELEM, set.name, &set.elements));
             }
         }
+        // All chains first: rules of one go to others.
+        for RegularSpec { name, .. } in &layout.regular {
+            let attributes = [text(NFTA_CHAIN_TABLE, &self.name), text(NFTA_CHAIN_NAME, name)];
+            messages.push(message(op, NFT_MSG_NEWCHAIN, NLM_F_CREATE, &attributes));
+        }
         for chain in &layout.chains {
             let hook = [
                 word(NFTA_HOOK_HOOKNUM, chain.hook as u32),
@@ -128,11 +144,15 @@ impl<T: Transport> Table<T> {
                 text(NFTA_CHAIN_TYPE, "filter"),
             ];
             messages.push(message(op, NFT_MSG_NEWCHAIN, NLM_F_CREATE, &attributes));
-            for rule in &chain.rules {
+        }
+        let regular = layout.regular.iter().map(|chain| (chain.name, &chain.rules));
+        let base = layout.chains.iter().map(|chain| (chain.name, &chain.rules));
+        for (chain, rules) in regular.chain(base) {
+            for rule in rules {
                 let expressions: Vec<_> = rule.iter().map(Expr::element).collect();
                 let attributes = [
                     text(NFTA_RULE_TABLE, &self.name),
-                    text(NFTA_RULE_CHAIN, chain.name),
+                    text(NFTA_RULE_CHAIN, chain),
                     nested(NFTA_RULE_EXPRESSIONS, &expressions),
                 ];
                 let flags = NLM_F_CREATE | NLM_F_APPEND;

@@ -142,7 +142,8 @@ impl Asking {
             priority: LAST - 1,
             rules: vec![rule.clone()],
         });
-        let layout = TableSpec { sets: vec![arrived], chains: chains.into() };
+        let layout =
+            TableSpec { sets: vec![arrived], chains: chains.into(), ..TableSpec::default() };
         let table = Table::create(&format!("{name}-ask"), &layout)?;
         let next = u16::try_from(random::bits() % u64::from(PORTS)).unwrap_or(0);
         // Whether a probe arrives is known without it.

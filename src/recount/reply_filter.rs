@@ -95,7 +95,7 @@ impl ReplyFilter {
                 elements: Vec::new(),
             })
         });
-        let layout = TableSpec { sets: sets.collect(), chains };
+        let layout = TableSpec { sets: sets.collect(), chains, ..TableSpec::default() };
         Ok(Self { table: Table::create(name, &layout)?, hidden: HashMap::new() })
     }
 

@@ -85,7 +85,7 @@ impl Tracer {
             priority: BEFORE_ALL,
             rules: vec![rule],
         };
-        let layout = TableSpec { sets: Vec::new(), chains: vec![traced] };
+        let layout = TableSpec { chains: vec![traced], ..TableSpec::default() };
         let table = Table::create(&format!("{name}-trace"), &layout)?;
         let op = Op::new("open nftables netlink");
         // Kept: closing one waits for all processors.

@@ -162,5 +162,5 @@ fn layout(attempts: &[Attempt]) -> TableSpec {
     });
     let chain =
         ChainSpec { name: "trial", hook: Hook::Prerouting, priority: AFTER_CONNTRACK, rules };
-    TableSpec { sets: sets.into(), chains: vec![chain] }
+    TableSpec { sets: sets.into(), chains: vec![chain], ..TableSpec::default() }
 }

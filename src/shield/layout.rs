@@ -26,6 +26,7 @@ pub(super) fn layout(mark: u32, devices: Vec<Vec<u8>>) -> TableSpec {
     TableSpec {
         sets: vec![set],
         chains: vec![chain("hide", HIDE, hide(mark)), chain("show", SHOW, show())],
+        ..TableSpec::default()
     }
 }
 

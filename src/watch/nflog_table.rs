@@ -4,8 +4,8 @@
 //! conntrack has acted upon: mangle, IP's own checks, the filter rules, the socket. What is logged
 //! there is compared with the socket, so it does not matter who kept it from TCP.
 //!
-//! - A packet without SYN, FIN and RST leaves at the first rule, one without entry at the `ct state`
-//!   rule: strangers' packets change no entry, and are not logged.
+//! - A packet without SYN, FIN and RST leaves at the first rule, one with SYN by a chain of its own, one
+//!   without entry at the `ct state` rule: strangers' packets change no entry, and are not logged.
 //! - The first FIN of a connection is remembered by a label of its entry ([`CLOSING_LABEL`]). What follows it,
 //!   FIN or RST, is logged at once. The next connection on the tuple has an entry, and labels, of its own.
 //!   Entries that were there before the rule have no room for labels, and some kernels have none: there
@@ -22,7 +22,7 @@ use std::collections::HashSet;
 use std::time::Duration;
 
 use super::Memory;
-use crate::nftables::{ChainSpec, Expr, Field, Header, Hook, SetSpec, TableSpec, key};
+use crate::nftables::{ChainSpec, Expr, Field, Header, Hook, RegularSpec, SetSpec, TableSpec, key};
 
 pub(super) const PORTS: &str = "ports";
 pub(super) const HELD4: &str = "held4";
@@ -96,6 +96,13 @@ pub const CLOSING: u32 = 262_144;
 /// (`connlabel.conf`) begin with the first. As they lie in memory.
 const CLOSING_LABEL: [u8; 16] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x80];
 
+/// The regular chains: packets with SYN, those without any other flag, those to no port of the scope, and
+/// those that are logged at once.
+const SYNS: &str = "syns";
+const OPENING: &str = "opening";
+const UNGUARDED: &str = "unguarded";
+const KNOWN: &str = "known";
+
 const IPPROTO_TCP: u8 = 6;
 const NFPROTO_IPV4: u8 = 2;
 const NFPROTO_IPV6: u8 = 10;
@@ -167,16 +174,16 @@ pub(super) fn layout(watched: Watched<'_>) -> TableSpec {
         priority: PRIORITY,
         rules: [
             ordinary(),
-            if knows_own { vec![spoofed_syn_ack(group)] } else { Vec::new() },
-            opening(group),
+            vec![rule(&[&any_flag(SYN), &[Expr::Jump(SYNS)]])],
+            vec![rule(&[&ct(Expr::CtState, WITH_ENTRY, false), &[Expr::Accept]])],
             if knows_own { vec![spoofed(group)] } else { Vec::new() },
             answered(group).to_vec(),
-            guarded(),
-            if has_labels { known(group, &closing_label()).to_vec() } else { Vec::new() },
-            known_by(group, |family| family.held),
+            vec![vec![port(), Expr::NotIn(PORTS), Expr::Jump(UNGUARDED)]],
+            if has_labels { vec![known_by_label()] } else { Vec::new() },
+            known_by_tuple(|family| family.held),
             announced(group),
             if has_labels { remembered_by_label() } else { Vec::new() },
-            known_by(group, |family| family.closing),
+            known_by_tuple(|family| family.closing),
             remembered_by_tuple(group),
             resets(group),
         ]
@@ -188,7 +195,15 @@ pub(super) fn layout(watched: Watched<'_>) -> TableSpec {
         priority: PRIORITY,
         rules: answered(group).to_vec(),
     };
-    TableSpec { sets, chains: vec![incoming, outgoing] }
+    let impostors = if knows_own { vec![spoofed_syn_ack(group)] } else { Vec::new() };
+    let regular = [
+        (SYNS, [impostors, syns()].concat()),
+        (OPENING, opening(group)),
+        (UNGUARDED, unguarded()),
+        (KNOWN, known(group).into()),
+    ];
+    let regular = regular.map(|(name, rules)| RegularSpec { name, rules });
+    TableSpec { sets, chains: vec![incoming, outgoing], regular: regular.into() }
 }
 
 /// Packets of no interest leave, by the cheapest test first.
@@ -199,26 +214,17 @@ fn ordinary() -> Vec<Vec<Expr>> {
     ]
 }
 
-/// SYNs are noted, and leave; so do strangers' packets.
+/// SYNs that begin a connection, or begin one anew.
 fn opening(group: u16) -> Vec<Vec<Expr>> {
     let mut rules = Vec::new();
     // A limiter forgets what lacks its entry at the next SYN of its source.
     for family in FAMILIES {
         let seen = [Expr::In(family.holders), OPENINGS, log(group, Some(OPENS), 1)];
-        let syn = flags(SYN | ACK | FIN | RST, SYN);
         let source = [Expr::NfProto, Expr::Equals(vec![family.nfproto]), family.source()];
-        rules.push(rule(&[&syn, &source, &seen]));
+        rules.push(rule(&[&source, &seen]));
     }
-    rules.push(rule(&[
-        &flags(SYN | ACK | FIN | RST, SYN),
-        &[port(), Expr::In(OPENED), OPENINGS, log(group, Some(OPENS), 1)],
-    ]));
-    rules.extend([rule(&[
-        &flags(SYN | ACK | FIN | RST, SYN),
-        &[port(), Expr::In(RESET), HURRIES, log(group, Some(HURRY), 1)],
-    ])]);
-    rules.extend(syns());
-    rules.push(rule(&[&ct(Expr::CtState, WITH_ENTRY, false), &[Expr::Accept]]));
+    rules.push(vec![port(), Expr::In(OPENED), OPENINGS, log(group, Some(OPENS), 1)]);
+    rules.push(vec![port(), Expr::In(RESET), HURRIES, log(group, Some(HURRY), 1)]);
     rules
 }
 
@@ -263,53 +269,57 @@ fn answered(group: u16) -> [Vec<Expr>; 2] {
     [rule(&[&one, &[Expr::Add(RESET)]]), rule(&[&one, &wait])]
 }
 
-/// Packets to no port of the scope leave.
-fn guarded() -> Vec<Vec<Expr>> {
-    let unguarded = [port(), Expr::NotIn(PORTS)];
+/// Packets to no port of the scope leave, unless their port is translated into one.
+fn unguarded() -> Vec<Vec<Expr>> {
     vec![
-        rule(&[&unguarded, &ct(Expr::CtStatus, IPS_DST_NAT, false), &[Expr::Accept]]),
-        rule(&[
-            &unguarded,
-            &[Expr::CtDirection, Expr::Differs(vec![IP_CT_DIR_ORIGINAL]), Expr::Accept],
-        ]),
-        rule(&[
+        rule(&[&ct(Expr::CtStatus, IPS_DST_NAT, false), &[Expr::Accept]]),
+        vec![Expr::CtDirection, Expr::Differs(vec![IP_CT_DIR_ORIGINAL]), Expr::Accept],
+        vec![
             // Known already, but nft loads the port only where the rule itself says of what.
-            &[Expr::L4Proto, Expr::Equals(vec![IPPROTO_TCP])],
-            &unguarded,
-            &[Expr::CtReplySource, Expr::NotIn(PORTS), Expr::Accept],
-        ]),
+            Expr::L4Proto,
+            Expr::Equals(vec![IPPROTO_TCP]),
+            Expr::CtReplySource,
+            Expr::NotIn(PORTS),
+            Expr::Accept,
+        ],
     ]
 }
 
 /// Notes who sends SYNs, by which limits look at their lists. One of a connection that is there already can
 /// have a rule close its entry (REJECT with a reset).
 fn syns() -> Vec<Vec<Expr>> {
-    let syn = [Expr::transport(TCP_FLAGS, 1), Expr::Mask(vec![SYN]), Expr::Differs(vec![0])];
     let missed = [Expr::L4Proto, Expr::Update(MISSED)];
-    let done = rule(&[&flags(FIN | SYN | RST, SYN), &[Expr::Accept]]);
-    let mut rules = vec![rule(&[&syn, &ct(Expr::CtState, TRACKED, true), &missed])];
+    let done = rule(&[&no_flag(FIN | RST), &[Expr::Accept]]);
+    let mut rules = vec![
+        rule(&[&flags(SYN | ACK | FIN | RST, SYN), &[Expr::Jump(OPENING)]]),
+        rule(&[&ct(Expr::CtState, TRACKED, true), &missed]),
+    ];
     rules.extend(FAMILIES.map(|family| {
         let is_of_it = [Expr::NfProto, Expr::Equals(vec![family.nfproto])];
-        rule(&[&syn, &is_of_it, &[family.source(), Expr::Update(family.syns)], &done])
+        rule(&[&is_of_it, &[family.source(), Expr::Update(family.syns)], &done])
     }));
     // Its set is full, and the rule above has ended there.
-    rules.push(rule(&[&syn, &missed, &done]));
+    rules.push(rule(&[&missed, &done]));
     rules
 }
 
 /// What closes a connection of which that is known already is logged at once.
-fn known(group: u16, known: &[Expr]) -> [Vec<Expr>; 2] {
+fn known(group: u16) -> [Vec<Expr>; 2] {
     let plain = ct(Expr::CtStatus, IPS_DST_NAT, false);
     [
-        rule(&[known, &plain, &[log(group, None, 1), Expr::Accept]]),
-        rule(&[known, &[log(group, Some(TRANSLATED), 1), Expr::Accept]]),
+        rule(&[&plain, &[log(group, None, 1), Expr::Accept]]),
+        vec![log(group, Some(TRANSLATED), 1), Expr::Accept],
     ]
 }
 
-/// The same of connections by their tuples, in a set of each family.
-fn known_by(group: u16, set: fn(&Family) -> &'static str) -> Vec<Vec<Expr>> {
-    let of = |family: &Family| known(group, &rule(&[&family.key(), &[Expr::In(set(family))]]));
-    FAMILIES.iter().flat_map(of).collect()
+fn known_by_label() -> Vec<Expr> {
+    rule(&[&closing_label(), &[Expr::Goto(KNOWN)]])
+}
+
+/// By a set of each family.
+fn known_by_tuple(set: fn(&Family) -> &'static str) -> Vec<Vec<Expr>> {
+    let of = |family: &Family| rule(&[&family.key(), &[Expr::In(set(family)), Expr::Goto(KNOWN)]]);
+    FAMILIES.iter().map(of).collect()
 }
 
 /// With an RST it is an RST, to TCP and to conntrack; with a SYN it has no entry (`tcp_valid_flags`), and has left.
@@ -411,6 +421,10 @@ fn flags(mask: u8, value: u8) -> Vec<Expr> {
 
 fn no_flag(mask: u8) -> Vec<Expr> {
     flags(mask, 0)
+}
+
+fn any_flag(mask: u8) -> [Expr; 3] {
+    [Expr::transport(TCP_FLAGS, 1), Expr::Mask(vec![mask]), Expr::Differs(vec![0])]
 }
 
 /// Goes on if one of these bits is set, or none.

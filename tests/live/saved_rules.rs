@@ -1,7 +1,6 @@
 //! Other people's tools and our tables: what `nft list ruleset` prints while ctkeep runs can be
 //! loaded again, and a copy does nothing.
 
-use std::thread;
 use std::time::Duration;
 
 use crate::lab::{Namespace, wait_for};
@@ -14,13 +13,12 @@ const DEVICE: &str = "guard7";
 fn guarded() -> Option<Scene> {
     let mut scene = Scene::with_source(Limiter::NftSet, CLIENT)?;
     scene.guard(&["--shield", "on", "--device", DEVICE]);
-    // Entries that somebody takes away make a repair, and with it the table of the reply filter.
     scene.half_closed();
-    // Again and again: on a busy machine one repair can come and go between two looks.
+    // Entries that somebody takes away make a repair, and with it the table of the reply filter; those of the
+    // questions to the limit may stand beside.
+    scene.lab.server.run("conntrack -D -p tcp --dport 80");
     wait_for("tables of ours", Duration::from_secs(20), || {
-        let _none_left = scene.lab.server.try_run("conntrack -D -p tcp --dport 80");
-        thread::sleep(Duration::from_millis(500));
-        scene.lab.server.output("nft list tables").matches(&format!("inet {DEVICE}")).count() == 3
+        scene.lab.server.output("nft list tables").matches(&format!("inet {DEVICE}")).count() >= 3
     });
     Some(scene)
 }
@@ -31,7 +29,7 @@ fn a_saved_ruleset_with_our_tables_is_loaded_without_a_syntax_error() {
     let saved = scene.lab.server.output("nft list ruleset");
     let ours =
         saved.lines().filter(|line| line.starts_with(&format!("table inet {DEVICE}"))).count();
-    assert_eq!(ours, 3, "tables of ours are missing:\n{saved}");
+    assert!(ours >= 3, "tables of ours are missing:\n{saved}");
     let fresh = Namespace::new().expect("namespace");
     // Fails the test where nft fails.
     fresh.feed("nft -f -", &saved);
