@@ -77,8 +77,7 @@ impl Tracer {
         socket.set_non_blocking().map_err(|error| op.io(error))?;
         socket.join(NFNLGRP_NFTRACE).map_err(|error| op.io(error))?;
         let mut rule = probes(marks);
-        // The protocol is not 0, so what was loaded last switches the trace on.
-        rule.extend([Expr::L4Proto, Expr::Trace]);
+        rule.extend([Expr::Constant(vec![1]), Expr::Trace]);
         let traced = ChainSpec {
             name: "traced",
             hook: Hook::Prerouting,

@@ -9,16 +9,20 @@ use crate::scene::{CLIENT, Limiter, Scene};
 /// The helper device of another name than the default, and with it our tables.
 const DEVICE: &str = "guard7";
 
-/// All tables of ours are up: the watch, the shield, the reply filter.
+/// What the names of our tables end with: the reply filter, the watch, the shield, and two while a limit is asked.
+const TABLES: [&str; 5] = ["", "-watch", "-shield", "-ask", "-trace"];
+
+/// All tables of ours are up.
 fn guarded() -> Option<Scene> {
     let mut scene = Scene::with_source(Limiter::NftSet, CLIENT)?;
     scene.guard(&["--shield", "on", "--device", DEVICE]);
     scene.half_closed();
-    // Entries that somebody takes away make a repair, and with it the table of the reply filter; those of the
-    // questions to the limit may stand beside.
+    // Entries that somebody takes away make a repair, and it a question to the limit.
     scene.lab.server.run("conntrack -D -p tcp --dport 80");
     wait_for("tables of ours", Duration::from_secs(20), || {
-        scene.lab.server.output("nft list tables").matches(&format!("inet {DEVICE}")).count() >= 3
+        let tables = scene.lab.server.output("nft list tables");
+        let is_there = |name: &str| tables.lines().any(|line| line.ends_with(name));
+        TABLES.iter().all(|end| is_there(&format!(" {DEVICE}{end}")))
     });
     Some(scene)
 }
@@ -29,7 +33,7 @@ fn a_saved_ruleset_with_our_tables_is_loaded_without_a_syntax_error() {
     let saved = scene.lab.server.output("nft list ruleset");
     let ours =
         saved.lines().filter(|line| line.starts_with(&format!("table inet {DEVICE}"))).count();
-    assert!(ours >= 3, "tables of ours are missing:\n{saved}");
+    assert_eq!(ours, TABLES.len(), "tables of ours are missing:\n{saved}");
     let fresh = Namespace::new().expect("namespace");
     // Fails the test where nft fails.
     fresh.feed("nft -f -", &saved);
