@@ -216,7 +216,6 @@ impl Limiter {
         for at in player.bases() {
             found.walk(&player, *at);
         }
-        found.merge_ways();
         let Self { rules, witnesses, .. } = &mut found;
         // A limit's own rule is reported by what it logs or sets of packets that exceed it.
         let of_limits = |one: &Witness| {
@@ -228,6 +227,8 @@ impl Limiter {
             let behind = rules.iter().skip(one.limits).find(|rule| one.sees(rule));
             one.before = behind.map(LimitRule::place);
         }
+        // Behind that: it takes away what `Witness::limits` counts.
+        found.merge_ways();
         found.rules.sort_by_key(|rule| rule.family == Family::Ip6);
         if ruleset.chains.iter().any(|chain| chain.is_dormant) {
             found.dormant = switched_off(ruleset);
@@ -568,7 +569,9 @@ impl<'r> Walk<'_, 'r, '_> {
         let limits = self.found.rules.len();
         let (hook, matches) = (self.base.hook, matches.clone());
         let found = Witness { place, sight, before: None, hook, matches, limits };
-        let is_known = |known: &Witness| known.place == found.place && known.sight == found.sight;
+        let is_known = |known: &Witness| {
+            known.place == found.place && known.sight == found.sight && known.hook == found.hook
+        };
         if self.found.witnesses.len() < LIMITS && !self.found.witnesses.iter().any(is_known) {
             self.found.witnesses.push(found);
         }
