@@ -278,6 +278,13 @@ fn what_a_filter_of_entries_has_not_looked_for_is_not_missing() {
         ("# conntrack -L --sport 41003", only("41003"), 1, &[("entry-closed", 1)][..]),
         ("# conntrack -L -s 198.51.100.20", empty.to_owned(), 0, &[][..]),
         ("# conntrack -L -f ipv6", empty.to_owned(), 0, &[][..]),
+        (
+            "# conntrack -L\n# conntrack -L -f ipv6",
+            empty.to_owned(),
+            1,
+            &[("entry-missing", 3)][..],
+        ),
+        ("# conntrack -L -p tcp --dport 80", empty.to_owned(), 0, &[][..]),
         ("# conntrack -L -p tcp --dport 8080", empty.to_owned(), 1, &[("entry-missing", 3)][..]),
         ("$ conntrack -L | grep 8080", only("41002"), 1, &[("agree", 1), ("entry-missing", 2)][..]),
     ] {

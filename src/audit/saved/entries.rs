@@ -3,6 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use super::conntrack::{Item, Kind, is_complete, is_continued_by, is_start, item};
+use super::filter::Filter;
 use super::lines::{Line, Text};
 use super::{Mistake, Parsed};
 use crate::conntrack::{Entry, EntryKey};
@@ -28,11 +29,8 @@ pub struct Entries {
     pub unread: usize,
     /// A filter has left entries out, or the text was cut off.
     pub is_part: bool,
-    /// What a filter has looked for, by numbers: each of these stands in every entry that was
-    /// shown, in one of the forms of the inner list.
-    pub sought: Vec<Vec<String>>,
-    /// The one family that was asked for: IPv4, or not.
-    pub family: Option<bool>,
+    /// Of the commands that list them. What none of them asked for is not missing.
+    pub filters: Vec<Filter>,
     /// The tool's last line says that the table is empty.
     pub is_empty_table: bool,
     /// They are those of a report: no filter has left any out, and the kernel's flags of each are known.
@@ -90,10 +88,9 @@ pub(super) fn entries(text: &Text) -> Entries {
             }
         }
     }
+    entries.filters = text.commands.iter().filter_map(|command| Filter::of(command)).collect();
     entries.is_part =
-        entries.parsed.is_cut_off(end) || text.commands.iter().any(|command| leaves_out(command));
-    entries.sought = text.commands.iter().flat_map(|command| sought(command)).collect();
-    entries.family = text.commands.iter().find_map(|command| family(command));
+        entries.parsed.is_cut_off(end) || entries.filters.iter().any(|filter| filter.leaves_out);
     entries.outdated = again.outdated();
     entries.parsed.mistakes.sort_by_key(|(line, _)| *line);
     entries.values = values.into_iter().flatten().collect();
@@ -126,105 +123,6 @@ impl Again {
         let is_several = self.count * 2 >= self.last.len();
         let Some(first) = self.first.filter(|_| is_several) else { return HashSet::new() };
         self.last.into_iter().filter(|(_, line)| *line < first).map(|(key, _)| key).collect()
-    }
-}
-
-/// Whether a command shows a part of the entries only, and the text does not show which.
-fn leaves_out(command: &str) -> bool {
-    const FILTERS: [&str; 20] = [
-        "--state",
-        "--status",
-        "-u",
-        "--mark",
-        "-m",
-        "--label",
-        "-l",
-        "--zone",
-        "-w",
-        "--orig-zone",
-        "--reply-zone",
-        "--src-nat",
-        "-n",
-        "--dst-nat",
-        "-g",
-        "--any-nat",
-        "-j",
-        "head",
-        "tail",
-        "awk",
-    ];
-    let is_search = |piece: &str| {
-        let mut words = piece.split_whitespace();
-        let is_grep = words.any(|word| GREPS.contains(&word));
-        is_grep && (words.any(|word| word == "-v") || numbers(piece).is_empty())
-    };
-    command.split_whitespace().any(|word| FILTERS.contains(&word))
-        || command.split('|').any(is_search)
-}
-
-const GREPS: [&str; 4] = ["grep", "egrep", "fgrep", "rg"];
-
-/// Addresses and ports in a piece of a command.
-fn numbers(piece: &str) -> Vec<String> {
-    let is_part = |letter: char| letter.is_ascii_hexdigit() || matches!(letter, '.' | ':');
-    let words = piece.split(|letter: char| !is_part(letter) && letter != '-');
-    let words = words.filter(|word| !word.starts_with('-'));
-    let words = words.map(|word| word.trim_matches(['.', ':', '-']));
-    let is_number = |word: &&str| {
-        word.parse::<u16>().is_ok()
-            || word.contains(['.', ':']) && word.contains(|letter: char| letter.is_ascii_digit())
-    };
-    words.filter(is_number).map(str::to_owned).collect()
-}
-
-/// What the options and the `grep`s of a command look for, by numbers.
-fn sought(command: &str) -> Vec<Vec<String>> {
-    const OPTIONS: [&str; 20] = [
-        "-s",
-        "--src",
-        "--orig-src",
-        "-d",
-        "--dst",
-        "--orig-dst",
-        "-r",
-        "--reply-src",
-        "-q",
-        "--reply-dst",
-        "--sport",
-        "--orig-port-src",
-        "--dport",
-        "--orig-port-dst",
-        "--reply-port-src",
-        "--reply-port-dst",
-        "--src-addr",
-        "--dst-addr",
-        "--srcport",
-        "--dstport",
-    ];
-    let mut pieces = command.split(" | ");
-    let words: Vec<&str> = pieces
-        .next()
-        .unwrap_or_default()
-        .split([' ', '='])
-        .filter(|word| !word.is_empty())
-        .collect();
-    let of_options = words.windows(2).filter_map(|pair| match pair {
-        [option, value] if OPTIONS.contains(option) => Some(vec![(*value).to_owned()]),
-        _ => None,
-    });
-    let is_grep = |piece: &&str| piece.split_whitespace().any(|word| GREPS.contains(&word));
-    let of_greps = pieces.filter(is_grep).map(numbers).filter(|found| !found.is_empty());
-    of_options.chain(of_greps).collect()
-}
-
-/// The family that `conntrack -f ipv6` lists alone.
-fn family(command: &str) -> Option<bool> {
-    let words: Vec<&str> = command.split([' ', '=']).collect();
-    let named = words.windows(2).find(|pair| matches!(pair, ["-f" | "--family", _]))?;
-    match named {
-        [_, "ipv4"] => Some(true),
-        [_, "ipv6"] => Some(false),
-        _ => None,
     }
 }
 
@@ -301,34 +199,6 @@ mod tests {
         let lines: Vec<_> = read.parsed.mistakes.iter().map(|(line, _)| *line).collect();
         assert_eq!(lines, [5, 6]);
         assert_eq!(read.mentioned, None);
-    }
-
-    #[test]
-    fn what_a_filter_looks_for_is_known() {
-        let of = |command: &str| (sought(command), leaves_out(command));
-        let found = |all: &[&[&str]]| {
-            all.iter()
-                .map(|any| any.iter().map(|it| (*it).to_owned()).collect())
-                .collect::<Vec<Vec<_>>>()
-        };
-        for (command, expected) in [
-            ("conntrack -L", (found(&[]), false)),
-            (
-                "conntrack -L -s 198.51.100.7 --dport=8080",
-                (found(&[&["198.51.100.7"], &["8080"]]), false),
-            ),
-            ("conntrack -L | grep dport=8080", (found(&[&["8080"]]), false)),
-            (
-                "conntrack -L 2>/dev/null | grep -E '80|443' | grep 2001:db8::7",
-                (found(&[&["80", "443"], &["2001:db8::7"]]), false),
-            ),
-            ("conntrack -L | grep -A5 CLOSE", (found(&[]), true)),
-            ("conntrack -L | grep -v 8080", (found(&[&["8080"]]), true)),
-            ("conntrack -L -p tcp --state CLOSE_WAIT", (found(&[]), true)),
-        ] {
-            assert_eq!(of(command), expected, "{command}");
-        }
-        assert_eq!((family("conntrack -L -f ipv6"), family("conntrack -L")), (Some(false), None));
     }
 
     #[test]

@@ -277,16 +277,7 @@ impl Homes {
 impl Entries {
     /// Whether an entry of this connection would be among those that the command of the text shows.
     fn may_show(&self, connection: Connection) -> bool {
-        let (local, remote) = (connection.local, connection.remote);
-        let parts = [
-            local.addr().to_string(),
-            remote.addr().to_string(),
-            local.port().to_string(),
-            remote.port().to_string(),
-        ];
-        let has = |number: &String| parts.iter().any(|part| part.contains(number.as_str()));
-        self.family.is_none_or(|ipv4| connection.sent().is_ipv4() == ipv4)
-            && self.sought.iter().all(|any| any.iter().any(has))
+        self.filters.is_empty() || self.filters.iter().any(|filter| filter.may_show(connection))
     }
 }
 

@@ -8,6 +8,7 @@
 mod address;
 mod conntrack;
 mod entries;
+mod filter;
 mod join;
 mod lines;
 mod netstat;
