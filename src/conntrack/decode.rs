@@ -69,7 +69,8 @@ pub fn entry(payload: &[u8]) -> Decoded<Option<Entry>> {
                 all.get_mut(..value.len())
                     .ok_or_else(|| missing("label size"))?
                     .copy_from_slice(value);
-                labels = Some(all);
+                // Our own says nothing of the host's.
+                labels = (all != CLOSING_LABEL).then_some(all);
             }
             CTA_SEQ_ADJ_ORIG => seq_adj[0] = Some(sequence_adjustment(value)?),
             CTA_SEQ_ADJ_REPLY => seq_adj[1] = Some(sequence_adjustment(value)?),

@@ -14,6 +14,7 @@ use crate::netlink::{Conversation, KernelSocket, Transport};
 
 pub use entry::{Entry, EntryKey, HelperName, SeqAdj, Status, SynProxy, Tcp, TcpState, Zone};
 pub use request::{Change, Filter, Insert};
+pub use uapi::CLOSING_LABEL;
 
 /// Reads and changes the conntrack table of one network namespace.
 #[derive(Debug)]

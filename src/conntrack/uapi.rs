@@ -105,3 +105,7 @@ pub const IP_CT_TCP_SIMULTANEOUS_OPEN: u8 = 0x80;
 pub const NF_CT_HELPER_NAME_LEN: usize = 16;
 /// Bytes of connlabels (`NF_CT_LABELS_MAX_SIZE`).
 pub const NF_CT_LABELS_MAX_SIZE: usize = 16;
+/// Ours, which the watch gives an entry at its first FIN: the last of 128 (on little-endian machines), since those who
+/// name theirs (`connlabel.conf`) begin with the first. As they lie in memory.
+pub const CLOSING_LABEL: [u8; NF_CT_LABELS_MAX_SIZE] =
+    [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x80];

@@ -22,6 +22,7 @@ use std::collections::HashSet;
 use std::time::Duration;
 
 use super::Memory;
+use crate::conntrack::CLOSING_LABEL;
 use crate::nftables::{ChainSpec, Expr, Field, Header, Hook, RegularSpec, SetSpec, TableSpec, key};
 
 pub(super) const PORTS: &str = "ports";
@@ -91,10 +92,6 @@ pub(super) const ANSWERED: &str = "answered";
 /// Closing connections without labels of each family that are remembered at once. At some 100 bytes each
 /// those of IPv4 take 25 MiB.
 pub const CLOSING: u32 = 262_144;
-
-/// The bit of an entry's labels that its first FIN sets: the last of 128, since those who name theirs
-/// (`connlabel.conf`) begin with the first. As they lie in memory.
-const CLOSING_LABEL: [u8; 16] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x80];
 
 /// The regular chains: packets with SYN, those without any other flag, those to no port of the scope, and
 /// those that are logged at once.
