@@ -53,7 +53,7 @@ pub struct Wanted<'a> {
 }
 
 /// The FINs that are remembered beside those of entries that have labels: of connections that were there
-/// before ctkeep, and where the kernel has no labels, of all.
+/// before the watch, and where the kernel has no labels, of all.
 #[derive(Clone, Copy, Debug)]
 pub struct Memory {
     /// So many of each family.

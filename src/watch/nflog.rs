@@ -24,7 +24,7 @@ use super::nflog_table::{
     OPENS, PORTS, QUEUE, SPOOFED, TRANSLATED, Watched,
 };
 use super::{Drained, Memory, Suspect, tracking};
-use crate::error::{Cause, Op, Result};
+use crate::error::{Cause, Error, Op, Result};
 use crate::flow::{Connection, FourTuple};
 use crate::netlink::{Conversation, KernelSocket, Request, drain};
 use crate::nftables::{Table, TableSpec, key};
@@ -130,12 +130,18 @@ impl Watch {
             let kernel = Kernel { knows_own, has_labels };
             let watched = Watched { group, ports: &self.ports, memory, kernel };
             built = self.table.rebuild(&nflog_table::layout(watched));
-            match &built {
-                Err(error) if matches!(error.errno(), Some(Errno::ENOENT | Errno::EOPNOTSUPP)) => {
-                    tracing::info!(%error, knows_own, has_labels, "the kernel lacks a part of nf_tables");
-                }
-                _ => break,
+            let lacks =
+                |error: &Error| matches!(error.errno(), Some(Errno::ENOENT | Errno::EOPNOTSUPP));
+            if built.as_ref().err().is_some_and(lacks) {
+                continue;
             }
+            if built.is_ok() && !knows_own {
+                tracing::info!("no nft_fib: answers that are not this host's are not told");
+            }
+            if built.is_ok() && !has_labels {
+                tracing::info!("no labels of entries: first FINs are remembered by their tuples");
+            }
+            break;
         }
         built?;
         self.is_watching = true;
