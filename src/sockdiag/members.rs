@@ -18,8 +18,11 @@ const LISTED: usize = 32;
 /// And no further ones when these have taken so much of a processor: a hundredth of a core at a look a second.
 /// Where other programs have the caches, a dump takes up to 4 ms.
 const SPENT: Duration = Duration::from_millis(10);
-/// So many in any case.
+/// So many in any case,
 const LEAST: usize = 4;
+/// and as many as have each of them listed once in so many looks: what half-closes there is to be known before the
+/// kernel forgets it, 60 s later.
+const ROUND: usize = 30;
 
 /// So many looks a namespace is new: its servers start to listen.
 const NEW: u8 = 30;
@@ -106,13 +109,14 @@ impl<T: Transport> Members<T> {
         let [next, _] = &mut self.next;
         let (count, began) = (self.all.len(), cpu_time());
         let first = next.checked_rem(count).unwrap_or(0);
+        let least = LEAST.max(count.div_ceil(ROUND));
         let mut listed = 0;
         let mut all = vec![Vec::new(); count];
         let places = (first..count).chain(0..first);
         for (turn, place) in places.enumerate() {
             let Some(member) = self.all.get_mut(place) else { continue };
-            let has_time = || turn < LEAST || cpu_time().saturating_sub(began) < SPENT;
-            let is_in_turn = turn == listed && turn < LISTED && has_time();
+            let has_time = || turn < least || cpu_time().saturating_sub(began) < SPENT;
+            let is_in_turn = turn == listed && turn < LISTED.max(least) && has_time();
             listed += usize::from(is_in_turn);
             let found = match member.lately.take() {
                 Some(lookups) if !is_in_turn => {
