@@ -166,9 +166,10 @@ pub fn limiter(limiter: &Limiter, ports: &[u16]) -> Vec<Finding> {
 /// A port that a rule at `place` keeps out of conntrack.
 fn untracked_port(limiter: &Limiter, port: u16, place: &str) -> Finding {
     const ID: &str = "port-untracked";
-    let limits = || limiter.of_port(port).filter(|rule| rule.matches.ports.contains(port));
+    // Those of FORWARD, too: the port can be a container's.
+    let limits = || limiter.rules.iter().filter(|rule| rule.matches.shown_ports().contains(port));
     let what = format!("port {port} is not tracked ({place})");
-    if let Some(limit) = limits().find(|rule| !rule.matches.ports.is_all()) {
+    if let Some(limit) = limits().find(|rule| !rule.matches.shown_ports().is_all()) {
         return Finding::bad(
             ID,
             format!("{what}: {} cannot count it", limit.place()),

@@ -171,10 +171,12 @@ impl Seen {
 
     /// Plays SYNs through the rules, with all that the look has shown.
     pub fn plays(&self) -> Plays<'_> {
-        Plays::new(&self.limiter, &self.rules)
-            .arriving(&self.arrivals)
-            .behind(&self.behind)
-            .beside(&self.snapshot.evidence)
+        self.plays_as_seen().beside(&self.snapshot.evidence)
+    }
+
+    /// The same, where each connection stands for itself: what its siblings asked for says nothing of it.
+    pub fn plays_as_seen(&self) -> Plays<'_> {
+        Plays::new(&self.limiter, &self.rules).arriving(&self.arrivals).behind(&self.behind)
     }
 }
 

@@ -97,7 +97,8 @@ impl Killer {
     /// By the one look that shows what limits count.
     fn over_limit(&self, policy: &Policy) -> Result<Known> {
         let (seen, _) = Seen::look("", policy)?;
-        let mut plays = seen.plays();
+        // Nothing is closed for what others of its port show.
+        let mut plays = seen.plays_as_seen();
         let overloads = overloads(seen.snapshot.views.iter(), &mut plays);
         let sockets = seen.snapshot.views.iter().filter_map(|view| view.socket);
         let sockets = sockets.filter(|socket| self.which.states.contains(socket.state)).collect();
