@@ -68,6 +68,11 @@ fn behind_a_proxy_of_the_host_all_clients_are_one_and_the_limit_stands_in_input(
     let held: Vec<_> = (1..=3)
         .flat_map(|number| lab.peer(&format!("198.51.100.{number}")).hold(8001, 2))
         .collect();
+    // The proxy dials the container behind the client's back.
+    wait_for("the proxy's own connections", SOON, || {
+        let open = guest.namespace.output("ss -Htn state established sport = :8080");
+        open.lines().count() == 6
+    });
     let said_now = said(&lab, &[]);
     let [(what, advice)] = said_now.as_slice() else { panic!("{said_now:?}") };
     assert_eq!(
@@ -98,11 +103,11 @@ fn behind_a_hairpin_the_container_sees_one_client_and_the_host_sees_each() {
         server.address
     ));
     let published = format!("192.0.2.1:{}", server.port);
-    let open = |namespace: &Namespace| {
-        let one = || TcpStream::connect_timeout(&published.parse().expect("an address"), SOON / 15);
-        namespace.within(|| (0..LIMIT).map_while(|_| one().ok()).collect::<Vec<_>>())
+    let open = |namespace: &Namespace, time: Duration| {
+        let one = |time| TcpStream::connect_timeout(&published.parse().expect("an address"), time);
+        namespace.within(|| (0..LIMIT).map_while(|_| one(time).ok()).collect::<Vec<_>>())
     };
-    let held: Vec<_> = clients.iter().flat_map(|guest| open(&guest.namespace)).collect();
+    let held: Vec<_> = clients.iter().flat_map(|guest| open(&guest.namespace, SOON)).collect();
     assert_eq!(held.len(), 2 * LIMIT, "the limit of the host counts each");
 
     let path = server.namespace.path();
@@ -112,6 +117,10 @@ fn behind_a_hairpin_the_container_sees_one_client_and_the_host_sees_each() {
     assert_eq!(what, "all 6 connections to port 8080 come from 10.1.1.1, the gateway");
     assert!(advice.contains("on the host or router that has 10.1.1.1"), "{advice}");
     for guest in &clients {
-        assert_eq!(open(&guest.namespace).len(), 0, "the limit in FORWARD is for each of them");
+        assert_eq!(
+            open(&guest.namespace, SOON / 15).len(),
+            0,
+            "the limit in FORWARD is for each of them"
+        );
     }
 }

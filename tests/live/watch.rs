@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::lab::{Lab, RawConn, holds_within, wait_for};
 use nix::sched::{CpuSet, sched_getcpu, sched_setaffinity};
@@ -43,11 +43,13 @@ fn a_table_of_closing_connections_that_is_full_says_so() {
     let drained = watch.drain(1000, |_| {}).expect("the log");
     assert!(drained.full, "full, and not a word of it: {drained:?}");
     // What is known already is logged all the same; of the rest one FIN a second.
+    let began = Instant::now();
     fins(&conns);
     let mut logged = HashSet::new();
     let mut note = |flow| logged.insert(flow);
     watch.drain(1000, |suspect| _ = note(suspect.connection)).expect("the log");
-    assert!((16..20).contains(&logged.len()), "{} FINs were logged", logged.len());
+    let most = 16 + usize::try_from(began.elapsed().as_secs()).expect("seconds") + 2;
+    assert!((16..=most).contains(&logged.len()), "{} FINs were logged", logged.len());
     let holds = holds_within(SOON, || {
         fins(some);
         let drained = watch.drain(1000, |_| {}).expect("the log");
