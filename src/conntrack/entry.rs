@@ -29,7 +29,7 @@ pub struct Entry {
     pub mark: Option<u32>,
     /// The kernel's identity of the entry.
     pub id: Option<u32>,
-    /// Connection labels, but for [`CLOSING_LABEL`] by itself.
+    /// Connection labels, but for [`CLOSING_LABEL`](super::CLOSING_LABEL) by itself.
     pub labels: Option<[u8; NF_CT_LABELS_MAX_SIZE]>,
     /// Application helper.
     pub helper: Option<HelperName>,
