@@ -99,6 +99,12 @@ impl Machine {
              grep -rls ctkeep /etc /var/lib --exclude-dir=apt --exclude=status-old || :",
         )
     }
+
+    /// What a unit writes is in the journal a moment later.
+    fn await_journal(&self, text: &str) {
+        let is_there = holds_within(SOON, || self.journal().contains(text));
+        assert!(is_there, "no {text:?}: {}", self.journal());
+    }
 }
 
 impl Drop for Machine {
@@ -136,7 +142,7 @@ fn the_package_installs_guards_upgrades_and_leaves_nothing() {
     assert_eq!(machine.try_run("systemctl is-enabled ctkeep").1.trim(), "disabled");
     machine.run("systemd-analyze verify --man=no ctkeep.service");
     machine.run("systemctl enable --now ctkeep");
-    assert!(machine.journal().contains("recount=[\"ingress\", \"loopback\"] seal=true"));
+    machine.await_journal("recount=[\"ingress\", \"loopback\"] seal=true");
     let status = machine.run(&format!("cat /proc/{}/status", machine.show("MainPID")));
     for line in
         ["CapEff:\t0000000000003000", "CapBnd:\t0000000000003000", "NoNewPrivs:\t1", "Seccomp:\t2"]
@@ -145,15 +151,15 @@ fn the_package_installs_guards_upgrades_and_leaves_nothing() {
     }
     assert!(!status.contains("Uid:\t0\t"), "a user of its own: {status}");
     assert_eq!(attack(&scene), LIMIT, "{}", machine.journal());
-    assert!(machine.journal().contains("acted action=\"revive\""), "{}", machine.journal());
+    machine.await_journal("acted action=\"revive\"");
 
     machine.run("systemctl reload ctkeep");
-    assert!(machine.journal().contains("configuration reloaded"), "{}", machine.journal());
+    machine.await_journal("configuration reloaded");
     machine.run(
         "cp /etc/ctkeep/ctkeep.toml /root/good && echo 'frobnicate = 1' >>/etc/ctkeep/ctkeep.toml",
     );
     assert!(!machine.try_run("systemctl reload ctkeep").0, "a faulty file fails the reload");
-    assert!(machine.journal().contains("frobnicate"), "{}", machine.journal());
+    machine.await_journal("frobnicate");
     machine.run("cat /root/good >/etc/ctkeep/ctkeep.toml && systemctl reload ctkeep");
     a_hung_daemon_is_replaced(&machine);
     drop_ins_suffice(&machine);
