@@ -10,7 +10,7 @@ use super::asked::Answered;
 use super::checks;
 use super::figures::{Figures, Table, Tcp};
 use super::finding::{Finding, Verdict, worst};
-use super::processes::{Holder, Owner, Owners};
+use super::processes::{Holder, Owner, Owners, place};
 use super::sources::Load;
 use crate::firewall::limits::{EarlierAccept, Key, LimitRule, Limiter};
 use crate::reconcile::snapshot::Views;
@@ -306,10 +306,6 @@ impl Application {
         let what = format!("{who}{}: {}", place(self.container.as_deref()), self.what);
         Finding::of("half-closed-held", self.verdict, what, self.advice.clone())
     }
-}
-
-fn place(container: Option<&str>) -> String {
-    container.map_or(String::new(), |name| format!(" in {name}"))
 }
 
 impl fmt::Display for Kind {

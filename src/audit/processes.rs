@@ -29,8 +29,13 @@ impl Holder {
 
     /// ` in web`, where it is in a container.
     pub fn place(&self) -> String {
-        self.container.as_ref().map_or(String::new(), |name| format!(" in {name}"))
+        place(self.container.as_deref())
     }
+}
+
+/// ` in web`, behind what is in a container.
+pub(super) fn place(container: Option<&str>) -> String {
+    container.map_or(String::new(), |name| format!(" in {name}"))
 }
 
 /// `123/apache2`, or `123/apache2 in web`.
