@@ -27,6 +27,7 @@ pub mod neighbour;
 pub mod passing;
 mod peer;
 pub mod process;
+pub mod processor;
 mod queue;
 pub mod rules;
 mod segment;
