@@ -14,6 +14,9 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use ctkeep::conntrack::{Conntrack, Entry, TcpState, Zone};
+use ctkeep::firewall::limits::Limiter;
+use ctkeep::firewall::lists::{Anew, Loss};
+use ctkeep::firewall::{Family, Ruleset, parse_saved};
 use ctkeep::flow::{Connection, FourTuple};
 use ctkeep::netlink::Transport;
 use ctkeep::reconcile::keeper::{Acted, Depth, Keeper, Settings, Sweep, Trigger, Witness};
@@ -898,6 +901,32 @@ mod a_question_to_a_limit {
         world.keeper.doubt_limits(world.now).unwrap();
         assert!(!world.keeper.check_is_due(world.now + SECOND * 9));
         assert!(world.keeper.check_is_due(world.now + SECOND * 10));
+    }
+
+    #[test]
+    fn waits_until_all_is_shown_that_a_limit_lacks() {
+        let mut world = World::with(4000..4600);
+        world.sweep(Depth::Deep);
+        world.keeper.doubt_limits(world.now).unwrap();
+        world.keeper.limits_lost(vec![limit()], world.now, world.now);
+        let mut parts = 0;
+        while world.keeper.recount_is_due(world.now) {
+            world.now += SECOND * 10;
+            assert!(!world.keeper.check_is_due(world.now), "after {parts} parts");
+            world.keeper.recount(world.now, &mut Deeds::default()).unwrap();
+            parts += 1;
+        }
+        assert!(parts > 1, "all of them in one part");
+        assert!(world.keeper.check_is_due(world.now));
+    }
+
+    /// A limit with a new list.
+    fn limit() -> Anew {
+        let text = "*filter\n:INPUT ACCEPT [0:0]\n-A INPUT -p tcp -m tcp --dport 80 --syn -m connlimit \
+                    --connlimit-above 3 --connlimit-mask 32 --connlimit-saddr -j DROP\nCOMMIT\n";
+        let chains = parse_saved(text, Family::Ip);
+        let mut rules = Limiter::of(&Ruleset { chains, ..Ruleset::default() }).rules;
+        Anew { rule: rules.pop().unwrap(), loss: Loss::New }
     }
 }
 

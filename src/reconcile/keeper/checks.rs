@@ -116,9 +116,12 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
     /// Whether there is something to ask.
     pub fn check_is_due(&mut self, now: Instant) -> bool {
         if let Some(due) = self.timers.due(Timer::Check) {
-            self.timers.set(Timer::Check, due.max(self.quiet));
+            let shown = self.timers.due(Timer::Recount);
+            self.timers.set(Timer::Check, due.max(self.quiet).max(shown.unwrap_or(due)));
+            // What still waits to be shown would be taken for what is not counted.
+            return shown.is_none() && self.timers.is_due(Timer::Check, now);
         }
-        self.timers.is_due(Timer::Check, now)
+        false
     }
 
     /// Questions take milliseconds in which no event is read: nothing is asked while there are any,
