@@ -2,6 +2,8 @@
 //! sockets. Prints medians of interleaved rounds and their ratio; the target is 0.7.
 //!
 //!     cargo bench --bench audit
+//!
+//! An older program that `CTKEEP_BEFORE` names takes turns with it.
 
 mod foreign;
 #[path = "../tests/lab/mod.rs"]
@@ -47,23 +49,29 @@ fn compare(lab: &Lab, what: &str) {
         lab.server.output("conntrack -C").trim(),
         lab.sockets("established")
     );
+    let before = std::env::var("CTKEEP_BEFORE").ok();
     let tools = || time(lab, "sh", &["-c", "conntrack -L >/dev/null 2>&1; ss -tan >/dev/null"]);
     for (name, args) in [
         ("ctkeep audit", &["audit"][..]),
         ("ctkeep audit --port (four of them)", &["audit", "--port=80,81,82,83"]),
         ("ctkeep audit --format json --all", &["audit", "--format=json", "--all"]),
     ] {
-        let mut ours = Vec::new();
-        let mut theirs = Vec::new();
+        let (mut ours, mut theirs, mut older) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..ROUNDS {
             theirs.push(tools());
             ours.push(time(lab, CTKEEP, args));
+            older.extend(before.as_ref().map(|before| time(lab, before, args)));
         }
         let (ours, theirs) = (median(ours), median(theirs));
         println!(
             "{name:36} {ours:>8.1?}   conntrack -L; ss -tan {theirs:>8.1?}   ratio {:.2}",
             ours.as_secs_f64() / theirs.as_secs_f64()
         );
+        if !older.is_empty() {
+            let older = median(older);
+            let ratio = ours.as_secs_f64() / older.as_secs_f64();
+            println!("{:36} {older:>8.1?}   ratio to it {ratio:.2}", "  the version before");
+        }
     }
 }
 
