@@ -24,7 +24,7 @@ const LAYERS: [&[&str]; 11] = [
 ];
 
 /// Values and decisions: no clock, no I/O, no log.
-const PURE: [&str; 32] = [
+const PURE: [&str; 34] = [
     "flow.rs",
     "audit/survey.rs",
     "conntrack/decode.rs",
@@ -54,6 +54,8 @@ const PURE: [&str; 32] = [
     "sockdiag/socket.rs",
     "reconcile/groups.rs",
     "reconcile/ledger.rs",
+    "reconcile/outgoing/memory.rs",
+    "reconcile/outgoing/plan.rs",
     "reconcile/plan.rs",
     "reconcile/policy.rs",
     "reconcile/snapshot.rs",

@@ -315,6 +315,12 @@ pub(super) struct Run {
           action = ArgAction::Set)]
     pub containers: bool,
 
+    /// Keep the entries of half-closed connections that this host or its containers opened for as long as
+    /// their sockets are open (extend), or leave them to the kernel (off)
+    #[arg(long, value_name = "WHAT", default_value = "off", value_parser = off_or_extend(),
+          action = ArgAction::Set)]
+    pub outgoing: bool,
+
     /// Keep FINs and RSTs that TCP would not act on from conntrack: off, while under attack and
     /// where possible (auto), or always (on)
     #[arg(long, value_name = "WHEN", default_value = "off", value_parser = shield())]
@@ -573,6 +579,10 @@ fn shield() -> impl TypedValueParser<Value = ShieldMode> {
 
 fn auto_or_off() -> impl TypedValueParser<Value = bool> {
     PossibleValuesParser::new(["auto", "off"]).map(|name| name == "auto")
+}
+
+fn off_or_extend() -> impl TypedValueParser<Value = bool> {
+    PossibleValuesParser::new(["off", "extend"]).map(|name| name == "extend")
 }
 
 fn recount_route() -> impl TypedValueParser<Value = Mode> {

@@ -71,6 +71,7 @@ fn settings(args: Run) -> Result<Settings> {
             on_exit: args.on_exit,
             namespaces: args.scope.named(),
             containers: args.containers,
+            outgoing: args.outgoing,
             overloads: args.overloads,
             metrics_textfile: args.metrics_textfile,
             status_addresses: args.status_addresses,

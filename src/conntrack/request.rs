@@ -49,6 +49,9 @@ pub enum Change {
     },
     /// Create an entry; fails with `EEXIST` where one of its tuples is in the table.
     Insert(Insert),
+    /// The same without the mark of ours ([`Entry::is_ours`]): of a connection that this host opened,
+    /// which nobody takes for one of the scope.
+    PutBack(Insert),
     /// Delete `old` and create an entry, back to back in one send.
     Replace {
         /// The entry to delete; where it is gone already only the insert happens.
@@ -87,7 +90,7 @@ impl Change {
             Self::Extend { key, .. } | Self::Update { key, .. } | Self::Delete { key, .. } => {
                 key.orig
             }
-            Self::Insert(new) | Self::Replace { new, .. } => new.like.orig,
+            Self::Insert(new) | Self::PutBack(new) | Self::Replace { new, .. } => new.like.orig,
         }
     }
 
@@ -116,10 +119,11 @@ impl Change {
                 attributes.push(protoinfo(&info));
                 out.push(request("conntrack update", key.orig, IPCTNL_MSG_CT_NEW, 0, &attributes));
             }
-            Self::Insert(insert) => out.push(insert.request()),
+            Self::Insert(insert) => out.push(insert.request(OURS)),
+            Self::PutBack(insert) => out.push(insert.request(IP_CT_TCP_FLAG_BE_LIBERAL)),
             Self::Replace { old, id, new } => {
                 out.push(Request { joined: true, ..delete(old, id) });
-                out.push(new.request());
+                out.push(new.request(OURS));
             }
             Self::Delete { key, id } => out.push(delete(key, id)),
         }
@@ -127,7 +131,8 @@ impl Change {
 }
 
 impl Insert {
-    fn request(&self) -> Request {
+    /// With these flags in both directions.
+    fn request(&self, flags: u8) -> Request {
         let like = &self.like;
         let mut attributes = vec![
             tuple(CTA_TUPLE_ORIG, like.orig, like.zone),
@@ -136,7 +141,7 @@ impl Insert {
             tuple(CTA_TUPLE_REPLY, like.orig.inverse(), like.zone),
             status_attribute(self.status),
             timeout_attribute(self.timeout),
-            self.tcp(),
+            self.tcp(flags),
         ];
         attributes.extend(two_way_zone(like.zone));
         attributes.extend(translation(like));
@@ -154,14 +159,14 @@ impl Insert {
         request("conntrack insert", like.orig, IPCTNL_MSG_CT_NEW, flags, &attributes)
     }
 
-    fn tcp(&self) -> DefaultNla {
+    fn tcp(&self, always: u8) -> DefaultNla {
         const KEPT: u8 = IP_CT_TCP_FLAG_WINDOW_SCALE;
         let (flags, mask) = match self.like.tcp {
             Some(tcp) => (tcp.flags.map(|flags| flags & KEPT), KEPT),
             None => ([0; 2], 0),
         };
         // struct nf_ct_tcp_flags { flags, mask }
-        let [mut orig, reply] = flags.map(|flags| [flags, mask].map(|byte| byte | OURS));
+        let [mut orig, reply] = flags.map(|flags| [flags, mask].map(|byte| byte | always));
         // Conntrack learns who closed first from a FIN that this entry may never see. Without the
         // flag it ignores a SYN that uses the tuple again after the end, and connlimit, which
         // cannot count an ignored one, drops it (seen on 6.18; guarded by

@@ -11,6 +11,7 @@ mod history;
 mod inside;
 mod log;
 mod members;
+mod outgoing;
 mod overload;
 mod reader;
 mod rules;

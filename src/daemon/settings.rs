@@ -90,6 +90,8 @@ pub struct Live {
     pub namespaces: Vec<Namespace>,
     /// Whether the connections of containers in the own table are guarded, without naming them.
     pub containers: bool,
+    /// Whether the entries of half-closed connections that this host opened are kept, too.
+    pub outgoing: bool,
     /// Sources that hold too much, and the sets that they are put into.
     pub overloads: Vec<Overload>,
     /// The file that metrics are written to.

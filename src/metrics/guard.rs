@@ -10,13 +10,14 @@ use super::spec::{ACTIONS, BUFFERS, Count, DROPS, FAMILIES, Gauge, Histogram, RO
 use super::{EventType, Guard, Liveness, Metrics, clock, locked, survey};
 use crate::audit::survey::Survey;
 use crate::conntrack::TableSize;
-use crate::error::Error;
+use crate::error::{Error, Result};
 use crate::firewall::lists::Loss;
 use crate::flow::Connection;
 use crate::reconcile::apply::Outcome;
 use crate::reconcile::checks::Counted;
 use crate::reconcile::keeper::Trigger;
 use crate::reconcile::ledger::Ledger;
+use crate::reconcile::outgoing::{self, plan::Deed};
 use crate::reconcile::plan::ActionKind;
 use crate::reconcile::pressure::Transition;
 use crate::shield::DECISIONS;
@@ -190,6 +191,26 @@ impl GuardMetrics {
     /// So many sources are in the sets of an overload.
     pub fn overload_sources(&self, set: &str, sources: usize) {
         self.guard(|guard| guard.gauges.set(Gauge::OverloadSources, &[set], sources as f64));
+    }
+
+    /// So many outgoing connections are looked after.
+    pub fn outgoing(&self, figures: outgoing::Figures) {
+        self.guard(|guard| {
+            guard.gauges.set(Gauge::Outgoing, &[], figures.outgoing as f64);
+            guard.gauges.set(Gauge::OutgoingHeld, &[], figures.held as f64);
+            guard.gauges.set(Gauge::OutgoingLost, &[], figures.lost as f64);
+        });
+    }
+
+    /// The entry of an outgoing connection was changed, or not.
+    pub fn outgoing_done(&self, deed: Deed, result: &Result<()>) {
+        let more = u64::from(result.is_ok());
+        self.metrics.counts.add(Count::OutgoingActions, &[deed.name()], more);
+    }
+
+    /// An open outgoing connection has lost its entry.
+    pub fn outgoing_lost(&self, loss: outgoing::plan::Loss) {
+        self.metrics.counts.add(Count::OutgoingLosses, &[loss.name()], 1);
     }
 
     /// The defence level has changed.

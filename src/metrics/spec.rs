@@ -13,6 +13,8 @@ use crate::conntrack::TcpState;
 use crate::error::Error;
 use crate::firewall::lists::Loss;
 use crate::reconcile::checks::Counted;
+use crate::reconcile::outgoing;
+use crate::reconcile::outgoing::plan::Deed;
 use crate::shield::DECISIONS;
 use crate::sockdiag::State;
 
@@ -59,6 +61,7 @@ const CLASS: Label = label("class", || Class::ALL.map(Class::name).to_vec());
 const CT_STATE: Label = label("state", || TIMED.map(TcpState::name).to_vec());
 const COUNTED: Label = label("result", || Counted::ALL.map(Counted::name).to_vec());
 const DECISION: Label = label("decision", || DECISIONS.to_vec());
+const DEED: Label = label("action", || Deed::ALL.map(Deed::name).to_vec());
 const DIRECTION: Label = label("direction", || vec!["up", "down"]);
 const DROP: Label = label("kind", || DROPS.to_vec());
 const EVENT: Label = label("type", || vec!["update", "destroy", "nflog"]);
@@ -67,6 +70,8 @@ const LOSS: Label = label("kind", || Loss::ALL.map(Loss::name).to_vec());
 const MODE: Label = label("mode", || vec!["enforce", "observe"]);
 /// There while HTTP is served.
 const PORT: Label = label("port", Vec::new);
+const OUTGOING_LOSS: Label =
+    label("reason", || outgoing::plan::Loss::ALL.map(outgoing::plan::Loss::name).to_vec());
 const REASON: Label = label("reason", || Error::REASONS.to_vec());
 const ROUTE: Label = label("route", || ROUTES.to_vec());
 /// There when an overload is asked for.
@@ -280,6 +285,18 @@ table! {
         "ctkeep_overload_sources",
         "Sources that hold too much and are in a set for it.",
     ).by(&[SET]);
+    Outgoing = row(
+        "ctkeep_outgoing_sockets",
+        "Half-closed sockets that this host opened, as far as outgoing connections are looked after.",
+    );
+    OutgoingHeld = row(
+        "ctkeep_outgoing_held_entries",
+        "Entries of these that are kept beyond the kernel's time.",
+    );
+    OutgoingLost = row(
+        "ctkeep_outgoing_lost_entries",
+        "Sockets of these whose entry is lost and cannot be put back now.",
+    );
     ShieldDevices = row(
         "ctkeep_shield_devices",
         "Network devices that the shield is attached to.",
@@ -315,6 +332,14 @@ table! {
         "ctkeep_rule_changes",
         "Limits that lost their lists because rules changed, by kind of change.",
     ).by(&[LOSS]);
+    OutgoingActions = row(
+        "ctkeep_outgoing_actions",
+        "Changes of entries of connections that this host opened, acknowledged by the kernel.",
+    ).by(&[DEED]);
+    OutgoingLosses = row(
+        "ctkeep_outgoing_lost",
+        "Open connections that this host opened, and whose entry could not be put back.",
+    ).by(&[OUTGOING_LOSS]);
     Sweeps = row("ctkeep_sweeps", "Sweeps that ended well, shallow and deep.");
     SweepErrors = row("ctkeep_sweep_errors", "Rounds of sweep or events that failed.");
     Events = row("ctkeep_events", "Events received from the kernel.").by(&[EVENT]);

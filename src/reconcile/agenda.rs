@@ -33,6 +33,11 @@ impl Agenda {
         self.looks.first().filter(|(at, _)| *at <= now).map(|(_, cookie)| *cookie)
     }
 
+    /// When the next look is due.
+    pub fn next(&self) -> Option<Instant> {
+        self.looks.first().map(|(at, _)| *at)
+    }
+
     /// Connections whose look is not due yet: other ones each time, until all have had their turn.
     pub fn sample(&mut self, most: usize) -> Vec<Cookie> {
         let behind = self.sampled.map_or(Bound::Unbounded, Bound::Excluded);

@@ -1,4 +1,4 @@
-//! Carries out a confirmed plan. The only place that changes the conntrack table.
+//! Carries out a confirmed plan. The only place that changes entries of the scope.
 
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
@@ -30,7 +30,7 @@ const CHUNK: usize = 128;
 const SHOWN: u32 = 3;
 
 /// What a stray RST would leave a dead connection (`nf_conntrack_tcp_timeout_close`).
-const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
+pub(super) const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How one action ended.
 #[derive(Debug)]

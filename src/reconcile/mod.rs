@@ -1,7 +1,8 @@
 //! Makes conntrack follow the sockets: what is wrong, what to do, and doing it.
 //!
 //! [`observe`] reads, [`plan`] decides from values alone, [`confirm`] makes sure by exact
-//! look-ups, [`apply`] changes the table; [`ledger`] remembers what is held.
+//! look-ups, [`apply`] changes the table; [`ledger`] remembers what is held. [`outgoing`] does the
+//! cheap half of it for connections that this host opened.
 
 pub mod agenda;
 pub mod apply;
@@ -17,6 +18,7 @@ pub mod groups;
 pub mod keeper;
 pub mod ledger;
 pub mod observe;
+pub mod outgoing;
 pub mod plan;
 pub mod policy;
 pub mod pressure;

@@ -379,7 +379,7 @@ impl<'a> Joined<'a> {
     }
 }
 
-fn is_home<T: Transport>(homes: &mut [Routes<T>], addr: IpAddr) -> Result<bool> {
+pub(super) fn is_home<T: Transport>(homes: &mut [Routes<T>], addr: IpAddr) -> Result<bool> {
     for home in homes.iter_mut() {
         if home.is_local(addr)? {
             return Ok(true);

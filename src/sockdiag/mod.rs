@@ -128,6 +128,14 @@ impl<T: Transport> SockDiag<T> {
         Ok(each_once(own, self.members.sockets(states, 0..usize::MAX)?))
     }
 
+    /// Those of the own namespace alone, without connections of Multipath TCP that have no TCP socket.
+    ///
+    /// # Errors
+    /// As [`SockDiag::sockets`].
+    pub fn own_sockets(&mut self, states: States) -> Result<Vec<Socket>> {
+        self.own.dump_tcp(states)
+    }
+
     /// The same as of late: of other namespaces only some are listed at one call, in turn, and of the
     /// rest those sockets are looked up that were in such a state when it was their turn.
     ///

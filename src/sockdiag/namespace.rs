@@ -109,7 +109,7 @@ impl<T: Transport> Sockets<T> {
         Ok(alone.map(|(socket, _)| socket).collect())
     }
 
-    fn dump_tcp(&mut self, states: States) -> Result<Vec<Socket>> {
+    pub(super) fn dump_tcp(&mut self, states: States) -> Result<Vec<Socket>> {
         let request = request::dump(states);
         let all = self.conversation.dump(&request, |all: &mut Vec<Socket>, frame| {
             all.extend(decode::socket(frame).map_err(|error| request.op.malformed(error))?);

@@ -40,6 +40,7 @@ mod metrics;
 mod missing;
 mod mptcp;
 mod nat;
+mod outgoing;
 mod overload;
 mod package;
 mod play_rules;

@@ -13,8 +13,8 @@ use ctkeep::sockdiag::{Cookie, SockDiag, Socket, State};
 
 use super::{
     CT_DELETE, CT_GET, CT_GET_STATS, CT_NEW, EEXIST, EINVAL, ENOENT, ENOMEM, NLM_F_CREATE, Played,
-    Request, attribute, attributes, descend, dumped_states, entry_message, listed_socket, message,
-    obliging, socket_message,
+    Request, SOCK_DIAG_BY_FAMILY, attribute, attributes, descend, dumped_states, entry_message,
+    listed_socket, message, obliging, socket_message,
 };
 
 const IPS_EXPECTED: u32 = 1;
@@ -27,6 +27,8 @@ pub struct Host {
     pub entries: Vec<Entry>,
     /// The port whose sockets are in another namespace, where there is one.
     pub inside: Option<u16>,
+    /// Sockets that have opened their connections themselves, by TCP's counters.
+    pub opened_here: Vec<Cookie>,
     /// Sockets that dumps skip, as they do under churn; look-ups find them.
     pub skipped: Vec<Cookie>,
     /// Entries that the table has room for, where it is limited.
@@ -115,7 +117,17 @@ impl Host {
             |s: &&Socket| s.state == State::Listen && s.local.port() == asked.local.port();
         let fallback = || self.sockets.iter().filter(|socket| is_there(socket)).find(listener);
         let socket = exact.or_else(fallback).ok_or(ENOENT)?;
-        Ok(vec![socket_message(request.seq, socket)])
+        let mut answer = socket_message(request.seq, socket);
+        // `INET_DIAG_INFO` is asked for.
+        if body[2] & 2 != 0 {
+            let mut info = vec![0; 232];
+            let is_fin_acked = u8::from(socket.state == State::FinWait2);
+            // `tcpi_bytes_acked`
+            info[120] = u8::from(self.opened_here.contains(&socket.cookie)) + is_fin_acked;
+            let payload = [answer.split_off(16), attribute(2, &info)].concat();
+            answer = message(SOCK_DIAG_BY_FAMILY, 0, request.seq, &payload);
+        }
+        Ok(vec![answer])
     }
 
     fn entries(&mut self, request: &Request) -> Result<Vec<Vec<u8>>, i32> {
@@ -163,6 +175,10 @@ impl Host {
                         let mut entry = Entry::plain(orig, zone(body));
                         entry.id = Some(self.changes as u32);
                         update(&mut entry, body);
+                        let has = |e: &Entry| e.orig == entry.reply || e.reply == entry.reply;
+                        if self.entries.iter().any(|e| e.zone == entry.zone && has(e)) {
+                            return Err(EEXIST);
+                        }
                         self.entries.push(entry);
                         Ok(Vec::new())
                     }
@@ -222,9 +238,22 @@ fn update(entry: &mut Entry, body: &[u8]) {
             }
             7 => entry.timeout = Some(Duration::from_secs(big_endian(value).into())),
             8 => entry.mark = Some(big_endian(value)),
+            // `CTA_NAT_SRC`, `CTA_NAT_DST`: one address and port each.
+            6 => entry.reply.dst = translated(value),
+            13 => entry.reply.src = translated(value),
             _ => {}
         }
     }
+}
+
+fn translated(nat: &[u8]) -> Endpoint {
+    let addr = match (descend(nat, &[1]), descend(nat, &[4])) {
+        (Some(bytes), _) => <[u8; 4]>::try_from(bytes).unwrap().into(),
+        (_, Some(bytes)) => <[u8; 16]>::try_from(bytes).unwrap().into(),
+        _ => panic!("a translation without address"),
+    };
+    let port = descend(nat, &[3, 1]).expect("a port");
+    Endpoint::new(addr, u16::from_be_bytes([port[0], port[1]]))
 }
 
 fn zone(body: &[u8]) -> Zone {

@@ -16,6 +16,7 @@ use super::desk::Desk;
 use super::ends::SocketEnds;
 use super::guard;
 use super::members::Members;
+use super::outgoing::OutgoingConnections;
 use super::overload::Overloads;
 use super::reader::Reader;
 use super::rules::Rules;
@@ -54,6 +55,7 @@ pub(super) struct Worker<'p> {
     deep_cost: Duration,
     ends: SocketEnds,
     overloads: Overloads,
+    outgoing: OutgoingConnections,
     /// Where the audit asks.
     pub(super) claim: Option<UnixListener>,
     sweep_failing: bool,
@@ -94,6 +96,7 @@ impl<'p> Worker<'p> {
         }
         let (claim, sweep_failing) = (None, false);
         let overloads = Overloads::new(desk.live.clone(), desk.foundation.dry_run, now);
+        let outgoing = OutgoingConnections::new(&desk.live, desk.foundation.dry_run, now);
         Ok(Self {
             keeper,
             desk,
@@ -103,6 +106,7 @@ impl<'p> Worker<'p> {
             deep_cost: Duration::ZERO,
             ends: SocketEnds::new(now),
             overloads,
+            outgoing,
             claim,
             sweep_failing,
         })
@@ -152,6 +156,7 @@ impl<'p> Worker<'p> {
         self.ends.follow(&mut self.keeper);
         let (tables, scope, policy, _) = self.keeper.parts();
         self.overloads.turn(&mut tables.sockets, scope, policy, &self.desk.share)?;
+        self.outgoing.turn(&mut self.keeper, &self.desk.share)?;
         self.check_limits()
     }
 
@@ -309,6 +314,7 @@ impl<'p> Worker<'p> {
         }
         self.keeper.apply_settings(live.keeper(self.desk.foundation.dry_run));
         self.overloads.apply_settings(live.clone(), &self.desk.share);
+        self.outgoing.apply_settings(&live, &self.desk.share, Instant::now());
         self.desk.apply_settings(live, &self.keeper.scope().ports);
         rely_on_events(&mut self.keeper, &self.desk);
         self.list_for_survey();
@@ -340,7 +346,8 @@ impl<'p> Worker<'p> {
         if self.desk.live.on_exit == OnExit::Keep || self.desk.foundation.dry_run {
             return Ok(());
         }
-        self.keeper.give_back(kernel_timeout)
+        self.keeper.give_back(kernel_timeout)?;
+        self.outgoing.give_back(&mut self.keeper)
     }
 }
 
@@ -358,6 +365,6 @@ fn rely_on_events(keeper: &mut Keeper, desk: &Desk<'_>) {
 }
 
 /// The timeout that the kernel itself gives an entry in this state.
-fn kernel_timeout(state: TcpState) -> Option<Duration> {
+pub(super) fn kernel_timeout(state: TcpState) -> Option<Duration> {
     sysctl::conntrack(&state.timeout_setting()?).map(Duration::from_secs)
 }

@@ -32,6 +32,7 @@ impl Worker<'_> {
         let due = self.keeper.next_timeout().into_iter();
         let due = due.chain(self.rules.as_ref().and_then(Rules::next_timeout));
         let due = due.chain(self.overloads.next_timeout());
+        let due = due.chain(self.outgoing.next_timeout());
         let due = due.chain(self.ends.next_timeout(now)).min();
         let due = due.map(|due| due.saturating_duration_since(now));
         // Signs of life and the namespaces want a turn now and then.
