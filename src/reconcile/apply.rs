@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 
 use super::behind::{Behind, Refused, is_refused, show_alone};
 use super::confirm::Confirmed;
-use super::fresh::{self, Fresh};
 use super::ledger::Ledger;
 use super::observe::Tables;
 use super::plan::{Action, ActionKind, Reason};
@@ -194,7 +193,7 @@ fn apply_chunk<T: Transport, R: Recount>(
     let mut results = tables.conntrack.change(&changes)?.into_iter();
 
     let mut chunk = Vec::with_capacity(actions.len());
-    let (mut shown, mut refused, mut fresh) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut shown, mut refused) = (Vec::new(), Vec::new());
     // Programs hand on packets in the order that they get them: when the last has passed, all have.
     let last = if recounter.as_ref().is_some_and(R::is_held_up_before_conntrack) {
         ways.iter().rposition(Method::is_replaced_by_ingress)
@@ -209,9 +208,7 @@ fn apply_chunk<T: Transport, R: Recount>(
             outcome.result = results.next().unwrap_or(Ok(()));
         }
         match (way, recounter.as_mut()) {
-            (Method::Recount { way, seal, before, is_long }, Some(recounter))
-                if outcome.result.is_ok() =>
-            {
+            (Method::Recount { way, seal, before }, Some(recounter)) if outcome.result.is_ok() => {
                 let entry = &action.template;
                 let nudged = match way.recipe {
                     Recipe::Replace if before.is_empty() && last != Some(index) => {
@@ -223,13 +220,19 @@ fn apply_chunk<T: Transport, R: Recount>(
                         }
                     }),
                     Recipe::Fresh => {
-                        let route = way.route;
-                        fresh.push(Fresh { index, route, seal, is_long });
-                        Ok(())
+                        let [delete, insert] = fresh_steps(&action, seal, policy.lease);
+                        // Where nothing is to be deleted the nudge meets no entry either.
+                        tables.conntrack.change(&[delete])?;
+                        let nudged = recounter.nudge(entry, way.route, now);
+                        let inserted = tables.conntrack.change(&[insert])?;
+                        outcome.result = inserted.into_iter().next().unwrap_or(Ok(()));
+                        nudged
                     }
                 };
                 outcome.recount = Some(nudged.map(|()| way.route));
-                shown.push((index, way, seal));
+                if outcome.result.is_ok() {
+                    shown.push((index, way, seal));
+                }
             }
             (Method::InPlace { instead_of_recount: Some(why) }, _) => {
                 outcome.recount = Some(Err(why));
@@ -239,11 +242,6 @@ fn apply_chunk<T: Transport, R: Recount>(
         chunk.push(outcome);
     }
     if let Some(recounter) = recounter {
-        fresh::show(tables, recounter, &mut chunk, &fresh, policy.lease, now)?;
-        let is_done = |(index, ..): &(usize, _, _)| {
-            chunk.get(*index).is_some_and(|outcome| outcome.result.is_ok())
-        };
-        shown.retain(is_done);
         settle(tables, recounter, &mut chunk, &shown, policy, now)?;
         show_alone(tables, recounter, &mut chunk, &refused, policy, now)?;
     }
@@ -351,8 +349,6 @@ enum Method<'l> {
         seal: bool,
         /// Limits before the one that lacks it that may refuse it.
         before: &'l [LimitRule],
-        /// The list that lacks it is long.
-        is_long: bool,
     },
 }
 
@@ -363,13 +359,14 @@ impl Method<'_> {
     }
 
     /// Where the list is long and has none of them: the kernel walks all of it at each nudge that meets an
-    /// entry, and once a jiffy, or every 64, at those that meet none.
+    /// entry, and once a jiffy, or every 64, at those that meet none. One by one even so: what lacks its entry
+    /// at such a walk is thrown off the list.
     fn for_list(mut self, is_long: bool) -> Self {
-        if let Self::Recount { way, before: [], is_long: of_long, .. } = &mut self
+        if let Self::Recount { way, before: [], .. } = &mut self
             && is_long
             && way.route == Route::Ingress
         {
-            (way.recipe, *of_long) = (Recipe::Fresh, true);
+            way.recipe = Recipe::Fresh;
         }
         self
     }
@@ -405,9 +402,20 @@ fn method<'l>(
         Ok(way) => {
             let before =
                 before.filter(|_| way.route == Route::Ingress).map_or(&[][..], Vec::as_slice);
-            Method::Recount { way, seal: seal && recounter.can_seal(), before, is_long: false }
+            Method::Recount { way, seal: seal && recounter.can_seal(), before }
         }
     }
+}
+
+/// What surrounds a nudge that meets no entry. The second step replaces whatever has begun in
+/// between: an entry that the nudge left behind, one that a packet of the connection was picked
+/// up as.
+pub(super) fn fresh_steps(action: &Action, seal: bool, lease: Duration) -> [Change; 2] {
+    let old = action.view.entry.map_or(action.template.key(), |entry| entry.key());
+    let id = action.view.entry.and_then(|entry| entry.id);
+    let (state, timeout) = (held_as(action, seal), timeout(action, lease));
+    let new = Insert { like: action.template, state, status: Status::ASSURED, timeout };
+    [Change::Delete { key: old, id }, Change::Replace { old: action.template.key(), id: None, new }]
 }
 
 /// The change that a repair begins with, and in place is.
@@ -465,7 +473,7 @@ pub(super) fn last_step(action: &Action, lease: Duration, sealed: bool) -> Chang
 }
 
 /// How long the entry lives from now on: what agrees keeps the time that the kernel gave it.
-pub(super) fn timeout(action: &Action, lease: Duration) -> Duration {
+fn timeout(action: &Action, lease: Duration) -> Duration {
     if let Reason::EntryIdle(timeout) = action.reason {
         return timeout;
     }
@@ -484,7 +492,7 @@ fn is_held_as_established(action: &Action) -> bool {
 }
 
 /// The state that conntrack should see the connection in. Only ESTABLISHED can be sealed.
-pub(super) fn held_as(action: &Action, sealed: bool) -> TcpState {
+fn held_as(action: &Action, sealed: bool) -> TcpState {
     match action.view.socket {
         Some(_) if sealed => TcpState::Established,
         Some(socket) => believed(socket.state),

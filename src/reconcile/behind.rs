@@ -6,9 +6,8 @@
 use std::collections::HashMap;
 use std::time::Instant;
 
-use super::apply::{Outcome, last_step};
+use super::apply::{Outcome, fresh_steps, last_step};
 use super::deciding::limit_of;
-use super::fresh;
 use super::observe::Tables;
 use super::policy::Policy;
 use crate::conntrack::Change;
@@ -60,7 +59,7 @@ pub(super) fn show_alone<T: Transport, R: Recount>(
             continue;
         };
         let entry = outcome.action.template;
-        let [_, insert] = fresh::steps(&outcome.action, *seal, policy.lease);
+        let [_, insert] = fresh_steps(&outcome.action, *seal, policy.lease);
         let (mut tries, mut passes) = (if at < TOGETHER { TRIES } else { 0 }, false);
         while tries > 0 && !passes && outcome.result.is_ok() {
             recounter.await_sweep();

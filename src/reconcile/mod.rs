@@ -13,7 +13,6 @@ pub mod checks;
 pub mod confirm;
 pub mod deciding;
 pub mod evidence;
-mod fresh;
 pub mod groups;
 pub mod keeper;
 pub mod ledger;
