@@ -11,6 +11,7 @@ use super::fronts::Front;
 use crate::firewall::limits::{EarlierAccept, LimitRule, Limiter, Sight, Witness};
 use crate::firewall::{Hook, Ports, Ruleset, published};
 use crate::flow::Endpoint;
+use crate::reconcile::outgoing::Survey;
 use crate::sockdiag::Socket;
 
 /// A table this full, in percent, is worth a look.
@@ -21,6 +22,8 @@ const FULL_BAD: u64 = 95;
 const PER_BUCKET: u64 = 8;
 /// A timeout so long for all half-closed connections fills the table with those that are over.
 const LONG_CLOSE_WAIT: u64 = 600;
+/// The kernel's own, in seconds.
+const CLOSE_WAIT: u64 = 60;
 /// A queue this full, in percent.
 const QUEUE_WARN: u64 = 50;
 
@@ -88,14 +91,54 @@ pub fn conntrack(figures: &Table) -> Vec<Finding> {
             Finding::warn(
                 "close-wait-timeout",
                 format!("half-closed connections stay {seconds} s, with a socket or without"),
-                "sysctl -w net.netfilter.nf_conntrack_tcp_timeout_close_wait=60 and let ctkeep run \
-                 hold those that have one",
+                "outgoing = \"extend\" in ctkeep.toml, then sysctl -w \
+                 net.netfilter.nf_conntrack_tcp_timeout_close_wait=60: ctkeep run holds those that have one",
             )
         } else {
             Finding::ok("close-wait-timeout", format!("half-closed connections stay {seconds} s"))
         });
     }
     all
+}
+
+/// Half-closed connections that this host opened: `kept` is what the daemon says of them, where it looks
+/// after them; `timeout` is that of CLOSE_WAIT, in seconds.
+pub fn outgoing(seen: Survey, kept: Option<[usize; 3]>, timeout: Option<u64>) -> Option<Finding> {
+    const ID: &str = "outgoing";
+    let (timeout, is_long) = (timeout?, timeout? > CLOSE_WAIT);
+    let open = format!("{} half-closed connections that this host opened", seen.sockets);
+    let some = (seen.sockets > 0).then_some(());
+    match kept {
+        Some([_, _, lost]) if lost > 0 => Some(Finding::warn(
+            ID,
+            format!("{open}, {lost} of them have lost their entry"),
+            "journalctl -u ctkeep names them; docs/outgoing.md",
+        )),
+        Some([_, held, _]) if is_long => Some(Finding::warn(
+            ID,
+            format!("{open}, {held} entries kept by ctkeep: {timeout} s for all are needed no more"),
+            format!(
+                "sysctl -w net.netfilter.nf_conntrack_tcp_timeout_close_wait={CLOSE_WAIT}; of kube-proxy \
+                 conntrack.tcpCloseWaitTimeout: {CLOSE_WAIT}s"
+            ),
+        )),
+        Some([_, held, _]) => {
+            Some(Finding::ok(ID, format!("{open}, {held} entries kept by ctkeep")))
+        }
+        None if seen.translated > 0 && !is_long => some.map(|()| {
+            let lost = seen.without_entry;
+            Finding::warn(
+                ID,
+                format!(
+                    "{open}, {} behind address translation, which ends {timeout} s after their last \
+                     packet; {lost} have no entry",
+                    seen.translated
+                ),
+                "outgoing = \"extend\" in ctkeep.toml: docs/outgoing.md",
+            )
+        }),
+        None => some.map(|()| Finding::ok(ID, open)),
+    }
 }
 
 fn fill(figures: &Table) -> Finding {

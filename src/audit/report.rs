@@ -32,6 +32,7 @@ use crate::host::addresses::has_global_ipv6;
 use crate::host::instance::{self, DaemonStatus};
 use crate::reconcile::ledger::Ledger;
 use crate::reconcile::observe::Tables;
+use crate::reconcile::outgoing::Survey;
 use crate::reconcile::plan::cell;
 use crate::reconcile::policy::{Policy, Scope};
 use crate::reconcile::pressure::Defence;
@@ -104,6 +105,8 @@ pub struct Seen {
     pub unseen: usize,
     /// Whether others can reach the host by IPv6.
     pub has_ipv6: bool,
+    /// Half-closed connections that this host opened; `None` for saved tables.
+    pub outgoing: Option<Survey>,
 }
 
 impl Seen {
@@ -145,6 +148,7 @@ impl Seen {
         let behind: HashSet<_> = behind.filter(|addr| tables.sockets.is_of_member(*addr)).collect();
         let arrivals = arrivals(&rules, snapshot.views.iter())?;
         let fronts = fronts(snapshot.views.iter(), &behind)?;
+        let outgoing = Survey::look(&mut tables, &scope, policy)?;
         let seen = Self {
             netns: if netns.is_empty() { own_namespace() } else { netns.to_owned() },
             kernel: nix::sys::utsname::uname()
@@ -165,6 +169,7 @@ impl Seen {
             namespaces: tables.sockets.members().len(),
             unseen,
             has_ipv6: has_global_ipv6(),
+            outgoing: Some(outgoing),
         };
         Ok((seen, scope))
     }
@@ -199,6 +204,10 @@ pub struct Report {
     pub layers: Layers,
     /// Limits were asked what their lists hold.
     pub is_asked: bool,
+    /// Half-closed connections that this host opened; `None` for saved tables.
+    pub outgoing: Option<Survey>,
+    /// How many of these a daemon looks after, how many of their entries it keeps, and how many are lost.
+    pub outgoing_kept: Option<[usize; 3]>,
 }
 
 impl Report {
@@ -301,6 +310,10 @@ impl Report {
             layers.limiter.extend(checks::unheard(&unheard));
         }
         layers.limiter.extend(checks::untracked(untracked.map(|it| family(it.view.connection))));
+        if let (Some(outgoing), Some(layer)) = (seen.outgoing, layers.conntrack.as_mut()) {
+            let timeout = layer.figures.timeout_close_wait;
+            layer.extend(checks::outgoing(outgoing, told.outgoing, timeout));
+        }
         let reached = Reached {
             // Of saved tables what is open shows it.
             by_ipv6: seen.has_ipv6
@@ -324,6 +337,8 @@ impl Report {
             sources,
             layers,
             is_asked: seen.asked.is_some(),
+            outgoing: seen.outgoing,
+            outgoing_kept: told.outgoing,
             netns: seen.netns,
             kernel: seen.kernel,
         }

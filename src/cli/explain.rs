@@ -23,6 +23,7 @@ use crate::flow::Connection;
 use crate::host::instance;
 use crate::reconcile::ledger::Ledger;
 use crate::reconcile::observe::Tables;
+use crate::reconcile::outgoing::plan::is_candidate;
 use crate::reconcile::plan::{Cell, Verdict, cell, verdict};
 use crate::reconcile::pressure::Defence;
 use crate::reconcile::snapshot::{Direction, Snapshot, View};
@@ -119,6 +120,7 @@ pub(super) fn run(args: &Explain) -> Result<Exit> {
             verdict,
             held_for,
             in_scope,
+            outgoing: outgoing(&view, cell, daemon.outgoing.is_some()),
             cover,
             is_swapped,
             is_behind: behind_connection.is_some(),
@@ -166,6 +168,8 @@ struct Found {
     /// For how many seconds a running daemon has held the entry.
     held_for: Option<u64>,
     in_scope: bool,
+    /// Of one that this host opened: whether its entry is kept.
+    outgoing: Option<&'static str>,
     /// The addresses were given the other way round.
     is_swapped: bool,
     /// It is not the connection that was asked about, but the one of that peer behind this host.
@@ -175,6 +179,20 @@ struct Found {
     limits: Vec<String>,
     /// What the limit said, or why it could not be asked; `None` where it was not.
     asked: Option<std::result::Result<Answer, String>>,
+}
+
+/// What becomes of the entry of a connection that this host opened.
+fn outgoing(view: &View, cell: Cell, is_kept: bool) -> Option<&'static str> {
+    let is_outgoing = matches!(cell.entry, Some((Direction::Outgoing, _)));
+    let is_half_closed = view.socket.as_ref().is_some_and(is_candidate);
+    match (is_outgoing, is_half_closed, is_kept) {
+        (false, ..) => None,
+        (true, false, _) => Some("left to the kernel: not half-closed"),
+        (true, true, false) => {
+            Some("left to the kernel: ctkeep run does not keep it (outgoing = \"extend\")")
+        }
+        (true, true, true) => Some("kept as long as its socket is half-closed"),
+    }
 }
 
 /// The limits that count this connection, with what is counted together with it.
@@ -247,6 +265,7 @@ fn to_text(found: &Found) -> String {
         None => String::new(),
         Some(answer) => format!("asked       {}\n", in_words(answer)),
     };
+    let outgoing = found.outgoing.map_or(String::new(), |how| format!("outgoing    {how}\n"));
     let hint = match (found.is_swapped, found.is_behind) {
         (true, _) => "hint        the other way round there is one: the server's end comes first\n",
         (_, true) => {
@@ -267,6 +286,7 @@ fn to_text(found: &Found) -> String {
          class       {}\n\
          kept        {kept}\n\
          limits      {limits}\n\
+         {outgoing}\
          {asked}\
          shield      {}\n\
          cell        {}\n\
@@ -381,6 +401,7 @@ fn to_json(found: &Found) -> serde_json::Value {
         "tracked": cell.tracked,
         "class": found.class.name(),
         "held_seconds": found.held_for,
+        "outgoing": found.outgoing,
         "pid": holder.as_ref().map(|holder| holder.pid),
         "command": holder.as_ref().map(|holder| &holder.command),
         "limits": found.limits,

@@ -11,6 +11,7 @@ use crate::metrics::GuardMetrics;
 use crate::reconcile::keeper::Keeper;
 use crate::reconcile::outgoing::plan::Deed;
 use crate::reconcile::outgoing::{By, Done, Outgoing, Pass};
+use crate::sockdiag::Cookie;
 
 use super::worker::kernel_timeout;
 
@@ -40,6 +41,17 @@ impl OutgoingConnections {
     /// When there is something to do; `None` where nothing is asked for.
     pub(super) fn next_timeout(&self) -> Option<Instant> {
         self.kept.as_ref().map(Outgoing::next_timeout)
+    }
+
+    /// How many connections there are, whose entries are held, and lost, for the audit.
+    pub(super) fn figures(&self) -> Option<[usize; 3]> {
+        let figures = self.kept.as_ref()?.figures();
+        Some([figures.outgoing, figures.held, figures.lost])
+    }
+
+    /// The sockets whose entries are held, and since when.
+    pub(super) fn held(&self) -> impl Iterator<Item = (Cookie, Instant)> + '_ {
+        self.kept.iter().flat_map(Outgoing::held)
     }
 
     /// Does what is due.

@@ -105,6 +105,9 @@ pub struct DaemonStatus {
     pub level: Option<u64>,
     /// Whether it looks at the sockets of containers, where it says so.
     pub containers: Option<bool>,
+    /// Where it looks after outgoing connections: how many it has, how many of their entries it keeps
+    /// beyond the kernel's time, and how many are lost.
+    pub outgoing: Option<[usize; 3]>,
 }
 
 /// A line that says for how long a socket has been half-closed begins with this.
@@ -116,6 +119,8 @@ const LEVEL: &str = "level";
 /// The line that says whether containers are looked at.
 const CONTAINERS: &str = "containers";
 const YES: &str = "yes";
+/// The line about outgoing connections begins with this.
+const OUTGOING: &str = "outgoing";
 /// The line about a shield begins with this.
 const SHIELD: &str = "shield";
 const WHOLE: &str = "whole";
@@ -135,6 +140,8 @@ pub struct Said<'s> {
     pub shield: Option<&'s Shielded>,
     /// Whether containers are looked at.
     pub containers: Option<bool>,
+    /// Outgoing connections.
+    pub outgoing: Option<[usize; 3]>,
 }
 
 /// Answers one question, where there is one: as [`DaemonStatus`]. A client that asks and does not
@@ -144,7 +151,7 @@ pub fn answer(listener: &UnixListener, said: Said<'_>) {
     if !is_trusted(&stream) {
         return;
     }
-    let Said { ages, half_closed, repairs, level, shield, containers } = said;
+    let Said { ages, half_closed, repairs, level, shield, containers, outgoing } = said;
     let mut text: String = ages.map(|(cookie, age)| format!("{cookie:x} {age}\n")).collect();
     text.extend(half_closed.map(|(cookie, age)| format!("{HALF_CLOSED} {cookie:x} {age}\n")));
     text.extend(repairs.map(|(peer, count)| format!("{REPAIRS} {peer} {count}\n")));
@@ -157,6 +164,9 @@ pub fn answer(listener: &UnixListener, said: Said<'_>) {
     if let Some(are_looked_at) = containers {
         let how = if are_looked_at { YES } else { "no" };
         text.push_str(&format!("{CONTAINERS} {how}\n"));
+    }
+    if let Some([all, held, lost]) = outgoing {
+        text.push_str(&format!("{OUTGOING} {all} {held} {lost}\n"));
     }
     let answer = move || {
         let _ = stream.set_write_timeout(Some(PATIENCE));
@@ -213,6 +223,11 @@ fn told(text: &str) -> DaemonStatus {
             }
             (Some(LEVEL), Some(level)) => told.level = level.parse().ok(),
             (Some(CONTAINERS), how) => told.containers = Some(how == Some(YES)),
+            (Some(OUTGOING), all) => {
+                let numbers = all.into_iter().chain(words).map(str::parse);
+                let numbers: Option<Vec<usize>> = numbers.map(std::result::Result::ok).collect();
+                told.outgoing = numbers.and_then(|numbers| numbers.try_into().ok());
+            }
             (Some(HALF_CLOSED), Some(cookie)) => {
                 told.half_closed.extend(words.next().and_then(|age| age_of(cookie, age)));
             }
@@ -252,13 +267,13 @@ mod tests {
     #[test]
     fn an_answer_is_read_line_by_line() {
         let shield = Some(Shielded { ports: [80, 443].into(), is_whole: true });
-        let text = "1f 20\nhalf-closed 20 7\nrepairs 198.51.100.7 2\nlevel 1\nshield whole 80 443\ncontainers yes\nnonsense\n";
+        let text = "1f 20\nhalf-closed 20 7\nrepairs 198.51.100.7 2\nlevel 1\nshield whole 80 443\ncontainers yes\noutgoing 5 4 1\nnonsense\n";
         let (ages, half_closed) = ([(31, 20)].into(), [(32, 7)].into());
         let repairs = [("198.51.100.7".parse().unwrap(), 2)].into();
-        let (level, containers) = (Some(1), Some(true));
+        let (level, containers, outgoing) = (Some(1), Some(true), Some([5, 4, 1]));
         assert_eq!(
             told(text),
-            DaemonStatus { ages, half_closed, repairs, level, shield, containers }
+            DaemonStatus { ages, half_closed, repairs, level, shield, containers, outgoing }
         );
     }
 }

@@ -27,6 +27,7 @@ struct Json<'r> {
     mask: u8,
     mask6: u8,
     summary: Value,
+    outgoing: Option<Value>,
     connections: Vec<Connection<'r>>,
     sources: Vec<Value>,
     layers: &'r Layers,
@@ -80,6 +81,16 @@ impl Report {
                 "sockets": named(self.sockets().iter().map(|(state, n)| (state.name(), *n))),
                 "entries": named(self.entries.iter().map(|(state, n)| (state.name(), *n))),
                 "classes": named(self.classes().into_iter().map(|(class, n)| (class.name(), n))),
+            }),
+            outgoing: self.outgoing.map(|outgoing| {
+                json!({
+                    "sockets": outgoing.sockets,
+                    "translated": outgoing.translated,
+                    "closing": outgoing.closing,
+                    "without_entry": outgoing.without_entry,
+                    "held": self.outgoing_kept.map(|[_, held, _]| held),
+                    "lost": self.outgoing_kept.map(|[.., lost]| lost),
+                })
             }),
             connections: self.listed(all).into_iter().map(connection).collect(),
             sources: self.sources.iter().take(top.unwrap_or(usize::MAX)).map(source).collect(),

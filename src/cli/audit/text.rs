@@ -30,6 +30,15 @@ pub fn text(report: &Report, all: bool, top: Option<usize>, no_header: bool) -> 
         .collect();
     let counts = if counts.is_empty() { "no connections".to_owned() } else { counts.join(", ") };
     let mut out = format!("{}\n{counts}\n", parts.join("\n"));
+    if let Some(outgoing) = report.outgoing.filter(|outgoing| outgoing.sockets > 0) {
+        let kept = report.outgoing_kept.map_or(String::new(), |[_, held, lost]| {
+            format!(", {held} kept by ctkeep, {lost} lost")
+        });
+        out.push_str(&format!(
+            "{} half-closed connections that this host opened: {} translated, {} without an entry{kept}\n",
+            outgoing.sockets, outgoing.translated, outgoing.without_entry
+        ));
+    }
     let all = &report.connections;
     let covered = all.iter().filter(|it| it.cover.is_some_and(Coverage::is_certain)).count();
     if covered > 0 {

@@ -13,6 +13,8 @@ impl Worker<'_> {
         let Some(claim) = &self.claim else { return };
         let now = Instant::now();
         let age = |held: Held| (held.cookie.0, (now - held.since).as_secs());
+        let outgoing = self.outgoing.held();
+        let outgoing = outgoing.map(|(cookie, since)| (cookie.0, (now - since).as_secs()));
         let shield = self.desk.shield.as_ref().filter(|shield| shield.is_up());
         let shield = shield.map(|shield| instance::Shielded {
             ports: self.keeper.scope().ports.clone(),
@@ -21,7 +23,7 @@ impl Worker<'_> {
         let containers = self.members.map(Members::are_looked_for);
         let half_closed = self.desk.share.half_closed_since();
         let half_closed = half_closed.map(|(cookie, since)| (cookie.0, (now - since).as_secs()));
-        let held = self.keeper.held().map(age);
+        let held = self.keeper.held().map(age).chain(outgoing);
         let repairs = self.desk.repairs(now);
         instance::answer(
             claim,
@@ -32,6 +34,7 @@ impl Worker<'_> {
                 level: self.keeper.ledger().pressure().level() as u64,
                 shield: shield.as_ref(),
                 containers,
+                outgoing: self.outgoing.figures(),
             },
         );
     }

@@ -178,12 +178,12 @@ impl Memory {
         self.records.remove(&cookie);
     }
 
-    /// The sockets whose entries are held.
-    pub fn held(&self) -> impl Iterator<Item = (Cookie, Lookup)> + '_ {
-        let is_held = |own: &Own| own.since.is_some();
-        let all = self.records.iter();
-        all.filter(move |(_, record)| record.known.own().is_some_and(is_held))
-            .map(|(cookie, record)| (*cookie, record.lookup))
+    /// The sockets whose entries are held, and since when.
+    pub fn held(&self) -> impl Iterator<Item = (Cookie, Lookup, Instant)> + '_ {
+        self.records.iter().filter_map(|(cookie, record)| {
+            let since = record.known.own()?.since?;
+            Some((*cookie, record.lookup, since))
+        })
     }
 
     /// How many there are of each kind.

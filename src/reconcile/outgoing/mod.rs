@@ -8,12 +8,14 @@
 
 pub mod memory;
 pub mod plan;
+mod survey;
 
 use std::time::{Duration, Instant};
 
 pub use memory::{Figures, Own};
 use memory::{Known, Memory};
 use plan::{Cell, Deed, Found, Loss, NoDeed, Peer, Verdict};
+pub use survey::Survey;
 
 use super::apply::{CLOSE_TIMEOUT, believed};
 use super::backoff::BackOff;
@@ -118,6 +120,11 @@ impl Outgoing {
         self.next_list.min(look).max(self.soonest)
     }
 
+    /// The sockets whose entries are held, and since when.
+    pub fn held(&self) -> impl Iterator<Item = (Cookie, Instant)> + '_ {
+        self.memory.held().map(|(cookie, _, since)| (cookie, since))
+    }
+
     /// How many connections there are of each kind.
     pub fn figures(&self) -> Figures {
         self.memory.figures()
@@ -157,7 +164,8 @@ impl Outgoing {
     /// # Errors
     /// A conversation broke: what was not given back lives out its lease.
     pub fn give_back<T: Transport>(&mut self, tables: &mut Tables<T>, by: By<'_>) -> Result<()> {
-        let held: Vec<_> = self.memory.held().collect();
+        let held = self.memory.held().map(|(cookie, lookup, _)| (cookie, lookup));
+        let held: Vec<_> = held.collect();
         for part in held.chunks(LOOKS) {
             let seen = self.exactly(tables, by.ledger, part)?;
             let changes = seen.iter().filter_map(|seen| {
