@@ -6,6 +6,8 @@
 // A helper of a test that meets the unexpected ends by a panic.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::cast_possible_truncation)]
 
+#[path = "laws/dialled.rs"]
+mod dialled;
 #[path = "laws/model.rs"]
 mod model;
 mod played;
@@ -27,6 +29,7 @@ use ctkeep::reconcile::pressure::Defence;
 use ctkeep::reconcile::snapshot::{Direction, View};
 use ctkeep::sockdiag::{Socket, State};
 use ctkeep::watch::Suspect;
+use dialled::{Dialled, Harm};
 use model::{Counting, Model, PORT, Rst, bystanders};
 use played::host::{Host, Shared, tuple};
 use played::{CT_DELETE, CT_NEW, NLM_F_DUMP_INTR, NLMSG_DONE, Played, descend, requests, u16_at};
@@ -186,6 +189,8 @@ struct World {
     late: Vec<FourTuple>,
     /// The server is in another namespace, which ctkeep knows of or not.
     inside: Option<bool>,
+    /// What the host has opened itself, where that is kept, too.
+    dialled: Option<Dialled>,
 }
 
 /// Of the namespace that a server can be in.
@@ -232,7 +237,8 @@ impl World {
         let now = Instant::now();
         let keepers = vec![keeper(tables, &model, 0, now)];
         let (events, late) = (Events::Prompt, Vec::new());
-        let mut this = Self { model, keepers, line, now, events, late, inside: None };
+        let (inside, dialled) = (None, None);
+        let mut this = Self { model, keepers, line, now, events, late, inside, dialled };
         this.sweep(true);
         this
     }
@@ -245,6 +251,20 @@ impl World {
         this.meet();
         this.sweep(true);
         this
+    }
+
+    /// A container has dialled out, and its connections are kept.
+    fn with_dialled(maximum: Option<usize>) -> Self {
+        let mut this = Self::new(LIMIT, maximum, false);
+        this.dialled = Some(Dialled::new(&this.model.host, this.now));
+        this.look_at_dialled();
+        this
+    }
+
+    fn look_at_dialled(&mut self) {
+        if let (Some(dialled), Some(keeper)) = (&mut self.dialled, self.keepers.first()) {
+            dialled.turn(keeper, self.now);
+        }
     }
 
     /// All keepers know of the server's namespace, or none does any more.
@@ -384,6 +404,9 @@ impl World {
                 self.now += Duration::from_secs(seconds);
             }
             Step::Second => self.second(),
+            Step::Dialled { nth, harm } => {
+                self.dialled.iter_mut().for_each(|dialled| dialled.harm(nth, harm));
+            }
             Step::Namespace => {
                 self.inside = self.inside.map(|is_known| !is_known);
                 self.meet();
@@ -438,6 +461,7 @@ impl World {
         for second in 1..=seconds {
             self.model.pass(1);
             self.now += Duration::from_secs(1);
+            self.look_at_dialled();
             if second.is_multiple_of(10) {
                 self.sweep(second.is_multiple_of(30));
             }
@@ -464,7 +488,8 @@ impl World {
         let sockets = self.model.host.borrow().sockets.clone();
         let mut all = Vec::new();
         let bystanders: Vec<_> = bystanders().0.iter().map(Socket::connection).collect();
-        for socket in sockets.iter().filter(|socket| !bystanders.contains(&socket.connection())) {
+        let is_another = |it: &&Socket| !bystanders.contains(&it.connection()) && !Dialled::has(it);
+        for socket in sockets.iter().filter(is_another) {
             let flow = socket.connection().sent();
             let view = View {
                 connection: Connection::of_sender(flow),
@@ -488,6 +513,8 @@ impl World {
                 all.push(format!("{:?} is kept without a socket", entry.reply));
             }
         }
+        let is_full = self.is_full();
+        all.extend(self.dialled.iter().flat_map(|dialled| dialled.disagreements(is_full)));
         all
     }
 
@@ -579,6 +606,11 @@ enum Step {
     Second,
     /// The server's namespace is not seen for a while, or found again.
     Namespace,
+    /// Of the connections that were opened from here.
+    Dialled {
+        nth: u16,
+        harm: Harm,
+    },
 }
 
 fn any_source() -> impl Strategy<Value = u8> {
@@ -626,6 +658,14 @@ fn any_faulty_step() -> impl Strategy<Value = Step> {
     ]
 }
 
+fn any_harm() -> impl Strategy<Value = Step> {
+    use Harm::*;
+    let close = any::<bool>().prop_map(|is_seen| Close { is_seen });
+    let harms = vec![FinAgain, StaleRst, Packet, Evict, GiveAway, Free];
+    (0..4_u16, prop_oneof![9 => select(harms), 1 => close])
+        .prop_map(|(nth, harm)| Step::Dialled { nth, harm })
+}
+
 fn any_steps() -> impl Strategy<Value = Vec<Step>> {
     proptest::collection::vec(any_step(), 1..24)
 }
@@ -648,6 +688,14 @@ fn without_ctkeep_every_trick_breaks_the_bound() {
         assert!(held > 3 * LIMIT, "{trick:?}: {held} sockets");
         assert!(!world.disagreements().is_empty(), "{trick:?}");
     }
+}
+
+/// Without what keeps them each of the connections that were opened from here loses its entry.
+#[test]
+fn without_ctkeep_what_was_dialled_is_lost_in_a_minute() {
+    let mut world = World::with_dialled(None);
+    world.model.pass(70);
+    assert_eq!(world.disagreements().len(), 4, "{:?}", world.disagreements());
 }
 
 /// Plays a history and its quiet end.
@@ -793,6 +841,21 @@ proptest! {
         ], 1..32),
     ) {
         agree(World::with_a_container(), &steps);
+    }
+
+    /// The same beside connections that a container has opened: each of those that is open has its entry,
+    /// with its translation, or another one has its port; one that has ended has none. Neither direction
+    /// touches an entry of the other ([`Dialled::turn`], [`Watched::assert_guarded`]).
+    #[test]
+    fn after_quiet_both_directions_agree(
+        steps in proptest::collection::vec(prop_oneof![
+            1 => any_step(),
+            1 => any_harm(),
+            1 => (1..90_u64).prop_map(Step::Wait),
+        ], 1..48),
+        maximum in proptest::option::of(24..60_usize),
+    ) {
+        agree(World::with_dialled(maximum), &steps);
     }
 
     /// What ctkeep has put into the table goes with it: but for open connections that conntrack has

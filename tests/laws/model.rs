@@ -26,7 +26,7 @@ pub const PORT: u16 = 80;
 pub const SERVER: &str = "192.0.2.1";
 
 /// How long the kernel gives an entry (`nf_conntrack_tcp_timeout_*`), in seconds.
-fn timeout(state: TcpState) -> u64 {
+pub fn timeout(state: TcpState) -> u64 {
     match state {
         TcpState::Established => 432_000,
         TcpState::CloseWait => 60,

@@ -5,7 +5,7 @@ use std::fs;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ctkeep::conntrack::Conntrack;
 
@@ -378,4 +378,55 @@ fn a_full_table_is_said_and_the_lost_ones_are_back_when_there_is_room() {
     wait_for("put back", SOON * 2, || replies(&all) == before);
     assert_eq!(daemon.log().matches("conntrack table full").count(), 1, "{}", daemon.log());
     assert!(all.iter_mut().all(Dialled::delivers), "{}", daemon.log());
+}
+
+/// The figures of docs/outgoing.md: the same traffic by the timeout of kube-proxy, by the kernel's, and by the
+/// kernel's with ctkeep. A container closes 25 connections a second whose far side never does, and holds 50
+/// that the far side has closed, and upon which it writes when 100 s are over.
+#[test]
+#[ignore = "two minutes, for figures"]
+fn figures_of_three_ways() {
+    const HELD: usize = 50;
+    let files = nix::sys::resource::Resource::RLIMIT_NOFILE;
+    let (_, most) = nix::sys::resource::getrlimit(files).expect("limits");
+    nix::sys::resource::setrlimit(files, most, most).expect("more files");
+    let play = |name: &str, timeout: &str, is_kept: bool| -> Option<String> {
+        let scene = Scene::new("-j MASQUERADE --random-fully")?;
+        let setting = "net/netfilter/nf_conntrack_tcp_timeout_close_wait";
+        scene.lab.server.sysctl(setting, timeout);
+        let _daemon = scene.daemon(if is_kept { EXTEND } else { &[] });
+        let mut held: Vec<_> = (0..HELD).map(|_| scene.dial()).collect();
+        let count = || scene.lab.server.output("conntrack -C").trim().to_owned();
+        let began = Instant::now();
+        let (mut open, mut fill) = (Vec::new(), Vec::new());
+        let mut resets = 0;
+        for second in 1..=120_u32 {
+            for _ in 0..25 {
+                let Dialled { near, far } = scene.dial_from(&scene.guest.namespace)?;
+                drop(near);
+                open.push(far);
+            }
+            if second == 100 {
+                for dialled in &mut held {
+                    dialled.near.write_all(b"late").expect("a socket that is open");
+                }
+                thread::sleep(Duration::from_millis(300));
+                resets = held
+                    .iter()
+                    .filter(|it| it.near.take_error().is_ok_and(|e| e.is_some()))
+                    .count();
+            }
+            if second % 40 == 0 {
+                fill.push(format!("{} at {second} s", count()));
+            }
+            let next = Duration::from_secs(1) * second;
+            thread::sleep(next.saturating_sub(began.elapsed()));
+        }
+        Some(format!("{name}: entries {}; {resets} of {HELD} reset", fill.join(", ")))
+    };
+    let ways = [("an hour", "3600", false), ("60 s", "60", false), ("60 s and ctkeep", "60", true)];
+    thread::scope(|scope| {
+        let all = ways.map(|(name, timeout, kept)| scope.spawn(move || play(name, timeout, kept)));
+        all.into_iter().for_each(|way| println!("{:?}", way.join().expect("figures")));
+    });
 }
