@@ -6,6 +6,7 @@
 //! socket is gone. Every change follows exact look-ups of entry and socket. As the
 //! [`keeper`](super::keeper) it opens nothing, has no clock and writes no log.
 
+mod apply;
 pub mod memory;
 pub mod plan;
 mod survey;
@@ -17,14 +18,14 @@ use memory::{Known, Memory};
 use plan::{Cell, Deed, Found, Loss, NoDeed, Peer, Verdict};
 pub use survey::Survey;
 
-use super::apply::{CLOSE_TIMEOUT, believed};
+use super::apply::believed;
 use super::backoff::BackOff;
 use super::ledger::Ledger;
 use super::observe::Tables;
 use super::policy::{Policy, Scope};
 use super::whole::is_home;
-use crate::conntrack::{Change, Entry, Insert, Status, TcpState};
-use crate::error::{Error, Result};
+use crate::conntrack::{Change, Entry, TcpState};
+use crate::error::Result;
 use crate::flow::Connection;
 use crate::netlink::Transport;
 use crate::sockdiag::{Cookie, Lookup, Opener, Socket, States};
@@ -370,79 +371,6 @@ impl Outgoing {
             pass.lost.push((*own, loss));
         }
     }
-
-    fn carry_out<T: Transport>(
-        &mut self,
-        tables: &mut Tables<T>,
-        by: By<'_>,
-        deeds: Vec<(Seen, Deed)>,
-        pass: &mut Pass,
-        now: Instant,
-    ) -> Result<()> {
-        let lease = by.policy.lease;
-        let mut changes = Vec::with_capacity(deeds.len());
-        let mut all = Vec::with_capacity(deeds.len());
-        for (seen, deed) in deeds {
-            let Some(own) = self.memory.get(seen.cookie).and_then(|it| it.known.own()) else {
-                continue;
-            };
-            let entry = seen.entry.unwrap_or(own.entry);
-            changes.push(change(deed, &entry, &seen, lease));
-            all.push((seen, deed, entry));
-        }
-        let results = match by.dry_run || changes.is_empty() {
-            true => all.iter().map(|_| Ok(())).collect(),
-            false => tables.conntrack.change(&changes)?,
-        };
-        for ((seen, deed, entry), result) in all.into_iter().zip(results) {
-            if by.dry_run {
-                self.memory.set_look(seen.cookie, Some(now + lease));
-            } else {
-                self.note(&seen, deed, &result, by, pass, now);
-            }
-            pass.done.push(Done { deed, connection: seen.connection, entry, result });
-        }
-        Ok(())
-    }
-
-    /// Takes note of what has come of a change.
-    fn note(
-        &mut self,
-        seen: &Seen,
-        deed: Deed,
-        result: &Result<()>,
-        by: By<'_>,
-        pass: &mut Pass,
-        now: Instant,
-    ) {
-        let lease = by.policy.lease;
-        let next = match (deed, result) {
-            (Deed::Release, _) => {
-                self.memory.forget(seen.cookie);
-                return;
-            }
-            (_, Ok(())) => {
-                if let Some(own) = self.memory.own_mut(seen.cookie) {
-                    own.since.get_or_insert(now);
-                    own.lost = None;
-                }
-                if deed == Deed::Reinsert {
-                    self.back_off.succeeded();
-                }
-                if deed == Deed::Extend { unseen_for(by, Some(lease)) } else { SECOND_LOOK }
-            }
-            (Deed::Reinsert, Err(error)) => {
-                let loss = loss(error);
-                if loss == Loss::Full && !self.back_off.rests(now) {
-                    pass.table_full = self.back_off.failed(now);
-                }
-                self.note_lost(seen.cookie, loss, pass);
-                lease / 4
-            }
-            (_, Err(_)) => SECOND_LOOK,
-        };
-        self.memory.set_look(seen.cookie, Some(now + next));
-    }
 }
 
 impl Known {
@@ -497,29 +425,4 @@ fn unseen_for(by: By<'_>, left: Option<Duration>) -> Duration {
     let wanted = left.saturating_sub(by.policy.renew_below());
     let by_packet = (by.timeout)(TcpState::CloseWait).map(|timeout| timeout / 2);
     by_packet.map_or(wanted, |most| wanted.min(most)) + ROUNDED.min(by.policy.lease / 8)
-}
-
-fn change(deed: Deed, entry: &Entry, seen: &Seen, lease: Duration) -> Change {
-    let key = entry.key();
-    let state = seen.socket.map_or(TcpState::Close, |socket| believed(socket.state));
-    match deed {
-        Deed::Extend => Change::Extend { key, timeout: lease },
-        Deed::Revive => Change::Update { key, state, status: None, timeout: lease },
-        Deed::Reinsert => {
-            let (like, status) = (*entry, Status::ASSURED);
-            Change::PutBack(Insert { like, state, status, timeout: lease })
-        }
-        // As an RST would have left it that both ends take: late packets are translated still.
-        Deed::Release => Change::Update { key, state, status: None, timeout: CLOSE_TIMEOUT },
-    }
-}
-
-fn loss(error: &Error) -> Loss {
-    if error.is_already_there() {
-        Loss::Taken
-    } else if error.is_table_full() {
-        Loss::Full
-    } else {
-        Loss::Refused
-    }
 }
