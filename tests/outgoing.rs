@@ -85,6 +85,19 @@ impl World {
         }
     }
 
+    fn give_back(&mut self) {
+        let timeout = |state| (state == TcpState::CloseWait).then_some(SECOND * 20);
+        let by = By {
+            scope: &self.scope,
+            policy: &self.policy,
+            ledger: &self.ledger,
+            timeout: &timeout,
+            interval: SECOND,
+            dry_run: self.dry_run,
+        };
+        self.outgoing.give_back(&mut self.tables, by).unwrap();
+    }
+
     fn turn(&mut self) {
         let timeout = |state| (state == TcpState::CloseWait).then_some(SECOND * 60);
         let by = By {
@@ -356,6 +369,17 @@ fn one_that_lists_skip_is_there_still() {
     world.pass(300);
     assert!(world.entry(40_000).is_some());
     assert!(world.done.iter().all(|(deed, _)| *deed == Deed::Extend));
+}
+
+/// And nothing that was not lengthened.
+#[test]
+fn at_the_end_what_was_lengthened_gets_the_kernels_own_time() {
+    let mut world = World::with(40_000..40_002);
+    world.change(40_001, |entry| entry.timeout = Some(SECOND * 3600));
+    world.pass(40);
+    world.give_back();
+    let left = |port| world.entry(port).unwrap().timeout.unwrap();
+    assert_eq!((left(40_000), left(40_001)), (SECOND * 20, SECOND * 3560));
 }
 
 #[test]

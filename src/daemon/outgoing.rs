@@ -97,6 +97,9 @@ impl OutgoingConnections {
                 (Ok(()), Deed::Extend | Deed::Release) => {
                     tracing::debug!(action, %flow, dry_run = self.dry_run, "outgoing");
                 }
+                (Ok(()), _) if self.dry_run => {
+                    line!(self.lines.fits(action), info, action, %flow, "would act");
+                }
                 (Ok(()), _) => line!(
                     self.lines.fits(action),
                     info,
@@ -104,7 +107,6 @@ impl OutgoingConnections {
                     %flow,
                     reply = %entry.reply,
                     zone = entry.zone.id(),
-                    dry_run = self.dry_run,
                     "the entry of an outgoing connection is as it was"
                 ),
                 (Err(error), Deed::Reinsert) => tracing::debug!(action, %flow, %error, "outgoing"),
