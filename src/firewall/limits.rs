@@ -709,7 +709,14 @@ fn earlier(all: &[Earlier], matches: &Match) -> Vec<EarlierAccept> {
         let is_sure = !earlier.is_narrowed() && !earlier.is_rated;
         let kind = if within.is_some() || !is_sure {
             if earlier.is_established() {
-                continue;
+                // Packets that open a translated connection may pass, too.
+                let alone = Match { or_translated: false, ..earlier.clone() };
+                if !earlier.or_translated || within.is_some() || earlier.is_rated {
+                    continue;
+                }
+                if !alone.is_narrowed() && !before.contains(&EarlierAccept::Established) {
+                    before.push(EarlierAccept::Established);
+                }
             }
             let rest = match within {
                 Some(count) => format!(" within {count} connections"),
@@ -796,6 +803,34 @@ mod tests {
         let ruleset = Ruleset { chains: parse_saved(&text, Family::Ip), unread: Vec::new() };
         let places: Vec<_> = Limiter::of(&ruleset).rules.iter().map(LimitRule::place).collect();
         assert_eq!(places, ["ip filter limits rule 4"]);
+    }
+
+    /// A packet that opens a translated connection is both new and DNAT.
+    #[test]
+    fn what_is_for_translated_connections_is_for_those_that_open() {
+        let limit = |rules: &str| {
+            let text = format!("*filter\n:FORWARD DROP [0:0]\n{rules}\nCOMMIT\n");
+            let ruleset = Ruleset { chains: parse_saved(&text, Family::Ip), unread: Vec::new() };
+            Limiter::of(&ruleset)
+        };
+        let counts = "-p tcp -m connlimit --connlimit-above 3 --connlimit-mask 32 -j DROP";
+        for states in ["DNAT", "SNAT,DNAT", "RELATED,ESTABLISHED,DNAT", "NEW,DNAT"] {
+            let ctstate = format!("-A FORWARD -m conntrack --ctstate {states}");
+            let of_it = limit(&format!("{ctstate} {counts}"));
+            assert!(of_it.rules.iter().all(|rule| rule.matches.may_open()), "{states}");
+            assert_eq!(of_it.rules.len(), 1, "{states}");
+            let behind = limit(&format!("{ctstate} -j ACCEPT\n-A FORWARD {counts}"));
+            let before: Vec<_> = behind.rules[0].before.iter().map(EarlierAccept::name).collect();
+            let wanted: &[&str] = match states {
+                "RELATED,ESTABLISHED,DNAT" => &["established", "perhaps"],
+                _ => &["perhaps"],
+            };
+            assert_eq!(before, wanted, "{states}");
+        }
+        let none = limit(&format!(
+            "-A FORWARD -m conntrack --ctstate ESTABLISHED -j ACCEPT\n-A FORWARD {counts}"
+        ));
+        assert_eq!(none.rules[0].before, [EarlierAccept::Established]);
     }
 
     #[test]

@@ -14,6 +14,9 @@ pub const STATE_ESTABLISHED: u32 = 1 << 1;
 /// See [`STATE_ESTABLISHED`].
 pub const STATE_NEW: u32 = 1 << 3;
 
+/// `XT_CONNTRACK_STATE_SNAT`, `_DNAT`
+const XT_TRANSLATED: u32 = 1 << 6 | 1 << 7;
+
 const TCP: u128 = 6;
 const SYN: u128 = 0x02;
 const NFPROTO_IPV4: u128 = 2;
@@ -38,6 +41,8 @@ pub struct Match {
     pub interfaces: Vec<String>,
     /// `ct state`: one of these bits.
     pub states: Option<u32>,
+    /// Or, whatever its state, of a connection that is translated (`--ctstate DNAT`).
+    pub or_translated: bool,
     /// Packets with SYN only (`--syn`, `tcp flags syn`).
     pub syn: bool,
     /// All packets without SYN and no others (`! --syn`).
@@ -101,7 +106,16 @@ impl Match {
         let interfaces = common(&self.interfaces, &other.interfaces);
         let ports = self.ports.and(&other.ports);
         let asked = self.asked.and(&other.asked);
-        let states = both(self.states, other.states);
+        let (states, or_translated) = match (self.or_translated, other.or_translated) {
+            (true, false) if other.states.is_none() => (self.states, true),
+            (false, true) if self.states.is_none() => (other.states, true),
+            // Of those in the one's states some may be translated.
+            (true, false) | (false, true) => {
+                others.push("translated".to_owned());
+                (if self.or_translated { other.states } else { self.states }, false)
+            }
+            (is, _) => (both(self.states, other.states), is),
+        };
         let sources = join(&self.sources, &other.sources);
         let destinations = join(&self.destinations, &other.destinations);
         let families = matches!((self.ipv4, other.ipv4), (Some(a), Some(b)) if a != b);
@@ -112,7 +126,7 @@ impl Match {
             || self.without_syn && other.syn
             || ports.is_empty()
             || asked.is_empty()
-            || states == Some(0)
+            || states == Some(0) && !or_translated
             || interfaces.is_none()
             || is_empty(&sources)
             || is_empty(&destinations);
@@ -122,6 +136,7 @@ impl Match {
             asked,
             interfaces: interfaces.unwrap_or_default(),
             states,
+            or_translated,
             syn: self.syn || other.syn,
             without_syn: self.without_syn || other.without_syn,
             sources,
@@ -134,7 +149,7 @@ impl Match {
 
     /// Whether something else narrows it further.
     pub fn is_narrowed(&self) -> bool {
-        !self.others.is_empty()
+        !self.others.is_empty() || self.or_translated
     }
 
     /// Whether it is for nothing but packets that come in by the loopback device.
@@ -157,7 +172,8 @@ impl Match {
 
     /// Whether a packet that opens a tracked connection may pass it.
     pub fn may_open(&self) -> bool {
-        !self.without_syn && self.states.is_none_or(|bits| bits & STATE_NEW != 0)
+        !self.without_syn
+            && (self.or_translated || self.states.is_none_or(|bits| bits & STATE_NEW != 0))
     }
 
     /// Whether no client, destination and interface is left out.
@@ -197,6 +213,9 @@ impl fmt::Display for Match {
         }
         if !self.others.is_empty() {
             write!(f, ", if {}", self.others.join(" and "))?;
+        }
+        if self.or_translated {
+            f.write_str(", if translated")?;
         }
         Ok(())
     }
@@ -330,6 +349,15 @@ fn states(value: &Operand, from: Bits, to: Bits, is: bool) -> Match {
         return other(words(value));
     };
     let (low, mask) = (native(low), native(mask));
+    // xt's states have two that say nothing of what the packet is: how its connection is translated.
+    let translated = if value.field == Field::XtState { mask & XT_TRANSLATED } else { 0 };
+    if !value.is_plain() && low == 0 && translated != 0 {
+        let mask = mask & !translated;
+        return match is {
+            true => Match { states: Some(!mask), ..other("not translated".to_owned()) },
+            false => Match { states: Some(mask), or_translated: true, ..Match::default() },
+        };
+    }
     let bits = match (value.is_plain(), low, is) {
         (true, low, true) => low,
         (true, low, false) => !low,
