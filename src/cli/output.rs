@@ -12,6 +12,8 @@ use crate::error::{Op, Result};
 
 /// Text is wrapped here, whatever the terminal.
 const WIDTH: u16 = 100;
+/// JSON is written in pieces of so many bytes: what a pipe holds.
+const PIECE: usize = 64 * 1024;
 /// Blanks between columns.
 const GAP: u16 = 2;
 const BAD: Style = AnsiColor::Red.on_default().effects(Effects::BOLD);
@@ -75,8 +77,13 @@ pub fn text(text: &str) -> Result<()> {
 /// # Errors
 /// As [`text`].
 pub fn line(value: &impl serde::Serialize) -> Result<()> {
-    // What has names for keys can be written.
-    text(&format!("{}\n", serde_json::to_string(value).unwrap_or_default()))
+    // Control characters are escaped in it, so there is nothing to strip; it may be as long as the table.
+    let mut out = io::BufWriter::with_capacity(PIECE, io::stdout().lock());
+    serde_json::to_writer(&mut out, value)
+        .map_err(io::Error::from)
+        .and_then(|()| out.write_all(b"\n"))
+        .and_then(|()| out.flush())
+        .map_err(|error| Op::new("write to stdout").io(error))
 }
 
 /// Findings, each with what to do about it.
