@@ -63,14 +63,16 @@ pub(super) fn run(args: &Recount) -> Result<Exit> {
     let policy = args.scope.policy();
     let mut exit = Exit::Done;
     for namespace in args.scope.namespaces()? {
-        let (sources, done, limits, unread) = namespace.run(|| {
+        let (sources, done, limits, unread, unasked) = namespace.run(|| {
             let (done, limits, unread) = pass(args, &policy)?;
             let mut sources = sources(&done, &limits);
-            if !args.dry_run {
-                ask(&mut sources, &done);
-            }
-            Ok((sources, done, limits, unread))
+            let asked = if args.dry_run { Ok(()) } else { ask(&mut sources, &done) };
+            Ok((sources, done, limits, unread, asked.err()))
         })?;
+        if let Some(error) = unasked {
+            eprintln!("ctkeep: limits not asked what they count now: {error}");
+            exit = Exit::Incomplete;
+        }
         for what in unread {
             eprintln!("ctkeep: not recounted: {what}");
             exit = Exit::Incomplete;
@@ -136,19 +138,23 @@ fn sources(done: &Done, limits: &[LimitRule]) -> Sources {
 }
 
 /// Has the limits say how many connections of each source they hold now, where they can be asked.
-fn ask(sources: &mut Sources, done: &Done) {
+///
+/// # Errors
+/// None of them can.
+fn ask(sources: &mut Sources, done: &Done) -> Result<()> {
+    if done.outcomes.is_empty() {
+        return Ok(());
+    }
     let (rules, now) = (Ruleset::read(), Instant::now());
     let limiter = Limiter::of(&rules);
     let views = done.outcomes.iter().map(|outcome| outcome.action.view);
-    let arrivals = arrivals(&rules, views).unwrap_or_default();
-    let Ok(mut sockets) = SockDiag::open() else { return };
-    if containers::join(&mut sockets).is_err() {
-        return;
-    }
+    let arrivals = arrivals(&rules, views)?;
+    let mut sockets = SockDiag::open()?;
+    containers::join(&mut sockets)?;
     let all = done.outcomes.iter().map(|outcome| outcome.action.view.connection.local.addr());
     let behind = all.filter(|addr| sockets.is_of_member(*addr)).collect();
     let plays = Plays::new(&limiter, &rules).arriving(&arrivals).behind(&behind);
-    let Ok(mut asker) = Asker::open(&rules, &limiter, plays, now) else { return };
+    let mut asker = Asker::open(&rules, &limiter, plays, now)?;
     let mut asked = HashSet::new();
     for outcome in &done.outcomes {
         let view = outcome.action.view;
@@ -166,6 +172,7 @@ fn ask(sources: &mut Sources, done: &Done) {
             shown.is_alone = matches!(limit.limit.key, Key::Source(32 | 128));
         }
     }
+    Ok(())
 }
 
 fn print(
