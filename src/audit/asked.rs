@@ -6,7 +6,7 @@ use std::time::Instant;
 use ipnet::IpNet;
 
 use super::report::Seen;
-use super::sources::{Load, Met, Plays, loads};
+use super::sources::{Group, Load, Met, Plays, loads};
 use crate::conntrack::Zone;
 use crate::containers;
 use crate::error::{Cause, Error, Op, Result};
@@ -32,8 +32,12 @@ pub const DEVICE: &str = "ctkeep2";
 /// A question about one source, and its answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Answer {
+    /// What the limit counts together.
+    pub group: Group,
     /// Whose connections are counted together.
     pub net: IpNet,
+    /// To which port, where each is counted on its own.
+    pub port: Option<u16>,
     /// So many more connections would be let in; `None` where that cannot be told.
     pub more: Option<u32>,
     /// The limit that lets no more in: its index, and how many it allows.
@@ -95,7 +99,7 @@ impl<'r> Asker<'r> {
         let met = self.plays.met(view);
         let op = Op::on("ask the limit", view.connection.received());
         let cannot = |what: &str| Err(op.failed(Cause::Unavailable(what.to_owned())));
-        let Some(tightest) = met.iter().min_by_key(|met| met.limit).copied() else {
+        let Some(tightest) = met.iter().min_by_key(|met| met.limit).cloned() else {
             return cannot("no limit is for it");
         };
         let tells = |met: &Met| self.limiter.rules.get(met.rule).is_some_and(|rule| rule.tells);
@@ -115,25 +119,24 @@ impl<'r> Asker<'r> {
         };
         let most = tightest.limit.saturating_add(1).min(MOST);
         let room = self.recounter.room(question, most, now)?;
+        let answer = |met: Met, more, limit, decides| {
+            let Met { group, net, port, .. } = met;
+            Answer { group, net, port, more, limit, decides }
+        };
         Ok(match room {
             Room::For { more, trace } => {
-                let (limit, decides) = self.deciding(view, &met, &trace);
-                let net = limit.map_or(tightest.net, |met| met.net);
-                let limit = limit.map(|met| (met.rule, met.limit));
-                Answer { net, more: Some(more), limit, decides }
+                let (met, decides) = self.deciding(view, &met, &trace);
+                let limit = met.as_ref().map(|met| (met.rule, met.limit));
+                answer(met.unwrap_or(tightest), Some(more), limit, decides)
             }
-            Room::AtLeast(most) => Answer {
-                net: tightest.net,
-                more: None,
-                limit: None,
-                decides: format!("none: {most} more connections would be let in"),
-            },
-            Room::Unsteady => Answer {
-                net: tightest.net,
-                more: None,
-                limit: None,
-                decides: "unknown: another number was let in each time".to_owned(),
-            },
+            Room::AtLeast(most) => {
+                let decides = format!("none: {most} more connections would be let in");
+                answer(tightest, None, None, decides)
+            }
+            Room::Unsteady => {
+                let decides = "unknown: another number was let in each time".to_owned();
+                answer(tightest, None, None, decides)
+            }
         })
     }
 
@@ -143,7 +146,7 @@ impl<'r> Asker<'r> {
         let rules: Vec<_> = met.iter().filter_map(rule_of).collect();
         if let Some(limit) = limit_of(trace, &rules) {
             let is_it = |met: &&Met| rule_of(met).is_some_and(|rule| std::ptr::eq(rule, limit));
-            return (met.iter().find(is_it).copied(), limit.place());
+            return (met.iter().find(is_it).cloned(), limit.place());
         }
         if let Some(step) = trace.steps.iter().rev().find(|step| step.is_drop) {
             return (None, self.place(step));
@@ -151,7 +154,7 @@ impl<'r> Asker<'r> {
         // iptables-legacy reports nothing.
         match met {
             [met] if self.plays.only_limits_stop(view) => {
-                (Some(*met), rule_of(met).map_or(String::new(), LimitRule::place))
+                (Some(met.clone()), rule_of(met).map_or(String::new(), LimitRule::place))
             }
             _ => (None, "a rule that the kernel does not report (iptables-legacy)".to_owned()),
         }
@@ -192,10 +195,10 @@ pub fn ask_for_sources(
     let mut loads = loads(views(), &mut plays);
     loads.retain(|load| load.held > 0);
     loads.sort_by_key(|load| i64::from(load.limit) - i64::try_from(load.held).unwrap_or(i64::MAX));
-    let mut of_load: HashMap<(usize, IpNet), Vec<View>> = HashMap::new();
+    let mut of_load: HashMap<Group, Vec<View>> = HashMap::new();
     for view in views().filter(|view| view.socket.is_some_and(|socket| socket.takes_a_slot())) {
         for met in plays.met(&view) {
-            of_load.entry((met.rule, met.net)).or_default().push(view);
+            of_load.entry(met.group).or_default().push(view);
         }
     }
     let mut answers: Vec<Answered> = Vec::new();
@@ -204,9 +207,8 @@ pub fn ask_for_sources(
     // Those whose sockets the look had.
     containers::join(&mut tables.sockets)?;
     for load in loads.iter().take(SOURCES) {
-        let Some(views) = of_load.get(&(load.rule, load.net)) else { continue };
-        let is_answered = |one: &Answered| one.rule == load.rule && one.answer.net == load.net;
-        if answers.iter().any(is_answered) {
+        let Some(views) = of_load.get(&load.group) else { continue };
+        if answers.iter().any(|one| one.answer.group == load.group) {
             continue;
         }
         let Some(view) = views.first() else { continue };

@@ -494,10 +494,13 @@ pub fn lacking(answered: &Answered, rule: &str) -> Option<Finding> {
     }
     let whose =
         if answer.net.prefix_len() == 0 { "all".to_owned() } else { answer.net.to_string() };
+    let to = answer.port.map_or(String::new(), |port| format!(" to port {port}"));
     let more = answer.more.unwrap_or(0);
     Some(Finding::bad(
         "limit-lacking",
-        format!("{whose}: {held} sockets, the list of {rule} has {listed}: it lets {more} more in"),
+        format!(
+            "{whose}{to}: {held} sockets, the list of {rule} has {listed}: it lets {more} more in"
+        ),
         "ctkeep recount shows the limit its open connections; ctkeep run keeps it right",
     ))
 }

@@ -71,6 +71,16 @@ impl Class {
         }
     }
 
+    /// The same, where it is known whether a limit is for the connection, or may be: that makes the kernel
+    /// track it.
+    #[must_use]
+    pub fn beside_limits(self, is_limited: impl FnOnce() -> bool) -> Self {
+        match self {
+            Self::Untracked if is_limited() => Self::EntryMissing,
+            class => class,
+        }
+    }
+
     /// Whether the tables disagree in a way that a limiter feels.
     pub fn is_disagreement(self) -> bool {
         !matches!(self, Self::Agree | Self::Untracked | Self::Offloaded)

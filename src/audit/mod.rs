@@ -15,4 +15,4 @@ pub mod report;
 pub mod saved;
 pub mod sources;
 pub mod survey;
-mod ways;
+pub mod ways;

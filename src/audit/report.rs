@@ -129,23 +129,19 @@ impl Seen {
         tables.play(&mut snapshot, &ledger);
         make_sure(&mut tables, &mut snapshot, &scope, policy, &ledger)?;
         let limiter = Limiter::of(&rules);
-        let behind = snapshot.views.iter().map(|view| view.connection.local.addr());
-        let behind: HashSet<_> = behind.filter(|addr| tables.sockets.is_of_member(*addr)).collect();
-        // What another namespace has, and nothing of it has come by here, is none of this table's, unless a
-        // limit here counts it, or may.
-        let evidence = &snapshot.evidence;
-        let mut plays = Plays::new(&limiter, &rules).behind(&behind).beside(evidence);
+        let behind = behind(&tables, &snapshot);
+        let mut plays = Plays::new(&limiter, &rules).behind(&behind).beside(&snapshot.evidence);
+        let class = |view: &View| {
+            let evidence = &snapshot.evidence;
+            Class::of(view, cell(view, evidence, &scope, policy, &ledger), evidence)
+        };
         let mut ways = Ways::open()?;
         snapshot.views.retain(|view| {
-            let cell = cell(view, evidence, &scope, policy, &ledger);
-            !behind.contains(&view.connection.local.addr())
-                || Class::of(view, cell, evidence) != Class::Untracked
-                || (plays.is_limited(view) && ways.lead_through(view.connection))
+            class(view) != Class::Untracked || ways.are_ours(view, &behind, &mut plays)
         });
         let sockets = snapshot.views.iter().filter_map(|view| view.socket);
         let owners = Owners::look(sockets, &listeners);
-        let behind = snapshot.views.iter().map(|view| view.connection.local.addr());
-        let behind: HashSet<_> = behind.filter(|addr| tables.sockets.is_of_member(*addr)).collect();
+        let behind = self::behind(&tables, &snapshot);
         let arrivals = arrivals(&rules, snapshot.views.iter())?;
         let fronts = fronts(snapshot.views.iter(), &behind)?;
         let outgoing = Survey::look(&mut tables, &scope, policy)?;
@@ -183,6 +179,12 @@ impl Seen {
     pub fn plays_as_seen(&self) -> Plays<'_> {
         Plays::new(&self.limiter, &self.rules).arriving(&self.arrivals).behind(&self.behind)
     }
+}
+
+/// Local addresses of other namespaces whose sockets were looked at.
+pub fn behind(tables: &Tables, snapshot: &Snapshot) -> HashSet<IpAddr> {
+    let all = snapshot.views.iter().map(|view| view.connection.local.addr());
+    all.filter(|addr| tables.sockets.is_of_member(*addr)).collect()
 }
 
 /// The report of one namespace.
@@ -254,10 +256,7 @@ impl Report {
         };
         let mut class = |view: &View| {
             let cell = cell(view, &snapshot.evidence, scope, policy, ledger);
-            match Class::of(view, cell, &snapshot.evidence) {
-                Class::Untracked if is_limited(view) => Class::EntryMissing,
-                class => class,
-            }
+            Class::of(view, cell, &snapshot.evidence).beside_limits(|| is_limited(view))
         };
         let connections: Vec<_> = snapshot
             .views

@@ -68,6 +68,8 @@ pub struct Measure<'l> {
 /// What one limit allows one group of connections, and what they take.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Load {
+    /// What the limit counts together.
+    pub group: Group,
     /// Index of the rule.
     pub rule: usize,
     /// Whose connections: a source, or all of a family where the rule does not go by the source.
@@ -204,20 +206,25 @@ pub struct Plays<'r> {
     arrivals: Option<&'r Arrivals>,
     behind: Option<&'r HashSet<IpAddr>>,
     siblings: Option<&'r Evidence>,
-    may_translate: bool,
+    /// Of IPv4, of IPv6.
+    may_translate: [bool; 2],
     played: HashMap<(IpAddr, Option<Endpoint>, Endpoint), Rc<Played>>,
 }
 
 impl<'r> Plays<'r> {
     /// Plays through these rules, in which `limiter` was found.
     pub fn new(limiter: &'r Limiter, rules: &'r Ruleset) -> Self {
+        let translates = |ipv4| {
+            let mut of_it = rules.chains.iter().filter(|chain| chain.family.covers(ipv4));
+            of_it.any(translates_what_comes_in)
+        };
         Self {
             limiter,
             player: Player::new(rules),
             arrivals: None,
             behind: None,
             siblings: None,
-            may_translate: rules.chains.iter().any(translates_what_comes_in),
+            may_translate: [true, false].map(translates),
             played: HashMap::new(),
         }
     }
@@ -270,9 +277,12 @@ impl<'r> Plays<'r> {
             return Some(entry.orig.dst);
         }
         let siblings = self.siblings.and_then(|it| it.arrival(view, &Default::default()));
+        let [ipv4, ipv6] = self.may_translate;
+        let may_translate = if view.connection.local.addr().is_ipv4() { ipv4 } else { ipv6 };
         match siblings {
             Some(Arrival::Translated(asked, _)) => Some(asked),
-            Some(Arrival::Various) if self.may_translate => None,
+            // A port of this host may be one that rules lead to, as well as one of a container.
+            Some(Arrival::Various) | None if may_translate => None,
             _ => Some(view.connection.local),
         }
     }
@@ -305,7 +315,8 @@ impl<'r> Plays<'r> {
             let rule = self.rule(hit, view)?;
             let net = self.net(rule, view);
             let (limit, is_sure) = (hit.limit.count, hit.certainty > Certainty::Perhaps);
-            Some(Met { rule, net, limit, is_sure })
+            let (group, port) = (group(hit, view), self.port(rule, view));
+            Some(Met { group, rule, net, port, limit, is_sure })
         };
         played.hits.iter().filter_map(met).collect()
     }
@@ -332,12 +343,16 @@ impl<'r> Plays<'r> {
 }
 
 /// A limit that a connection meets.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Met {
+    /// What it counts together.
+    pub group: Group,
     /// Index of the rule.
     pub rule: usize,
     /// Whose connections it counts together.
     pub net: IpNet,
+    /// To which port, where each is counted on its own.
+    pub port: Option<u16>,
     /// How many it allows, the element's own where it has one.
     pub limit: u32,
     /// Whether it counts the connection for sure.
@@ -345,7 +360,13 @@ pub struct Met {
 }
 
 /// What one list counts together: the list, its key where that is known, else the source.
-type Group = (LimitAt, Option<Vec<u8>>, Option<IpAddr>);
+pub type Group = (LimitAt, Option<Vec<u8>>, Option<IpAddr>);
+
+fn group(hit: &Hit, view: &View) -> Group {
+    // Where it cannot be told what is counted together, it is at least one source.
+    let apart = hit.group.is_none().then(|| view.client().addr());
+    (hit.list, hit.group.clone(), apart)
+}
 
 /// What each limit has to bear, group by group: connections that it counts together.
 pub fn loads(views: impl IntoIterator<Item = View>, plays: &mut Plays<'_>) -> Vec<Load> {
@@ -394,15 +415,13 @@ fn gather(
                 continue;
             }
             let certainty = hits().filter(is_same).map(|hit| hit.certainty).max();
-            let peer = view.client().addr();
-            // Where it cannot be told what is counted together, it is at least one source.
-            let apart = hit.group.is_none().then_some(peer);
-            let group = (hit.list, hit.group.clone(), apart);
-            let is_sure = certainty > Some(Certainty::Perhaps) && apart.is_none();
+            let (peer, group) = (view.client().addr(), group(hit, &view));
+            let is_sure = certainty > Some(Certainty::Perhaps) && hit.group.is_some();
             if is_open && is_sure {
                 note(&group, &view);
             }
-            let load = groups.entry(group).or_insert_with(|| Load {
+            let load = groups.entry(group.clone()).or_insert_with(|| Load {
+                group,
                 rule: index,
                 net: plays.net(index, &view),
                 client: Some(peer),

@@ -1,10 +1,12 @@
 //! Which connections of other namespaces this host forwards, though nothing of them is left in its table.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 
+use super::sources::Plays;
 use crate::error::Result;
 use crate::flow::Connection;
+use crate::reconcile::snapshot::View;
 use crate::rtnetlink::route::{Destination, Routes};
 
 /// Addresses whose way is remembered: a look at another costs a question to the kernel.
@@ -12,19 +14,35 @@ const ADDRESSES: usize = 65_536;
 
 /// The ways from the calling thread's namespace to addresses.
 #[derive(Debug)]
-pub(super) struct Ways {
+pub struct Ways {
     routes: Routes,
     known: HashMap<IpAddr, Option<u32>>,
 }
 
 impl Ways {
-    pub(super) fn open() -> Result<Self> {
+    /// Asks about routes.
+    ///
+    /// # Errors
+    /// No socket of rtnetlink can be opened.
+    pub fn open() -> Result<Self> {
         Ok(Self { routes: Routes::open()?, known: HashMap::new() })
+    }
+
+    /// Whether a connection of which nothing shows that conntrack sees it is one of this table's: what another
+    /// namespace has is not, unless a limit here counts it, or may.
+    pub fn are_ours(
+        &mut self,
+        view: &View,
+        behind: &HashSet<IpAddr>,
+        plays: &mut Plays<'_>,
+    ) -> bool {
+        !behind.contains(&view.connection.local.addr())
+            || (plays.is_limited(view) && self.lead_through(view.connection))
     }
 
     /// Whether packets between these two come in by one device and leave by another. Between two ports of a bridge
     /// they may not reach the rules, and those of a macvlan do not.
-    pub(super) fn lead_through(&mut self, connection: Connection) -> bool {
+    fn lead_through(&mut self, connection: Connection) -> bool {
         let Connection { local, remote } = connection;
         match (self.device(local.addr()), self.device(remote.addr())) {
             (Some(one), Some(other)) => one != other,

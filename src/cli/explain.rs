@@ -1,6 +1,5 @@
 //! `ctkeep explain`: what both tables say of one connection, and what ctkeep would do.
 
-use std::collections::HashSet;
 use std::time::Instant;
 
 use serde_json::json;
@@ -13,7 +12,9 @@ use crate::audit::asked::{Answer, Asker};
 use crate::audit::classes::Class;
 use crate::audit::cover::Coverage;
 use crate::audit::processes::{Owner, Owners};
+use crate::audit::report::behind;
 use crate::audit::sources::{Met, Plays, loads};
+use crate::audit::ways::Ways;
 use crate::conntrack::{Entry, Zone};
 use crate::containers;
 use crate::error::{Error, Result};
@@ -26,7 +27,7 @@ use crate::reconcile::observe::Tables;
 use crate::reconcile::outgoing::plan::is_candidate;
 use crate::reconcile::plan::{Cell, Verdict, cell, verdict};
 use crate::reconcile::pressure::Defence;
-use crate::reconcile::snapshot::{Direction, Snapshot, View};
+use crate::reconcile::snapshot::{Direction, View, Views};
 use crate::reconcile::whole::Over;
 use crate::sockdiag::{Lookup, Socket, States};
 
@@ -54,9 +55,9 @@ pub(super) fn run(args: &Explain) -> Result<Exit> {
         };
         let connection = behind_connection.unwrap_or(connection);
         scope.ports.extend(tables.served_without_listener(&sockets, &scope, &policy)?);
-        // Siblings of the same port tell whether it is tracked, and in which zones.
+        // What tells whether it is tracked, and in which zones, and what limits count together with it.
         let mut siblings = scope.clone();
-        siblings.ports = std::iter::once(connection.local.port()).collect();
+        siblings.ports.insert(connection.local.port());
         let mut around = tables.with_entries(sockets, &mut siblings, &policy, Over::Each)?;
         let mut ledger = Ledger::new(Defence::Auto, policy.zone);
         ledger.note(&around);
@@ -90,21 +91,29 @@ pub(super) fn run(args: &Explain) -> Result<Exit> {
         let limiter = Limiter::of(&rules);
         let views = around.views.iter().chain(std::iter::once(view));
         let arrivals = arrivals(&rules, views)?;
-        let behind =
-            Some(connection.local.addr()).filter(|addr| tables.sockets.is_of_member(*addr));
-        let behind: HashSet<_> = behind.into_iter().collect();
+        let behind = behind(&tables, &around);
         let plays = || {
             Plays::new(&limiter, &rules)
                 .arriving(&arrivals)
                 .behind(&behind)
                 .beside(&around.evidence)
         };
-        let class = match Class::of(&view, cell, &around.evidence) {
-            // A limit makes the kernel track what it is for.
-            Class::Untracked if plays().is_limited(&view) => Class::EntryMissing,
-            class => class,
+        let mut ways = Ways::open()?;
+        let mut is_ours = |view: &View| ways.are_ours(view, &behind, &mut plays());
+        let class = Class::of(&view, cell, &around.evidence)
+            .beside_limits(|| is_ours(&view) && plays().is_limited(&view));
+        let of = |view: &View| {
+            let cell = self::cell(view, &around.evidence, &scope, &policy, &ledger);
+            Class::of(view, cell, &around.evidence)
         };
-        let limits = limits(plays(), &limiter, &view, &around);
+        let together: Views = around
+            .views
+            .iter()
+            .filter(|other| other.connection != connection)
+            .filter(|other| of(other) != Class::Untracked || is_ours(other))
+            .chain(std::iter::once(view))
+            .collect();
+        let limits = limits(plays(), &limiter, &view, &together);
         let asked = args.ask.then(|| {
             let now = Instant::now();
             Asker::open(&rules, &limiter, plays(), now)?.come_what_may().ask(&view, now)
@@ -196,12 +205,11 @@ fn outgoing(view: &View, cell: Cell, is_kept: bool) -> Option<&'static str> {
 }
 
 /// The limits that count this connection, with what is counted together with it.
-fn limits(mut plays: Plays<'_>, limiter: &Limiter, view: &View, around: &Snapshot) -> Vec<String> {
+fn limits(mut plays: Plays<'_>, limiter: &Limiter, view: &View, together: &Views) -> Vec<String> {
     // Also of a connection that is over, or has no entry: as its SYN would meet them.
     let mine = plays.met(view);
-    let others = around.views.iter().filter(|other| other.connection != view.connection);
-    let all = loads(others.chain(std::iter::once(*view)), &mut plays);
-    let load = |met: &Met| all.iter().find(|load| (load.rule, load.net) == (met.rule, met.net));
+    let all = loads(together.iter(), &mut plays);
+    let load = |met: &Met| all.iter().find(|load| load.group == met.group);
     mine.iter()
         .filter_map(|met| {
             let (rule, load) = (limiter.rules.get(met.rule)?, load(met));
@@ -209,7 +217,10 @@ fn limits(mut plays: Plays<'_>, limiter: &Limiter, view: &View, around: &Snapsho
             let perhaps = if met.is_sure { "" } else { "perhaps: " };
             let whose =
                 if met.net.prefix_len() == 0 { "all".to_owned() } else { met.net.to_string() };
-            Some(format!("{perhaps}{rule}: {whose} holds {held} sockets, the rule sees {counted}"))
+            let to = met.port.map_or(String::new(), |port| format!(" to port {port}"));
+            Some(format!(
+                "{perhaps}{rule}: {whose}{to} holds {held} sockets, the rule sees {counted}"
+            ))
         })
         .collect()
 }

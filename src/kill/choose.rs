@@ -138,6 +138,7 @@ fn excess(meant: &[Candidate], overloads: &[(Load, Vec<Socket>)]) -> HashSet<Coo
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::firewall::play::LimitAt;
 
     const ALL: Which = Which {
         states: States::NONE,
@@ -197,7 +198,9 @@ mod tests {
             candidate(4, State::Established, Some(80)),
             candidate(5, State::CloseWait, Some(99)),
         ];
+        let list = LimitAt { chain: 0, rule: 0, step: 0 };
         let load = |limit, held| Load {
+            group: (list, None, None),
             client: None,
             port: None,
             rule: 0,

@@ -73,3 +73,4 @@ mod top;
 mod unaccepted;
 mod unseen;
 mod watch;
+mod words;

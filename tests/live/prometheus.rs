@@ -10,7 +10,7 @@ use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::process::Command;
 
-use crate::lab::wait_for;
+use crate::lab::{Lab, guests, wait_for};
 use crate::scene::{LIMIT, Limiter, SOON, Scene};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -172,6 +172,31 @@ fn an_attack_is_seen_in_prometheus() {
     scene.end(&conns);
     prometheus.await_value("sum(ctkeep_close_wait_age_seconds_count)", |ended| ended == count);
     every_query_has_data(&prometheus);
+}
+
+/// A container whose client is at its limit, half-closed and not, and a daemon that guards it.
+#[test]
+fn no_alert_fires_beside_a_healthy_container() {
+    let Some(lab) = Lab::new() else { return };
+    guests::limit(&lab);
+    lab.server.sysctl("net/netfilter/nf_conntrack_tcp_loose", "0");
+    let guest = guests::Guest::start(&lab, 1);
+    let _conns = guest.half_closed(&lab.peer("198.51.100.7"));
+    let _open = lab.peer("198.51.100.8").hold(guest.port, 2);
+    let eager = ["--sweep-interval", "100ms", "--deep-interval", "200ms", "--shield", "off"];
+    let daemon = lab.daemon(env!("CARGO_BIN_EXE_ctkeep"), &eager);
+    let prometheus = Prometheus::start(&lab.server, RULES);
+    // It is the container's connections that it looks at.
+    prometheus.await_value("sum(ctkeep_held_connections)", |held| held == 3.0);
+    let sweeps = "sum(ctkeep_sweeps_total)";
+    let before = prometheus.value(sweeps).unwrap();
+    prometheus.await_value(sweeps, |now| now > before + 20.0);
+    // Not even one that waits for its time.
+    for (alert, rule) in alerts(&prometheus) {
+        assert_eq!(rule["state"], "inactive", "{alert}: {rule:#}\n{}", daemon.log());
+        let all: Vec<_> = prometheus.query(text(&rule["query"]));
+        assert!(all.is_empty(), "{alert}: {all:?}");
+    }
 }
 
 /// What the shield keeps from conntrack moves each of its panels.

@@ -1,0 +1,150 @@
+//! Words of the reports that were false: each is said beside what the kernel does with a new connection.
+
+// A test that meets the unexpected ends by a panic.
+#![allow(clippy::unwrap_used, clippy::indexing_slicing)]
+
+use std::time::Duration;
+
+use crate::lab::guests::{self, Guest, LIMIT};
+use crate::lab::rules::{INPUT, chain};
+use crate::lab::{Lab, wait_for};
+use serde_json::Value;
+
+const CTKEEP: &str = env!("CARGO_BIN_EXE_ctkeep");
+const CLIENT: &str = "198.51.100.7";
+const SOON: Duration = Duration::from_secs(20);
+
+fn audit(lab: &Lab, args: &[&str]) -> (i32, Value) {
+    let (code, out, err) = lab.ctkeep(CTKEEP, &[&["audit", "--format", "json"], args].concat());
+    (code, serde_json::from_str(&out).unwrap_or_else(|error| panic!("{error}: {out}{err}")))
+}
+
+/// The limit stands before the rule that leads its port to another one, on this host, and no entry shows
+/// what clients asked for.
+#[test]
+fn what_a_redirect_leads_to_is_no_port_without_a_limit() {
+    for leads in ["REDIRECT --to-ports 8080", "DNAT --to-destination 192.0.2.1:8080"] {
+        let Some(lab) = Lab::new() else { return };
+        let _server = lab.serve("0.0.0.0:8080 0.0.0.0:81");
+        lab.server.run(&format!("iptables -t nat -A PREROUTING -p tcp --dport 80 -j {leads}"));
+        lab.server.run(&format!(
+            "iptables -t mangle -A PREROUTING -p tcp --syn --dport 80 -m connlimit \
+             --connlimit-above {LIMIT} --connlimit-mask 32 -j DROP"
+        ));
+        let peer = lab.peer(CLIENT);
+        let held = peer.hold(80, LIMIT);
+        assert_eq!(peer.admitted(80, 1), 0, "{leads}: the limit");
+        lab.server.run(&format!("conntrack -D -p tcp -s {CLIENT}"));
+        let more = peer.open(80, 2);
+        assert_eq!(more.len(), 2, "{leads}: the bypass");
+        lab.server.run(&format!("conntrack -D -p tcp -s {CLIENT}"));
+        let (code, report) = audit(&lab, &[]);
+        let missing = &report["summary"]["classes"]["entry-missing"];
+        assert_eq!((code, missing), (1, &(LIMIT + 2).into()), "{leads}: {report:#}");
+        let source = &report["sources"][0];
+        let (limit, is_over) = (&source["limit"], &source["over_limit"]);
+        assert_eq!((limit, is_over), (&LIMIT.into(), &Value::Null), "{leads}: {source:#}");
+        drop((held, more));
+    }
+}
+
+/// The list of one port has lost its connections, that of the other has them.
+#[test]
+fn each_port_of_a_source_answers_for_itself() {
+    let Some(lab) = Lab::new() else { return };
+    let set = "set both { type ipv4_addr . inet_service; flags dynamic; }\nchain web_input";
+    let rule = format!(
+        "tcp dport {{ 80, 81 }} ct state new add @both {{ ip saddr . tcp dport ct count over {LIMIT} }} drop"
+    );
+    let text = chain(INPUT, &rule).replacen("chain web_input", set, 1);
+    lab.server.feed("nft -f -", &text);
+    let _server = lab.serve("0.0.0.0:80 0.0.0.0:81");
+    let peer = lab.peer(CLIENT);
+    let (_one, _other) = (peer.hold(80, LIMIT), peer.hold(81, LIMIT));
+    lab.server.run(&format!("conntrack -D -p tcp -s {CLIENT} --dport 81"));
+    // The set forgets each second what has no entry.
+    wait_for("a list without them", SOON, || {
+        let elements = lab.server.output("nft list ruleset");
+        !elements.contains(". 81")
+    });
+    let (code, report) = audit(&lab, &["--ask"]);
+    let findings = report["layers"]["limiter"]["findings"].as_array().unwrap().clone();
+    let lacking: Vec<_> = findings.iter().filter(|it| it["id"] == "limit-lacking").collect();
+    assert!(
+        lacking.iter().any(|it| it["what"].as_str().unwrap().contains("to port 81")),
+        "{code} {findings:#?}"
+    );
+    assert!(
+        !lacking.iter().any(|it| it["what"].as_str().unwrap().contains("to port 80")),
+        "{findings:#?}"
+    );
+    assert_eq!((peer.admitted(80, 1), peer.admitted(81, 1)), (0, 1), "the truth");
+}
+
+/// One limit counts what a client holds of two containers together.
+#[test]
+fn explain_adds_up_what_audit_adds_up() {
+    let Some(lab) = Lab::new() else { return };
+    guests::limit(&lab);
+    let (one, other) = (Guest::start(&lab, 1), Guest::start(&lab, 2));
+    let peer = lab.peer(CLIENT);
+    let held = peer.hold(one.port, LIMIT - 1);
+    let _also = peer.hold(other.port, 1);
+    assert_eq!((peer.admitted(one.port, 1), peer.admitted(other.port, 1)), (0, 0), "the truth");
+    let (_, report) = audit(&lab, &[]);
+    let full = &report["layers"]["limiter"]["rules"][0]["full"][0];
+    assert_eq!(full["held"], LIMIT, "{report:#}");
+    let (server, client) = (held[0].server.to_string(), held[0].client.to_string());
+    let (_, out, err) = lab.ctkeep(CTKEEP, &["explain", &server, &client]);
+    let said = format!("holds {LIMIT} sockets, the rule sees {LIMIT}");
+    assert!(out.contains(&said), "{out}{err}");
+}
+
+/// Reports of several kinds of host keep to the schema.
+#[test]
+fn every_kind_of_report_keeps_to_the_schemas() {
+    let now = serde_json::from_str(include_str!("../../docs/audit.schema.json")).unwrap();
+    let first = serde_json::from_str(include_str!("../golden/audit.schema.0.1.0.json")).unwrap();
+    let schemas = [("now", now), ("0.1.0", first)].map(|(name, schema): (_, Value)| {
+        (name, jsonschema::validator_for(&schema).expect("a valid schema"))
+    });
+    // What docs/compatibility.md says to be new in values that were there before.
+    let is_said = |error: &jsonschema::ValidationError<'_>| {
+        let at = error.instance_path.to_string();
+        at.ends_with("/over_limit") && error.instance.is_null()
+            || at.contains("/before/")
+                && ["some", "perhaps"].map(Value::from).contains(&error.instance)
+    };
+    let keeps = |what: &str, report: &Value| {
+        for (name, schema) in &schemas {
+            let errors: Vec<_> = schema
+                .iter_errors(report)
+                .filter(|error| *name == "now" || !is_said(error))
+                .map(|error| format!("{error} at {}", error.instance_path))
+                .collect();
+            assert!(errors.is_empty(), "{what}, {name}: {errors:#?}");
+        }
+    };
+    let Some(lab) = Lab::new() else { return };
+    guests::limit(&lab);
+    let guest = Guest::start(&lab, 1);
+    let conns = guest.half_closed(&lab.peer(CLIENT));
+    keeps("containers", &audit(&lab, &["--all"]).1);
+    keeps("asked", &audit(&lab, &["--all", "--ask"]).1);
+    let [sockets, entries] = [(); 2].map(|()| tempfile::NamedTempFile::new().unwrap());
+    std::fs::write(sockets.path(), guest.namespace.output("ss -tnae")).unwrap();
+    std::fs::write(entries.path(), lab.server.output("conntrack -L")).unwrap();
+    let [sockets, entries] = [&sockets, &entries].map(|it| it.path().to_str().unwrap().to_owned());
+    keeps("saved", &audit(&lab, &["--sockets", &sockets, "--conntrack", &entries]).1);
+    lab.server.run(&format!("conntrack -D -p tcp -s {CLIENT}"));
+    keeps("entries lost", &audit(&lab, &["--all"]).1);
+    // What passes before by a mark cannot be told.
+    lab.server.run("iptables -I FORWARD -m mark --mark 7 -j ACCEPT");
+    lab.server.run("iptables -I FORWARD -s 203.0.113.77 -j ACCEPT");
+    let more = guest.half_closed(&lab.peer(CLIENT));
+    let (_, report) = audit(&lab, &["--all"]);
+    let source = &report["sources"][0];
+    assert_eq!((&source["held"], &source["over_limit"]), (&(2 * LIMIT).into(), &Value::Null));
+    keeps("words of before", &report);
+    drop((conns, more));
+}
