@@ -5,7 +5,6 @@ use std::time::Instant;
 
 use super::Live;
 use super::log::{Lines, line};
-use crate::conntrack::TcpState;
 use crate::error::Result;
 use crate::metrics::GuardMetrics;
 use crate::reconcile::keeper::Keeper;
@@ -65,7 +64,7 @@ impl OutgoingConnections {
         };
         let interval = keeper.settings().sweep_interval;
         let (tables, scope, policy, ledger) = keeper.parts();
-        let (timeout, dry_run) = (&timeout_of_kernel, self.dry_run);
+        let (timeout, dry_run) = (&kernel_timeout, self.dry_run);
         let by = By { scope, policy, ledger, timeout, interval, dry_run };
         let pass = kept.turn(tables, by, now);
         share.outgoing(kept.figures());
@@ -82,7 +81,7 @@ impl OutgoingConnections {
         let Some(kept) = &mut self.kept else { return Ok(()) };
         let interval = keeper.settings().sweep_interval;
         let (tables, scope, policy, ledger) = keeper.parts();
-        let (timeout, dry_run) = (&timeout_of_kernel, self.dry_run);
+        let (timeout, dry_run) = (&kernel_timeout, self.dry_run);
         kept.give_back(tables, By { scope, policy, ledger, timeout, interval, dry_run })
     }
 
@@ -128,8 +127,4 @@ impl OutgoingConnections {
             tracing::warn!(retry_in = ?rest, "conntrack table full");
         }
     }
-}
-
-fn timeout_of_kernel(state: TcpState) -> Option<std::time::Duration> {
-    kernel_timeout(state)
 }
