@@ -86,7 +86,16 @@ impl World {
     }
 
     fn give_back(&mut self) {
-        let timeout = |state| (state == TcpState::CloseWait).then_some(SECOND * 20);
+        self.go_by(SECOND * 20, |outgoing, tables, by| outgoing.give_back(tables, by)).unwrap();
+    }
+
+    /// Has something done where the kernel gives an entry in CLOSE_WAIT so long.
+    fn go_by<O>(
+        &mut self,
+        close_wait: Duration,
+        act: impl FnOnce(&mut Outgoing, &mut Tables<Played>, By<'_>) -> O,
+    ) -> O {
+        let timeout = |state| (state == TcpState::CloseWait).then_some(close_wait);
         let by = By {
             scope: &self.scope,
             policy: &self.policy,
@@ -95,21 +104,13 @@ impl World {
             interval: SECOND,
             dry_run: self.dry_run,
         };
-        self.outgoing.give_back(&mut self.tables, by).unwrap();
+        act(&mut self.outgoing, &mut self.tables, by)
     }
 
     fn turn(&mut self) {
-        let timeout = |state| (state == TcpState::CloseWait).then_some(SECOND * 60);
-        let by = By {
-            scope: &self.scope,
-            policy: &self.policy,
-            ledger: &self.ledger,
-            timeout: &timeout,
-            interval: SECOND,
-            dry_run: self.dry_run,
-        };
+        let now = self.now;
         let Pass { done, lost, table_full } =
-            self.outgoing.turn(&mut self.tables, by, self.now).unwrap();
+            self.go_by(SECOND * 60, |outgoing, tables, by| outgoing.turn(tables, by, now)).unwrap();
         let of = |orig: Endpoint| orig.port();
         let done = done.into_iter().filter(|it| it.result.is_ok());
         self.done.extend(done.map(|it| (it.deed, of(it.connection.local))));

@@ -7,6 +7,23 @@ use std::time::Duration;
 use ctkeep::conntrack::{Change, Conntrack, Entry, Insert, Status, TcpState, Zone};
 use ctkeep::flow::{Endpoint, FourTuple};
 
+use super::{Lab, wait_for};
+
+/// The server's table gets as many that the kernel does not drop early as it has places for.
+pub fn fill_up(lab: &Lab, maximum: usize) {
+    let count = || lab.server.output("conntrack -C").trim().parse::<usize>().expect("a count");
+    let mut next = 0;
+    // Entries of closed connections expire meanwhile.
+    wait_for("a full table", Duration::from_secs(120), || {
+        let free = maximum.saturating_sub(count());
+        lab.server.within(|| {
+            fill(&mut Conntrack::open().expect("conntrack"), next..next + free);
+        });
+        next += free;
+        count() >= maximum
+    });
+}
+
 /// Puts them into the table, those that it has a place for.
 pub fn fill(conntrack: &mut Conntrack, numbers: Range<usize>) {
     // Some may be there already.

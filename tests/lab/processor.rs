@@ -3,7 +3,7 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use procfs::process::{ProcState, Process, all_processes};
+use procfs::process::{ProcState, Process, Task, all_processes};
 
 /// A program's threads, and those that carry packets where processors are busy (`ksoftirqd`).
 pub struct Runners(Vec<Process>);
@@ -33,13 +33,16 @@ impl Runners {
 
     /// For how long they have waited for a processor; that of a thread that still waits is not in it.
     fn waited(&self) -> Duration {
-        let tasks = self.0.iter().filter_map(|it| it.tasks().ok()).flatten().flatten();
-        let waited = tasks.filter_map(|it| it.schedstat().ok()).map(|it| it.run_delay);
+        let waited = self.tasks().filter_map(|it| it.schedstat().ok()).map(|it| it.run_delay);
         Duration::from_nanos(waited.sum())
     }
 
     fn are_waiting(&self) -> bool {
-        let mut tasks = self.0.iter().filter_map(|it| it.tasks().ok()).flatten().flatten();
-        tasks.any(|it| it.stat().is_ok_and(|it| matches!(it.state(), Ok(ProcState::Running))))
+        self.tasks()
+            .any(|it| it.stat().is_ok_and(|it| matches!(it.state(), Ok(ProcState::Running))))
+    }
+
+    fn tasks(&self) -> impl Iterator<Item = Task> + '_ {
+        self.0.iter().filter_map(|it| it.tasks().ok()).flatten().flatten()
     }
 }

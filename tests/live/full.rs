@@ -6,8 +6,6 @@ use std::fs;
 use std::thread;
 use std::time::Duration;
 
-use ctkeep::conntrack::Conntrack;
-
 use crate::lab::{RawConn, passing, wait_for};
 use crate::scene::{LIMIT, Limiter, SOON, Scene};
 
@@ -18,23 +16,6 @@ const AFFORDABLE: usize = 300_000;
 fn maximum() -> usize {
     let text = fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_max").expect("a sysctl");
     text.trim().parse().expect("a number")
-}
-
-/// Fills the table with entries that the kernel does not drop early.
-fn fill(scene: &Scene, maximum: usize) {
-    let count =
-        || scene.lab.server.output("conntrack -C").trim().parse::<usize>().expect("a count");
-    let mut next = 0;
-    // Entries of closed connections expire meanwhile.
-    wait_for("a full table", Duration::from_secs(120), || {
-        let free = maximum.saturating_sub(count());
-        scene.lab.server.within(|| {
-            let mut conntrack = Conntrack::open().expect("conntrack");
-            passing::fill(&mut conntrack, next..next + free);
-        });
-        next += free;
-        count() >= maximum
-    });
 }
 
 /// Three half-closed connections: one has its entry still, and is closed; the entries of the others are
@@ -51,7 +32,7 @@ fn without_place(scene: &Scene, maximum: usize) -> Option<(Vec<RawConn>, Vec<Raw
         let (src, sport) = (conn.client.ip(), conn.client.port());
         scene.lab.server.run(&format!("conntrack -D -p tcp --orig-src {src} --sport {sport}"));
     }
-    fill(scene, maximum);
+    passing::fill_up(&scene.lab, maximum);
     conns.iter().for_each(|conn| conn.stale_rst());
     conns.iter().all(|conn| scene.lab.entry(conn).is_some()).then_some((conns, gone))
 }

@@ -7,8 +7,6 @@ use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use ctkeep::conntrack::Conntrack;
-
 use crate::lab::guests::Guest;
 use crate::lab::{self, Daemon, Entry, Lab, Namespace, passing, wait_for};
 
@@ -360,18 +358,7 @@ fn a_full_table_is_said_and_the_lost_ones_are_back_when_there_is_room() {
     let before = replies(&all);
     daemon.stop();
     scene.lab.server.run("conntrack -D -p tcp --state CLOSE_WAIT");
-    let count =
-        || scene.lab.server.output("conntrack -C").trim().parse::<usize>().expect("a count");
-    let mut next = 0;
-    wait_for("a full table", Duration::from_secs(120), || {
-        let free = maximum.saturating_sub(count());
-        scene.lab.server.within(|| {
-            let mut conntrack = Conntrack::open().expect("conntrack");
-            passing::fill(&mut conntrack, next..next + free);
-        });
-        next += free;
-        count() >= maximum
-    });
+    passing::fill_up(&scene.lab, maximum);
     daemon.cont();
     wait_for("the word", SOON * 2, || daemon.logged("conntrack table full"));
     scene.lab.server.run("conntrack -F");
