@@ -6,7 +6,8 @@
 use std::collections::HashMap;
 use std::time::Instant;
 
-use super::apply::{Outcome, fresh_steps, last_step};
+use super::apply::Outcome;
+use super::apply::change::{fresh_steps, last_step};
 use super::deciding::limit_of;
 use super::observe::Tables;
 use super::policy::Policy;

@@ -20,7 +20,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use self::deep::Deep;
-use super::apply::{Outcome, believed};
+use super::apply::Outcome;
+use super::apply::change::believed;
 use super::backoff::BackOff;
 use super::checks::{Checked, Checks};
 use super::confirm::Confirmed;

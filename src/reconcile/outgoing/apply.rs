@@ -7,7 +7,7 @@ use super::{By, Done, Outgoing, Pass, SECOND_LOOK, Seen, unseen_for};
 use crate::conntrack::{Change, Entry, Insert, Status, TcpState};
 use crate::error::{Error, Result};
 use crate::netlink::Transport;
-use crate::reconcile::apply::{CLOSE_TIMEOUT, believed};
+use crate::reconcile::apply::change::{CLOSE_TIMEOUT, believed};
 use crate::reconcile::observe::Tables;
 
 impl Outgoing {

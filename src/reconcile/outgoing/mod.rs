@@ -18,7 +18,7 @@ use memory::{Known, Memory};
 use plan::{Cell, Deed, Found, Loss, NoDeed, Peer, Verdict};
 pub use survey::Survey;
 
-use super::apply::believed;
+use super::apply::change::believed;
 use super::backoff::BackOff;
 use super::ledger::Ledger;
 use super::observe::Tables;

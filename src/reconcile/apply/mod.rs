@@ -1,19 +1,23 @@
 //! Carries out a confirmed plan. The only place that changes entries of the scope.
 
-use std::collections::{HashMap, HashSet};
-use std::net::IpAddr;
-use std::time::{Duration, Instant};
+pub(super) mod change;
+mod hiding;
+mod method;
 
+use std::collections::HashSet;
+use std::time::Instant;
+
+use self::change::{first_step, fresh_steps, last_step, unassured};
+use self::hiding::hiding;
+use self::method::{Method, method};
 use super::behind::{Behind, Refused, is_refused, show_alone};
 use super::confirm::Confirmed;
 use super::ledger::Ledger;
 use super::observe::Tables;
 use super::plan::{Action, ActionKind, Reason};
 use super::policy::Policy;
-use super::pressure::client_of;
-use crate::conntrack::{Change, Entry, Insert, Status, TcpState};
-use crate::error::{Cause, Error, Op, Result};
-use crate::firewall::limits::LimitRule;
+use crate::conntrack::{Change, Entry, Status, TcpState};
+use crate::error::Result;
 use crate::flow::FourTuple;
 use crate::netlink::Transport;
 use crate::recount::{self, Hidden, Recipe, Recount, Route};
@@ -27,9 +31,6 @@ const CHUNK: usize = 128;
 /// its nudge was seen to have passed. A server answers a stray packet twice in a second
 /// (`net.ipv4.tcp_invalid_ratelimit`).
 const SHOWN: u32 = 3;
-
-/// What a stray RST would leave a dead connection (`nf_conntrack_tcp_timeout_close`).
-pub(super) const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How one action ended.
 #[derive(Debug)]
@@ -145,34 +146,6 @@ fn raise<R: Recount>(
     now: Instant,
 ) -> Result<()> {
     recounter.as_mut().map_or(Ok(()), |recounter| recounter.hide(wanted, now))
-}
-
-/// For each of these actions, in their order: which packets of its peer are hidden from conntrack.
-///
-/// A peer that fools conntrack once may be the victim of a lossy line, and one of its RSTs may yet be
-/// an honest one. A peer that does it again past a seal, or from several ports, is neither.
-fn hiding(actions: &[Action], ledger: &Ledger) -> Vec<Option<Hidden>> {
-    let mut repairs: HashMap<IpAddr, u32> = HashMap::new();
-    for action in actions.iter().filter(|action| action.reason.is_fooled()) {
-        *repairs.entry(client_of(action.view.connection.remote.addr())).or_default() += 1;
-    }
-    actions
-        .iter()
-        .map(|action| {
-            let socket = action.view.socket?;
-            let source = action.view.connection.remote.addr();
-            let more = repairs.get(&client_of(source)).copied().unwrap_or(0);
-            let again = ledger.hidden(&socket).is_some() || ledger.pressure().offends(source, more);
-            let had_its_fin =
-                matches!(socket.state, State::CloseWait | State::LastAck | State::Closing);
-            match action.kind {
-                _ if action.reason.is_fooled() && again => Some(Hidden::FinsAndRsts),
-                _ if action.reason.is_fooled() => Some(Hidden::Fins),
-                ActionKind::Reverse | ActionKind::Seal if had_its_fin => Some(Hidden::Fins),
-                _ => None,
-            }
-        })
-        .collect()
 }
 
 fn apply_chunk<T: Transport, R: Recount>(
@@ -321,247 +294,4 @@ fn is_assured<T: Transport>(tables: &mut Tables<T>, entry: &Entry) -> Result<boo
     let found = tables.conntrack.get(&[(entry.orig, entry.zone)])?;
     let status = found.into_iter().next().flatten().and_then(|entry| entry.status);
     Ok(status.is_some_and(Status::is_assured))
-}
-
-/// An entry that limits add at the nudge.
-fn unassured(action: &Action, seal: bool, lease: Duration) -> Insert {
-    let state = held_as(action, seal);
-    Insert { like: action.template, state, status: Status::FRESH, timeout: timeout(action, lease) }
-}
-
-/// How a repair is done.
-#[derive(Debug)]
-enum Method<'l> {
-    /// By changing the entry where it is, to one that stale RSTs leave alone: conntrack has seen the
-    /// server's packets. The limiter has it on its list.
-    OnList,
-    /// By changing the entry where it is; the limiter counts it if it still has it.
-    InPlace {
-        /// A recount was wanted, and this is why there is none.
-        instead_of_recount: Option<Error>,
-    },
-    /// By a new entry and a nudge that takes it past the limiter.
-    Recount {
-        /// The recipe of the recount.
-        way: recount::Way,
-        /// And that the entry is made immune to stale RSTs: a peer that has sent one will send
-        /// more.
-        seal: bool,
-        /// Limits before the one that lacks it that may refuse it.
-        before: &'l [LimitRule],
-    },
-}
-
-impl Method<'_> {
-    /// Whether the nudge must meet no entry: then no other one of the batch may wait for it.
-    fn is_fresh(&self) -> bool {
-        matches!(self, Self::Recount { way, .. } if way.recipe == Recipe::Fresh)
-    }
-
-    /// Where the list is long and has none of them: the kernel walks all of it at each nudge that meets an
-    /// entry, and once a jiffy, or every 64, at those that meet none. One by one even so: what lacks its entry
-    /// at such a walk is thrown off the list.
-    fn for_list(mut self, is_long: bool) -> Self {
-        if let Self::Recount { way, before: [], .. } = &mut self
-            && is_long
-            && way.route == Route::Ingress
-        {
-            way.recipe = Recipe::Fresh;
-        }
-        self
-    }
-
-    /// Whether its nudge meets an entry, and can be seen to pass.
-    fn is_replaced_by_ingress(&self) -> bool {
-        let replaced = recount::Way { route: Route::Ingress, recipe: Recipe::Replace };
-        matches!(self, Self::Recount { way, .. } if *way == replaced)
-    }
-}
-
-fn method<'l>(
-    action: &Action,
-    hidden: Option<Hidden>,
-    before: Option<&'l Vec<LimitRule>>,
-    recounter: Option<&mut impl Recount>,
-    now: Instant,
-) -> Method<'l> {
-    let Some(recounter) = recounter.filter(|_| action.kind.needs_recount()) else {
-        return Method::InPlace { instead_of_recount: None };
-    };
-    let entry = &action.template;
-    let seal = action.kind == ActionKind::Revive && action.view.socket.is_some()
-        || hidden == Some(Hidden::FinsAndRsts)
-        || action.kind == ActionKind::Recount && is_held_as_established(action);
-    match recounter.way(entry, now) {
-        Err(error) => Method::InPlace { instead_of_recount: Some(error) },
-        Ok(_) if !recounter.admit(entry, now) => {
-            let what = "nudged too often, repaired in place".to_owned();
-            let error = Op::on("recount", entry.orig).failed(Cause::Limited(what));
-            Method::InPlace { instead_of_recount: Some(error) }
-        }
-        Ok(way) => {
-            let before =
-                before.filter(|_| way.route == Route::Ingress).map_or(&[][..], Vec::as_slice);
-            Method::Recount { way, seal: seal && recounter.can_seal(), before }
-        }
-    }
-}
-
-/// What surrounds a nudge that meets no entry. The second step replaces whatever has begun in
-/// between: an entry that the nudge left behind, one that a packet of the connection was picked
-/// up as.
-pub(super) fn fresh_steps(action: &Action, seal: bool, lease: Duration) -> [Change; 2] {
-    let old = action.view.entry.map_or(action.template.key(), |entry| entry.key());
-    let id = action.view.entry.and_then(|entry| entry.id);
-    let (state, timeout) = (held_as(action, seal), timeout(action, lease));
-    let new = Insert { like: action.template, state, status: Status::ASSURED, timeout };
-    [Change::Delete { key: old, id }, Change::Replace { old: action.template.key(), id: None, new }]
-}
-
-/// The change that a repair begins with, and in place is.
-fn first_step(action: &Action, way: &Method<'_>, lease: Duration) -> Change {
-    let (entry, lease) = (action.view.entry, timeout(action, lease));
-    let key = entry.map_or(action.template.key(), |entry| entry.key());
-    let id = entry.and_then(|entry| entry.id);
-    let (status, sealed) = match way {
-        // Unassured, so that the limiter adds it at the nudge.
-        Method::Recount { seal, .. } => (Status::FRESH, *seal),
-        Method::OnList => (Status::ASSURED, true),
-        Method::InPlace { .. } => (Status::ASSURED, false),
-    };
-    let state = held_as(action, sealed);
-    let insert = Insert { like: action.template, state, status, timeout: lease };
-    match (action.kind, way) {
-        // What cannot be recounted stays as it is.
-        (ActionKind::Extend, _) | (ActionKind::Recount, Method::InPlace { .. }) => {
-            Change::Extend { key, timeout: lease }
-        }
-        (ActionKind::Revive, Method::InPlace { .. } | Method::OnList) => {
-            Change::Update { key, state, status: Some(assured(action)), timeout: lease }
-        }
-        (ActionKind::Revive | ActionKind::Reverse | ActionKind::Recount, _) => {
-            Change::Replace { old: key, id, new: insert }
-        }
-        (ActionKind::Reinsert, _) => Change::Insert(insert),
-        (ActionKind::Seal, _) => Change::Update {
-            key,
-            state: TcpState::Established,
-            status: Some(assured(action)),
-            timeout: lease,
-        },
-        (ActionKind::Reap, _) => Change::Delete { key, id },
-        (ActionKind::Release, _) => {
-            Change::Update { key, state: TcpState::Close, status: None, timeout: CLOSE_TIMEOUT }
-        }
-    }
-}
-
-/// The status of an entry that is kept where it is.
-fn assured(action: &Action) -> Status {
-    let status = action.view.entry.and_then(|entry| entry.status);
-    status.map_or(Status::ASSURED, Status::assured)
-}
-
-/// The change that makes a repaired entry an ordinary one.
-pub(super) fn last_step(action: &Action, lease: Duration, sealed: bool) -> Change {
-    Change::Update {
-        key: action.template.key(),
-        state: held_as(action, sealed),
-        status: Some(Status::ASSURED),
-        timeout: timeout(action, lease),
-    }
-}
-
-/// How long the entry lives from now on: what agrees keeps the time that the kernel gave it.
-fn timeout(action: &Action, lease: Duration) -> Duration {
-    if let Reason::EntryIdle(timeout) = action.reason {
-        return timeout;
-    }
-    let left = action.view.entry.and_then(|entry| entry.timeout);
-    match (action.kind, action.view.socket.map(|socket| socket.state)) {
-        (ActionKind::Recount, Some(State::Established)) => left.unwrap_or(lease),
-        _ => lease,
-    }
-}
-
-/// Whether a half-closed connection is held as one that is not, so that stale RSTs leave it alone.
-fn is_held_as_established(action: &Action) -> bool {
-    let half_closed = action.view.socket.is_some_and(|socket| socket.state != State::Established);
-    let state = action.view.entry.and_then(|entry| entry.state());
-    half_closed && state == Some(TcpState::Established)
-}
-
-/// The state that conntrack should see the connection in. Only ESTABLISHED can be sealed.
-fn held_as(action: &Action, sealed: bool) -> TcpState {
-    match action.view.socket {
-        Some(_) if sealed => TcpState::Established,
-        Some(socket) => believed(socket.state),
-        None if action.reason == Reason::CookieSent => TcpState::SynRecv,
-        None => TcpState::CloseWait,
-    }
-}
-
-/// What conntrack believes of a connection whose socket is in this state, when it has seen all of
-/// its packets.
-pub(super) fn believed(state: State) -> TcpState {
-    match state {
-        // Accepted before the end of its handshake (TCP Fast Open): the rest of that changes nothing.
-        State::Established | State::SynRecv => TcpState::Established,
-        State::FinWait1 => TcpState::FinWait,
-        State::LastAck | State::Closing => TcpState::LastAck,
-        _ => TcpState::CloseWait,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::conntrack::{Entry, Zone};
-    use crate::flow::Connection;
-    use crate::reconcile::plan::Reason;
-    use crate::reconcile::snapshot::View;
-
-    fn revive(port: u16) -> Action {
-        let connection = Connection::new(
-            "192.0.2.1:80".parse().unwrap(),
-            format!("198.51.100.7:{port}").parse().unwrap(),
-        );
-        let socket = Socket {
-            local: connection.local,
-            remote: connection.remote,
-            state: State::CloseWait,
-            cookie: Cookie(u64::from(port)),
-            inode: 1,
-            uid: 0,
-            interface: 0,
-            recv_queue: 0,
-            send_queue: 0,
-        };
-        let entry = Entry::plain(connection.received(), Zone::default());
-        Action {
-            kind: ActionKind::Revive,
-            reason: Reason::EntryClosed(TcpState::Close),
-            view: View { connection, socket: Some(socket), entry: Some(entry) },
-            template: entry,
-        }
-    }
-
-    #[test]
-    fn the_first_repair_hides_fins_and_the_next_rsts_too() {
-        let mut ledger = Ledger::default();
-        let action = revive(4000);
-        let socket = action.view.socket.unwrap();
-        assert_eq!(hiding(&[action], &ledger), [Some(Hidden::Fins)]);
-        ledger.hold(socket, action.template, Instant::now());
-        ledger.set_hidden(&socket, Hidden::Fins);
-        assert_eq!(hiding(&[action], &ledger), [Some(Hidden::FinsAndRsts)]);
-    }
-
-    #[test]
-    fn a_source_of_many_repairs_is_hidden_at_once() {
-        let actions: Vec<_> = (4000..4003).map(revive).collect();
-        let ledger = Ledger::default();
-        assert_eq!(hiding(&actions, &ledger), [Some(Hidden::FinsAndRsts); 3]);
-        assert_eq!(hiding(actions.get(..2).unwrap(), &ledger), [Some(Hidden::Fins); 2]);
-    }
 }
