@@ -1,0 +1,105 @@
+//! What leaves a chain before a limit, so that the limit never sees it. Pure.
+
+use std::fmt;
+
+use crate::firewall::{Match, Ports};
+
+/// What a rule before a limit takes away from it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum EarlierAccept {
+    /// What comes in by the loopback device.
+    Loopback,
+    /// Packets of established connections.
+    Established,
+    /// All packets to these ports: the limit never sees them.
+    Ports(Ports),
+    /// Certain packets, in words: for sure, or as far as can be told from outside.
+    Some {
+        /// Which.
+        what: String,
+        /// All of them pass.
+        is_sure: bool,
+    },
+}
+
+impl EarlierAccept {
+    /// Whether all that it names passes.
+    pub fn is_sure(&self) -> bool {
+        !matches!(self, Self::Some { is_sure: false, .. })
+    }
+
+    /// Its name in JSON.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Loopback => "loopback",
+            Self::Established => "established",
+            Self::Ports(_) => "ports",
+            Self::Some { is_sure: true, .. } => "some",
+            Self::Some { is_sure: false, .. } => "perhaps",
+        }
+    }
+}
+
+impl fmt::Display for EarlierAccept {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Loopback => f.write_str("what comes in by lo"),
+            Self::Established => f.write_str("packets of established connections"),
+            Self::Ports(ports) => write!(f, "everything to port {ports}"),
+            Self::Some { what, .. } => f.write_str(what),
+        }
+    }
+}
+
+/// A rule that takes packets off the path.
+pub(super) struct Earlier {
+    pub(super) matches: Match,
+    /// Only those that stay within a limit.
+    pub(super) within: Option<u32>,
+}
+
+/// What leaves before a limit, of the packets that it would be for.
+pub(super) fn earlier(all: &[Earlier], matches: &Match) -> Vec<EarlierAccept> {
+    let mut before: Vec<EarlierAccept> = Vec::new();
+    for Earlier { matches: earlier, within } in all {
+        if earlier.and(matches).never && !earlier.is_established() {
+            continue;
+        }
+        let is_sure = !earlier.is_narrowed() && !earlier.is_rated;
+        let kind = if within.is_some() || !is_sure {
+            if earlier.is_established() {
+                // Packets that open a translated connection may pass, too.
+                let alone = Match { or_translated: false, ..earlier.clone() };
+                if !earlier.or_translated || within.is_some() || earlier.is_rated {
+                    continue;
+                }
+                if !alone.is_narrowed() && !before.contains(&EarlierAccept::Established) {
+                    before.push(EarlierAccept::Established);
+                }
+            }
+            let rest = match within {
+                Some(count) => format!(" within {count} connections"),
+                None => String::new(),
+            };
+            let what = format!("what goes{earlier}{rest}");
+            EarlierAccept::Some { what, is_sure: is_sure && within.is_some() }
+        } else if earlier.is_loopback() {
+            EarlierAccept::Loopback
+        } else if earlier.is_established() {
+            EarlierAccept::Established
+        } else if !earlier.may_open() {
+            continue;
+        } else if earlier.is_for_everybody()
+            && earlier.asked.is_all()
+            && earlier.ipv4.is_none_or(|ipv4| matches.ipv4 == Some(ipv4))
+        {
+            EarlierAccept::Ports(earlier.ports.and(&matches.ports))
+        } else {
+            EarlierAccept::Some { what: format!("what goes{earlier}"), is_sure: true }
+        };
+        if !before.contains(&kind) {
+            before.push(kind);
+        }
+    }
+    before
+}

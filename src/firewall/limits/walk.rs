@@ -1,0 +1,434 @@
+//! Walks from a base chain down, to the limits and to what passes before them. Pure.
+
+use super::earlier::{Earlier, earlier};
+use super::key::key;
+use super::witness::{Sight, Witness, rate};
+use super::{Limit, LimitRule, Limiter, SetUse};
+use crate::firewall::play::{CONNTRACK, LimitAt, Player};
+use crate::firewall::rule::Threshold;
+use crate::firewall::scope::Match;
+use crate::firewall::set::{Element, Set};
+use crate::firewall::value::Operand;
+use crate::firewall::{Base, Chain, Family, Hook, Outcome, Rule, Step, Test};
+
+/// Jumps nest at most so deep (`NFT_JUMP_STACK_SIZE`).
+const DEPTH: usize = 16;
+
+/// So many rules are walked for each base chain: rule sets of thousands of services fan out.
+const STEPS: usize = 200_000;
+
+/// So many limits are listed: each path to a limit that asks for other packets is one of its own.
+const LIMITS: usize = 1000;
+
+/// So many elements of one map, or with a limit of their own, are followed.
+const ELEMENTS: usize = 256;
+
+impl Limiter {
+    pub(super) fn walk(&mut self, player: &Player<'_>, at: usize) {
+        let Some(chain) = player.ruleset().chains.get(at) else { return };
+        let Some(base) = &chain.base else { return };
+        let mut walk =
+            Walk { player, base, found: self, before: Vec::new(), path: Vec::new(), steps: STEPS };
+        let ipv4 = match chain.family {
+            Family::Ip => Some(true),
+            Family::Ip6 => Some(false),
+            _ => None,
+        };
+        walk.chain(at, chain, &Match { ipv4, ..Match::default() });
+    }
+
+    /// The same limit by another way is another row, but where only its ports differ.
+    fn add(&mut self, found: LimitRule) {
+        let same = |known: &&mut LimitRule| {
+            known.at == found.at
+                && known.limit == found.limit
+                && known.before == found.before
+                && (known.hook, known.priority) == (found.hook, found.priority)
+                && known.matches
+                    == Match { ports: known.matches.ports.clone(), ..found.matches.clone() }
+        };
+        match self.rules.iter_mut().find(same) {
+            Some(known) => known.matches.ports = known.matches.ports.or(&found.matches.ports),
+            None => self.rules.push(found),
+        }
+    }
+}
+
+/// One packet path, from a base chain down.
+struct Walk<'p, 'r, 'f> {
+    player: &'p Player<'r>,
+    base: &'r Base,
+    found: &'f mut Limiter,
+    /// Rules met so far that take packets off the path.
+    before: Vec<Earlier>,
+    /// Chains between the base chain and the rule, with both ends.
+    path: Vec<&'r Chain>,
+    steps: usize,
+}
+
+fn limit(threshold: Threshold, by: &[Operand], dynamic: bool) -> Limit {
+    let Threshold { count, over } = threshold;
+    Limit { count, over, key: key(by), is_keyless: by.is_empty(), dynamic }
+}
+
+impl<'r> Walk<'_, 'r, '_> {
+    fn chain(&mut self, at: usize, chain: &'r Chain, path: &Match) {
+        // The kernel takes no rules that go round in circles; a text may have some.
+        if self.path.len() > DEPTH || self.path.iter().any(|on_it| std::ptr::eq(*on_it, chain)) {
+            return;
+        }
+        self.path.push(chain);
+        let mut back = Vec::new();
+        for (index, rule) in chain.rules.iter().enumerate() {
+            let Some(steps) = self.steps.checked_sub(1) else { break };
+            self.steps = steps;
+            let place = LimitAt { chain: at, rule: index, step: 0 };
+            if self.rule(chain, rule, place, path, &mut back) {
+                break;
+            }
+        }
+        // What goes back to the calling chain is on the path again.
+        back.into_iter().rev().for_each(|at| {
+            if at < self.before.len() {
+                self.before.remove(at);
+            }
+        });
+        self.path.pop();
+    }
+
+    /// Whether no packet comes to the next rule.
+    fn rule(
+        &mut self,
+        chain: &'r Chain,
+        rule: &'r Rule,
+        mut place: LimitAt,
+        path: &Match,
+        back: &mut Vec<usize>,
+    ) -> bool {
+        let mut matches = path.clone();
+        let mut limited: Option<Threshold> = None;
+        for (number, step) in rule.steps.iter().enumerate() {
+            place.step = number;
+            if matches.never {
+                return false;
+            }
+            match step {
+                Step::Test(Test::In { values, set, is: true })
+                    if set.elements().iter().any(|element| element.limit.is_some()) =>
+                {
+                    limited = self.elements(chain, rule, place, (values, set), &matches);
+                    matches = matches.and(&Match::of(&Test::In {
+                        values: values.clone(),
+                        set: set.clone(),
+                        is: true,
+                    }));
+                }
+                Step::Test(test) => {
+                    if let Test::Rate(what) = test {
+                        self.witness(chain, rule, &matches, rate(rule, what.clone()));
+                    }
+                    matches = matches.and(&Match::of(test));
+                }
+                Step::Count(counting) => {
+                    let limit = limit(counting.limit, &counting.by, false);
+                    self.limit(chain, rule, place, limit, None, matches.clone());
+                    limited = Some(counting.limit);
+                }
+                Step::Add(adding) => {
+                    matches.is_rated |= adding.is_sometimes;
+                    if adding.limit.is_none() {
+                        let set = format!("set {}", adding.set.name);
+                        let sight =
+                            if adding.is_sometimes { rate(rule, set) } else { Sight::Memory(set) };
+                        self.witness(chain, rule, &matches, sight);
+                    }
+                    if let Some(threshold) = adding.limit {
+                        let limit = limit(threshold, &adding.by, true);
+                        let set = SetUse {
+                            name: adding.set.name.clone(),
+                            handle: adding.set.handle,
+                            size: adding.set.size,
+                            elements: adding.set.elements().len(),
+                        };
+                        self.limit(chain, rule, place, limit, Some(set), matches.clone());
+                        limited = Some(threshold);
+                    }
+                }
+                Step::Map(values, set) => {
+                    self.map(chain, (values, set), &matches, limited, back);
+                    return false;
+                }
+                Step::Notrack => self.notrack(chain, rule, &matches),
+                Step::Verdict(outcome) => {
+                    self.outcome(chain, outcome, &matches, limited, back);
+                    return matches == *path && limited.is_none() && *outcome == Outcome::Return
+                        || matches == *path && matches!(outcome, Outcome::Goto(_));
+                }
+                Step::Log => self.witness(chain, rule, &matches, Sight::Log),
+                Step::Note(what) => {
+                    self.witness(chain, rule, &matches, Sight::Memory(what.clone().into_owned()));
+                }
+                Step::Remove(_)
+                | Step::SetMark(_)
+                | Step::SetCtMark(_)
+                | Step::Write(_)
+                | Step::SetZone(_) => {}
+            }
+        }
+        false
+    }
+
+    fn map(
+        &mut self,
+        chain: &'r Chain,
+        (values, set): (&[Operand], &'r Set),
+        matches: &Match,
+        limited: Option<Threshold>,
+        back: &mut Vec<usize>,
+    ) {
+        let mut seen: Vec<(Match, &Outcome)> = Vec::new();
+        let otherwise = set.otherwise().map(|element| (Match::default(), element));
+        let keyed = set.keyed().iter().map(|e| (Match::of_element(values, e), e));
+        for (asked, element) in keyed.chain(otherwise).take(ELEMENTS) {
+            let Some(outcome) = &element.verdict else { continue };
+            let all = matches.and(&asked);
+            if !all.never && !seen.contains(&(all.clone(), outcome)) {
+                self.outcome(chain, outcome, &all, limited, back);
+                seen.push((all, outcome));
+            }
+        }
+    }
+
+    fn outcome(
+        &mut self,
+        chain: &'r Chain,
+        outcome: &Outcome,
+        matches: &Match,
+        limited: Option<Threshold>,
+        back: &mut Vec<usize>,
+    ) {
+        if matches.never {
+            return;
+        }
+        match outcome {
+            Outcome::Jump(name) | Outcome::Goto(name) => {
+                if let Some(at) = self.player.target(chain, name)
+                    && let Some(next) = self.player.ruleset().chains.get(at)
+                {
+                    self.chain(at, next, matches);
+                }
+            }
+            Outcome::Accept | Outcome::Return | Outcome::Queue => {
+                // What exceeds a limit has been counted there.
+                if limited.is_some_and(|limit| limit.over) {
+                    return;
+                }
+                if *outcome == Outcome::Return && self.path.len() > 1 {
+                    back.push(self.before.len());
+                }
+                let within = limited.map(|limit| limit.count);
+                self.before.push(Earlier { matches: matches.clone(), within });
+            }
+            Outcome::Synproxy if !matches.without_syn => {
+                self.found.synproxied.push(matches.ports.clone());
+            }
+            Outcome::Synproxy
+            | Outcome::Continue
+            | Outcome::Drop
+            | Outcome::Reject
+            | Outcome::Reset => {}
+        }
+    }
+
+    /// A rule that sees SYNs.
+    fn witness(&mut self, chain: &Chain, rule: &Rule, matches: &Match, sight: Sight) {
+        let is_of_hosts = matches!(self.base.hook, Hook::Prerouting | Hook::Input | Hook::Forward);
+        if !is_of_hosts || chain.is_ours {
+            return;
+        }
+        // What is sent in a client's name is a SYN that conntrack takes for the first of a connection.
+        if matches.never || !matches.may_open() || matches.is_loopback() {
+            return;
+        }
+        let place =
+            format!("{} {} {} rule {}", chain.family, chain.table, chain.name, rule.position);
+        let limits = self.found.rules.len();
+        let (hook, matches) = (self.base.hook, matches.clone());
+        let found = Witness { place, sight, before: None, hook, matches, limits };
+        let is_known = |known: &Witness| {
+            known.place == found.place && known.sight == found.sight && known.hook == found.hook
+        };
+        if self.found.witnesses.len() < LIMITS && !self.found.witnesses.iter().any(is_known) {
+            self.found.witnesses.push(found);
+        }
+    }
+
+    fn notrack(&mut self, chain: &Chain, rule: &Rule, matches: &Match) {
+        let is_early = self.base.hook == Hook::Prerouting && self.base.priority < CONNTRACK;
+        if is_early && matches.may_open() && matches.is_for_everybody() && !matches.is_rated {
+            let place =
+                format!("{} {} {} rule {}", chain.family, chain.table, chain.name, rule.position);
+            self.found.untracked.push((matches.ports.clone(), place));
+        }
+    }
+
+    /// Limits of the elements of a set that is looked up.
+    fn elements(
+        &mut self,
+        chain: &Chain,
+        rule: &Rule,
+        place: LimitAt,
+        (values, set): (&[Operand], &Set),
+        matches: &Match,
+    ) -> Option<Threshold> {
+        let mut last = None;
+        let own = |element: &Element| Some((element.limit?, Match::of_element(values, element)));
+        for (threshold, asked) in set.elements().iter().filter_map(own).take(ELEMENTS) {
+            let all = matches.and(&asked);
+            if !all.never {
+                let limit = limit(threshold, values, false);
+                self.limit(chain, rule, place, limit, None, all);
+            }
+            last = Some(threshold);
+        }
+        last
+    }
+
+    /// Whether what passes the limit at this step is told of, by the rule itself or by the chain that
+    /// it leads to.
+    fn tells(&self, chain: &Chain, rule: &Rule, limit: usize) -> bool {
+        let is_note = |step: &Step| match step {
+            Step::Log | Step::Note(_) => true,
+            Step::Add(adding) => adding.limit.is_none(),
+            _ => false,
+        };
+        let over = rule.steps.get(limit).is_some_and(|step| match step {
+            Step::Count(counting) => counting.limit.over,
+            Step::Add(adding) => adding.limit.is_some_and(|limit| limit.over),
+            _ => false,
+        });
+        if !over {
+            return false;
+        }
+        match rule.outcome() {
+            // Without a verdict it is there to mark, to log, to write down.
+            Outcome::Continue => true,
+            Outcome::Jump(name) | Outcome::Goto(name) => {
+                let target = self.player.target(chain, name);
+                let chain = target.and_then(|at| self.player.ruleset().chains.get(at));
+                let plain = |rule: &Rule| {
+                    let ends =
+                        matches!(rule.outcome(), Outcome::Drop | Outcome::Reject | Outcome::Reset);
+                    ends && !rule.steps.iter().any(is_note)
+                };
+                !chain.is_some_and(|chain| chain.rules.iter().all(plain))
+            }
+            _ => rule.steps.iter().skip(limit + 1).any(is_note),
+        }
+    }
+
+    fn limit(
+        &mut self,
+        chain: &Chain,
+        rule: &Rule,
+        at: LimitAt,
+        limit: Limit,
+        set: Option<SetUse>,
+        matches: Match,
+    ) {
+        // No packet that opens a connection comes to it.
+        if matches.without_syn {
+            return;
+        }
+        let found = LimitRule {
+            family: chain.family,
+            table: chain.table.clone(),
+            chain: chain.name.clone(),
+            position: rule.position,
+            handle: rule.handle,
+            at,
+            set,
+            hook: self.base.hook,
+            priority: self.base.priority,
+            limit,
+            before: earlier(&self.before, &matches),
+            matches,
+            outcome: rule.outcome().clone(),
+            tells: self.tells(chain, rule, at.step),
+        };
+        if self.found.rules.len() < LIMITS {
+            self.found.add(found);
+            return;
+        }
+        let rest = format!("limits beyond the first {LIMITS}");
+        if !self.found.unread.contains(&rest) {
+            self.found.unread.push(rest);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::firewall::limits::EarlierAccept;
+    use crate::firewall::{Ruleset, parse_saved};
+
+    #[test]
+    fn rules_that_go_round_in_circles_have_an_end() {
+        let goto = "-A limits -p tcp -m mark --mark 1 -g limits\n".repeat(3);
+        let text = format!(
+            "*filter\n:INPUT DROP [0:0]\n:limits - [0:0]\n-A INPUT -g limits\n{goto}\
+             -A limits -p tcp -m connlimit --connlimit-above 40 -j DROP\n"
+        );
+        let ruleset = Ruleset { chains: parse_saved(&text, Family::Ip), unread: Vec::new() };
+        let places: Vec<_> = Limiter::of(&ruleset).rules.iter().map(LimitRule::place).collect();
+        assert_eq!(places, ["ip filter limits rule 4"]);
+    }
+
+    /// A packet that opens a translated connection is both new and DNAT.
+    #[test]
+    fn what_is_for_translated_connections_is_for_those_that_open() {
+        let limit = |rules: &str| {
+            let text = format!("*filter\n:FORWARD DROP [0:0]\n{rules}\nCOMMIT\n");
+            let ruleset = Ruleset { chains: parse_saved(&text, Family::Ip), unread: Vec::new() };
+            Limiter::of(&ruleset)
+        };
+        let counts = "-p tcp -m connlimit --connlimit-above 3 --connlimit-mask 32 -j DROP";
+        for states in ["DNAT", "SNAT,DNAT", "RELATED,ESTABLISHED,DNAT", "NEW,DNAT"] {
+            let ctstate = format!("-A FORWARD -m conntrack --ctstate {states}");
+            let of_it = limit(&format!("{ctstate} {counts}"));
+            assert!(of_it.rules.iter().all(|rule| rule.matches.may_open()), "{states}");
+            assert_eq!(of_it.rules.len(), 1, "{states}");
+            let behind = limit(&format!("{ctstate} -j ACCEPT\n-A FORWARD {counts}"));
+            let before: Vec<_> = behind.rules[0].before.iter().map(EarlierAccept::name).collect();
+            let wanted: &[&str] = match states {
+                "RELATED,ESTABLISHED,DNAT" => &["established", "perhaps"],
+                _ => &["perhaps"],
+            };
+            assert_eq!(before, wanted, "{states}");
+        }
+        let none = limit(&format!(
+            "-A FORWARD -m conntrack --ctstate ESTABLISHED -j ACCEPT\n-A FORWARD {counts}"
+        ));
+        assert_eq!(none.rules[0].before, [EarlierAccept::Established]);
+    }
+
+    #[test]
+    fn one_limit_on_many_paths_is_listed_a_thousand_times_at_most() {
+        let mut text = "*filter\n:INPUT DROP [0:0]\n".to_owned();
+        for level in 0..11 {
+            let (from, to) = (["INPUT".to_owned(), format!("c{level}")], level + 1);
+            let from = &from[usize::from(level > 0)];
+            let jump = |side, net| format!("-A {from} -{side} 10.{level}.{net}.0/24 -j c{to}\n");
+            text.push_str(&format!(
+                ":c{to} - [0:0]\n{}{}",
+                jump("m x ! -s", 0),
+                jump("m y ! -s", 1)
+            ));
+        }
+        text.push_str("-A c11 -p tcp -m connlimit --connlimit-above 40 -j DROP\n");
+        let ruleset = Ruleset { chains: parse_saved(&text, Family::Ip), unread: Vec::new() };
+        let limiter = Limiter::of(&ruleset);
+        assert_eq!((limiter.rules.len(), limiter.unread.len()), (LIMITS, 1));
+    }
+}
