@@ -33,7 +33,7 @@ const PURE: [&str; 34] = [
     "firewall/iptables_save.rs",
     "firewall/limits",
     "firewall/packet.rs",
-    "firewall/play.rs",
+    "firewall/play",
     "firewall/ports.rs",
     "firewall/rule.rs",
     "firewall/scope.rs",
