@@ -1,248 +1,32 @@
-//! Reads what the expressions of nft rules mean.
-//!
-//! `payload`, `meta` and `ct` load a value into registers, `bitwise` and `byteorder` change it,
-//! `cmp`, `range` and `lookup` test it. An expression that is not known leaves its answer open.
+//! Runs through the expressions of a rule and says what each is: a step, or a value in a register.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use netlink_sys::protocols::NETLINK_NETFILTER;
-
-use super::rule::{Adding, Counting, Threshold};
-use super::set::{Element, Set};
-use super::value::{Bits, Change, Field, Operand};
-use super::{Base, Chain, Family, Hook, Outcome, Rule, Step, Test, xt};
-use crate::error::{Op, Result};
-use crate::netlink::{Attributes, Conversation, KernelSocket, Transport};
-use crate::nftables::dump::{self, RawChain, RawObject, RawSet, listed};
+use super::expression::{LOADS, connlimit, fib, payload, slot, unknown, used, verdict};
+use super::sets::{Expressions, Known};
+use crate::error::Result;
+use crate::firewall::rule::{Adding, Counting};
+use crate::firewall::set::{Element, Set};
+use crate::firewall::value::{Bits, Change, Field, Operand};
+use crate::firewall::{Outcome, Step, Test, xt};
+use crate::netlink::{Attributes, Transport};
+use crate::nftables::dump::listed;
 use crate::nftables::uapi::*;
 
-/// Elements of a set that are kept: 1 000 000 take some 200 MB.
-const ELEMENTS: usize = 262_144;
+/// All registers of values together, in bytes (`NFT_REG32_COUNT` less those of the verdict): no value
+/// is longer, whatever length a message has.
+const REGISTERS: u32 = 64;
 
-/// The chains of the network namespace that the calling thread is in.
-pub(super) fn read() -> Result<Vec<Chain>> {
-    let op = Op::new("open nftables netlink");
-    chains(&mut Conversation::new(KernelSocket::open(op, NETLINK_NETFILTER)?))
-}
-
-/// The chains that a kernel reports, with their rules.
-///
-/// # Errors
-/// The kernel refused, or a message was lost or malformed.
-pub fn chains<T: Transport>(conversation: &mut Conversation<T>) -> Result<Vec<Chain>> {
-    let Some(tables) = dump::tables(conversation)? else { return Ok(Vec::new()) };
-    let mut chains: Vec<Chain> = dump::chains(conversation)?.into_iter().map(chain).collect();
-    for table in &tables {
-        let family = Family::from_kernel(table.family);
-        let of_table = |chain: &&mut Chain| chain.family == family && chain.table == table.name;
-        for chain in chains.iter_mut().filter(of_table) {
-            chain.is_dormant = table.flags & NFT_TABLE_F_DORMANT != 0;
-            chain.is_ours = table.is_ours;
-        }
-    }
-    let mut places = HashMap::new();
-    for (at, chain) in chains.iter().enumerate() {
-        places.insert((chain.family, chain.table.clone(), chain.name.clone()), at);
-    }
-    let declared = dump::sets(conversation)?;
-    let objects = dump::objects(conversation)?;
-    let rules = dump::rules(conversation)?;
-    let mut read: HashMap<(u8, String, String), Arc<Set>> = HashMap::new();
-    for rule in rules {
-        let family = Family::from_kernel(rule.family);
-        let place = places.get(&(family, rule.table.clone(), rule.chain));
-        let Some(owner) = place.and_then(|at| chains.get_mut(*at)) else { continue };
-        let mut machine = Machine {
-            registers: BTreeMap::new(),
-            steps: Vec::new(),
-            known: Known {
-                conversation: &mut *conversation,
-                family: rule.family,
-                table: &rule.table,
-                declared: &declared,
-                objects: &objects,
-                read: &mut read,
-            },
-        };
-        for (kind, expression) in Attributes(&rule.expressions).iter() {
-            if kind == NFTA_LIST_ELEM {
-                machine.step(Attributes(expression))?;
-            }
-        }
-        let steps = machine.steps;
-        owner.rules.push(Rule { position: owner.rules.len() + 1, handle: rule.handle, steps });
-    }
-    Ok(chains)
-}
-
-fn chain(raw: RawChain) -> Chain {
-    let family = Family::from_kernel(raw.family);
-    let base = raw.hook.and_then(|(hook, priority)| {
-        // `enum nf_dev_hooks`: the first of them is ingress.
-        let hook = match family {
-            Family::Netdev if hook == 0 => Hook::Ingress,
-            Family::Netdev => return None,
-            _ => Hook::from_kernel(hook)?,
-        };
-        let (drops, is_nat) = (raw.policy == NF_DROP, raw.kind == "nat");
-        Some(Base { hook, priority, drops, is_nat, devices: raw.devices })
-    });
-    Chain::new(family, &raw.table, &raw.name, base)
-}
-
-/// Sets and objects of a rule's table.
-struct Known<'c, T> {
-    conversation: &'c mut Conversation<T>,
-    family: u8,
-    table: &'c str,
-    declared: &'c [RawSet],
-    objects: &'c [RawObject],
-    read: &'c mut HashMap<(u8, String, String), Arc<Set>>,
-}
-
-impl<T: Transport> Known<'_, T> {
-    fn declared(&self, set: &str) -> Option<&RawSet> {
-        self.declared.iter().find(|known| {
-            known.family == self.family && known.table == self.table && known.name == set
-        })
-    }
-
-    fn object(&self, kind: Option<u32>, name: &str) -> Option<&RawObject> {
-        self.objects.iter().find(|known| {
-            known.family == self.family
-                && known.table == self.table
-                && known.name == name
-                && kind.is_none_or(|kind| kind == known.kind)
-        })
-    }
-
-    fn set(&mut self, name: &str) -> Result<Arc<Set>> {
-        let key = (self.family, self.table.to_owned(), name.to_owned());
-        if let Some(set) = self.read.get(&key) {
-            return Ok(Arc::clone(set));
-        }
-        let raw = dump::elements(self.conversation, self.family, self.table, name)?;
-        let set = self.build(name, &raw);
-        let set = Arc::new(set);
-        self.read.insert(key, Arc::clone(&set));
-        Ok(set)
-    }
-
-    fn build(&self, name: &str, raw: &[Vec<u8>]) -> Set {
-        let declared = self.declared(name);
-        // `__set0` and `__map0` are sets that rules carry themselves.
-        let shown = if name.starts_with("__") { "" } else { name };
-        let mut all: Vec<Piece> = raw.iter().take(ELEMENTS).map(|e| piece(e)).collect();
-        let otherwise = all.iter().position(|piece| piece.is_catchall);
-        let otherwise = otherwise.map(|at| all.swap_remove(at).element);
-        let flags = declared.map_or(0, |set| set.flags);
-        let is_interval = flags & NFT_SET_INTERVAL != 0 && flags & NFT_SET_CONCAT == 0;
-        let elements =
-            if is_interval { intervals(all) } else { all.into_iter().map(|p| p.element).collect() };
-        let unread = (raw.len() > ELEMENTS)
-            .then(|| format!("set {name} has {} elements: not read", raw.len()));
-        Set::new(shown, elements, otherwise)
-            .numbered(declared.map_or(0, |set| set.handle))
-            .with_room(declared.and_then(|set| set.size).filter(|_| flags & NFT_SET_EVAL != 0))
-            .or_unread(unread)
-    }
-}
-
-/// An element as it is listed: of an interval, its start or its end.
-struct Piece {
-    element: Element,
-    is_end: bool,
-    is_catchall: bool,
-}
-
-fn piece(nested: &[u8]) -> Piece {
-    let attributes = Attributes(nested);
-    let value =
-        |kind| attributes.nest(kind).and_then(|key: Attributes<'_>| key.value(NFTA_DATA_VALUE));
-    let flags = attributes.number(NFTA_SET_ELEM_FLAGS).unwrap_or(0);
-    let verdict = attributes
-        .nest(NFTA_SET_ELEM_DATA)
-        .and_then(|data| data.nest(NFTA_DATA_VERDICT))
-        .and_then(verdict);
-    let one = || attributes.value(NFTA_SET_ELEM_EXPR).map(listed);
-    let several = attributes.value(NFTA_SET_ELEM_EXPRESSIONS).map(<[u8]>::to_vec);
-    let expressions = Expressions::of(&several.or_else(one).unwrap_or_default());
-    let element = Element {
-        key: value(NFTA_SET_ELEM_KEY).unwrap_or_default().to_vec(),
-        end: value(NFTA_SET_ELEM_KEY_END).map(<[u8]>::to_vec),
-        verdict,
-        limit: expressions.limit,
-        is_sometimes: expressions.is_sometimes,
-        object: attributes.text(NFTA_SET_ELEM_OBJREF),
-    };
-    Piece {
-        element,
-        is_end: flags & NFT_SET_ELEM_INTERVAL_END != 0,
-        is_catchall: flags & NFT_SET_ELEM_CATCHALL != 0,
-    }
-}
-
-/// Starts and (excluded) ends, in any order, as ranges.
-fn intervals(mut all: Vec<Piece>) -> Vec<Element> {
-    // Where one ends and the next begins the end comes first.
-    all.sort_by(|a, b| (&a.element.key, !a.is_end).cmp(&(&b.element.key, !b.is_end)));
-    let mut ranges: Vec<Element> = Vec::new();
-    let mut open = false;
-    for piece in all {
-        if piece.is_end {
-            if let Some(range) = ranges.last_mut().filter(|_| open) {
-                range.end = before(&piece.element.key);
-            }
-            open = false;
-        } else {
-            // Without an end it goes on to the greatest value.
-            let end = vec![0xff; piece.element.key.len()];
-            ranges.push(Element { end: Some(end), ..piece.element });
-            open = true;
-        }
-    }
-    ranges
-}
-
-/// The number before this one.
-fn before(key: &[u8]) -> Option<Vec<u8>> {
-    let bits = Bits::of(key);
-    Bits::number(bits.value()?.checked_sub(1)?, bits.length()).bytes()
-}
-
-/// What the expressions of an element, or of a set's declaration, do.
-#[derive(Default)]
-struct Expressions {
-    limit: Option<Threshold>,
-    is_sometimes: bool,
-}
-
-impl Expressions {
-    fn of(list: &[u8]) -> Self {
-        let mut all = Self::default();
-        for (_, value) in Attributes(list).iter() {
-            let expression = Attributes(value);
-            let data = expression.nest(NFTA_EXPR_DATA).unwrap_or(Attributes(&[]));
-            match expression.text(NFTA_EXPR_NAME).as_deref() {
-                Some("connlimit") => all.limit = Some(connlimit(data)),
-                Some("counter" | "last") | None => {}
-                Some(_) => all.is_sometimes = true,
-            }
-        }
-        all
-    }
-}
-
-struct Machine<'c, T> {
+pub(super) struct Machine<'c, T> {
     /// By their first 4-byte slot.
-    registers: BTreeMap<u32, Operand>,
-    steps: Vec<Step>,
-    known: Known<'c, T>,
+    pub(super) registers: BTreeMap<u32, Operand>,
+    pub(super) steps: Vec<Step>,
+    pub(super) known: Known<'c, T>,
 }
 
 impl<T: Transport> Machine<'_, T> {
-    fn step(&mut self, expression: Attributes<'_>) -> Result<()> {
+    pub(super) fn step(&mut self, expression: Attributes<'_>) -> Result<()> {
         let name = expression.text(NFTA_EXPR_NAME).unwrap_or_default();
         let data = expression.nest(NFTA_EXPR_DATA).unwrap_or(Attributes(&[]));
         match name.as_str() {
@@ -580,90 +364,5 @@ impl<T: Transport> Machine<'_, T> {
             self.ask(Test::In { values, set: Arc::new(set), is: true });
         }
         Ok(())
-    }
-}
-
-/// What a rule does that uses an object: counters and helpers do nothing to the packet's way.
-fn used(object: &RawObject) -> Option<Step> {
-    let data = Attributes(&object.data);
-    match object.kind {
-        NFT_OBJECT_LIMIT => Some(Step::Test(Test::Rate(format!("limit name {}", object.name)))),
-        NFT_OBJECT_QUOTA => Some(Step::Test(Test::Rate(format!("quota name {}", object.name)))),
-        NFT_OBJECT_CONNLIMIT => {
-            Some(Step::Count(Counting { limit: connlimit(data), by: Vec::new() }))
-        }
-        NFT_OBJECT_SYNPROXY => Some(Step::Verdict(Outcome::Synproxy)),
-        _ => None,
-    }
-}
-
-/// Expressions that load a value and ask nothing, each with the attribute of its register.
-const LOADS: [(&str, u16); 8] = [
-    ("exthdr", NFTA_EXTHDR_DREG),
-    ("hash", NFTA_HASH_DREG),
-    ("numgen", NFTA_NG_DREG),
-    ("osf", NFTA_OSF_DREG),
-    ("rt", NFTA_RT_DREG),
-    ("socket", NFTA_SOCKET_DREG),
-    ("tunnel", NFTA_TUNNEL_DREG),
-    ("xfrm", NFTA_XFRM_DREG),
-];
-
-fn unknown(length: u32) -> Operand {
-    Operand::plain(Field::Unknown, length)
-}
-
-fn connlimit(data: Attributes<'_>) -> Threshold {
-    let over = data.number(NFTA_CONNLIMIT_FLAGS).unwrap_or(0) & NFT_CONNLIMIT_F_INV != 0;
-    Threshold { count: data.number(NFTA_CONNLIMIT_COUNT).unwrap_or(0), over }
-}
-
-fn payload(data: Attributes<'_>) -> Operand {
-    let length = data.number(NFTA_PAYLOAD_LEN).unwrap_or(4).min(16);
-    let offset = data.number(NFTA_PAYLOAD_OFFSET).unwrap_or(u32::MAX);
-    match data.number(NFTA_PAYLOAD_BASE) {
-        Some(NFT_PAYLOAD_NETWORK_HEADER) => Operand::plain(Field::Ip(offset), length),
-        Some(NFT_PAYLOAD_TRANSPORT_HEADER) => Operand::plain(Field::Tcp(offset), length),
-        _ => unknown(length),
-    }
-}
-
-fn fib(data: Attributes<'_>) -> Operand {
-    match (data.number(NFTA_FIB_RESULT), data.number(NFTA_FIB_FLAGS)) {
-        (Some(NFT_FIB_RESULT_ADDRTYPE), Some(NFTA_FIB_F_DADDR)) => {
-            Operand::plain(Field::DestinationType, 4)
-        }
-        (Some(NFT_FIB_RESULT_ADDRTYPE), Some(NFTA_FIB_F_SADDR)) => {
-            Operand::plain(Field::SourceType, 4)
-        }
-        (Some(NFT_FIB_RESULT_OIFNAME), _) => unknown(16),
-        _ => unknown(4),
-    }
-}
-
-fn verdict(data: Attributes<'_>) -> Option<Outcome> {
-    let chain = || data.text(NFTA_VERDICT_CHAIN).unwrap_or_default();
-    Some(match data.number(NFTA_VERDICT_CODE)?.cast_signed() {
-        code if code == NF_DROP.cast_signed() => Outcome::Drop,
-        code if code == NF_ACCEPT.cast_signed() => Outcome::Accept,
-        // The upper half is the queue's number.
-        code if code & 0xff == NF_QUEUE.cast_signed() && code > 0 => Outcome::Queue,
-        NFT_JUMP => Outcome::Jump(chain()),
-        NFT_GOTO => Outcome::Goto(chain()),
-        NFT_RETURN => Outcome::Return,
-        _ => Outcome::Continue,
-    })
-}
-
-/// All registers of values together, in bytes (`NFT_REG32_COUNT` less those of the verdict): no value
-/// is longer, whatever length a message has.
-const REGISTERS: u32 = 64;
-
-/// Registers 1 to 4 are 16 bytes, registers from 8 on are their 4-byte parts.
-fn slot(register: u32) -> u32 {
-    if register < NFT_REG32_00 {
-        register.saturating_sub(1).saturating_mul(4)
-    } else {
-        register - NFT_REG32_00
     }
 }
