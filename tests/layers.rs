@@ -36,7 +36,7 @@ const PURE: [&str; 34] = [
     "firewall/play",
     "firewall/ports.rs",
     "firewall/rule.rs",
-    "firewall/scope.rs",
+    "firewall/matches",
     "firewall/set.rs",
     "firewall/value.rs",
     "firewall/xt.rs",

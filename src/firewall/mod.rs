@@ -11,6 +11,7 @@ mod ask;
 mod iptables_save;
 pub mod limits;
 pub mod lists;
+mod matches;
 mod nft;
 pub mod packet;
 pub mod play;
@@ -18,7 +19,6 @@ mod ports;
 pub mod published;
 pub mod rule;
 mod save_program;
-mod scope;
 pub mod set;
 pub mod tracking;
 pub mod value;
@@ -26,11 +26,11 @@ mod xt;
 
 pub use iptables_save::parse as parse_saved;
 pub use limits::Key;
+pub use matches::{Match, STATE_ESTABLISHED, STATE_NEW};
 pub use nft::chains as nft_chains;
 pub use ports::Ports;
 pub use rule::{Base, Chain, Family, Outcome, Rule, Step, Test};
 pub use save_program::read as read_legacy;
-pub use scope::{Match, STATE_ESTABLISHED, STATE_NEW};
 
 pub use crate::nftables::Hook;
 

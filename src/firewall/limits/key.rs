@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::firewall::scope;
+use crate::firewall::matches::words::words;
 use crate::firewall::value::{Field, Operand};
 
 /// What a limit counts together.
@@ -45,7 +45,7 @@ pub(super) fn key(by: &[Operand]) -> Key {
     };
     let is_port =
         |value: &Operand| value.field == Field::Tcp(2) && value.length == 2 && value.is_plain();
-    let named = || Key::Other(by.iter().map(scope::words).collect::<Vec<_>>().join(" and "));
+    let named = || Key::Other(by.iter().map(words).collect::<Vec<_>>().join(" and "));
     match by {
         [] => Key::All,
         [one] => match address(one) {

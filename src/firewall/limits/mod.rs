@@ -12,9 +12,8 @@ pub use self::earlier::EarlierAccept;
 pub use self::key::Key;
 pub use self::witness::{Sight, Witness};
 use super::play::{LimitAt, NAT_DST, Player};
-use super::scope::Match;
 use super::set::Set;
-use super::{Chain, Family, Hook, Outcome, Ports, Ruleset, Step};
+use super::{Chain, Family, Hook, Match, Outcome, Ports, Ruleset, Step};
 
 /// How many connections, and of what.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -6,10 +6,9 @@ use super::witness::{Sight, Witness, rate};
 use super::{Limit, LimitRule, Limiter, SetUse};
 use crate::firewall::play::{CONNTRACK, LimitAt, Player};
 use crate::firewall::rule::Threshold;
-use crate::firewall::scope::Match;
 use crate::firewall::set::{Element, Set};
 use crate::firewall::value::Operand;
-use crate::firewall::{Base, Chain, Family, Hook, Outcome, Rule, Step, Test};
+use crate::firewall::{Base, Chain, Family, Hook, Match, Outcome, Rule, Step, Test};
 
 /// Jumps nest at most so deep (`NFT_JUMP_STACK_SIZE`).
 const DEPTH: usize = 16;

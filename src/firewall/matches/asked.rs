@@ -1,18 +1,15 @@
-//! Which opening packets a rule, or a path of rules, is for: what can be said of it in words. Pure.
+//! What a test of a rule asks of an opening packet. Pure.
 
-use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
 
-use super::set::{Element, Set};
-use super::value::{Answer, Bits, Field, Operand};
-use super::{Ports, Test};
-
-/// `ct state` bits, the same in nft and in xt's conntrack and state matches.
-pub const STATE_ESTABLISHED: u32 = 1 << 1;
-/// See [`STATE_ESTABLISHED`].
-pub const STATE_NEW: u32 = 1 << 3;
+use super::Match;
+use super::words::{described, words};
+use crate::firewall::packet;
+use crate::firewall::set::{Element, Set};
+use crate::firewall::value::{Answer, Bits, Field, Operand};
+use crate::firewall::{Ports, Test};
 
 /// `XT_CONNTRACK_STATE_SNAT`, `_DNAT`
 const XT_TRANSLATED: u32 = 1 << 6 | 1 << 7;
@@ -27,37 +24,6 @@ const LOOPBACK_IFINDEX: u32 = 1;
 const RTN_LOCAL: u32 = 2;
 /// So many elements of a set are named one by one.
 const NAMED: usize = 4;
-
-/// Which packets a rule, or a path of rules, is for. Empty: for all.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Match {
-    /// IPv4 only (`true`) or IPv6 only (`false`).
-    pub ipv4: Option<bool>,
-    /// Destination ports, as the rule sees them.
-    pub ports: Ports,
-    /// Destination ports as the client asked for them.
-    pub asked: Ports,
-    /// Names of incoming interfaces; empty: any.
-    pub interfaces: Vec<String>,
-    /// `ct state`: one of these bits.
-    pub states: Option<u32>,
-    /// Or, whatever its state, of a connection that is translated (`--ctstate DNAT`).
-    pub or_translated: bool,
-    /// Packets with SYN only (`--syn`, `tcp flags syn`).
-    pub syn: bool,
-    /// All packets without SYN and no others (`! --syn`).
-    pub without_syn: bool,
-    /// Source networks: inside, or (`false`) outside of it; all must hold.
-    pub sources: Vec<(IpNet, bool)>,
-    /// Destination networks likewise.
-    pub destinations: Vec<(IpNet, bool)>,
-    /// What else it is asked, in words.
-    pub others: Vec<String>,
-    /// A rate or a quota: only some of those packets.
-    pub is_rated: bool,
-    /// No SYN of TCP.
-    pub never: bool,
-}
 
 impl Match {
     /// What a test asks.
@@ -88,170 +54,10 @@ impl Match {
         }
         all
     }
-
-    /// Packets that pass both.
-    #[must_use]
-    pub fn and(&self, other: &Self) -> Self {
-        let both = |a: Option<u32>, b: Option<u32>| match (a, b) {
-            (Some(a), Some(b)) => Some(a & b),
-            (one, another) => one.or(another),
-        };
-        let join = |a: &[(IpNet, bool)], b: &[(IpNet, bool)]| {
-            let mut all = a.to_vec();
-            all.extend(b.iter().filter(|net| !a.contains(net)));
-            all
-        };
-        let mut others = self.others.clone();
-        others.extend(other.others.iter().filter(|what| !self.others.contains(what)).cloned());
-        let interfaces = common(&self.interfaces, &other.interfaces);
-        let ports = self.ports.and(&other.ports);
-        let asked = self.asked.and(&other.asked);
-        let (states, or_translated) = match (self.or_translated, other.or_translated) {
-            (true, false) if other.states.is_none() => (self.states, true),
-            (false, true) if self.states.is_none() => (other.states, true),
-            // Of those in the one's states some may be translated.
-            (true, false) | (false, true) => {
-                others.push("translated".to_owned());
-                (if self.or_translated { other.states } else { self.states }, false)
-            }
-            (is, _) => (both(self.states, other.states), is),
-        };
-        let sources = join(&self.sources, &other.sources);
-        let destinations = join(&self.destinations, &other.destinations);
-        let families = matches!((self.ipv4, other.ipv4), (Some(a), Some(b)) if a != b);
-        let never = self.never
-            || other.never
-            || families
-            || self.syn && other.without_syn
-            || self.without_syn && other.syn
-            || ports.is_empty()
-            || asked.is_empty()
-            || states == Some(0) && !or_translated
-            || interfaces.is_none()
-            || is_empty(&sources)
-            || is_empty(&destinations);
-        Self {
-            ipv4: self.ipv4.or(other.ipv4),
-            ports,
-            asked,
-            interfaces: interfaces.unwrap_or_default(),
-            states,
-            or_translated,
-            syn: self.syn || other.syn,
-            without_syn: self.without_syn || other.without_syn,
-            sources,
-            destinations,
-            others,
-            is_rated: self.is_rated || other.is_rated,
-            never,
-        }
-    }
-
-    /// Whether something else narrows it further.
-    pub fn is_narrowed(&self) -> bool {
-        !self.others.is_empty() || self.or_translated
-    }
-
-    /// Whether it is for nothing but packets that come in by the loopback device.
-    pub fn is_loopback(&self) -> bool {
-        !self.interfaces.is_empty() && self.interfaces.iter().all(|name| name == "lo")
-    }
-
-    /// Whether packets of established connections pass it, and opening ones do not.
-    pub fn is_established(&self) -> bool {
-        self.without_syn
-            || self
-                .states
-                .is_some_and(|bits| bits & STATE_ESTABLISHED != 0 && bits & STATE_NEW == 0)
-    }
-
-    /// Whether packets of open connections pass it: a stale RST is one.
-    pub fn is_for_all(&self) -> bool {
-        !self.syn && self.states.is_none_or(|bits| bits & STATE_ESTABLISHED != 0)
-    }
-
-    /// Whether a packet that opens a tracked connection may pass it.
-    pub fn may_open(&self) -> bool {
-        !self.without_syn
-            && (self.or_translated || self.states.is_none_or(|bits| bits & STATE_NEW != 0))
-    }
-
-    /// Whether no client, destination and interface is left out.
-    pub fn is_for_everybody(&self) -> bool {
-        !self.is_narrowed()
-            && !self.never
-            && self.interfaces.is_empty()
-            && self.sources.is_empty()
-            && self.destinations.is_empty()
-    }
-
-    /// Ports as clients know them.
-    pub fn shown_ports(&self) -> &Ports {
-        if self.asked.is_all() { &self.ports } else { &self.asked }
-    }
-}
-
-impl fmt::Display for Match {
-    /// ` to port 80 of 192.0.2.1/32, from 203.0.113.0/24, by eth0, if mark`
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.shown_ports() {
-            ports if ports.is_all() => f.write_str(" to any port")?,
-            ports => write!(f, " to port {ports}")?,
-        }
-        let list = |f: &mut fmt::Formatter<'_>, nets: &[(IpNet, bool)], inside: &str| {
-            nets.iter().try_for_each(|(net, is)| {
-                write!(f, "{}{net}", if *is { inside } else { ", not of " })
-            })
-        };
-        list(f, &self.destinations, " of ")?;
-        let outside = |(net, is): &(IpNet, bool)| (*net, *is);
-        for (net, is) in self.sources.iter().map(outside) {
-            write!(f, "{}{net}", if is { ", from " } else { ", not from " })?;
-        }
-        if !self.interfaces.is_empty() {
-            write!(f, ", by {}", self.interfaces.join(" or "))?;
-        }
-        if !self.others.is_empty() {
-            write!(f, ", if {}", self.others.join(" and "))?;
-        }
-        if self.or_translated {
-            f.write_str(", if translated")?;
-        }
-        Ok(())
-    }
 }
 
 fn other(what: String) -> Match {
     Match { others: vec![what], ..Match::default() }
-}
-
-/// Interfaces that both lists have; empty lists have all, `None` is none.
-fn common(one: &[String], other: &[String]) -> Option<Vec<String>> {
-    if one.is_empty() || other.is_empty() {
-        return Some([one, other].concat());
-    }
-    let begins = |name: &str, pattern: &str| {
-        pattern.strip_suffix('*').is_some_and(|start| name.trim_end_matches('*').starts_with(start))
-    };
-    let both = |a: &String, b: &String| match () {
-        () if a == b || begins(a, b) => Some(a.clone()),
-        () if begins(b, a) => Some(b.clone()),
-        () => None,
-    };
-    let all: Vec<String> =
-        one.iter().flat_map(|a| other.iter().filter_map(move |b| both(a, b))).collect();
-    (!all.is_empty()).then_some(all)
-}
-
-/// Whether no address can meet all of these.
-fn is_empty(nets: &[(IpNet, bool)]) -> bool {
-    nets.iter().any(|(net, is)| {
-        nets.iter().any(|(other, also)| match (is, also) {
-            (true, true) => !net.contains(other) && !other.contains(net),
-            (true, false) => other.contains(net),
-            _ => false,
-        })
-    })
 }
 
 /// A test of a value between two, or outside of them.
@@ -259,7 +65,7 @@ fn within(value: &Operand, from: Bits, to: Bits, is: bool) -> Match {
     let answer = |known: u128, length: u32| {
         let bits =
             Operand { field: Field::Constant(known), length, changes: value.changes.clone() };
-        let packet = super::packet::nothing();
+        let packet = packet::nothing();
         let (Some(low), Some(high)) = (from.value(), to.value()) else { return Answer::Unknown };
         bits.of(&packet).first(from.length()).is_within(low, high).not_if(!is)
     };
@@ -464,46 +270,4 @@ fn interface(field: Field, value: Bits) -> String {
         Some(end) => String::from_utf8_lossy(bytes.get(..end).unwrap_or_default()).into_owned(),
         None => format!("{}*", String::from_utf8_lossy(&bytes)),
     }
-}
-
-fn described(value: &Operand, from: Bits, to: Bits, is: bool) -> String {
-    let sign = if is { "" } else { "not " };
-    match (value.field, from.value(), to.value()) {
-        (Field::Tcp(0) | Field::CtSourcePort(true), Some(from), Some(to)) if from == to => {
-            format!("{} {sign}{from}", words(value))
-        }
-        (Field::Tcp(0) | Field::CtSourcePort(true), Some(from), Some(to)) => {
-            format!("{} {sign}{from}-{to}", words(value))
-        }
-        (Field::Mark | Field::CtMark, ..) => {
-            let bytes = from.bytes().unwrap_or_default();
-            let mark = <[u8; 4]>::try_from(bytes.as_slice()).map_or(0, u32::from_ne_bytes);
-            format!("{} {sign}0x{mark:x}", words(value))
-        }
-        _ => words(value),
-    }
-}
-
-/// A value by the name that rules give it.
-pub(super) fn words(value: &Operand) -> String {
-    match (value.field, value.length) {
-        (Field::Ip(12), 1..=4) | (Field::Ip(8), 2..=16) => "source address",
-        (Field::Ip(16), 1..=4) | (Field::Ip(24), 1..=16) => "destination address",
-        (Field::CtSource(true), _) => "source address",
-        (Field::CtDestination(true), _) => "asked address",
-        (Field::Tcp(0) | Field::CtSourcePort(true), 2) => "source port",
-        (Field::Tcp(2), 2) => "port",
-        (Field::CtDestinationPort(true), 2) => "asked port",
-        (Field::L4Proto, _) => "protocol",
-        (Field::InterfaceName | Field::InterfaceIndex, _) => "interface",
-        (Field::Mark, _) => "mark",
-        (Field::CtMark, _) => "ct mark",
-        (Field::CtState | Field::XtState, _) => "ct state",
-        (Field::DestinationType, _) => "fib daddr type",
-        (Field::SourceType, _) => "fib saddr type",
-        (Field::Ip(_), _) => "ip header",
-        (Field::Tcp(_), _) => "tcp header",
-        _ => "another value",
-    }
-    .to_owned()
 }
