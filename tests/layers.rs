@@ -53,7 +53,7 @@ const PURE: [&str; 34] = [
     "sockdiag/silence.rs",
     "sockdiag/socket.rs",
     "reconcile/groups.rs",
-    "reconcile/ledger.rs",
+    "reconcile/ledger",
     "reconcile/outgoing/memory.rs",
     "reconcile/outgoing/plan.rs",
     "reconcile/plan.rs",

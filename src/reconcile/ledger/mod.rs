@@ -3,34 +3,23 @@
 //! Keyed by the socket's cookie, never by the tuple alone: a port that is used again does not
 //! inherit anything.
 
+mod held;
+mod known;
+mod watched;
+
 use std::collections::{BTreeSet, HashMap, HashSet};
-use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
+pub use self::held::Held;
+use self::known::Known;
 use super::agenda::Agenda;
 use super::evidence::{Arrival, Arrivals, Evidence, TrackedPort};
 use super::pressure::{Defence, Pressure};
 use super::snapshot::{Snapshot, View};
 use crate::conntrack::{Entry, EntryKey, Tcp, TcpState, Zone};
 use crate::firewall::lists::Loss;
-use crate::flow::{Connection, FourTuple};
-use crate::recount::Hidden;
+use crate::flow::Connection;
 use crate::sockdiag::{Cookie, Lookup, Socket, State};
-
-/// An entry that ctkeep answers for.
-#[derive(Clone, Copy, Debug)]
-pub struct Held {
-    /// The socket that it is held for.
-    pub cookie: Cookie,
-    /// What finds that socket.
-    pub lookup: Lookup,
-    /// The entry's original tuple.
-    pub orig: FourTuple,
-    /// Since when it is held.
-    pub since: Instant,
-    /// What keeps it from being fooled again.
-    pub hidden: Option<Hidden>,
-}
 
 /// The memory of one network namespace.
 #[derive(Clone, Debug, Default)]
@@ -58,28 +47,6 @@ pub struct Ledger {
     zones: BTreeSet<Zone>,
 }
 
-/// A socket that was seen. There are many: it is kept small.
-#[derive(Clone, Debug)]
-struct Known {
-    connection: Connection,
-    interface: u32,
-    /// Of the socket, when it was last seen.
-    state: State,
-    /// The last dump of sockets that it was in.
-    dump: u32,
-    entry: Last,
-    hold: Option<Hold>,
-    /// When the connection is looked at next, where it is watched.
-    look: Option<Instant>,
-}
-
-/// That ctkeep answers for the entry.
-#[derive(Clone, Copy, Debug)]
-struct Hold {
-    since: Instant,
-    hidden: Option<Hidden>,
-}
-
 /// The timeout for entries of idle connections that the kernel would forget.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Idle {
@@ -87,51 +54,6 @@ pub struct Idle {
     pub below: Duration,
     /// What it gets.
     pub timeout: Duration,
-}
-
-/// How an entry looked last.
-#[derive(Clone, Debug)]
-enum Last {
-    /// Fully derivable from its connection: opened by the peer.
-    Plain(Option<Tcp>),
-    /// Anything else, boxed.
-    Other(Box<Entry>),
-}
-
-impl Known {
-    fn new(socket: &Socket, entry: Entry) -> Self {
-        let connection = socket.connection();
-        let entry = if entry.is_plain() && entry.reply == connection.sent() {
-            Last::Plain(entry.tcp)
-        } else {
-            Last::Other(Box::new(entry))
-        };
-        let Socket { interface, state, .. } = *socket;
-        Self { connection, interface, state, dump: 0, entry, hold: None, look: None }
-    }
-
-    fn lookup(&self) -> Lookup {
-        Lookup { connection: self.connection, interface: self.interface }
-    }
-
-    fn last_entry(&self) -> Entry {
-        match &self.entry {
-            Last::Plain(tcp) => {
-                Entry { tcp: *tcp, ..Entry::plain(self.connection.received(), Zone::default()) }
-            }
-            Last::Other(entry) => **entry,
-        }
-    }
-
-    fn held(&self, cookie: Cookie) -> Option<Held> {
-        let Hold { since, hidden } = self.hold?;
-        let lookup = self.lookup();
-        let orig = match &self.entry {
-            Last::Plain(_) => self.connection.received(),
-            Last::Other(entry) => entry.orig,
-        };
-        Some(Held { cookie, lookup, orig, since, hidden })
-    }
 }
 
 impl Ledger {
@@ -203,45 +125,6 @@ impl Ledger {
     /// The record of this very socket.
     fn known(&self, socket: &Socket) -> Option<&Known> {
         self.known.get(&socket.cookie).filter(|known| known.connection == socket.connection())
-    }
-
-    /// Whether the entry of this very socket is held.
-    pub fn holds(&self, socket: &Socket) -> bool {
-        self.known(socket).is_some_and(|known| known.hold.is_some())
-    }
-
-    /// Whether an entry of this connection is held for some socket.
-    pub fn holds_connection(&self, connection: Connection) -> bool {
-        self.by_connection.contains_key(&connection)
-    }
-
-    /// The device that the socket of a held entry is bound to, 0 for none.
-    pub fn interface(&self, connection: Connection) -> Option<u32> {
-        let known = self.by_connection.get(&connection).and_then(|cookie| self.known.get(cookie));
-        known.map(|known| known.interface)
-    }
-
-    /// What keeps the entry of this very socket from being fooled again.
-    pub fn hidden(&self, socket: &Socket) -> Option<Hidden> {
-        self.known(socket)?.hold?.hidden
-    }
-
-    /// Takes note that packets of this socket's peer are kept from conntrack; its entry is held.
-    pub(super) fn set_hidden(&mut self, socket: &Socket, hidden: Hidden) {
-        let known = self.known.get_mut(&socket.cookie);
-        if let Some(hold) = known.and_then(|known| known.hold.as_mut()) {
-            hold.hidden = hold.hidden.max(Some(hidden));
-        }
-    }
-
-    /// A number that grows whenever another entry is held, or one no longer.
-    pub fn holds_changed(&self) -> u64 {
-        self.changes
-    }
-
-    /// All held entries.
-    pub fn held(&self) -> impl Iterator<Item = Held> {
-        self.known.iter().filter_map(|(cookie, known)| known.held(*cookie))
     }
 
     /// Takes note that the entry of this socket is not to be believed, however it looks: conntrack
@@ -358,109 +241,6 @@ impl Ledger {
         self.known.insert(socket.cookie, known);
     }
 
-    /// The connection of this socket, of which an entry is known, is looked at again at `at`.
-    pub fn look_at(&mut self, socket: &Socket, at: Instant) {
-        if self.known(socket).is_some() {
-            self.set_look(socket.cookie, Some(at));
-        }
-    }
-
-    /// The held entry of this connection is looked at again at `at`.
-    pub fn look_at_connection(&mut self, connection: Connection, at: Instant) {
-        if let Some(cookie) = self.by_connection.get(&connection) {
-            self.set_look(*cookie, Some(at));
-        }
-    }
-
-    fn set_look(&mut self, cookie: Cookie, at: Option<Instant>) -> Option<Lookup> {
-        let known = self.known.get_mut(&cookie)?;
-        self.agenda.move_look(cookie, known.look, at);
-        known.look = at;
-        Some(known.lookup())
-    }
-
-    /// Every watched connection is looked at again at `at`, or as before where that is sooner.
-    pub fn look_at_all(&mut self, at: Instant) {
-        for cookie in self.agenda.later_than(at) {
-            self.set_look(cookie, Some(at));
-        }
-    }
-
-    /// The same for those of these sources.
-    pub fn look_at_sources(&mut self, sources: &HashSet<IpAddr>, at: Instant) {
-        let mut all = self.agenda.later_than(at);
-        let is_theirs = |known: &Known| sources.contains(&known.connection.remote.addr());
-        all.retain(|cookie| self.known.get(cookie).is_some_and(is_theirs));
-        for cookie in all {
-            self.set_look(cookie, Some(at));
-        }
-    }
-
-    /// Connections whose look is due, at most so many; they have none until it is set anew.
-    pub fn take_due(&mut self, now: Instant, most: usize) -> Vec<Lookup> {
-        let mut due = Vec::new();
-        while due.len() < most
-            && let Some(cookie) = self.agenda.due(now)
-        {
-            due.extend(self.set_look(cookie, None));
-        }
-        due
-    }
-
-    /// Whether the look at some connection is due.
-    pub fn is_look_due(&self, now: Instant) -> bool {
-        self.agenda.due(now).is_some()
-    }
-
-    /// Some watched connections, others each time.
-    pub fn sample(&mut self, most: usize) -> Vec<Lookup> {
-        let cookies = self.agenda.sample(most).into_iter();
-        cookies.filter_map(|cookie| self.known.get(&cookie)).map(Known::lookup).collect()
-    }
-
-    /// What finds a socket that is watched.
-    pub fn watched_socket(&self, cookie: Cookie) -> Option<Lookup> {
-        self.known.get(&cookie).filter(|known| known.look.is_some()).map(Known::lookup)
-    }
-
-    /// Whether any entry is held.
-    pub fn holds_any(&self) -> bool {
-        !self.by_connection.is_empty()
-    }
-
-    /// How many connections are watched.
-    pub fn watched(&self) -> usize {
-        self.agenda.len()
-    }
-
-    /// Takes note of a dump of sockets; those of them that are new, or not as they were, are handed
-    /// back, and so are the watched ones that it lacks.
-    ///
-    /// Open ones are in no dump: their ends have to be looked for where they are not told.
-    pub fn compare(&mut self, dump: &[Socket], ends_are_told: bool) -> Vec<Lookup> {
-        self.dumps = self.dumps.wrapping_add(1);
-        let mut differing = Vec::new();
-        for socket in dump {
-            match self
-                .known
-                .get_mut(&socket.cookie)
-                .filter(|it| it.connection == socket.connection())
-            {
-                Some(known) if known.look.is_some() && known.state == socket.state => {
-                    known.dump = self.dumps;
-                }
-                _ => differing.push(Lookup::from(socket)),
-            }
-        }
-        let is_dumped = |known: &Known| known.state != State::Established || !ends_are_told;
-        let is_lacking =
-            |known: &&Known| known.look.is_some() && known.dump != self.dumps && is_dumped(known);
-        let found: HashSet<_> = differing.iter().map(|lookup| lookup.connection).collect();
-        let lacking = self.known.values().filter(is_lacking).map(Known::lookup);
-        differing.extend(lacking.filter(|lookup| !found.contains(&lookup.connection)));
-        differing
-    }
-
     /// Remembers that this socket has opened its connection itself: that is none of our business.
     pub fn remember_own(&mut self, socket: &Socket) {
         let tcp = Some(Tcp { state: TcpState::Established, wscale: [0; 2], flags: [0; 2] });
@@ -493,52 +273,5 @@ impl Ledger {
     /// How packets get to local endpoints now; replaces what was known.
     pub fn set_arrivals(&mut self, arrivals: Arrivals) {
         self.arrivals = arrivals;
-    }
-
-    /// Answers for `entry` from now on.
-    pub fn hold(&mut self, socket: Socket, entry: Entry, now: Instant) {
-        // A tuple that is used again before its last holder was seen gone.
-        if let Some(cookie) = self.by_connection.insert(socket.connection(), socket.cookie)
-            && cookie != socket.cookie
-        {
-            self.forget(cookie);
-        }
-        self.distrusted.remove(&socket.cookie);
-        self.remember(&socket, entry);
-        if let Some(known) = self.known.get_mut(&socket.cookie) {
-            self.changes += u64::from(known.hold.is_none());
-            known.hold.get_or_insert(Hold { since: now, hidden: None });
-        }
-    }
-
-    /// Answers no longer for the entry of this connection.
-    pub fn drop_connection(&mut self, connection: Connection) {
-        if let Some(cookie) = self.by_connection.remove(&connection) {
-            self.forget(cookie);
-        }
-    }
-
-    fn forget(&mut self, cookie: Cookie) {
-        self.set_look(cookie, None);
-        let known = self.known.remove(&cookie);
-        self.changes += u64::from(known.is_some_and(|known| known.hold.is_some()));
-        self.distrusted.remove(&cookie);
-    }
-
-    /// Drops what a snapshot shows to be over: no socket, or another one with the same tuple.
-    ///
-    /// Where the entry of a socket that is gone is still alive the hold stays: it must be
-    /// released first.
-    pub fn settle(&mut self, snapshot: &Snapshot) {
-        for view in snapshot.views.iter() {
-            let Some(cookie) = self.by_connection.get(&view.connection) else { continue };
-            let over = match view.socket {
-                Some(socket) => socket.cookie != *cookie,
-                None => !matches!(view.entry_side(), Some((_, state)) if !state.is_closing()),
-            };
-            if over {
-                self.drop_connection(view.connection);
-            }
-        }
     }
 }
