@@ -1,16 +1,14 @@
-//! Limits are asked whether they count: after a recount, and at the start.
+//! After a recount limits are asked whether they count.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
-
-use ipnet::IpNet;
 
 use super::{Keeper, Witness};
 use crate::conntrack::Zone;
 use crate::error::Result;
 use crate::firewall::limits::LimitRule;
-use crate::firewall::lists::{Anew, Limited, Loss};
+use crate::firewall::lists::{Limited, Loss};
 use crate::firewall::packet::{Interface, Syn};
 use crate::flow::{Connection, Endpoint};
 use crate::netlink::Transport;
@@ -19,21 +17,15 @@ use crate::reconcile::checks::{Checked, Counted};
 use crate::reconcile::deciding::{limit_of, question};
 use crate::reconcile::evidence::Arrival;
 use crate::reconcile::groups::{Group, Groups, Member};
-use crate::reconcile::plan::Action;
 use crate::reconcile::snapshot::View;
 use crate::reconcile::timers::Timer;
 use crate::reconcile::uncounted::net;
-use crate::recount::{Asked, Recount, Room};
-use crate::sockdiag::{Cookie, Lookup, Socket};
+use crate::recount::{Asked, Recount};
+use crate::sockdiag::{Lookup, Socket};
 
-/// Groups of connections that are asked for at the start, for each limit.
-const SAMPLES: usize = 4;
-/// What happens at the start shows itself by then.
-const AT_START: Duration = Duration::from_millis(500);
 /// For so long after an event that called for something, or a change of rules, nothing is asked.
 pub(super) const QUIET: Duration = Duration::from_secs(1);
-/// Room of a sample that is counted at most: each probe in it takes a place for some milliseconds.
-const MOST: u32 = 64;
+
 /// Endpoints of this host that are asked for on behalf of one source.
 const ENDPOINTS: usize = 4;
 
@@ -79,38 +71,6 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         if let Some(recounter) = &mut self.recounter {
             recounter.expect_queues(self.checks.held_up());
         }
-    }
-
-    /// Has the lists of all limits tried: they may be younger than what is open. Nothing is changed
-    /// where they are not.
-    ///
-    /// # Errors
-    /// The kernel refused to list its sockets.
-    pub fn doubt_limits(&mut self, now: Instant) -> Result<()> {
-        let known = self.checks.known();
-        let mut groups = Groups::new(&known);
-        let sockets = self.guarded()?;
-        let mut held: HashMap<Group, (usize, &LimitRule, Socket)> = HashMap::new();
-        for socket in &sockets {
-            let syn = self.syn(socket.connection(), None, &groups)?;
-            for member in groups.of(&syn).iter() {
-                if let Some(group) = &member.group {
-                    held.entry(group.clone()).or_insert((0, member.rule, *socket)).0 += 1;
-                }
-            }
-        }
-        let mut all: Vec<_> = held.into_values().collect();
-        all.sort_unstable_by_key(|(held, _, socket)| (usize::MAX - held, socket.cookie));
-        let mut taken: HashMap<String, usize> = HashMap::new();
-        all.retain(|(_, rule, _)| {
-            let taken = taken.entry(rule.place()).or_default();
-            *taken += 1;
-            *taken <= SAMPLES
-        });
-        self.checks.sample(all.into_iter().map(|(_, rule, socket)| (rule.clone(), socket)));
-        self.no_questions_before(now + AT_START);
-        self.timers.hasten(Timer::Check, now);
-        Ok(())
     }
 
     /// Whether there is something to ask.
@@ -204,74 +164,6 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         if let Some(next) = self.checks.next() {
             self.timers.hasten(Timer::Check, next);
         }
-    }
-
-    /// Connections that may not be shown to a limit, since they would exceed it and it logs or writes to
-    /// a set what does: beyond what it counts together with them already. They wait until others end.
-    pub(super) fn withheld(&mut self, actions: &[Action]) -> Result<HashSet<Cookie>> {
-        let mut withheld = HashSet::new();
-        if !self.checks.are_told_of() {
-            return Ok(withheld);
-        }
-        let known = self.checks.known();
-        let mut groups = Groups::new(&known);
-        let mut wanted = Vec::new();
-        let mut places: HashMap<Group, usize> = HashMap::new();
-        // Of whom others may be counted together with these; `None` is everybody.
-        let mut near: Option<HashSet<IpNet>> = Some(HashSet::new());
-        for action in actions.iter().filter(|action| action.kind.needs_recount()) {
-            let Some(socket) = action.view.socket else { continue };
-            let syn = self.syn(socket.connection(), Some(action.template.orig.dst), &groups)?;
-            let members = groups.of(&syn);
-            for member in members.iter().filter(|member| member.rule.tells) {
-                places.extend(member.group.clone().map(|group| (group, 0)));
-                near = match (near, net(member.rule, syn.source)) {
-                    (Some(mut near), Some(net)) => {
-                        near.insert(net);
-                        Some(near)
-                    }
-                    _ => None,
-                };
-            }
-            wanted.push((socket.cookie, members));
-        }
-        if wanted.iter().all(|(_, members)| members.iter().all(|member| !member.rule.tells)) {
-            return Ok(withheld);
-        }
-        let is_near = |peer: IpAddr| {
-            near.as_ref().is_none_or(|near| near.iter().any(|net| net.contains(&peer)))
-        };
-        let sockets = self.guarded()?;
-        let shown: HashSet<_> = wanted.iter().map(|(cookie, _)| *cookie).collect();
-        let is_counted = |socket: &&Socket| {
-            !shown.contains(&socket.cookie) && self.ledger.uncounted(socket).is_none()
-        };
-        let counted = sockets.iter().filter(is_counted).map(Socket::connection);
-        // A list has what is ending until its entry is given back.
-        let open: HashSet<_> = sockets.iter().map(|socket| socket.cookie).collect();
-        let held = self.ledger.held().filter(|held| !open.contains(&held.cookie));
-        let ending = held.map(|held| held.lookup.connection);
-        let all: Vec<_> = counted.chain(ending).filter(|it| is_near(it.remote.addr())).collect();
-        for connection in all {
-            let syn = self.syn(connection, None, &groups)?;
-            for group in groups.of(&syn).iter().filter_map(|member| member.group.as_ref()) {
-                if let Some(taken) = places.get_mut(group) {
-                    *taken += 1;
-                }
-            }
-        }
-        for (cookie, members) in wanted {
-            let telling = || members.iter().filter(|member| member.rule.tells);
-            let taken = |member: &Member<'_>| places.get(member.group.as_ref()?).copied();
-            if telling().all(|member| taken(member).is_some_and(|taken| taken < member.limit)) {
-                for group in telling().filter_map(|member| member.group.clone()) {
-                    *places.entry(group).or_default() += 1;
-                }
-            } else {
-                withheld.insert(cookie);
-            }
-        }
-        Ok(withheld)
     }
 
     /// What the limits say that this source has reached, for each endpoint that it has connections to.
@@ -394,7 +286,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
     }
 
     /// The sockets that a limit counts together with those of a source, and how many of them for sure.
-    fn together<'r>(
+    pub(super) fn together<'r>(
         &mut self,
         rule: &LimitRule,
         group: &Group,
@@ -452,60 +344,5 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         }
         self.uncounted.again(rule, &sockets);
         self.timers.hasten(Timer::Recount, now);
-    }
-
-    /// Whether the list of a limit has all that is open of a group; if not, all that is open is shown
-    /// to it.
-    fn try_sample(
-        &mut self,
-        rule: &LimitRule,
-        socket: &Socket,
-        now: Instant,
-        as_read: AsRead<'_>,
-    ) -> Result<()> {
-        let known = self.checks.known();
-        let mut groups = Groups::new(&known);
-        let snapshot = self.tables.exactly(&[Lookup::from(socket)], &self.ledger)?;
-        let Some(view) = snapshot.views.iter().find(|view| view.socket.is_some()) else {
-            return Ok(());
-        };
-        let entry = view.entry.filter(|entry| entry.reply == view.connection.sent());
-        let source = view.connection.remote.addr();
-        let syn = self.syn(view.connection, entry.map(|entry| entry.orig.dst), &groups)?;
-        let members = groups.of(&syn);
-        let is_it = |member: &&Member<'_>| member.rule.place() == rule.place();
-        let (Some(Member { group: Some(group), limit, .. }), false) = (
-            members.iter().find(is_it),
-            // The limit may know it by the address before its translation.
-            members.iter().any(|member| member.rule.tells)
-                || entry.is_some_and(|entry| entry.orig.src.addr() != source),
-        ) else {
-            return Ok(());
-        };
-        let sockets = self.guarded()?;
-        let (before, _) = self.together(rule, group, source, &sockets, &mut groups)?;
-        let room = u32::try_from(limit.saturating_sub(before.len())).unwrap_or(u32::MAX);
-        if before.is_empty() || room > MOST {
-            return Ok(());
-        }
-        let Some(recounter) = &mut self.recounter else { return Ok(()) };
-        // One more than there should be is enough to know.
-        let question = question(&view, Zone::both(self.settings.policy.zone));
-        let asked = match recounter.room(question, room.saturating_add(1), now) {
-            Err(error) if error.is_unavailable() => return Ok(()),
-            asked => asked?,
-        };
-        if !matches!(asked, Room::AtLeast(_)) || !as_read()? {
-            return Ok(());
-        }
-        // Connections end meanwhile.
-        let sockets = self.guarded()?;
-        let (after, _) = self.together(rule, group, source, &sockets, &mut groups)?;
-        if after.len() >= before.len() {
-            self.checks.drop_samples(rule);
-            let anew = Anew { rule: rule.clone(), loss: Loss::New };
-            self.limits_lost(vec![anew], now, now);
-        }
-        Ok(())
     }
 }

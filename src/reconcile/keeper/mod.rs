@@ -11,8 +11,10 @@ mod in_place;
 mod limits;
 mod look;
 mod repair;
+mod samples;
 mod suspects;
 mod sweep;
+mod withheld;
 
 use std::collections::HashSet;
 use std::net::IpAddr;
