@@ -22,7 +22,7 @@ const RULES_TESTS: &str = "packaging/prometheus/ctkeep.rules.test.yml";
 const DASHBOARD: &str = "packaging/grafana/ctkeep.json";
 const MANUAL: &str = "docs/operations.md";
 
-const ALERTS: [&str; 12] = [
+const ALERTS: [&str; 13] = [
     "CtkeepRecountNotCounted",
     "CtkeepRecountUnavailable",
     "CtkeepDriftNotRepaired",
@@ -35,6 +35,7 @@ const ALERTS: [&str; 12] = [
     "CtkeepReloadFailed",
     "CtkeepShieldMissing",
     "CtkeepConnectionsUncounted",
+    "CtkeepOutgoingLost",
 ];
 
 fn dashboard() -> Value {
