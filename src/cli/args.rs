@@ -4,7 +4,9 @@ mod history;
 mod kill;
 mod overload;
 mod report;
+mod run;
 mod top;
+mod values;
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
@@ -12,24 +14,21 @@ use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
 
-use crate::daemon::{OnExit, ShieldMode};
+use self::values::{endpoint, guarded_state, lease, network, recount_mode, recount_route};
 use crate::error::{Error, Result};
 use crate::flow::Endpoint;
 use crate::host::netns::Namespace;
-use crate::overload::Overload;
 use crate::reconcile::policy::Policy;
-use crate::reconcile::pressure::{Defence, Level};
 use crate::recount::Mode;
 use crate::sockdiag::State;
-use crate::watch::EventSource;
 
-pub(super) use history::{History, Kept};
+pub(super) use history::History;
 pub(super) use kill::Kill;
 pub(super) use report::Report;
+pub(super) use run::Run;
 pub(super) use top::{Moment, Top};
 
 /// Keeps half-closed TCP connections counted: makes conntrack, and with it connlimit and
@@ -279,120 +278,6 @@ pub(super) struct Completions {
 }
 
 #[derive(Debug, Args)]
-pub(super) struct Run {
-    #[command(flatten)]
-    pub scope: Scope,
-
-    /// Time from one look at half-closed sockets to the next
-    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = interval)]
-    pub sweep_interval: Duration,
-
-    /// Time from one look at every socket in scope to the next
-    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = interval)]
-    pub deep_interval: Duration,
-
-    /// How changes of entries are noticed: by a packet log (nflog), by conntrack events, or by sweeps
-    /// alone (off)
-    #[arg(long, value_name = "SOURCE", default_value = "auto", value_parser = event_source())]
-    pub events: EventSource,
-
-    /// NFLOG group that the event source nflog uses
-    #[arg(long, value_name = "N", default_value_t = 9815)]
-    pub nflog_group: u16,
-
-    /// How the limiter is made to count a repaired connection again
-    #[arg(long, value_name = "ROUTE", default_value = "auto", value_parser = recount_mode())]
-    pub recount: Mode,
-
-    /// Follow changes of the firewall's rules, and show limits that are new or were emptied what
-    /// is open: where possible (auto), or off
-    #[arg(long, value_name = "WHEN", default_value = "auto", value_parser = auto_or_off(),
-          action = ArgAction::Set)]
-    pub follow_rules: bool,
-
-    /// Guard the connections of containers in this host's table: where possible (auto), or off
-    #[arg(long, value_name = "WHEN", default_value = "auto", value_parser = auto_or_off(),
-          action = ArgAction::Set)]
-    pub containers: bool,
-
-    /// Keep the entries of half-closed connections that this host or its containers opened for as long as
-    /// their sockets are open (extend), or leave them to the kernel (off)
-    #[arg(long, value_name = "WHAT", default_value = "off", value_parser = off_or_extend(),
-          action = ArgAction::Set)]
-    pub outgoing: bool,
-
-    /// Keep FINs and RSTs that TCP would not act on from conntrack: off, while under attack and
-    /// where possible (auto), or always (on)
-    #[arg(long, value_name = "WHEN", default_value = "off", value_parser = shield())]
-    pub shield: ShieldMode,
-
-    /// The bit of the packet mark that the shield works with
-    #[arg(long, value_name = "BIT", default_value = "0x1000", value_parser = mark_bit)]
-    pub shield_mark: u32,
-
-    /// Name of the helper device and nftables table that are made for recount
-    #[arg(long, value_name = "NAME", default_value = "ctkeep0", value_parser = device)]
-    pub device: String,
-
-    /// How firmly entries are held: as attacks require (auto), never more than needed (0), always as
-    /// under attack (2)
-    #[arg(long, value_name = "LEVEL", default_value = "auto", value_parser = defence())]
-    pub defence: Defence,
-
-    /// Remove entries of the scope that no socket has backed for this long [default: never]
-    #[arg(long, value_name = "TIME", value_parser = interval)]
-    pub reap: Option<Duration>,
-
-    // Not a doc comment: rustdoc takes the brackets for a link.
-    #[arg(
-        long = "overload",
-        value_name = "above=N [KEY=VALUE]...",
-        value_parser = overload::overload,
-        help = "Put sources that hold more sockets than this into an nftables set, for rules of your own \
-                (repeatable; [[overload]] in a file; docs/overload.md)"
-    )]
-    pub overloads: Vec<Overload>,
-
-    /// Run the workers with real-time priority (SCHED_RR); needs CAP_SYS_NICE
-    #[arg(long)]
-    pub realtime: bool,
-
-    /// At the end, keep held entries for their lease, or release them at once
-    #[arg(long, value_name = "WHAT", default_value = "keep", value_parser = on_exit())]
-    pub on_exit: OnExit,
-
-    /// Serve metrics, health and a status page by HTTP here, or not at all (off)
-    #[arg(long, value_name = "ADDR:PORT|off", default_value = "127.0.0.1:9815",
-          value_parser = listen)]
-    pub metrics_listen: Listen,
-
-    /// Write metrics to this file every few seconds, for the textfile collector of node_exporter
-    #[arg(long, value_name = "PATH")]
-    pub metrics_textfile: Option<PathBuf>,
-
-    /// Keep what sources held each minute, and what was done, in this folder: that which systemd
-    /// names for the service (auto: /var/lib/ctkeep), another one, or not at all (off)
-    #[arg(long, value_name = "auto|off|PATH", default_value = "auto", value_parser = history::kept)]
-    pub history: Kept,
-
-    /// Room for it
-    #[arg(long, value_name = "SIZE", default_value = "64MB", value_parser = history::size)]
-    pub history_room: u64,
-
-    /// Show addresses of peers on the status page
-    #[arg(long)]
-    pub status_addresses: bool,
-
-    /// Observe, log and count; change nothing
-    #[arg(long)]
-    pub dry_run: bool,
-
-    /// Form of the log on stderr [default: text on a terminal, journald under systemd, else json]
-    #[arg(long, value_name = "FORM", value_enum)]
-    pub log_format: Option<LogFormat>,
-}
-
-#[derive(Debug, Args)]
 #[command(next_help_heading = "Output")]
 pub(super) struct Output {
     /// Form of the output
@@ -490,161 +375,14 @@ fn namespaces(names: &[String]) -> Result<Vec<Namespace>> {
     Ok(all)
 }
 
-/// States in which an application can still have the socket.
-fn guarded_state() -> impl TypedValueParser<Value = State> {
-    let parse = |text: String| match text.parse::<State>() {
-        Ok(state) if State::OPEN.contains(&state) => Ok(state),
-        Ok(state) => Err(format!(
-            "a socket in {state} cannot be guarded: no application has one; there are {}",
-            State::OPEN.map(State::name).join(", ")
-        )),
-        Err(error) => Err(error.to_string()),
-    };
-    clap::builder::StringValueParser::new().try_map(parse)
-}
-
-fn endpoint(text: &str) -> std::result::Result<Endpoint, String> {
-    match text.parse::<Endpoint>() {
-        Ok(endpoint) if endpoint.port() > 0 => Ok(endpoint),
-        _ => Err("expected an address with a port: 192.0.2.1:80 or [2001:db8::1]:80".to_owned()),
-    }
-}
-
-fn network(text: &str) -> std::result::Result<IpNet, String> {
-    if let Ok(addr) = text.parse::<std::net::IpAddr>() {
-        return Ok(IpNet::from(addr.to_canonical()));
-    }
-    text.parse::<IpNet>()
-        .map(|net| net.trunc())
-        .map_err(|_| "expected an address or a network such as 198.51.100.0/24".to_owned())
-}
-
-fn duration(text: &str) -> std::result::Result<Duration, String> {
-    if text.bytes().all(|byte| byte.is_ascii_digit()) && !text.is_empty() {
-        return Err(format!("a time needs a unit: {text}s"));
-    }
-    humantime::parse_duration(text).map_err(|error| format!("{error}; expected 30s, 1m, 500ms"))
-}
-
-fn interval(text: &str) -> std::result::Result<Duration, String> {
-    match duration(text)? {
-        time if time < Duration::from_millis(10) => Err("at least 10ms".to_owned()),
-        time if time > Duration::from_secs(86_400) => Err("at most 1day".to_owned()),
-        time => Ok(time),
-    }
-}
-
-/// Conntrack counts whole seconds, and a lease must outlive the sweeps that renew it.
-fn lease(text: &str) -> std::result::Result<Duration, String> {
-    match duration(text)? {
-        time if time < Duration::from_secs(2) => Err("at least 2s".to_owned()),
-        time if time > Duration::from_secs(86_400) => Err("at most 1day".to_owned()),
-        time => Ok(time),
-    }
-}
-
-fn listen(text: &str) -> std::result::Result<Listen, String> {
-    match text.parse() {
-        _ if text == "off" => Ok(Listen(None)),
-        Ok(address) => Ok(Listen(Some(address))),
-        Err(_) => Err("expected 127.0.0.1:9815, [::1]:9815 or the like, or off".to_owned()),
-    }
-}
-
-/// What the kernel takes as an interface name (`dev_valid_name()`).
-fn device(text: &str) -> std::result::Result<String, String> {
-    let valid = (1..=15).contains(&text.len())
-        && !matches!(text, "." | "..")
-        && text.bytes().all(|byte| byte.is_ascii_graphic() && !b"/:%".contains(&byte));
-    if valid { Ok(text.to_owned()) } else { Err("no name for an interface".to_owned()) }
-}
-
-fn mark_bit(text: &str) -> std::result::Result<u32, String> {
-    let bit = match text.strip_prefix("0x") {
-        Some(digits) => u32::from_str_radix(digits, 16),
-        None => text.parse(),
-    };
-    bit.ok()
-        .filter(|bit| bit.is_power_of_two())
-        .ok_or_else(|| "expected a number with one bit set, such as 0x1000".to_owned())
-}
-
-fn shield() -> impl TypedValueParser<Value = ShieldMode> {
-    PossibleValuesParser::new(["auto", "on", "off"]).map(|name| match name.as_str() {
-        "auto" => ShieldMode::Auto,
-        "on" => ShieldMode::On,
-        _ => ShieldMode::Off,
-    })
-}
-
-fn auto_or_off() -> impl TypedValueParser<Value = bool> {
-    PossibleValuesParser::new(["auto", "off"]).map(|name| name == "auto")
-}
-
-fn off_or_extend() -> impl TypedValueParser<Value = bool> {
-    PossibleValuesParser::new(["off", "extend"]).map(|name| name == "extend")
-}
-
-fn recount_route() -> impl TypedValueParser<Value = Mode> {
-    PossibleValuesParser::new(["auto", "ingress", "loopback"]).map(|name| match name.as_str() {
-        "ingress" => Mode::Ingress,
-        "loopback" => Mode::Loopback,
-        _ => Mode::Auto,
-    })
-}
-
-fn recount_mode() -> impl TypedValueParser<Value = Mode> {
-    PossibleValuesParser::new(["auto", "ingress", "loopback", "off"]).map(|name| {
-        match name.as_str() {
-            "ingress" => Mode::Ingress,
-            "loopback" => Mode::Loopback,
-            "off" => Mode::Off,
-            _ => Mode::Auto,
-        }
-    })
-}
-
-fn event_source() -> impl TypedValueParser<Value = EventSource> {
-    PossibleValuesParser::new(["auto", "nflog", "ctnetlink", "off"]).map(|name| {
-        match name.as_str() {
-            "nflog" => EventSource::Nflog,
-            "ctnetlink" => EventSource::Ctnetlink,
-            "off" => EventSource::Off,
-            _ => EventSource::Auto,
-        }
-    })
-}
-
-fn defence() -> impl TypedValueParser<Value = Defence> {
-    PossibleValuesParser::new(["auto", "0", "1", "2"]).map(|name| match name.as_str() {
-        "0" => Defence::Fixed(Level::Calm),
-        "1" => Defence::Fixed(Level::Alert),
-        "2" => Defence::Fixed(Level::Manual),
-        _ => Defence::Auto,
-    })
-}
-
-fn on_exit() -> impl TypedValueParser<Value = OnExit> {
-    PossibleValuesParser::new(["keep", "release"]).map(|name| match name.as_str() {
-        "release" => OnExit::Release,
-        _ => OnExit::Keep,
-    })
-}
-
 #[cfg(test)]
 mod tests {
-    use super::*;
     use clap::CommandFactory;
+
+    use super::*;
 
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
-    }
-
-    #[test]
-    fn a_bare_address_is_a_network_of_one() {
-        assert_eq!(network("198.51.100.7").unwrap().to_string(), "198.51.100.7/32");
-        assert_eq!(network("198.51.100.7/24").unwrap().to_string(), "198.51.100.0/24");
-        assert!(network("198.51.100.0/33").is_err());
     }
 }

@@ -6,7 +6,8 @@ use std::time::Duration;
 use clap::Args;
 use ipnet::IpNet;
 
-use super::{Output, duration, network};
+use super::Output;
+use super::values::{duration, network};
 
 /// What sources held, minute by minute, and what the daemon did: from the files that `ctkeep run
 /// --history` keeps.

@@ -7,7 +7,8 @@ use clap::Args;
 use clap::builder::TypedValueParser;
 use ipnet::IpNet;
 
-use super::{Output, duration, namespaces, network};
+use super::values::{duration, network};
+use super::{Output, namespaces};
 use crate::error::Result;
 use crate::host::netns::Namespace;
 use crate::kill::choose::Which;

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use super::interval;
+use super::values::interval;
 use crate::overload::{Overload, Place};
 use crate::sockdiag::State;
 

@@ -5,7 +5,8 @@ use std::time::Duration;
 use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 
-use super::{Output, Scope, interval};
+use super::values::interval;
+use super::{Output, Scope};
 use crate::top::filter::Filter;
 use crate::top::rows::{Fold, Sort};
 
