@@ -51,7 +51,7 @@ impl Layer<Limits> {
     pub(super) fn asked(&mut self, all: &[Answered]) {
         for answered in all {
             let Some(rule) = self.figures.rules.get_mut(answered.rule) else { continue };
-            let lacking = checks::lacking(answered, &rule.rule);
+            let lacking = checks::sockets::lacking(answered, &rule.rule);
             let is_known = answered.answer.listed().is_some();
             rule.holds = match (&lacking, rule.holds) {
                 (Some(_), _) => Some(false),
@@ -147,12 +147,10 @@ pub struct Full {
 impl LimitFigures {
     fn of(rule: &LimitRule, loads: &[&Load]) -> Self {
         let over: Vec<_> = loads.iter().filter(|load| load.is_over() == Some(true)).collect();
-        let mut findings = checks::limit(rule);
-        findings.extend(
-            over.first().map(|worst| {
-                checks::over(whose(rule, worst), worst.held, worst.limit, worst.counted)
-            }),
-        );
+        let mut findings = checks::limits::limit(rule);
+        findings.extend(over.first().map(|worst| {
+            checks::sockets::over(whose(rule, worst), worst.held, worst.limit, worst.counted)
+        }));
         let passing = |is_sure| {
             let all = rule.before.iter().filter(move |before| before.is_sure() == is_sure);
             all.map(EarlierAccept::to_string).collect()
@@ -328,12 +326,12 @@ impl Layers {
         let syn_recv = u64::try_from(syn_recv).unwrap_or(u64::MAX);
         Self {
             conntrack: inputs.figures.map(|figures| {
-                Layer::new(checks::conntrack(&figures.table), figures.table.clone())
+                Layer::new(checks::figures::conntrack(&figures.table), figures.table.clone())
             }),
             limiter: limits(inputs),
             syn: inputs.figures.map(|figures| {
-                let mut findings = checks::syn(&figures.tcp, syn_recv);
-                findings.push(checks::listen_drops(&figures.tcp));
+                let mut findings = checks::figures::syn(&figures.tcp, syn_recv);
+                findings.push(checks::figures::listen_drops(&figures.tcp));
                 Layer::new(findings, Handshakes { syn_recv, tcp: figures.tcp.clone() })
             }),
             listen: inputs.listeners.iter().map(|socket| queue(socket, inputs.owners)).collect(),
@@ -347,7 +345,7 @@ fn limits(inputs: Inputs<'_>) -> Layer<Limits> {
     let mut ports: Vec<u16> = inputs.listeners.iter().map(|socket| socket.local.port()).collect();
     ports.sort_unstable();
     ports.dedup();
-    let mut findings = checks::limiter(limiter, &ports);
+    let mut findings = checks::limits::limiter(limiter, &ports);
     if inputs.is_limit_named {
         findings.retain(|finding| !matches!(finding.id, "no-limit" | "rules-unread"));
     }
@@ -360,7 +358,7 @@ fn limits(inputs: Inputs<'_>) -> Layer<Limits> {
 }
 
 fn queue(socket: &Socket, owners: &Owners) -> Queue {
-    let finding = checks::queue(socket.recv_queue, socket.send_queue);
+    let finding = checks::figures::queue(socket.recv_queue, socket.send_queue);
     let holder = owners.holder(socket);
     Queue {
         local: socket.local.to_string(),
@@ -425,8 +423,8 @@ fn application(kind: Kind, holder: Option<&Holder>, sockets: &[Socket]) -> Appli
     let close_wait = of(State::CloseWait);
     let open = close_wait + of(State::Established);
     let finding = match kind {
-        Kind::Kernel => checks::closing(sockets.len()),
-        _ => checks::application(open, close_wait, unread),
+        Kind::Kernel => checks::sockets::closing(sockets.len()),
+        _ => checks::sockets::application(open, close_wait, unread),
     };
     Application {
         kind,

@@ -275,14 +275,14 @@ impl Report {
         layers.limiter.asked(asked);
         if let Some(limit) = request.limit {
             let over = sources.iter().find(|source| source.over_limit == Some(true));
-            layers.limiter.extend(
-                over.map(|source| checks::over(source.net, source.held, limit, source.counted)),
-            );
+            layers.limiter.extend(over.map(|source| {
+                checks::sockets::over(source.net, source.held, limit, source.counted)
+            }));
         }
         let untracked = connections
             .iter()
             .filter(|connection: &&ReportedConnection| connection.class == Class::Untracked);
-        layers.limiter.extend(checks::unseen(
+        layers.limiter.extend(checks::limits::unseen(
             limiter,
             &seen.rules,
             seen.namespaces,
@@ -299,19 +299,21 @@ impl Report {
             request.limit.is_some() || limiter.rules.iter().any(|it| by_source(it) && covers(it))
         };
         let fronts = seen.fronts.iter().copied().filter(has_limit);
-        layers.limiter.extend(fronts.map(checks::clients_as_one));
+        layers.limiter.extend(fronts.map(checks::sockets::clients_as_one));
         // A saved text may leave the listeners out.
         if seen.figures.is_some() {
             let open = |view: &View| view.socket.is_some_and(|socket| socket.takes_a_slot());
             let open = snapshot.views.iter().filter(open).map(|view| view.connection.local.port());
-            layers.limiter.extend(checks::listener_gone(&seen.listeners, open));
+            layers.limiter.extend(checks::sockets::listener_gone(&seen.listeners, open));
             let unheard = policy.unheard(&seen.listeners, scope, &seen.rules);
-            layers.limiter.extend(checks::unheard(&unheard));
+            layers.limiter.extend(checks::limits::unheard(&unheard));
         }
-        layers.limiter.extend(checks::untracked(untracked.map(|it| family(it.view.connection))));
+        layers
+            .limiter
+            .extend(checks::sockets::untracked(untracked.map(|it| family(it.view.connection))));
         if let (Some(outgoing), Some(layer)) = (seen.outgoing, layers.conntrack.as_mut()) {
             let timeout = layer.figures.timeout_close_wait;
-            layer.extend(checks::outgoing(outgoing, told.outgoing, timeout));
+            layer.extend(checks::sockets::outgoing(outgoing, told.outgoing, timeout));
         }
         let reached = Reached {
             // Of saved tables what is open shows it.

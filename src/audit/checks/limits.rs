@@ -1,0 +1,214 @@
+//! The limits of the rules, and the ports that they are for.
+
+use crate::audit::finding::Finding;
+use crate::firewall::limits::{EarlierAccept, LimitRule, Limiter, Sight, Witness};
+use crate::firewall::{Hook, Ports, Ruleset, published};
+
+/// The rules; `ports` are those that are looked after.
+pub fn limiter(limiter: &Limiter, ports: &[u16]) -> Vec<Finding> {
+    let mut all: Vec<_> = limiter
+        .unread
+        .iter()
+        .map(|what| {
+            Finding::warn(
+                "rules-unread",
+                what.clone(),
+                "name the limit yourself: ctkeep audit --limit N",
+            )
+        })
+        .collect();
+    // Rules that were not read may have one.
+    if limiter.rules.is_empty() && limiter.unread.is_empty() {
+        all.push(Finding::warn(
+            "no-limit",
+            "no connlimit or ct count rule was found",
+            "name the limit yourself: ctkeep audit --limit N",
+        ));
+    }
+    all.extend(limiter.rules.iter().flat_map(limit));
+    for rule in &limiter.dormant {
+        all.push(Finding::bad(
+            "limit-dormant",
+            format!("{rule} is switched off: its table is dormant"),
+            format!("nft add table {} {}", rule.family, rule.table),
+        ));
+    }
+    all.extend(limiter.rules.iter().filter(|rule| rule.tells).map(|rule| {
+        Finding::ok(
+            "rule-sees-nudges",
+            format!(
+                "{} tells of what exceeds it (a log, a set): ctkeep shows it no connection beyond its \
+                 limit, and asks it nothing",
+                rule.place()
+            ),
+        )
+    }));
+    all.extend(limiter.witnesses.iter().map(witness));
+    for port in ports {
+        if let Some(place) = limiter.notrack(*port)
+            && !limiter.synproxied.iter().any(|ports| ports.contains(*port))
+        {
+            all.push(untracked_port(limiter, *port, place));
+        }
+    }
+    all
+}
+
+/// One limit, and the set that it keeps its lists in.
+pub fn limit(rule: &LimitRule) -> Vec<Finding> {
+    let mut all = vec![one_limit(rule)];
+    all.extend(rule.set.as_ref().filter(|set| set.is_full()).map(|set| {
+        Finding::bad(
+            "set-full",
+            format!(
+                "set {} is full: {} of {} sources; others are not limited ({})",
+                set.name,
+                set.elements,
+                set.size.unwrap_or(0),
+                rule.place()
+            ),
+            format!("give set {} a larger size", set.name),
+        )
+    }));
+    all
+}
+
+fn one_limit(rule: &LimitRule) -> Finding {
+    let hidden = rule.before.iter().filter_map(|before| match before {
+        EarlierAccept::Ports(ports) => Some(ports.clone()),
+        _ => None,
+    });
+    let left = hidden.fold(rule.matches.ports.clone(), |left, ports: Ports| left.and(&ports.not()));
+    if left.is_empty() {
+        return Finding::bad(
+            "limit-shadowed",
+            format!("{rule}: an accept before it takes every packet"),
+            format!("move {} before the rule that accepts", rule.place()),
+        );
+    }
+    if rule.matches.is_for_all() && !rule.before.contains(&EarlierAccept::Established) {
+        return Finding::warn(
+            "limit-without-syn",
+            format!("{rule} judges every packet: a stale RST itself frees the slot"),
+            "add --syn (nft: ct state new) to the rule",
+        );
+    }
+    if rule.limit.is_keyless {
+        return Finding::warn(
+            "limit-for-all",
+            format!("{rule} counts all clients together: one client can lock everybody out"),
+            format!("for each client: add @SET {{ ip saddr ct count over {} }}", rule.limit.count),
+        );
+    }
+    if rule.hook == Hook::Forward {
+        return Finding::ok("limit-forwarded", format!("{rule}, for forwarded connections"));
+    }
+    let nudged = match () {
+        () if rule.before.contains(&EarlierAccept::Loopback) => "loopback is accepted before it",
+        () if !rule.matches.interfaces.is_empty() => "it is bound to an interface",
+        () if !rule.matches.sources.is_empty() || rule.matches.is_narrowed() => {
+            "not for every client"
+        }
+        () => return Finding::ok("limit", rule.to_string()),
+    };
+    Finding::ok("limit", format!("{rule}; {nudged}"))
+}
+
+/// A rule that sees what ctkeep sends in its clients' names.
+fn witness(witness: &Witness) -> Finding {
+    const ID: &str = "rule-sees-nudges";
+    let Witness { place, sight, before, .. } = witness;
+    match (sight, before) {
+        (Sight::Rate(what), Some(limit)) => Finding::warn(
+            ID,
+            format!(
+                "{place} ({what}) lets so many SYNs a second through to {limit}: a burst of repairs is \
+                 counted only as it does"
+            ),
+            format!("put {limit} before it"),
+        ),
+        (Sight::Accepts(what), Some(limit)) => Finding::warn(
+            ID,
+            format!(
+                "{place} ({what}) accepts so many SYNs a second before {limit}: a repair among them is \
+                 not counted"
+            ),
+            format!("put {limit} before it"),
+        ),
+        (Sight::Rate(what) | Sight::Accepts(what) | Sight::Memory(what), _) => Finding::ok(
+            ID,
+            format!(
+                "{place} ({what}) counts SYNs: a connection that is repaired behind the next SYN of its \
+                 source is one more"
+            ),
+        ),
+        (Sight::Log, _) => Finding::ok(
+            ID,
+            format!("{place} logs SYNs, and those that ctkeep sends for repairs and questions"),
+        ),
+    }
+}
+
+/// A port that a rule at `place` keeps out of conntrack.
+fn untracked_port(limiter: &Limiter, port: u16, place: &str) -> Finding {
+    const ID: &str = "port-untracked";
+    // Those of FORWARD, too: the port can be a container's.
+    let limits = || limiter.rules.iter().filter(|rule| rule.matches.shown_ports().contains(port));
+    let what = format!("port {port} is not tracked ({place})");
+    if let Some(limit) = limits().find(|rule| !rule.matches.shown_ports().is_all()) {
+        return Finding::bad(
+            ID,
+            format!("{what}: {} cannot count it", limit.place()),
+            "delete the NOTRACK rule, or leave the port out of ctkeep: --port",
+        );
+    }
+    match limits().next() {
+        Some(limit) => Finding::warn(
+            ID,
+            format!("{what}: {}, which is for any port, does not count it", limit.place()),
+            "delete the NOTRACK rule, or name the ports of the limit",
+        ),
+        None => Finding::ok(ID, format!("{what}, and no limit is for it: left alone")),
+    }
+}
+
+/// Ports that are named in vain.
+pub fn unheard(ports: &[u16]) -> Option<Finding> {
+    let ports: Vec<_> = ports.iter().map(u16::to_string).collect();
+    (!ports.is_empty()).then(|| {
+        Finding::warn(
+            "port-unheard",
+            format!("nothing listens on port {}, and no rule leads it elsewhere", ports.join(", ")),
+            "start its server, or name the ports that clients use: --port",
+        )
+    })
+}
+
+/// Limits of what is forwarded, and published ports, whose sockets are in other namespaces: the daemon
+/// does not look at them, as it says, or this look may not, for want of privileges.
+pub fn unseen(
+    limiter: &Limiter,
+    rules: &Ruleset,
+    namespaces: usize,
+    unseen: usize,
+    daemon_looks: Option<bool>,
+) -> Option<Finding> {
+    let forwarded = limiter.rules.iter().find(|rule| rule.hook == Hook::Forward);
+    let place = forwarded.map(LimitRule::place).or_else(|| published::any(rules))?;
+    if unseen > 0 {
+        return Some(Finding::bad(
+            "limit-unseen",
+            format!("{place}: its sockets are in namespaces that this look may not enter"),
+            "run it as root, with CAP_SYS_ADMIN, CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH",
+        ));
+    }
+    (namespaces > 0 && daemon_looks == Some(false)).then(|| {
+        Finding::bad(
+            "limit-unseen",
+            format!("{place}: the daemon does not look at its sockets, in {namespaces} namespaces"),
+            "install -D -m 0644 -t /etc/systemd/system/ctkeep.service.d \
+             /usr/share/doc/ctkeep/examples/containers.conf && systemctl daemon-reload && \
+             systemctl restart ctkeep",
+        )
+    })
+}

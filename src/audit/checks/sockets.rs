@@ -1,0 +1,178 @@
+//! Sockets: who holds them, which of them limits do not count, and what has become of their entries.
+
+use std::collections::{BTreeMap, HashSet};
+
+use ipnet::IpNet;
+
+use crate::audit::asked::Answered;
+use crate::audit::finding::Finding;
+use crate::audit::fronts::Front;
+use crate::flow::Endpoint;
+use crate::reconcile::outgoing::Survey;
+use crate::sockdiag::Socket;
+
+/// The kernel's own, in seconds.
+const CLOSE_WAIT: u64 = 60;
+
+/// The sockets of one application.
+pub fn application(held: usize, close_wait: usize, unread: u64) -> Finding {
+    /// A few are the ordinary end of connections.
+    const SOME: usize = 10;
+    let what = match unread {
+        0 => format!("{close_wait} of {held} open sockets are half-closed"),
+        _ => format!("{close_wait} of {held} open sockets are half-closed, {unread} bytes unread"),
+    };
+    if close_wait >= SOME && close_wait * 2 >= held {
+        return Finding::warn(
+            "half-closed-held",
+            what,
+            "the application does not close after its clients: look for blocked writes and its \
+             keep-alive and send timeouts",
+        );
+    }
+    Finding::ok("half-closed-held", what)
+}
+
+/// Sockets that no process has any more.
+pub fn closing(sockets: usize) -> Finding {
+    Finding::ok("half-closed-held", format!("{sockets} sockets that the kernel is closing"))
+}
+
+/// A source that holds more than its limit; `counted` are the entries that a limiter can count.
+pub fn over(source: IpNet, held: usize, limit: u32, counted: usize) -> Finding {
+    // Of a rule that does not go by the source.
+    let whose = if source.prefix_len() == 0 { "in all".to_owned() } else { source.to_string() };
+    let advice = if counted >= held {
+        "all are counted: it comes down as the server closes them, or by ctkeep kill --over-limit"
+    } else {
+        "ctkeep reconcile makes the limit count them again; ctkeep run keeps it right"
+    };
+    Finding::bad(
+        "source-over-limit",
+        format!("{whose}: {held} sockets, limit {limit}, the rule sees {counted}"),
+        advice,
+    )
+}
+
+/// A list that lacks connections, as the limit itself has shown.
+pub fn lacking(answered: &Answered, rule: &str) -> Option<Finding> {
+    let Answered { answer, held, .. } = answered;
+    let listed = usize::try_from(answer.listed()?).unwrap_or(usize::MAX);
+    if answer.is_full() || listed >= *held {
+        return None;
+    }
+    let whose =
+        if answer.net.prefix_len() == 0 { "all".to_owned() } else { answer.net.to_string() };
+    let to = answer.port.map_or(String::new(), |port| format!(" to port {port}"));
+    let more = answer.more.unwrap_or(0);
+    Some(Finding::bad(
+        "limit-lacking",
+        format!(
+            "{whose}{to}: {held} sockets, the list of {rule} has {listed}: it lets {more} more in"
+        ),
+        "ctkeep recount shows the limit its open connections; ctkeep run keeps it right",
+    ))
+}
+
+/// A port whose clients a limit takes for one.
+pub fn clients_as_one(front: Front) -> Finding {
+    let Front { behind, port, from, connections, is_gateway } = front;
+    let to = behind.map_or(format!("port {port}"), |addr| Endpoint::new(addr, port).to_string());
+    let (whose, place) = match (is_gateway, behind) {
+        (true, _) => ("the gateway", format!("on the host or router that has {from}")),
+        (false, Some(_)) => {
+            ("an address of this host", "in INPUT of this host, for the published port".to_owned())
+        }
+        (false, None) => (
+            "an address of this host",
+            "in INPUT of the host on which the proxy listens, for its port".to_owned(),
+        ),
+    };
+    Finding::warn(
+        "clients-as-one",
+        format!("all {connections} connections to {to} come from {from}, {whose}"),
+        format!(
+            "a limit for each client takes them for one: put it {place}, before the proxy \
+             (docker-proxy, rootlessport, slirp4netns) or masquerade that hides their addresses"
+        ),
+    )
+}
+
+/// Connections that outlive their listener; `open` has the local port of each.
+pub fn listener_gone(listeners: &[Socket], open: impl Iterator<Item = u16>) -> Option<Finding> {
+    let listening: HashSet<u16> = listeners.iter().map(|it| it.local.port()).collect();
+    let mut counts: BTreeMap<u16, usize> = BTreeMap::new();
+    for port in open.filter(|port| !listening.contains(port)) {
+        *counts.entry(port).or_default() += 1;
+    }
+    let ports = counts.iter().map(|(port, open)| format!("{port} ({open} open sockets)"));
+    let ports = ports.collect::<Vec<_>>().join(", ");
+    (!counts.is_empty())
+        .then(|| Finding::ok("listener-gone", format!("nothing listens any more on port {ports}")))
+}
+
+/// Open connections that conntrack does not look at, by the local port and whether it is of IPv4.
+pub fn untracked(connections: impl Iterator<Item = (u16, bool)>) -> Option<Finding> {
+    let mut ports: BTreeMap<u16, bool> = BTreeMap::new();
+    let mut all = 0_usize;
+    for (port, ipv4) in connections {
+        *ports.entry(port).or_default() |= ipv4;
+        all += 1;
+    }
+    // Rules for IPv4 alone leave IPv6 untracked on the same port.
+    let name = |(port, ipv4): (&u16, &bool)| match ipv4 {
+        true => port.to_string(),
+        false => format!("{port} (of IPv6 clients)"),
+    };
+    let ports: Vec<_> = ports.iter().map(name).collect();
+    (all > 0).then(|| {
+        Finding::ok(
+            "untracked",
+            format!(
+                "{all} open connections to port {} are not tracked, so no limit could count them; a \
+                 rule with connlimit or ct count for the port would make conntrack see new ones",
+                ports.join(", ")
+            ),
+        )
+    })
+}
+
+/// Half-closed connections that this host opened: `kept` is what the daemon says of them, where it looks
+/// after them; `timeout` is that of CLOSE_WAIT, in seconds.
+pub fn outgoing(seen: Survey, kept: Option<[usize; 3]>, timeout: Option<u64>) -> Option<Finding> {
+    const ID: &str = "outgoing";
+    let (timeout, is_long) = (timeout?, timeout? > CLOSE_WAIT);
+    let open = format!("{} half-closed connections that this host opened", seen.sockets);
+    let some = (seen.sockets > 0).then_some(());
+    match kept {
+        Some([_, _, lost]) if lost > 0 => Some(Finding::warn(
+            ID,
+            format!("{open}, {lost} of them have lost their entry"),
+            "journalctl -u ctkeep names them; docs/outgoing.md",
+        )),
+        Some([_, held, _]) if is_long => Some(Finding::warn(
+            ID,
+            format!("{open}, {held} entries kept by ctkeep: {timeout} s for all are needed no more"),
+            format!(
+                "sysctl -w net.netfilter.nf_conntrack_tcp_timeout_close_wait={CLOSE_WAIT}; of kube-proxy \
+                 conntrack.tcpCloseWaitTimeout: {CLOSE_WAIT}s"
+            ),
+        )),
+        Some([_, held, _]) => {
+            Some(Finding::ok(ID, format!("{open}, {held} entries kept by ctkeep")))
+        }
+        None if seen.translated > 0 && !is_long => some.map(|()| {
+            let lost = seen.without_entry;
+            Finding::warn(
+                ID,
+                format!(
+                    "{open}, {} behind address translation, which ends {timeout} s after their last \
+                     packet; {lost} have no entry",
+                    seen.translated
+                ),
+                "outgoing = \"extend\" in ctkeep.toml: docs/outgoing.md",
+            )
+        }),
+        None => some.map(|()| Finding::ok(ID, open)),
+    }
+}
