@@ -5,10 +5,12 @@
 //! are let in. Without ctkeep, in the same steps, the limit admits three more of each: the control.
 //! `CTKEEP_RELOADS` says how many reloads are made in a row (2).
 
+mod by_hand;
+mod frontends;
+mod streams;
+
 use crate::lab;
 use std::cell::RefCell;
-use std::io::{Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -17,11 +19,16 @@ use crate::lab::rules::{CONNLIMIT, CONNLIMIT6, INPUT, chain, input, restore};
 use crate::lab::{Daemon, Lab, Namespace, Peer, RawConn, Server, process, wait_for};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_ctkeep");
+
 const LIMIT: usize = 3;
+
 const TRIES: usize = LIMIT + 2;
+
 const SOON: Duration = Duration::from_secs(10);
+
 /// By then everything is counted again.
 const COUNTED: Duration = Duration::from_secs(1);
+
 /// The same where a run of iptables-legacy shows nothing of what it did.
 const COUNTED_LEGACY: Duration = Duration::from_secs(2);
 
@@ -36,8 +43,11 @@ struct Site {
 }
 
 const HERE: Site = Site { ipv6: false, container: false, limited: true, within: COUNTED };
+
 const OVER_IPV6: Site = Site { ipv6: true, ..HERE };
+
 const CONTAINER: Site = Site { container: true, ..HERE };
+
 const LEGACY: Site = Site { within: COUNTED_LEGACY, ..HERE };
 
 /// Connections of one address.
@@ -383,102 +393,6 @@ fn the_limit_holds_over_a_rule_of_iptables_legacy_that_comes_and_goes() {
     });
 }
 
-/// ufw itself, where `CTKEEP_UFW` names an unpacked package (docs/testing.md). Its files are copied,
-/// so that nothing of the machine's own is read or changed.
-#[test]
-fn the_limit_holds_over_a_reload_of_ufw() {
-    let Ok(package) = std::env::var("CTKEEP_UFW") else {
-        eprintln!("SKIPPED: CTKEEP_UFW names no unpacked package of ufw");
-        return;
-    };
-    let root = tempfile::tempdir().expect("a directory");
-    let root = root.path().to_str().expect("a path");
-    let run = |line: String| {
-        let done = Command::new("sh").args(["-ec", &line]).status().expect("sh");
-        assert!(done.success(), "{line}");
-    };
-    run(format!(
-        "cp -a {package}/. {root} && cd {root}/etc/ufw && rm -f *.rules *.init ufw.conf && \
-         cp {root}/usr/share/ufw/iptables/*.rules {root}/usr/share/ufw/*.init \
-            {root}/usr/share/ufw/ufw.conf . && \
-         sed -i 's|^IPT_SYSCTL=.*|IPT_SYSCTL=|' {root}/etc/default/ufw"
-    ));
-    let rules = format!("{root}/etc/ufw/before.rules");
-    let before = std::fs::read_to_string(&rules).expect("rules");
-    let limit = limit(HERE).replacen("INPUT", "-A ufw-before-input", 1);
-    let (head, _) = before.rsplit_once("COMMIT").expect("a table");
-    std::fs::write(&rules, format!("{head}{limit}\nCOMMIT\n")).expect("rules");
-    let ufw = |server: &Namespace, what: &str| {
-        let library = format!("PYTHONPATH={root}/usr/lib/python3/dist-packages");
-        let program = format!("{root}/usr/sbin/ufw --rootdir={root} --datadir={root}");
-        server.run(&format!("env {library} python3 {program} {what}"));
-    };
-    let load = |server: &Namespace| {
-        ufw(server, "--force enable");
-        ufw(server, "allow 80/tcp");
-    };
-    holds_over(HERE, load, |server| ufw(server, "reload"));
-}
-
-/// A bus of its own for firewalld: anybody may do anything on it.
-const BUS: &str = "<busconfig><type>system</type><auth>EXTERNAL</auth>\
-    <listen>unix:path=DIRECTORY/bus</listen><policy context=\"default\">\
-    <allow send_destination=\"*\" eavesdrop=\"true\"/><allow eavesdrop=\"true\"/>\
-    <allow own=\"*\"/><allow user=\"*\"/></policy></busconfig>";
-
-/// firewalld itself, where `CTKEEP_FIREWALLD` names its unpacked packages (docs/testing.md), with the
-/// limit as a direct rule: it runs with a bus and a configuration of its own.
-#[test]
-fn the_limit_holds_over_a_reload_of_firewalld() {
-    let Ok(package) = std::env::var("CTKEEP_FIREWALLD") else {
-        eprintln!("SKIPPED: CTKEEP_FIREWALLD names no unpacked packages of firewalld");
-        return;
-    };
-    let root = tempfile::tempdir().expect("a directory");
-    let root = root.path().to_str().expect("a path");
-    let rule = limit(HERE).replacen("INPUT ", "", 1);
-    let direct = format!(
-        "<direct><rule priority=\"0\" table=\"filter\" ipv=\"ipv4\" chain=\"INPUT\">{rule}</rule></direct>"
-    );
-    for (name, text) in [("direct.xml", direct), ("bus.conf", BUS.replace("DIRECTORY", root))] {
-        std::fs::write(format!("{root}/{name}"), text).expect("a file");
-    }
-    let library = format!("{package}/usr/lib/x86_64-linux-gnu");
-    let start = |server: &Namespace, program: &str, arguments: String| {
-        let mut command = Command::new(program);
-        command
-            .args(arguments.split(' '))
-            .env("PYTHONPATH", format!("{package}/usr/lib/python3/dist-packages"))
-            .env("LD_LIBRARY_PATH", &library)
-            .env("GI_TYPELIB_PATH", format!("{library}/girepository-1.0"))
-            .env("DBUS_SYSTEM_BUS_ADDRESS", format!("unix:path={root}/bus"));
-        server.spawn(&command).expect(program)
-    };
-    const PYTHON: &str = "/usr/bin/python3";
-    let tell = |server: &Namespace, what: &str| {
-        let told =
-            start(server, PYTHON, format!("{package}/usr/bin/firewall-cmd -q {what}")).wait();
-        told.expect("firewall-cmd").success()
-    };
-    // They die with their namespace.
-    let running = RefCell::new(Vec::new());
-    let load = |server: &Namespace| {
-        let _ = std::fs::remove_file(format!("{root}/bus"));
-        let bus = format!("--config-file={root}/bus.conf --nofork --nopidfile");
-        running.borrow_mut().push(start(server, "dbus-daemon", bus));
-        wait_for("a bus", SOON, || std::path::Path::new(&format!("{root}/bus")).exists());
-        let program = format!("{package}/usr/sbin/firewalld --nofork --nopid --log-target console");
-        let own = format!("--system-config {root} --default-config {package}/usr/lib/firewalld");
-        running.borrow_mut().push(start(server, PYTHON, format!("{program} {own}")));
-        wait_for("firewalld", SOON * 2, || tell(server, "--state"));
-        assert!(tell(server, "--permanent --add-port 80/tcp") && tell(server, "--reload"));
-    };
-    holds_over(HERE, load, |server| assert!(tell(server, "--reload")));
-    for mut child in running.into_inner() {
-        child.wait().expect("its end");
-    }
-}
-
 /// A limit counts what is open when it is added, too.
 #[test]
 fn a_limit_that_is_added_counts_what_is_open() {
@@ -487,181 +401,6 @@ fn a_limit_that_is_added_counts_what_is_open() {
     let tracked = input(&["INPUT -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT"]);
     let load = |server: &Namespace| drop(server.feed("iptables-restore", &tracked));
     holds_over(site, load, |server| server.run(&format!("iptables -A {}", limit(HERE))));
-}
-
-/// By hand, where no daemon runs.
-#[test]
-fn recount_by_hand_makes_the_limit_hold_again() {
-    let Some(lab) = Lab::new() else { return };
-    connlimit(HERE)(&lab.server);
-    let _server = lab.serve("[::]:80");
-    let mut half_closed = Held::open(&lab, HERE, 11);
-    let established = Held::open(&lab, HERE, 12);
-    for conn in &mut half_closed.conns {
-        lab.half_close(conn);
-    }
-    save_and_restore(HERE, "")(&lab.server);
-    let (code, out, err) = lab.ctkeep(PROGRAM, &["recount", "--dry-run", "--no-header"]);
-    assert_eq!((code, out.matches("planned").count()), (0, 2), "{out}{err}");
-    let one = lab.peer("198.51.100.13");
-    let source = ["recount", "--no-header", "--source", "198.51.100.11"];
-    let (code, out, err) = lab.ctkeep(PROGRAM, &source);
-    assert_eq!(code, 0, "{out}{err}");
-    assert!(out.contains("198.51.100.11") && out.contains("counted"), "{out}{err}");
-    assert_eq!(half_closed.peer.admitted(80, TRIES), 0, "counted");
-    assert_eq!(established.peer.admitted(80, TRIES), LIMIT, "out of scope, hence the control");
-    assert_eq!(one.admitted(80, TRIES), LIMIT, "nobody else pays");
-    let (code, out, err) = lab.ctkeep(PROGRAM, &["recount", "--format", "json"]);
-    assert_eq!(code, 0, "{out}{err}");
-    assert!(out.contains(r#""open":3,"sent":3,"listed":3,"full":true"#), "{out}{err}");
-}
-
-/// Other clients' connections stand on the list of a limit that counts all together.
-#[test]
-fn recount_by_hand_calls_counted_what_the_limit_counts_by_itself() {
-    let Some(lab) = Lab::new() else { return };
-    let limit =
-        "INPUT -p tcp --syn --dport 80 -m connlimit --connlimit-above 9 --connlimit-mask 0 -j DROP";
-    lab.server.feed("iptables-restore", &input(&[limit]));
-    let _server = lab.serve("[::]:80");
-    let (_one, _other) = (Held::open(&lab, HERE, 11), Held::open(&lab, HERE, 12));
-    let (code, out, err) =
-        lab.ctkeep(PROGRAM, &["recount", "--no-header", "--source", "198.51.100.11"]);
-    assert_eq!(code, 0, "{out}{err}");
-    // Six of nine: whether three of them are these is not known.
-    assert!(out.trim_end().ends_with("sent"), "{out}{err}");
-}
-
-#[test]
-fn without_a_limit_there_is_nothing_to_recount() {
-    let Some(lab) = Lab::new() else { return };
-    let (code, out, err) = lab.ctkeep(PROGRAM, &["recount"]);
-    assert_eq!((code, out.as_str()), (0, "no limit in the rules: nothing to recount\n"), "{err}");
-}
-
-/// 20 Mbit/s: so many bytes at a time, from one to the next.
-const PIECE: usize = 12_500;
-const PACE: Duration = Duration::from_millis(5);
-/// How long streams flow, and what of it is before the first reload.
-const STREAM: Duration = Duration::from_secs(5);
-const BEFORE: Duration = Duration::from_secs(1);
-
-/// Different at every place, so that a byte lost, repeated or moved is seen.
-fn content(index: usize) -> u8 {
-    index.wrapping_mul(2_654_435_761).to_be_bytes()[5]
-}
-
-/// Sends for a while, at its pace; returns how much.
-fn send(mut stream: &TcpStream) -> usize {
-    let (begun, mut sent) = (Instant::now(), 0);
-    while begun.elapsed() < STREAM {
-        let piece: Vec<u8> = (sent..sent + PIECE).map(content).collect();
-        stream.write_all(&piece).expect("the stream goes on");
-        sent += PIECE;
-        thread::sleep(PACE);
-    }
-    stream.shutdown(Shutdown::Write).expect("end");
-    sent
-}
-
-/// Reads to the end; returns how much, all of it as it was sent.
-fn receive(mut stream: &TcpStream) -> usize {
-    let (mut received, mut piece) = (0, vec![0; 65_536]);
-    loop {
-        let count = stream.read(&mut piece).expect("the stream goes on");
-        if count == 0 {
-            return received;
-        }
-        let wrong = (received..).zip(&piece).take(count).find(|(at, byte)| content(*at) != **byte);
-        assert_eq!(wrong, None, "another byte");
-        received += count;
-    }
-}
-
-/// Both ways at once; returns what was sent and what was received.
-fn both_ways(stream: &TcpStream) -> [usize; 2] {
-    stream.set_read_timeout(Some(SOON)).expect("timeout");
-    thread::scope(|scope| {
-        let sender = scope.spawn(|| send(stream));
-        let received = receive(stream);
-        [sender.join().expect("a sender"), received]
-    })
-}
-
-/// Streams flow both ways while the rules are loaded anew and their connections counted again: not
-/// a byte is lost, and no packet is INVALID.
-fn streams_arrive_over(site: Site, target: &str) {
-    const STREAMS: usize = 2;
-    let Some(lab) = Lab::new() else { return };
-    let container = site.container.then(|| lab.container());
-    let place = container.as_ref().unwrap_or(&lab.server);
-    connlimit(site)(&lab.server);
-    // A table that no reload of iptables touches.
-    let drop = "ct state invalid counter drop";
-    lab.server.feed(
-        "nft -f -",
-        &format!(
-            "table inet strict {{\n\
-               chain in {{ type filter hook prerouting priority -150; {drop}; }}\n\
-               chain out {{ type filter hook output priority -150; {drop}; }}\n\
-             }}\n"
-        ),
-    );
-    let path = place.path();
-    let arguments: &[&str] = if site.container { &["--netns", &path] } else { &[] };
-    let port = if site.container { "[::]:8080" } else { "[::]:80" };
-    let listener = place.within(|| TcpListener::bind(port).expect("listener"));
-    let daemon = lab.daemon(PROGRAM, arguments);
-    wait_for("its guard", SOON * 2, || daemon.logged("guard{netns=\"\"}: ready"));
-    thread::scope(|scope| {
-        let served = scope.spawn(|| {
-            let streams = (0..STREAMS).map(|_| listener.accept().expect("a connection").0);
-            let threads: Vec<_> =
-                streams.map(|stream| thread::spawn(move || both_ways(&stream))).collect();
-            threads.into_iter().map(|one| one.join().expect("a stream")).collect::<Vec<_>>()
-        });
-        let clients: Vec<_> = (0..STREAMS)
-            .map(|_| lab.client.within(|| TcpStream::connect(target).expect("connect")))
-            .map(|stream| scope.spawn(move || both_ways(&stream)))
-            .collect();
-        let begun = Instant::now();
-        thread::sleep(BEFORE);
-        let mut reloads = 0;
-        while begun.elapsed() < STREAM - BEFORE {
-            save_and_restore(site, "")(&lab.server);
-            reloads += 1;
-            thread::sleep(Duration::from_millis(500));
-        }
-        let mut sent: Vec<_> = Vec::new();
-        for client in clients {
-            let [out, back] = client.join().expect("a stream");
-            sent.push((out, back));
-        }
-        let mut served: Vec<_> =
-            served.join().expect("a server").into_iter().map(|[out, back]| (back, out)).collect();
-        sent.sort_unstable();
-        served.sort_unstable();
-        assert_eq!(sent, served, "sent and received");
-        let shown = daemon.log().matches("action=\"recount\"").count();
-        assert!(shown >= STREAMS * reloads / 2, "{reloads} reloads, {shown}:\n{}", daemon.log());
-    });
-    let counters = lab.server.output("nft list table inet strict");
-    assert_eq!(counters.matches("counter packets 0 ").count(), 2, "{counters}\n{}", daemon.log());
-}
-
-#[test]
-fn streams_arrive_over_reloads() {
-    streams_arrive_over(HERE, "192.0.2.1:80");
-}
-
-#[test]
-fn streams_arrive_over_reloads_over_ipv6() {
-    streams_arrive_over(OVER_IPV6, "[2001:db8::1]:80");
-}
-
-#[test]
-fn streams_arrive_over_reloads_in_a_container() {
-    streams_arrive_over(CONTAINER, "192.0.2.1:80");
 }
 
 /// Ten reloads a second cost a fifth of a core at most, and at their end all is counted.
