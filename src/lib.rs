@@ -26,6 +26,9 @@
 //! - [`overload`]: sets of sources that hold too much. [`kill`]: closes sockets that the administrator names.
 //! - [`metrics`]: what the daemon publishes, and how.
 //! - [`daemon`] and [`cli`]: a worker for each namespace, and the commands.
+//!
+//! Where to look for what (a second look, a limit, a setting, a metric) is in docs/architecture.md; our
+//! own words are in docs/glossary.md.
 
 pub mod audit;
 pub mod cli;

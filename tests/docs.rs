@@ -1,4 +1,5 @@
-//! Every link from one of our pages leads to a file, and to a heading of it.
+//! Every link from one of our pages leads to a file, and to a heading of it; every source that one
+//! names is there.
 
 use std::collections::HashSet;
 use std::fs;
@@ -21,6 +22,27 @@ fn every_link_leads_somewhere() {
         }
     }
     assert!(dead.is_empty(), "dead links:\n{}", dead.join("\n"));
+}
+
+#[test]
+fn every_source_that_is_named_is_there() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let (mut seen, mut gone) = (0, Vec::new());
+    for page in pages() {
+        let text = fs::read_to_string(&page).expect("a page");
+        // The changelog names what was there.
+        let is_history = page.ends_with("CHANGELOG.md");
+        for name in text.split('`').skip(1).step_by(2).filter(|_| !is_history) {
+            if name.contains('/') && name.ends_with(".rs") {
+                seen += 1;
+                if !root.join(name).exists() && !root.join("src").join(name).exists() {
+                    gone.push(format!("{}: {name}", page.display()));
+                }
+            }
+        }
+    }
+    assert!(gone.is_empty(), "gone:\n{}", gone.join("\n"));
+    assert!(seen > 50, "only {seen} names found: the search is broken");
 }
 
 fn pages() -> Vec<PathBuf> {
