@@ -63,7 +63,6 @@ impl Ruleset {
     /// A rule by the numbers of its chain and of itself: `ip filter INPUT rule 3`.
     pub fn place(&self, chain: usize, rule: usize) -> Option<String> {
         let chain = self.chains.get(chain)?;
-        let rule = chain.rules.get(rule)?;
-        Some(format!("{} {} {} rule {}", chain.family, chain.table, chain.name, rule.position))
+        Some(chain.place(chain.rules.get(rule)?))
     }
 }

@@ -36,6 +36,11 @@ impl Chain {
         let (table, name) = (table.to_owned(), name.to_owned());
         Self { family, table, name, base, is_dormant: false, is_ours: false, rules: Vec::new() }
     }
+
+    /// The place of one of its rules: `ip filter INPUT rule 3`.
+    pub(super) fn place(&self, rule: &Rule) -> String {
+        format!("{} {} {} rule {}", self.family, self.table, self.name, rule.position)
+    }
 }
 
 /// The hook of a base chain.

@@ -101,6 +101,11 @@ impl Set {
         &self.elements
     }
 
+    /// Whether some element has a limit of its own.
+    pub(super) fn has_limits(&self) -> bool {
+        self.elements.iter().any(|element| element.limit.is_some())
+    }
+
     /// The elements that have a key.
     pub fn keyed(&self) -> &[Element] {
         let end = self.otherwise.unwrap_or(self.elements.len());

@@ -32,7 +32,7 @@ impl Collector for Figures {
                 number(stat.vsize),
             )?;
             gauge("process_resident_memory", "Resident memory.", Some(Unit::Bytes), resident)?;
-            gauge("process_threads", "Threads.", None, number_signed(stat.num_threads))?;
+            gauge("process_threads", "Threads.", None, stat.num_threads as f64)?;
             if let Ok(boot) = procfs::boot_time_secs() {
                 let start = number(boot) + number(stat.starttime) / ticks;
                 let help = "When the process started, since the epoch.";
@@ -66,9 +66,5 @@ impl Collector for Figures {
 }
 
 fn number(value: u64) -> f64 {
-    value as f64
-}
-
-fn number_signed(value: i64) -> f64 {
     value as f64
 }

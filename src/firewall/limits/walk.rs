@@ -4,14 +4,11 @@ use super::earlier::{Earlier, earlier};
 use super::key::key;
 use super::witness::{Sight, Witness, rate};
 use super::{Limit, LimitRule, Limiter, SetUse};
-use crate::firewall::play::{CONNTRACK, LimitAt, Player};
+use crate::firewall::play::{CONNTRACK, DEPTH, LimitAt, Player};
 use crate::firewall::rule::Threshold;
 use crate::firewall::set::{Element, Set};
 use crate::firewall::value::Operand;
 use crate::firewall::{Base, Chain, Family, Hook, Match, Outcome, Rule, Step, Test};
-
-/// Jumps nest at most so deep (`NFT_JUMP_STACK_SIZE`).
-const DEPTH: usize = 16;
 
 /// So many rules are walked for each base chain: rule sets of thousands of services fan out.
 const STEPS: usize = 200_000;
@@ -112,9 +109,7 @@ impl<'r> Walk<'_, 'r, '_> {
                 return false;
             }
             match step {
-                Step::Test(Test::In { values, set, is: true })
-                    if set.elements().iter().any(|element| element.limit.is_some()) =>
-                {
+                Step::Test(Test::In { values, set, is: true }) if set.has_limits() => {
                     limited = self.elements(chain, rule, place, (values, set), &matches);
                     matches = matches.and(&Match::of(&Test::In {
                         values: values.clone(),
@@ -249,8 +244,7 @@ impl<'r> Walk<'_, 'r, '_> {
         if matches.never || !matches.may_open() || matches.is_loopback() {
             return;
         }
-        let place =
-            format!("{} {} {} rule {}", chain.family, chain.table, chain.name, rule.position);
+        let place = chain.place(rule);
         let limits = self.found.rules.len();
         let (hook, matches) = (self.base.hook, matches.clone());
         let found = Witness { place, sight, before: None, hook, matches, limits };
@@ -265,9 +259,7 @@ impl<'r> Walk<'_, 'r, '_> {
     fn notrack(&mut self, chain: &Chain, rule: &Rule, matches: &Match) {
         let is_early = self.base.hook == Hook::Prerouting && self.base.priority < CONNTRACK;
         if is_early && matches.may_open() && matches.is_for_everybody() && !matches.is_rated {
-            let place =
-                format!("{} {} {} rule {}", chain.family, chain.table, chain.name, rule.position);
-            self.found.untracked.push((matches.ports.clone(), place));
+            self.found.untracked.push((matches.ports.clone(), chain.place(rule)));
         }
     }
 

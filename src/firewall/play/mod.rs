@@ -17,6 +17,8 @@ use super::value::{Answer, Field, Operand};
 use super::{Family, Ruleset};
 use crate::nftables::Hook;
 
+/// Jumps nest at most so deep (`NFT_JUMP_STACK_SIZE`).
+pub(super) const DEPTH: usize = 16;
 /// So many rules are played for one packet.
 const STEPS: usize = 100_000;
 
@@ -161,10 +163,10 @@ impl<'r> Player<'r> {
                     Step::SetMark(_) | Step::SetCtMark(_) => (true, Vec::new()),
                     Step::Write(_) | Step::SetZone(_) | Step::Notrack => (true, Vec::new()),
                     Step::Verdict(outcome) => (*outcome == Outcome::Synproxy, vec![outcome]),
-                    Step::Test(Test::In { set, .. }) => (has_limits(set), Vec::new()),
+                    Step::Test(Test::In { set, .. }) => (set.has_limits(), Vec::new()),
                     Step::Map(_, set) => {
                         let verdicts = set.elements().iter().filter_map(|e| e.verdict.as_ref());
-                        (has_limits(set), verdicts.collect())
+                        (set.has_limits(), verdicts.collect())
                     }
                     Step::Test(_) | Step::Log | Step::Note(_) => (false, Vec::new()),
                 };
@@ -279,11 +281,7 @@ fn lists(ruleset: &Ruleset) -> HashMap<*const Set, LimitAt> {
 fn set_of(step: &Step) -> Option<&Arc<Set>> {
     match step {
         Step::Add(adding) => Some(&adding.set),
-        Step::Test(Test::In { set, .. }) | Step::Map(_, set) if has_limits(set) => Some(set),
+        Step::Test(Test::In { set, .. }) | Step::Map(_, set) if set.has_limits() => Some(set),
         _ => None,
     }
-}
-
-fn has_limits(set: &Set) -> bool {
-    set.elements().iter().any(|element| element.limit.is_some())
 }

@@ -2,16 +2,13 @@
 
 use std::sync::Arc;
 
-use super::{CONNTRACK, Certainty, Counts, Hit, LimitAt, NAT_DST, Played, Player, set_of};
+use super::{CONNTRACK, Certainty, Counts, DEPTH, Hit, LimitAt, NAT_DST, Played, Player, set_of};
 use crate::firewall::Family;
 use crate::firewall::packet::{Interface, Packet};
 use crate::firewall::rule::{Adding, Chain, Counting, Outcome, Rule, Step, Test};
 use crate::firewall::set::{self, Found, Set};
 use crate::firewall::value::{Answer, Bits, Field, Operand};
 use crate::nftables::Hook;
-
-/// Jumps nest at most so deep (`NFT_JUMP_STACK_SIZE`).
-const DEPTH: usize = 16;
 
 /// How a chain was left, of the packets that entered it.
 #[derive(Clone, Copy, Debug)]
