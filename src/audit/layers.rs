@@ -170,7 +170,7 @@ impl LimitFigures {
             limit: rule.limit.count,
             mask: rule.source_prefix(),
             counts: rule.limit.key.to_string(),
-            before: rule.before.iter().map(EarlierAccept::name).collect(),
+            before: rule.before.iter().filter_map(EarlierAccept::name).collect(),
             passes: passing(true),
             may_pass: passing(false),
             sources_over: over.len(),
