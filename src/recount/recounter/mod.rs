@@ -1,5 +1,7 @@
 //! Sends nudges and seals in one network namespace.
 
+mod ways;
+
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
@@ -13,8 +15,7 @@ use super::packet::{self, DropBy, Purpose, Shape};
 use super::probe::Asking;
 use super::reply_filter::{MagicSeq, ReplyFilter};
 use super::{
-    Asked, HeldUp, Hidden, Mode, Question, Recipe, Recount, Room, Route, Tried, Verdict, Way,
-    jiffy, trial,
+    Asked, HeldUp, Hidden, Mode, Question, Recipe, Recount, Room, Route, Tried, Way, jiffy,
 };
 use crate::conntrack::Entry;
 use crate::error::{Cause, Error, Op, Result};
@@ -70,12 +71,12 @@ enum Hop {
 #[derive(Debug)]
 pub struct Recounter {
     /// Of the helper device and of the nftables table.
-    pub(super) name: String,
+    pub(in crate::recount) name: String,
     raw: RawSockets,
     helper: Helper,
     loopback: bool,
     filter: Filter,
-    pub(super) marks: MagicSeq,
+    pub(in crate::recount) marks: MagicSeq,
     routes: Routes,
     neighbours: Neighbours,
     remembered: HashMap<(IpAddr, Option<IpAddr>), Hop>,
@@ -85,7 +86,7 @@ pub struct Recounter {
     tried: Vec<Tried>,
     held_up: HeldUp,
     /// Opened at the first question.
-    pub(super) asking: Option<Asking>,
+    pub(in crate::recount) asking: Option<Asking>,
     shortfalls: Vec<String>,
 }
 
@@ -153,86 +154,16 @@ impl Recounter {
         Ok(this)
     }
 
-    /// Finds out how this kernel's limits count again.
-    fn try_recipes(&mut self) {
-        let ingress = match &self.helper {
-            Helper::Open(ingress) => Some(ingress.as_ref()),
-            Helper::Absent | Helper::Broken => None,
-        };
-        let loopback = self.loopback.then_some(&self.raw);
-        match trial::run(&format!("{}-trial", self.name), ingress, loopback) {
-            Ok(tried) => {
-                self.tried = tried;
-                for route in self.opened() {
-                    if self.recipe(route).is_none() {
-                        let what = "no limit of this kernel counts a connection again by";
-                        self.shortfalls.push(format!("{what} {route}"));
-                    }
-                }
-            }
-            Err(error) => self.shortfalls.push(format!("recount was not tried: {error}")),
-        }
-    }
-
-    /// What the trials at the start have shown.
-    pub fn tried(&self) -> &[Tried] {
-        &self.tried
-    }
-
-    /// The ways that are counted as far as is known, the first one first.
-    pub fn ways(&self) -> Vec<Way> {
-        let ways = self
-            .opened()
-            .into_iter()
-            .filter_map(|route| self.recipe(route).map(|recipe| Way { route, recipe }));
-        ways.collect()
-    }
-
-    /// The recipe of a route; `None` where the trial has shown that none of them is counted.
-    fn recipe(&self, route: Route) -> Option<Recipe> {
-        let of_route = || self.tried.iter().filter(|one| one.route == route);
-        let counted = of_route().find(|one| one.verdict == Verdict::Counted);
-        match counted {
-            // Without one that it meets, it brings its own, whenever it gets to the limit.
-            Some(_) if self.held_up == HeldUp::BehindConntrack => Some(Recipe::Fresh),
-            Some(one) => Some(one.recipe),
-            None if of_route().next().is_some()
-                && of_route().all(|one| one.verdict == Verdict::NotCounted) =>
-            {
-                None
-            }
-            // Not known. By ingress every kernel counts the fresh one; by loopback most count the
-            // other.
-            None => Some(match route {
-                // There no entry can be missing for so long; and the trial may have been held up itself.
-                Route::Ingress if self.held_up == HeldUp::BeforeConntrack => Recipe::Replace,
-                Route::Ingress => Recipe::Fresh,
-                Route::Loopback => Recipe::Replace,
-            }),
-        }
-    }
-
-    /// The routes that are open, counted or not.
-    fn opened(&self) -> Vec<Route> {
-        let ingress = match self.helper {
-            Helper::Absent => None,
-            Helper::Open(_) | Helper::Broken => Some(Route::Ingress),
-        };
-        ingress.into_iter().chain(self.loopback.then_some(Route::Loopback)).collect()
-    }
-
-    /// The routes that a nudge is tried by, in this order.
-    pub fn routes(&self) -> Vec<Route> {
-        self.ways().into_iter().map(|way| way.route).collect()
-    }
-
     /// What could not be had, in words.
     pub fn shortfalls(&self) -> &[String] {
         &self.shortfalls
     }
 
     /// The reply filter, raised now if it was down; `None` where it cannot be had.
-    pub(super) fn raise_filter(&mut self, now: Instant) -> Result<Option<&mut ReplyFilter>> {
+    pub(in crate::recount) fn raise_filter(
+        &mut self,
+        now: Instant,
+    ) -> Result<Option<&mut ReplyFilter>> {
         if let Filter::Up { filter, .. } = &mut self.filter
             && !filter.is_there()?
         {
@@ -255,7 +186,7 @@ impl Recounter {
 
     /// Makes the helper device anew if others have broken it, and forgets what led to interfaces
     /// that have left.
-    pub(super) fn mend_helper(&mut self) -> Result<()> {
+    pub(in crate::recount) fn mend_helper(&mut self) -> Result<()> {
         if let Helper::Open(ingress) = &mut self.helper {
             match ingress.condition()? {
                 Condition::Sound => return Ok(()),
@@ -271,7 +202,7 @@ impl Recounter {
         Ok(())
     }
 
-    pub(super) fn helper(&mut self, op: Op) -> Result<&mut Ingress> {
+    pub(in crate::recount) fn helper(&mut self, op: Op) -> Result<&mut Ingress> {
         match &mut self.helper {
             Helper::Open(ingress) => Ok(ingress),
             Helper::Absent | Helper::Broken => {
@@ -281,7 +212,7 @@ impl Recounter {
     }
 
     /// Where the client of this connection comes in.
-    pub(super) fn entrance(&mut self, op: Op, orig: FourTuple) -> Result<Entrance> {
+    pub(in crate::recount) fn entrance(&mut self, op: Op, orig: FourTuple) -> Result<Entrance> {
         let unavailable = |what: &str| Err(op.failed(Cause::Unavailable(what.to_owned())));
         match self.hop(orig.src.addr(), Some(orig.dst.addr()))? {
             Hop::Entrance(entrance) => Ok(entrance),
@@ -290,31 +221,7 @@ impl Recounter {
         }
     }
 
-    /// Whether the ingress route leads to the rules for this connection.
-    fn check_ingress(&mut self, op: Op, entry: &Entry) -> Result<()> {
-        self.mend_helper()?;
-        let entrance = self.entrance(op, entry.orig)?;
-        self.helper(op)?.id(entrance.interface).map(drop)
-    }
-
-    /// Whether the loopback route leads to the rules for this connection.
-    fn check_loopback(&mut self, op: Op, entry: &Entry) -> Result<()> {
-        let to = entry.orig.dst.addr();
-        let unavailable = |what: String| Err(op.failed(Cause::Unavailable(what)));
-        if self.recipe(Route::Loopback) == Some(Recipe::Fresh) && entry.is_translated() {
-            // It would not meet the rules that translated the first SYN.
-            return unavailable("translated: the loopback route does not reach its rules".into());
-        }
-        match self.hop(to, None)? {
-            Hop::Local => Ok(()),
-            // Anything else would leave this host.
-            Hop::Entrance(_) | Hop::Unreachable => unavailable(format!(
-                "{to} is no address of this host: the loopback route does not reach its rules"
-            )),
-        }
-    }
-
-    pub(super) fn syn(
+    pub(in crate::recount) fn syn(
         &self,
         op: Op,
         flow: FourTuple,
