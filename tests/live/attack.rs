@@ -3,24 +3,32 @@
 //! What counts is never what `conntrack -L` shows: it is how many sockets one source gets to hold,
 //! and how many new connections of it are admitted. docs/attack.md explains the patterns.
 
+mod trick;
+
 use std::sync::RwLock;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::lab::processor::Runners;
-use crate::lab::{Daemon, Lab, Peer, RST, RawConn, Server, holds_within, kernel, wait_for};
-use etherparse::{IpFragOffset, Ipv4Header, Ipv4Options};
+use crate::lab::{Daemon, Lab, Peer, RST, RawConn, Server, holds_within, wait_for};
+use trick::{Trick, stale};
 
 const CTKEEP: &str = env!("CARGO_BIN_EXE_ctkeep");
+
 const PORT: u16 = 80;
+
 const LIMIT: usize = 10;
+
 const ROUNDS: usize = 12;
+
 const ATTACKER: &str = "198.51.100.7";
+
 const ATTACKER6: &str = "2001:db8:1::7";
 
 /// From burst to burst. Bursts that come faster than ctkeep reacts gain a limit each
 /// (docs/attack.md), so time in which ctkeep waits for a processor that others have does not count.
 const PAUSE: Duration = Duration::from_millis(40);
+
 /// And that is over at the latest.
 const LONG_PAUSE: Duration = Duration::from_secs(1);
 
@@ -71,141 +79,6 @@ impl Rule {
             Self::NftMeter => nft(&format!("ct state new meter m {{ ip saddr {over} }}")),
         }
     }
-}
-
-/// What makes conntrack forget a connection whose socket lives on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Trick {
-    StaleRst,
-    RstInWindow,
-    RstInTwoFragments,
-    RstWithIpOptions,
-    FinAgain,
-    FinAgainThenRst,
-    SynThenRst,
-    /// The rest leave the socket ESTABLISHED: no FIN that would count comes before them.
-    HoleThenRst,
-    HoleTwice,
-    AckThenRst,
-    /// In one NAPI batch: when conntrack sees the RST, TCP has not seen the data before it.
-    DataThenRst,
-    /// The first FIN, the RST and the next SYNs in one burst.
-    FinThenRst,
-}
-
-impl Trick {
-    const ALL: [Self; 12] = [
-        Self::StaleRst,
-        Self::RstInWindow,
-        Self::RstInTwoFragments,
-        Self::RstWithIpOptions,
-        Self::FinAgain,
-        Self::FinAgainThenRst,
-        Self::SynThenRst,
-        Self::HoleThenRst,
-        Self::HoleTwice,
-        Self::AckThenRst,
-        Self::DataThenRst,
-        Self::FinThenRst,
-    ];
-
-    fn half_closes(self) -> bool {
-        !matches!(
-            self,
-            Self::HoleThenRst
-                | Self::HoleTwice
-                | Self::AckThenRst
-                | Self::DataThenRst
-                | Self::FinThenRst
-        )
-    }
-
-    fn play(self, peer: &Peer, conn: &mut RawConn) {
-        match self {
-            Self::StaleRst => conn.rst_at(stale()),
-            Self::RstInWindow => conn.rst_at(100),
-            Self::RstInTwoFragments => fragments(conn).iter().for_each(|p| peer.send_packet(p)),
-            Self::RstWithIpOptions => peer.send_packet(&with_options(conn)),
-            Self::FinAgain => {
-                conn.fin_at(-1);
-                conn.fin_at(-1);
-                conn.ack_at(0);
-            }
-            Self::FinAgainThenRst => {
-                conn.fin_at(-1);
-                conn.rst_at(stale());
-            }
-            // The server answers a SYN by a challenge ACK once in half a second.
-            Self::SynThenRst => {
-                conn.syn();
-                conn.syn();
-                conn.rst_at(stale());
-            }
-            Self::HoleThenRst => {
-                conn.fin_at(50);
-                conn.rst_at(stale());
-            }
-            Self::HoleTwice => {
-                conn.fin_at(50);
-                conn.fin_at(50);
-                conn.ack_at(0);
-            }
-            // Conntrack takes the RST for the end of what it has just seen.
-            Self::AckThenRst => {
-                conn.ack_at(100);
-                conn.rst_at(100);
-            }
-            Self::DataThenRst => {
-                conn.send(b"a request");
-                conn.rst_at(-9);
-            }
-            Self::FinThenRst => {
-                conn.fin_at(0);
-                conn.rst_at(stale() + 1);
-            }
-        }
-    }
-}
-
-/// Away from the next byte, behind a FIN: an RST there is believed by conntrack, and ignored by TCP.
-fn stale() -> i64 {
-    kernel::stale_rst() - 1
-}
-
-fn stale_rst(conn: &RawConn) -> (Ipv4Header, Vec<u8>) {
-    let packet = conn.segment(RST, stale()).to_packet();
-    let (header, rest) = Ipv4Header::from_slice(&packet).expect("an IPv4 packet");
-    (header, rest.to_vec())
-}
-
-fn written(header: &Ipv4Header, payload: &[u8]) -> Vec<u8> {
-    let mut packet = Vec::new();
-    header.write(&mut packet).expect("a header");
-    packet.extend(payload);
-    packet
-}
-
-/// The flags are in the second fragment.
-fn fragments(conn: &RawConn) -> [Vec<u8>; 2] {
-    let (whole, tcp) = stale_rst(conn);
-    let (first, second) = tcp.split_at(8);
-    let part = |more: bool, offset: u16, payload: &[u8]| {
-        let mut header = whole.clone();
-        header.identification = conn.client.port();
-        header.dont_fragment = false;
-        header.more_fragments = more;
-        header.fragment_offset = IpFragOffset::try_new(offset).expect("a small offset");
-        header.set_payload_len(payload.len()).expect("a small payload");
-        written(&header, payload)
-    };
-    [part(true, 0, first), part(false, 1, second)]
-}
-
-fn with_options(conn: &RawConn) -> Vec<u8> {
-    let (mut header, tcp) = stale_rst(conn);
-    header.options = Ipv4Options::try_from(&[1_u8, 1, 1, 0][..]).expect("NOPs");
-    header.set_payload_len(tcp.len()).expect("a small payload");
-    written(&header, &tcp)
 }
 
 /// A limited server, and one source that tries to hold more than it may.
