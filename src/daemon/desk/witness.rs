@@ -139,10 +139,7 @@ impl Desk<'_> {
     }
 
     fn note_repairs(&mut self, outcomes: &[Outcome], now: Instant) {
-        use ActionKind::{Reinsert, Reverse, Revive};
-        let is_repair = |it: &&Outcome| {
-            it.result.is_ok() && matches!(it.action.kind, Revive | Reinsert | Reverse)
-        };
+        let is_repair = |it: &&Outcome| it.result.is_ok() && it.action.kind.is_repair();
         let peers = outcomes.iter().filter(is_repair).map(|it| it.action.client());
         self.repairs.extend(peers.map(|peer| (now, peer)));
         let is_old = |(at, _): &(Instant, IpAddr)| now - *at >= MINUTE;
