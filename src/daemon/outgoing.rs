@@ -5,9 +5,11 @@ use std::time::Instant;
 
 use super::Live;
 use super::log::{Lines, line};
+use crate::conntrack::TcpState;
 use crate::error::Result;
 use crate::metrics::GuardMetrics;
 use crate::reconcile::keeper::Keeper;
+use crate::reconcile::observe::Tables;
 use crate::reconcile::outgoing::plan::Deed;
 use crate::reconcile::outgoing::{By, Done, Outgoing, Pass};
 use crate::sockdiag::Cookie;
@@ -62,10 +64,7 @@ impl OutgoingConnections {
         let Some(kept) = self.kept.as_mut().filter(|kept| kept.next_timeout() <= now) else {
             return Ok(());
         };
-        let interval = keeper.settings().sweep_interval;
-        let (tables, scope, policy, ledger) = keeper.parts();
-        let (timeout, dry_run) = (&kernel_timeout, self.dry_run);
-        let by = By { scope, policy, ledger, timeout, interval, dry_run };
+        let (tables, by) = parts(keeper, self.dry_run);
         let pass = kept.turn(tables, by, now);
         share.outgoing(kept.figures());
         self.report(&pass?, share);
@@ -79,10 +78,8 @@ impl OutgoingConnections {
     /// Gives what is held the timeouts of the kernel.
     pub(super) fn give_back(&mut self, keeper: &mut Keeper) -> Result<()> {
         let Some(kept) = &mut self.kept else { return Ok(()) };
-        let interval = keeper.settings().sweep_interval;
-        let (tables, scope, policy, ledger) = keeper.parts();
-        let (timeout, dry_run) = (&kernel_timeout, self.dry_run);
-        kept.give_back(tables, By { scope, policy, ledger, timeout, interval, dry_run })
+        let (tables, by) = parts(keeper, self.dry_run);
+        kept.give_back(tables, by)
     }
 
     fn report(&mut self, pass: &Pass, share: &GuardMetrics) {
@@ -127,4 +124,12 @@ impl OutgoingConnections {
             tracing::warn!(retry_in = ?rest, "conntrack table full");
         }
     }
+}
+
+/// The tables, and what a pass goes by.
+fn parts(keeper: &mut Keeper, dry_run: bool) -> (&mut Tables, By<'_>) {
+    let interval = keeper.settings().sweep_interval;
+    let (tables, scope, policy, ledger) = keeper.parts();
+    let (close_wait, timeout) = (kernel_timeout(TcpState::CloseWait), &kernel_timeout);
+    (tables, By { scope, policy, ledger, close_wait, timeout, interval, dry_run })
 }

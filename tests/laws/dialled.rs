@@ -100,6 +100,7 @@ impl Dialled {
             scope: keeper.scope(),
             policy,
             ledger: keeper.ledger(),
+            close_wait: of_kernel(TcpState::CloseWait),
             timeout: &of_kernel,
             interval,
             dry_run: false,

@@ -62,10 +62,10 @@ impl Outgoing {
                 return;
             }
             (_, Ok(())) => {
-                if let Some(own) = self.memory.own_mut(seen.cookie) {
+                self.memory.amend_own(seen.cookie, |own| {
                     own.since.get_or_insert(now);
                     own.lost = None;
-                }
+                });
                 if deed == Deed::Reinsert {
                     self.back_off.succeeded();
                 }

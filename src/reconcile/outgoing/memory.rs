@@ -14,6 +14,8 @@ use crate::sockdiag::{Cookie, Lookup, Socket, State};
 pub struct Memory {
     records: HashMap<Cookie, Record>,
     agenda: Agenda,
+    /// What the records come to.
+    figures: Figures,
     /// Rounds of lists so far.
     round: u32,
 }
@@ -115,7 +117,7 @@ impl Memory {
     /// All lists of a round are there: of our own connections those that none had are looked at now, for a
     /// list does not prove absence; the others are forgotten.
     pub fn end_round(&mut self, now: Instant) {
-        let Self { records, agenda, round } = self;
+        let Self { records, agenda, round, .. } = self;
         records.retain(|cookie, record| {
             if record.round == *round {
                 return true;
@@ -159,23 +161,30 @@ impl Memory {
         self.records.get(&cookie)
     }
 
-    /// What is known of the connection of this socket, to be changed.
-    pub fn known_mut(&mut self, cookie: Cookie) -> Option<&mut Known> {
-        self.records.get_mut(&cookie).map(|record| &mut record.known)
+    /// Changes what is known of the connection of this socket.
+    pub fn amend(&mut self, cookie: Cookie, change: impl FnOnce(&mut Known)) {
+        if let Some(record) = self.records.get_mut(&cookie) {
+            self.figures.count(&record.known, usize::wrapping_sub);
+            change(&mut record.known);
+            self.figures.count(&record.known, usize::wrapping_add);
+        }
     }
 
     /// The same, where this host opened it.
-    pub fn own_mut(&mut self, cookie: Cookie) -> Option<&mut Own> {
-        match self.known_mut(cookie) {
-            Some(Known::Outgoing(own)) => Some(own),
-            _ => None,
-        }
+    pub fn amend_own(&mut self, cookie: Cookie, change: impl FnOnce(&mut Own)) {
+        self.amend(cookie, |known| {
+            if let Known::Outgoing(own) = known {
+                change(own);
+            }
+        });
     }
 
     /// Forgets a socket.
     pub fn forget(&mut self, cookie: Cookie) {
         self.set_look(cookie, None);
-        self.records.remove(&cookie);
+        if let Some(record) = self.records.remove(&cookie) {
+            self.figures.count(&record.known, usize::wrapping_sub);
+        }
     }
 
     /// The sockets whose entries are held, and since when.
@@ -188,12 +197,17 @@ impl Memory {
 
     /// How many there are of each kind.
     pub fn figures(&self) -> Figures {
-        let mut figures = Figures::default();
-        for own in self.records.values().filter_map(|record| record.known.own()) {
-            figures.outgoing += 1;
-            figures.held += usize::from(own.since.is_some());
-            figures.lost += usize::from(own.lost.is_some());
+        self.figures
+    }
+}
+
+impl Figures {
+    /// One more, or one less.
+    fn count(&mut self, known: &Known, sum: fn(usize, usize) -> usize) {
+        if let Some(own) = known.own() {
+            self.outgoing = sum(self.outgoing, 1);
+            self.held = sum(self.held, usize::from(own.since.is_some()));
+            self.lost = sum(self.lost, usize::from(own.lost.is_some()));
         }
-        figures
     }
 }

@@ -14,7 +14,7 @@ mod survey;
 use std::time::{Duration, Instant};
 
 pub use memory::{Figures, Own};
-use memory::{Known, Memory};
+use memory::{Known, Memory, Record};
 use plan::{Cell, Deed, Found, Loss, NoDeed, Peer, Verdict};
 pub use survey::Survey;
 
@@ -44,9 +44,6 @@ const NAMESPACES: usize = 8;
 /// meanwhile.
 const SECOND_LOOK: Duration = Duration::from_secs(1);
 
-/// Conntrack counts whole seconds: so much later a lease is surely due.
-const ROUNDED: Duration = Duration::from_secs(1);
-
 /// What a pass goes by.
 #[derive(Clone, Copy)]
 pub struct By<'a> {
@@ -56,7 +53,9 @@ pub struct By<'a> {
     pub policy: &'a Policy,
     /// What the keeper holds.
     pub ledger: &'a Ledger,
-    /// The timeout that the kernel itself gives an entry in a state.
+    /// The timeout that the kernel itself gives an entry in CLOSE_WAIT.
+    pub close_wait: Option<Duration>,
+    /// The same in any state; to ask costs as much as to look at a connection.
     pub timeout: &'a dyn Fn(TcpState) -> Option<Duration>,
     /// Connections are looked at together, this often at most.
     pub interval: Duration,
@@ -188,8 +187,8 @@ impl Outgoing {
         by: By<'_>,
         now: Instant,
     ) -> Result<()> {
-        let third = (by.timeout)(TcpState::CloseWait).map(|timeout| timeout / 3);
-        let round = third.map_or(ROUND, |third| third.min(ROUND)).max(by.interval);
+        let third = by.close_wait.map_or(ROUND, |timeout| timeout / 3);
+        let round = third.min(ROUND).max(by.interval);
         let count = tables.sockets.members().len();
         let turns = usize::try_from(round.as_millis() / by.interval.as_millis().max(1));
         let size = count.div_ceil(turns.unwrap_or(1).max(1)).max(NAMESPACES);
@@ -276,11 +275,16 @@ impl Outgoing {
     ) -> Result<()> {
         let mut dark = Vec::new();
         for (seen, (_, lookup)) in seen.iter().zip(due) {
-            let known = self.memory.known_mut(seen.cookie);
-            let Some(known @ Known::Nothing) = known else { continue };
+            let is_unknown = |record: &Record| matches!(record.known, Known::Nothing);
+            if !self.memory.get(seen.cookie).is_some_and(is_unknown) {
+                continue;
+            }
             let Some(entry) = seen.entry.filter(|_| is_there(seen)) else { continue };
             match plan::opener(&entry, seen.connection) {
-                Some(opener) => *known = Known::of(opener, &entry, seen.connection),
+                Some(opener) => {
+                    let found = Known::of(opener, &entry, seen.connection);
+                    self.memory.amend(seen.cookie, |known| *known = found);
+                }
                 None => dark.push((seen.cookie, entry, *lookup)),
             }
         }
@@ -290,8 +294,9 @@ impl Outgoing {
         let lookups: Vec<_> = dark.iter().map(|(.., lookup)| *lookup).collect();
         for ((cookie, entry, lookup), opener) in dark.iter().zip(tables.sockets.openers(&lookups)?)
         {
-            if let (Some(known), Some(opener)) = (self.memory.known_mut(*cookie), opener) {
-                *known = Known::of(opener, entry, lookup.connection);
+            if let Some(opener) = opener {
+                let found = Known::of(opener, entry, lookup.connection);
+                self.memory.amend(*cookie, |known| *known = found);
             }
         }
         Ok(())
@@ -335,12 +340,12 @@ impl Outgoing {
         };
         let cell = cell(tables, by, seen, &own)?;
         let verdict = plan::decide(cell);
-        if let (Some(entry), Some(Found::Same(_))) = (seen.entry, cell.entry)
-            && let Some(known) = self.memory.own_mut(seen.cookie)
-        {
-            // As it is now: marks and labels change.
-            known.entry = plan::as_opened(&entry, seen.connection).unwrap_or(known.entry);
-            known.lost = None;
+        if let (Some(entry), Some(Found::Same(_))) = (seen.entry, cell.entry) {
+            self.memory.amend_own(seen.cookie, |own| {
+                // As it is now: marks and labels change.
+                own.entry = plan::as_opened(&entry, seen.connection).unwrap_or(own.entry);
+                own.lost = None;
+            });
         }
         let next = match verdict {
             Verdict::Act(Deed::Reinsert) if !may_insert => {
@@ -365,11 +370,11 @@ impl Outgoing {
     }
 
     fn note_lost(&mut self, cookie: Cookie, loss: Loss, pass: &mut Pass) {
-        if let Some(own) = self.memory.own_mut(cookie)
-            && own.lost.replace(loss) != Some(loss)
-        {
-            pass.lost.push((*own, loss));
-        }
+        self.memory.amend_own(cookie, |own| {
+            if own.lost.replace(loss) != Some(loss) {
+                pass.lost.push((*own, loss));
+            }
+        });
     }
 }
 
@@ -418,11 +423,10 @@ fn cell<T: Transport>(tables: &mut Tables<T>, by: By<'_>, seen: &Seen, own: &Own
     })
 }
 
-/// How long a connection goes without a look: until its entry is due, and at most half of the time that
-/// a packet would leave it.
+/// How long a connection goes without a look: until a third of its lease is left, and at most for two
+/// thirds of the time that a packet would leave it. Of a lease less than half is left by then, so it is extended.
 fn unseen_for(by: By<'_>, left: Option<Duration>) -> Duration {
-    let left = left.unwrap_or(by.policy.lease);
-    let wanted = left.saturating_sub(by.policy.renew_below());
-    let by_packet = (by.timeout)(TcpState::CloseWait).map(|timeout| timeout / 2);
-    by_packet.map_or(wanted, |most| wanted.min(most)) + ROUNDED.min(by.policy.lease / 8)
+    let lease = by.policy.lease;
+    let wanted = left.unwrap_or(lease).saturating_sub(lease / 3);
+    by.close_wait.map_or(wanted, |timeout| wanted.min(timeout * 2 / 3))
 }
