@@ -81,10 +81,10 @@ apt() { "$@" 2>"$apt/log" || fail "$*: $(cat "$apt/log")"; }
 
 ask() { apt-cache -c "$apt/apt.conf" "$@" 2>/dev/null; }
 
-# Newer kernels come in parts; what their linux-base brings does nothing in a guest.
+# Newer kernels come in parts; in linux-base of 7.2 is the list of what is built in.
 parts() { # IMAGE
     ask depends --important "$1" |
-        sed -n 's/^ *Depends: <*\(linux-\(binary\|modules\)-[^>]*\)>*$/\1/p' | sort -u
+        sed -n 's/^ *Depends: <*\(linux-\(base\|binary\|modules\)-[^>]*\)>*$/\1/p' | sort -u
 }
 
 # All kernels, oldest first, one a line: version, package, suite. Meta-packages, whose names have
