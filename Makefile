@@ -49,7 +49,7 @@ play-test:
 test-kernels: shield-tools kernel-tools
 	CARGO="$(CARGO)" tests/kernels/run.sh $(KERNELS)
 
-# `ctkeep top` on a table of 2 000 000 entries, which a guest's kernel is given: an hour or two.
+# `ctkeep top` on a table of 2 000 000 entries, which a guest's kernel is given: an hour.
 top-test: kernel-tools
 	$(CARGO) bench --locked --bench top --no-run --message-format=json >target/top.json
 	tests/kernels/top.sh sid "$$(sed -n 's/.*"kind":\["bench"\].*"executable":"\([^"]*\)".*/\1/p' target/top.json)"
