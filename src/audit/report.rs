@@ -440,6 +440,7 @@ fn make_sure(
         thread::sleep(pause);
         let exact = tables.exactly(&suspects, ledger)?;
         snapshot.evidence.opened_here.clone_from(&exact.evidence.opened_here);
+        snapshot.evidence.direct.clone_from(&exact.evidence.direct);
         let exact: HashMap<Connection, View> =
             exact.views.iter().map(|view| (view.connection, view)).collect();
         let newest = |view: View| exact.get(&view.connection).copied().unwrap_or(view);

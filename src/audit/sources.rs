@@ -276,6 +276,9 @@ impl<'r> Plays<'r> {
         if let Some(entry) = entry {
             return Some(entry.orig.dst);
         }
+        if self.siblings.is_some_and(|it| it.direct.contains(&view.connection)) {
+            return Some(view.connection.local);
+        }
         let siblings = self.siblings.and_then(|it| it.arrival(view, &Default::default()));
         let [ipv4, ipv6] = self.may_translate;
         let may_translate = if view.connection.local.addr().is_ipv4() { ipv4 } else { ipv6 };

@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use super::sources::Plays;
 use crate::error::Result;
 use crate::flow::Connection;
+use crate::reconcile::bridged::calls_rules;
 use crate::reconcile::snapshot::View;
 use crate::rtnetlink::route::{Destination, Routes};
 
@@ -17,6 +18,8 @@ const ADDRESSES: usize = 65_536;
 pub struct Ways {
     routes: Routes,
     known: HashMap<IpAddr, Option<u32>>,
+    /// Bridges, by family.
+    calls: HashMap<(u32, bool), bool>,
 }
 
 impl Ways {
@@ -25,7 +28,7 @@ impl Ways {
     /// # Errors
     /// No socket of rtnetlink can be opened.
     pub fn open() -> Result<Self> {
-        Ok(Self { routes: Routes::open()?, known: HashMap::new() })
+        Ok(Self { routes: Routes::open()?, known: HashMap::new(), calls: HashMap::new() })
     }
 
     /// Whether a connection of which nothing shows that conntrack sees it is one of this table's: what another
@@ -40,14 +43,20 @@ impl Ways {
             || (plays.is_limited(view) && self.lead_through(view.connection))
     }
 
-    /// Whether packets between these two come in by one device and leave by another. Between two ports of a bridge
-    /// they may not reach the rules, and those of a macvlan do not.
+    /// Whether packets between these two come in by one device and leave by another, or pass a bridge that has the
+    /// rules see them. Those of a macvlan never reach them.
     fn lead_through(&mut self, connection: Connection) -> bool {
         let Connection { local, remote } = connection;
         match (self.device(local.addr()), self.device(remote.addr())) {
-            (Some(one), Some(other)) => one != other,
+            (Some(one), Some(other)) => one != other || self.calls_rules(one, local.addr()),
             _ => false,
         }
+    }
+
+    fn calls_rules(&mut self, device: u32, addr: IpAddr) -> bool {
+        let Self { routes, calls, .. } = self;
+        let ask = || calls_rules(routes, device, addr.is_ipv4()).unwrap_or(false);
+        *calls.entry((device, addr.is_ipv4())).or_insert_with(ask)
     }
 
     /// `None` of this host itself, and where no way leads.

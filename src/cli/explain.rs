@@ -70,6 +70,8 @@ pub(super) fn run(args: &Explain) -> Result<Exit> {
         let snapshot = tables.exactly(&[Lookup { connection, interface }], &ledger)?;
         around.evidence.opened_here.clone_from(&snapshot.evidence.opened_here);
         around.evidence.untracked.clone_from(&snapshot.evidence.untracked);
+        around.evidence.direct.extend(&snapshot.evidence.direct);
+        around.evidence.direct_and_limited.extend(&snapshot.evidence.direct_and_limited);
         snapshot.views.iter().filter_map(|view| view.entry).for_each(|entry| {
             scope.learn(&policy, &entry);
         });

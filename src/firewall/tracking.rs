@@ -18,10 +18,14 @@ pub enum Tracking {
         /// Some set a zone.
         sets_zones: bool,
     },
-    /// None does, and none translates what comes in. These limits make conntrack see the packets of
-    /// their families: it has an entry of each connection that they are for, with the addresses of its
-    /// socket.
-    Plain(Vec<LimitRule>),
+    /// None does. These limits make conntrack see the packets of their families: it has an entry of each
+    /// connection that they are for.
+    Whole {
+        /// The limits.
+        limits: Vec<LimitRule>,
+        /// No rule translates what comes in: the entries have the addresses of the sockets.
+        is_plain: bool,
+    },
 }
 
 /// A connection as its peer opened it.
@@ -50,13 +54,18 @@ impl Tracking {
             return Some(Self::Narrowed { rules, sets_zones });
         }
         let limits = limits(&rules);
-        let is_plain = !limits.is_empty() && !rules.chains.iter().any(translates_what_comes_in);
-        is_plain.then_some(Self::Plain(limits))
+        let is_plain = !rules.chains.iter().any(translates_what_comes_in);
+        (!limits.is_empty()).then_some(Self::Whole { limits, is_plain })
     }
 
     /// Whether conntrack surely has, or had, an entry of this connection, and a plain one.
     pub fn is_surely_plain(&self, connection: Connection) -> bool {
-        let Self::Plain(limits) = self else { return false };
+        matches!(self, Self::Whole { is_plain: true, .. }) && self.is_surely_tracked(connection)
+    }
+
+    /// Whether conntrack surely has, or had, an entry of this connection, whose addresses nothing translates.
+    pub fn is_surely_tracked(&self, connection: Connection) -> bool {
+        let Self::Whole { limits, .. } = self else { return false };
         let Connection { local, remote } = connection;
         limits.iter().any(|limit| !limit.matches.never && limit.covers(remote.addr(), local.port()))
     }
@@ -69,7 +78,7 @@ impl Tracking {
     ) -> impl Iterator<Item = Option<bool>> {
         let player = match self {
             Self::Narrowed { rules, .. } => Some(Player::new(rules)),
-            Self::Plain(_) => None,
+            Self::Whole { .. } => None,
         };
         connections.into_iter().map(move |opened| {
             let Some(player) = &player else { return Some(true) };

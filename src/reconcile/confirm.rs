@@ -83,13 +83,21 @@ pub fn confirm<T: Transport>(
         })
         .collect();
     let snapshot = tables.exactly(&lookups, ledger)?;
-    let Evidence { opened_here, untracked, .. } = &snapshot.evidence;
+    let exact = &snapshot.evidence;
     let known;
-    let evidence = if opened_here.is_empty() && untracked.is_empty() {
+    let evidence = if exact.opened_here.is_empty()
+        && exact.untracked.is_empty()
+        && evidence.direct == exact.direct
+    {
         evidence
     } else {
-        let (opened_here, untracked) = (opened_here.clone(), untracked.clone());
-        known = Evidence { opened_here, untracked, ..evidence.clone() };
+        known = Evidence {
+            opened_here: exact.opened_here.clone(),
+            untracked: exact.untracked.clone(),
+            direct: exact.direct.clone(),
+            direct_and_limited: exact.direct_and_limited.clone(),
+            ..evidence.clone()
+        };
         &known
     };
     Ok(Confirmed::by(&snapshot, evidence, scope, policy, ledger))

@@ -23,6 +23,10 @@ pub struct Evidence {
     pub arrivals: Arrivals,
     /// Local addresses of other namespaces: what gets to a port of this host says nothing of them.
     pub behind: HashSet<IpAddr>,
+    /// Connections between two of these, that nothing translates: both sockets show the same addresses.
+    pub direct: HashSet<Connection>,
+    /// Those of them that a limit is for, so that conntrack has an entry of them.
+    pub direct_and_limited: HashSet<Connection>,
     /// Connections that sockets of this host have opened, though no entry shows it.
     pub opened_here: HashSet<Connection>,
     /// Connections that the firewall's rules keep out of conntrack, or may.
@@ -114,8 +118,12 @@ impl Evidence {
     /// `None` where no sibling says anything.
     pub fn arrival(&self, view: &View, before: &Arrivals) -> Option<Arrival> {
         let local = view.connection.local;
-        let known = self.arrivals.get(&local).or_else(|| before.get(&local));
-        known.copied().or_else(|| match self.behind.contains(&local.addr()) {
+        let known = self.arrivals.get(&local).or_else(|| before.get(&local)).copied();
+        if self.direct.contains(&view.connection) {
+            // However others get there.
+            return known.filter(|it| matches!(it, Arrival::Direct(_)));
+        }
+        known.or_else(|| match self.behind.contains(&local.addr()) {
             true => Some(Arrival::Various),
             false => self.arrival_at_port(local.port(), before),
         })
@@ -205,5 +213,10 @@ mod tests {
         let before =
             Arrivals::from([(end(POD), Arrival::Translated(end(PUBLISHED), Zone::default()))]);
         assert_eq!(evidence.arrival(&lost, &before), before.get(&end(POD)).copied());
+        // And for what the client's own socket shows.
+        evidence.direct.insert(lost.connection);
+        assert_eq!(evidence.arrival(&lost, &before), None);
+        let direct = Arrivals::from([(end(POD), Arrival::Direct(Zone::both(3)))]);
+        assert_eq!(evidence.arrival(&lost, &direct), direct.get(&end(POD)).copied());
     }
 }

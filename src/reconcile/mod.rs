@@ -8,7 +8,7 @@ pub mod agenda;
 pub mod apply;
 pub mod backoff;
 pub mod behind;
-mod bridged;
+pub mod bridged;
 pub mod checks;
 pub mod confirm;
 pub mod deciding;

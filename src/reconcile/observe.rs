@@ -128,6 +128,7 @@ impl<T: Transport> Tables<T> {
             snapshot = Snapshot::new(snapshot.views.iter().map(set_aside));
         }
         snapshot.evidence.behind = self.behind(&snapshot);
+        snapshot.evidence.direct = self.direct(snapshot.views.iter())?;
         snapshot.evidence.opened_here = self.opened_here(&snapshot, ledger)?;
         self.play(&mut snapshot, ledger);
         Ok(Exact(snapshot))
@@ -227,6 +228,9 @@ pub fn play(tracking: &Tracking, snapshot: &mut Snapshot, ledger: &Ledger) {
     let plain = plain.filter(|view| tracking.is_surely_plain(view.connection));
     let plain: Vec<_> = plain.map(|view| TrackedPort::of(view.connection.local)).collect();
     snapshot.evidence.tracked.extend(plain);
+    let direct = &snapshot.evidence.direct;
+    let limited = direct.iter().filter(|it| tracking.is_surely_tracked(**it)).copied().collect();
+    snapshot.evidence.direct_and_limited = limited;
     let evidence = &snapshot.evidence;
     let dark = || snapshot.views.iter().filter(|view| is_dark(view, ledger));
     let opened = dark().map(|view| {

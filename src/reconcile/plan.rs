@@ -455,7 +455,10 @@ pub fn cell(
         held,
         tracked: seen.is_some()
             || evidence.arrival(view, ledger.arrivals()) != Some(Arrival::Various)
-                && (policy.force || evidence.tracked.contains(&port) || ledger.is_tracked(port)),
+                && (policy.force
+                    || evidence.tracked.contains(&port)
+                    || evidence.direct_and_limited.contains(&view.connection)
+                    || ledger.is_tracked(port)),
     }
 }
 

@@ -190,6 +190,7 @@ impl<T: Transport> Tables<T> {
         let mut led = HashMap::new();
         let tracking = self.tracking.clone();
         let zones = tracking.as_deref().and_then(Tracking::zones);
+        let other_ends = self.other_ends(&sockets);
         let mut joined = Joined { zones, ..Joined::of(sockets, scope, policy, over) };
         let mut homes = HashMap::new();
         let mut refused = None;
@@ -216,7 +217,7 @@ impl<T: Transport> Tables<T> {
         if let Some(error) = refused {
             return Err(error);
         }
-        let snapshot = self.but_bridged(joined.end())?;
+        let snapshot = self.but_bridged(joined.end(), &other_ends)?;
         Ok((snapshot, led))
     }
 
@@ -228,6 +229,7 @@ impl<T: Transport> Tables<T> {
         scope: &Scope,
         policy: &Policy,
     ) -> Result<Snapshot> {
+        let other_ends = self.other_ends(&sockets);
         sockets.retain(|socket| scope.contains(policy, socket.connection()));
         let mut views = Views::default();
         for part in sockets.chunks(PART) {
@@ -240,16 +242,26 @@ impl<T: Transport> Tables<T> {
                 entry,
             }));
         }
-        self.but_bridged(Snapshot::of(views))
+        self.but_bridged(Snapshot::of(views), &other_ends)
     }
 
-    /// Leaves out what a bridge passes on and conntrack never sees.
-    fn but_bridged(&mut self, mut snapshot: Snapshot) -> Result<Snapshot> {
+    /// Leaves out what a bridge passes on and conntrack never sees; `other_ends` are sockets of other namespaces
+    /// that have a connection with each other, as their peers see them.
+    fn but_bridged(
+        &mut self,
+        mut snapshot: Snapshot,
+        other_ends: &HashSet<Connection>,
+    ) -> Result<Snapshot> {
         let aside = self.bridged(snapshot.views.iter())?;
         if !aside.is_empty() {
             snapshot.views.retain(|view| !aside.contains(&view.connection));
         }
         snapshot.evidence.behind = self.behind(&snapshot);
+        if !other_ends.is_empty() {
+            let lost = snapshot.views.iter().filter(|view| view.entry.is_none());
+            let direct = lost.map(|view| view.connection).filter(|it| other_ends.contains(it));
+            snapshot.evidence.direct = direct.collect();
+        }
         Ok(snapshot)
     }
 }

@@ -7,7 +7,7 @@ use netlink_sys::protocols::NETLINK_ROUTE;
 use crate::error::{Op, Result};
 use crate::netlink::{Conversation, KernelSocket, Request};
 
-const RTM_GETLINK: u16 = 18;
+pub(super) const RTM_GETLINK: u16 = 18;
 
 /// A network device.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

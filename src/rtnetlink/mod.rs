@@ -1,5 +1,6 @@
 //! Devices, routes and traffic control by rtnetlink.
 
+pub mod bridge;
 pub mod changes;
 pub mod link;
 pub mod neighbour;

@@ -18,7 +18,7 @@ const RTM_GETROUTE: u16 = 26;
 /// The routing tables of one network namespace.
 #[derive(Debug)]
 pub struct Routes<T = KernelSocket> {
-    conversation: Conversation<T>,
+    pub(super) conversation: Conversation<T>,
 }
 
 impl Routes<KernelSocket> {

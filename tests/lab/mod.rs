@@ -52,6 +52,7 @@ pub use segment::{ACK, FIN, Frame, Kind, PSH, RST, SYN, Segment, with_tcp_option
 pub use server::{Server, serve_if_asked};
 pub use tables::{Entry, Socket};
 pub use way::Way;
+pub use wire::capture;
 
 /// The server's addresses, one a family.
 pub const SERVER_V4: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);

@@ -19,6 +19,7 @@ mod attack_search;
 mod audit_report;
 mod audit_rules;
 mod bound;
+mod bridge;
 mod browser;
 mod cli;
 mod containers;
