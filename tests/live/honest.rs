@@ -80,14 +80,6 @@ fn who_has_fooled_conntrack_can_close_under_strict_rules_over_ipv6() {
     closes_as_ever(CLIENT6, 0x7000_0000, &["--events", "nflog"]);
 }
 
-/// What is hidden from conntrack, of this client.
-fn is_hidden(scene: &Scene) -> bool {
-    // The names of the sets are those of the table that does it; a watched tuple is in another.
-    let rules = scene.lab.server.output("nft list ruleset");
-    let sets = rules.split("set ").filter(|set| set.starts_with("fins") || set.starts_with("rsts"));
-    sets.into_iter().any(|set| set.contains(CLIENT))
-}
-
 /// What takes the entries of all connections away, without any doing of their peer.
 const FORGOTTEN: [(&str, &str); 3] = [
     ("flush", "conntrack -F"),
@@ -113,7 +105,7 @@ fn what_was_forgotten_counts_against_nobody() {
             let again = holds_within(SOON, || acted(&scene) >= before + LIMIT);
             assert!(again, "{what}, round {round}: no repair\n{}", scene.daemon().log());
         }
-        assert!(!is_hidden(&scene), "{what}: counted as an offence");
+        assert!(!scene.hides(), "{what}: counted as an offence");
         conns.iter_mut().for_each(RawConn::fin);
         assert!(conns.iter_mut().all(RawConn::await_ack), "{what}: a FIN has not reached TCP");
         scene.server.close_all();
@@ -126,7 +118,7 @@ fn what_was_forgotten_counts_against_nobody() {
         // The control: the same client, once it fools conntrack.
         let conns = scene.established();
         fool(&scene, &conns, 1);
-        let hidden = holds_within(SOON, || is_hidden(&scene));
+        let hidden = holds_within(SOON, || scene.hides());
         assert!(hidden, "{what}: nothing is hidden of one that fools conntrack");
     }
 }

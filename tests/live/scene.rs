@@ -190,6 +190,15 @@ impl Scene {
         state.is_some_and(|state| state != "CLOSE" && state != "TIME_WAIT")
     }
 
+    /// Whether ctkeep hides packets of the client from conntrack.
+    pub fn hides(&self) -> bool {
+        // The names of the sets are those of the table that does it; a watched tuple is in another.
+        let rules = self.lab.server.output("nft list ruleset");
+        let sets =
+            rules.split("set ").filter(|set| set.starts_with("fins") || set.starts_with("rsts"));
+        sets.into_iter().any(|set| set.contains(CLIENT))
+    }
+
     /// Opens connections one after another, as many as are admitted but at most ten; each is
     /// half-closed and then followed by `trick`, which returns when ctkeep has had its say.
     ///

@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use crate::lab::guests::{self, Guest, LIMIT};
 use crate::lab::rules::{INPUT, chain};
-use crate::lab::{Lab, wait_for};
+use crate::lab::{Lab, kernel, wait_for};
+use crate::scene::{Limiter, Scene};
 use serde_json::Value;
 
 const CTKEEP: &str = env!("CARGO_BIN_EXE_ctkeep");
@@ -17,6 +18,52 @@ const SOON: Duration = Duration::from_secs(20);
 fn audit(lab: &Lab, args: &[&str]) -> (i32, Value) {
     let (code, out, err) = lab.ctkeep(CTKEEP, &[&["audit", "--format", "json"], args].concat());
     (code, serde_json::from_str(&out).unwrap_or_else(|error| panic!("{error}: {out}{err}")))
+}
+
+/// Rules of ctkeep's own change packets of a connection that it has repaired, and no SYN: a limit that is
+/// passed is said to be passed.
+#[test]
+fn what_ctkeep_hides_from_conntrack_leaves_limits_sure() {
+    let Some(mut scene) = Scene::new(Limiter::Connlimit) else { return };
+    let all = |scene: &Scene, words: &str| {
+        let (code, report) = audit(&scene.lab, &[]);
+        let source = &report["sources"][0];
+        let is_over = (&source["held"], &source["over_limit"]);
+        assert_eq!(
+            (code, is_over),
+            (1, (&(2 * LIMIT).into(), &true.into())),
+            "{words}: {report:#}"
+        );
+        let (_, chosen, _) = scene.ctkeep(&["kill", "--over-limit", "--format", "json"]);
+        let chosen: Value = serde_json::from_str(&chosen).unwrap();
+        assert_eq!(chosen["sockets"].as_array().unwrap().len(), LIMIT, "{words}: {chosen:#}");
+    };
+    let twice = |scene: &Scene| {
+        scene.lab.server.run("conntrack -D -p tcp --dport 80");
+        let more = scene.open(LIMIT);
+        assert_eq!(more.len(), LIMIT, "the bypass");
+        more
+    };
+    // The control: without ctkeep nothing is hidden, and the words are these.
+    let conns = scene.half_closed();
+    let more = twice(&scene);
+    all(&scene, "without ctkeep");
+    scene.end(&conns);
+    scene.end(&more);
+
+    scene.guard(&["--events", "nflog"]);
+    let conns = scene.half_closed();
+    conns.iter().for_each(|conn| conn.rst(kernel::stale_rst()));
+    scene.await_repair("revive", &conns);
+    wait_for("what is hidden", SOON, || scene.hides());
+    assert_eq!(scene.admitted(), 0, "the limit holds");
+    scene.freeze();
+    let more = twice(&scene);
+    scene.thaw();
+    wait_for("the entries", SOON, || conns.iter().all(|conn| scene.is_counted(conn)));
+    assert!(scene.hides(), "still");
+    all(&scene, "with ctkeep");
+    drop(more);
 }
 
 /// The limit stands before the rule that leads its port to another one, on this host, and no entry shows

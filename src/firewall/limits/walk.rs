@@ -237,7 +237,7 @@ impl<'r> Walk<'_, 'r, '_> {
     /// A rule that sees SYNs.
     fn witness(&mut self, chain: &Chain, rule: &Rule, matches: &Match, sight: Sight) {
         let is_of_hosts = matches!(self.base.hook, Hook::Prerouting | Hook::Input | Hook::Forward);
-        if !is_of_hosts || chain.is_ours {
+        if !is_of_hosts {
             return;
         }
         // What is sent in a client's name is a SYN that conntrack takes for the first of a connection.

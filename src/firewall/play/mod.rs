@@ -137,7 +137,8 @@ impl<'r> Player<'r> {
             // NAT chains are called at one priority for all (`nf_nat_inet_fn()`).
             let priority = if base.is_nat { (NAT_DST, base.priority) } else { (base.priority, 0) };
             let early = base.hook != Hook::Ingress;
-            (family && !chain.is_dormant && is_incoming(base.hook))
+            // Ours change no SYN, but to look so it would take to know all that they look at.
+            (family && !chain.is_dormant && !chain.is_ours && is_incoming(base.hook))
                 .then_some((early, base.hook, priority))
         };
         let mut bases: Vec<_> =
