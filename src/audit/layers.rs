@@ -62,6 +62,15 @@ impl Layer<Limits> {
             rule.verdict = worst(&rule.findings);
             self.extend(lacking);
         }
+        // What could not be told is known now.
+        let is_unsure =
+            |one: &Finding| one.id == "source-over-limit" && one.verdict == Verdict::Warn;
+        for rule in self.figures.rules.iter_mut().filter(|rule| rule.holds == Some(true)) {
+            let told: Vec<_> = rule.findings.extract_if(.., |one| is_unsure(one)).collect();
+            rule.verdict = worst(&rule.findings);
+            self.findings.retain(|one| !told.contains(one));
+        }
+        self.extend([]);
     }
 }
 
@@ -151,6 +160,12 @@ impl LimitFigures {
         findings.extend(over.first().map(|worst| {
             checks::sockets::over(whose(rule, worst), worst.held, worst.limit, worst.counted)
         }));
+        let unsure = loads.iter().find(|load| load.is_over().is_none()).filter(|_| over.is_empty());
+        findings.extend(
+            unsure.map(|load| {
+                checks::sockets::perhaps_over(whose(rule, load), load.held, load.limit)
+            }),
+        );
         let passing = |is_sure| {
             let all = rule.before.iter().filter(move |before| before.is_sure() == is_sure);
             all.map(EarlierAccept::to_string).collect()

@@ -5,6 +5,7 @@ pub mod checks;
 mod trial;
 pub mod unit;
 
+use nix::errno::Errno;
 use nix::sched::{CloneFlags, unshare};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
@@ -85,7 +86,8 @@ fn found(report: Report) -> Vec<Finding> {
     if !is_over && !limiter.figures.rules.is_empty() {
         let held: usize = report.sources.iter().map(|source| source.held).sum();
         let sources = report.sources.iter().filter(|source| source.held > 0).count();
-        let what = format!("{sources} sources with {held} sockets, none surely over its limit");
+        let s = if sources == 1 { "" } else { "s" };
+        let what = format!("{sources} source{s} with {held} sockets, none over its limit");
         all.push(Finding::ok("source-over-limit", what));
     }
     all.extend(limiter.findings);
@@ -165,7 +167,12 @@ fn privileges() -> Vec<Finding> {
 }
 
 fn unavailable(error: &Error) -> Finding {
-    Finding::bad("kernel-feature", error.to_string(), modules::advice())
+    let advice = match error.errno() {
+        // No module helps.
+        Some(Errno::EPERM) => "run doctor as root".to_owned(),
+        _ => modules::advice(),
+    };
+    Finding::bad("kernel-feature", error.to_string(), advice)
 }
 
 /// A lease must be longer than what the kernel gives by itself, and shorter than ESTABLISHED.

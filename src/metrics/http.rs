@@ -42,10 +42,12 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// # Errors
 /// The address is taken or not there: a usage error that names it.
 pub(crate) async fn bind(address: SocketAddr) -> Result<TcpListener> {
-    let refused = |error| {
+    let refused = |error: std::io::Error| {
+        let taken = error.kind() == std::io::ErrorKind::AddrInUse;
+        let whose = if taken { " (by another ctkeep?)" } else { "" };
         Error::usage(
             "--metrics-listen",
-            format!("cannot listen on {address}: {error}; name another address, or off"),
+            format!("cannot listen on {address}: {error}{whose}; name another address, or off"),
         )
     };
     let listener = TcpListener::bind(address).await.map_err(refused)?;

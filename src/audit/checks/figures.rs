@@ -61,7 +61,8 @@ pub fn conntrack(figures: &Table) -> Vec<Finding> {
         Some(0) => all.push(Finding::ok("loose-pickup", "connections are not picked up midway")),
         Some(_) => all.push(Finding::warn(
             "loose-pickup",
-            "connections are picked up midway: a forgotten one comes back the wrong way round",
+            "connections are picked up midway: a forgotten one may come back with client and server \
+             swapped, and is not counted",
             "sysctl -w net.netfilter.nf_conntrack_tcp_loose=0",
         )),
         None => {}

@@ -54,6 +54,16 @@ pub fn over(source: IpNet, held: usize, limit: u32, counted: usize) -> Finding {
     )
 }
 
+/// One that holds more than a limit that may not count them all.
+pub fn perhaps_over(source: IpNet, held: usize, limit: u32) -> Finding {
+    let whose = if source.prefix_len() == 0 { "in all".to_owned() } else { source.to_string() };
+    Finding::warn(
+        "source-over-limit",
+        format!("{whose}: {held} sockets, limit {limit}, if it is for all of them"),
+        "ctkeep audit --ask says what its list holds",
+    )
+}
+
 /// A list that lacks connections, as the limit itself has shown.
 pub fn lacking(answered: &Answered, rule: &str) -> Option<Finding> {
     let Answered { answer, held, .. } = answered;
@@ -142,7 +152,8 @@ pub fn untracked(connections: impl Iterator<Item = (u16, bool)>) -> Option<Findi
 pub fn outgoing(seen: Survey, kept: Option<[usize; 3]>, timeout: Option<u64>) -> Option<Finding> {
     const ID: &str = "outgoing";
     let (timeout, is_long) = (timeout?, timeout? > CLOSE_WAIT);
-    let open = format!("{} half-closed connections that this host opened", seen.sockets);
+    let open =
+        format!("{} half-closed connections that this host or its containers opened", seen.sockets);
     let some = (seen.sockets > 0).then_some(());
     match kept {
         Some([_, _, lost]) if lost > 0 => Some(Finding::warn(

@@ -35,7 +35,8 @@ pub fn text(report: &Report, all: bool, top: Option<usize>, no_header: bool) -> 
             format!(", {held} kept by ctkeep, {lost} lost")
         });
         out.push_str(&format!(
-            "{} half-closed connections that this host opened: {} translated, {} without an entry{kept}\n",
+            "{} half-closed connections that this host or its containers opened: {} translated, {} without an \
+             entry{kept}\n",
             outgoing.sockets, outgoing.translated, outgoing.without_entry
         ));
     }
