@@ -302,7 +302,10 @@ fn audit_explain_doctor_and_metrics_show_them_apart() {
     });
     assert_eq!(summary, wanted, "{report}");
     shown(&["explain", &local, FAR], &["this host opened it", "ctkeep run does not keep it"]);
-    shown(&["doctor"], &["1 half-closed connections that this host opened, 1 behind", "extend"]);
+    shown(
+        &["doctor"],
+        &["1 half-closed connections that this host or its containers opened, 1 behind", "extend"],
+    );
 
     let address = "127.0.0.1:9815";
     let args = ["--outgoing", "extend", "--metrics-listen", address];
@@ -311,7 +314,10 @@ fn audit_explain_doctor_and_metrics_show_them_apart() {
     let (summary, report) = audit();
     assert_eq!((&summary["held"], &summary["lost"]), (&1.into(), &0.into()), "{report}");
     shown(&["explain", &local, FAR], &["kept        by ctkeep run for", "as long as its socket"]);
-    shown(&["doctor"], &["1 half-closed connections that this host opened, 1 entries kept"]);
+    shown(
+        &["doctor"],
+        &["1 half-closed connections that this host or its containers opened, 1 entries kept"],
+    );
     scene.lab.server.sysctl("net/netfilter/nf_conntrack_tcp_timeout_close_wait", "3600");
     shown(&["doctor"], &["3600 s for all are needed no more", "timeout_close_wait=60"]);
     let answer = lab::http::ask(&scene.lab.server, address, "GET /metrics", "");
