@@ -304,7 +304,7 @@ fn audit_explain_doctor_and_metrics_show_them_apart() {
     shown(&["explain", &local, FAR], &["this host opened it", "ctkeep run does not keep it"]);
     shown(
         &["doctor"],
-        &["1 half-closed connections that this host or its containers opened, 1 behind", "extend"],
+        &["1 half-closed connections that this host or its containers opened, 1", "extend"],
     );
 
     let address = "127.0.0.1:9815";
@@ -316,7 +316,7 @@ fn audit_explain_doctor_and_metrics_show_them_apart() {
     shown(&["explain", &local, FAR], &["kept        by ctkeep run for", "as long as its socket"]);
     shown(
         &["doctor"],
-        &["1 half-closed connections that this host or its containers opened, 1 entries kept"],
+        &["1 half-closed connections that this host or its containers opened, 1", "entries kept"],
     );
     scene.lab.server.sysctl("net/netfilter/nf_conntrack_tcp_timeout_close_wait", "3600");
     shown(&["doctor"], &["3600 s for all are needed no more", "timeout_close_wait=60"]);
