@@ -7,12 +7,16 @@ use std::time::Duration;
 
 use crate::lab::guests::{self, INSIDE, LIMIT};
 use crate::lab::{Lab, Namespace, Server, capture, wait_for};
+use socket2::SockRef;
 
 const CTKEEP: &str = env!("CARGO_BIN_EXE_ctkeep");
 const PUBLISHED: u16 = 8009;
 const SOON: Duration = Duration::from_secs(15);
 /// An answer comes at once, or never: the limit drops.
 const ANSWER: Duration = Duration::from_millis(800);
+
+/// Closes by an RST.
+const NOW: Option<Duration> = Some(Duration::ZERO);
 
 struct Site {
     lab: Lab,
@@ -42,11 +46,15 @@ impl Site {
             Server::start(&client, "0.0.0.0:9"),
         ];
         let mut site = Self { lab, client, servers, _server: server };
-        // A bridge learns where its hosts are.
-        wait_for("the bridge", SOON, || site.dial().is_some());
+        // A bridge learns where its hosts are. By an RST nothing is left of it, and no late packet makes an entry.
+        wait_for("the bridge", SOON, || {
+            site.dial().is_some_and(|first| SockRef::from(&first).set_linger(NOW).is_ok())
+        });
         let [server, _] = &mut site.servers;
         wait_for("the first", SOON, || server.held() > 0);
         server.close_all();
+        let all = || site.client.output("ss -Htan state all exclude listening");
+        wait_for("the end of the first", SOON, || all().is_empty());
         site.lab.server.run("conntrack -F");
         Some(site)
     }
