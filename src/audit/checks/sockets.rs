@@ -40,8 +40,7 @@ pub fn closing(sockets: usize) -> Finding {
 
 /// A source that holds more than its limit; `counted` are the entries that a limiter can count.
 pub fn over(source: IpNet, held: usize, limit: u32, counted: usize) -> Finding {
-    // Of a rule that does not go by the source.
-    let whose = if source.prefix_len() == 0 { "in all".to_owned() } else { source.to_string() };
+    let whose = whose(source);
     let advice = if counted >= held {
         "all are counted: it comes down as the server closes them, or by ctkeep kill --over-limit"
     } else {
@@ -56,12 +55,17 @@ pub fn over(source: IpNet, held: usize, limit: u32, counted: usize) -> Finding {
 
 /// One that holds more than a limit that may not count them all.
 pub fn perhaps_over(source: IpNet, held: usize, limit: u32) -> Finding {
-    let whose = if source.prefix_len() == 0 { "in all".to_owned() } else { source.to_string() };
+    let whose = whose(source);
     Finding::warn(
         "source-over-limit",
         format!("{whose}: {held} sockets, limit {limit}, if it is for all of them"),
         "ctkeep audit --ask says what its list holds",
     )
+}
+
+/// Of a rule that does not go by the source: all.
+fn whose(source: IpNet) -> String {
+    if source.prefix_len() == 0 { "in all".to_owned() } else { source.to_string() }
 }
 
 /// A list that lacks connections, as the limit itself has shown.
