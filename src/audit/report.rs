@@ -420,6 +420,7 @@ fn make_sure(
     policy: &Policy,
     ledger: &Ledger,
 ) -> Result<()> {
+    let mut before = Snapshot::default();
     for pause in [Duration::ZERO, SETTLE] {
         let suspects: Vec<Lookup> = snapshot
             .views
@@ -438,13 +439,14 @@ fn make_sure(
             break;
         }
         thread::sleep(pause);
-        let exact = tables.exactly(&suspects, ledger)?;
+        let exact = tables.exactly_again(&suspects, ledger, &before)?.into_snapshot();
         snapshot.evidence.opened_here.clone_from(&exact.evidence.opened_here);
         snapshot.evidence.direct.clone_from(&exact.evidence.direct);
-        let exact: HashMap<Connection, View> =
+        let found: HashMap<Connection, View> =
             exact.views.iter().map(|view| (view.connection, view)).collect();
-        let newest = |view: View| exact.get(&view.connection).copied().unwrap_or(view);
+        let newest = |view: View| found.get(&view.connection).copied().unwrap_or(view);
         snapshot.views = snapshot.views.iter().map(newest).collect();
+        before = exact;
     }
     snapshot.views.retain(|view| view.socket.is_some() || view.entry.is_some());
     tables.play(snapshot, ledger);

@@ -18,7 +18,7 @@ use crate::firewall::tracking::{Opened, Tracking};
 use crate::flow::{Connection, FourTuple};
 use crate::netlink::{KernelSocket, Transport};
 use crate::rtnetlink::route::Routes;
-use crate::sockdiag::{Lookup, Opener, SockDiag, Socket, State};
+use crate::sockdiag::{Cookie, Lookup, Opener, SockDiag, Socket, State};
 
 /// What exact look-ups have just shown, connection by connection: it may be acted upon.
 ///
@@ -107,6 +107,20 @@ impl<T: Transport> Tables<T> {
     /// # Errors
     /// A broken conversation. An unanswered question never looks like an absent socket.
     pub fn exactly(&mut self, lookups: &[Lookup], ledger: &Ledger) -> Result<Exact> {
+        self.exactly_again(lookups, ledger, &Snapshot::default())
+    }
+
+    /// As [`Tables::exactly`], a moment after `before`, which was seen so: who opened a socket does not
+    /// change, and is not asked again.
+    ///
+    /// # Errors
+    /// As [`Tables::exactly`].
+    pub fn exactly_again(
+        &mut self,
+        lookups: &[Lookup],
+        ledger: &Ledger,
+        before: &Snapshot,
+    ) -> Result<Exact> {
         let entries = self.entries_of(lookups, ledger.zones())?;
         let sockets = self.open_sockets(lookups)?;
         let views = lookups
@@ -129,7 +143,7 @@ impl<T: Transport> Tables<T> {
         }
         snapshot.evidence.behind = self.behind(&snapshot);
         snapshot.evidence.direct = self.direct(snapshot.views.iter())?;
-        snapshot.evidence.opened_here = self.opened_here(&snapshot, ledger)?;
+        snapshot.evidence.opened_here = self.opened_here(&snapshot, ledger, before)?;
         self.play(&mut snapshot, ledger);
         Ok(Exact(snapshot))
     }
@@ -173,19 +187,26 @@ impl<T: Transport> Tables<T> {
 
     /// The connections that this host has opened, among those of which no entry shows it: it is
     /// gone, or was made by a packet in the connection's middle.
-    fn opened_here(&mut self, snapshot: &Snapshot, ledger: &Ledger) -> Result<HashSet<Connection>> {
-        let dark = snapshot.views.iter().filter(|view| is_dark(view, ledger));
-        let unknown = dark.filter_map(|view| view.socket).filter(|socket| {
-            // Whose opener was asked before.
-            ledger.last_entry(socket).is_none()
-        });
-        let lookups: Vec<_> = unknown.map(|socket| Lookup::from(&socket)).collect();
-        if lookups.is_empty() {
-            return Ok(HashSet::new());
+    fn opened_here(
+        &mut self,
+        snapshot: &Snapshot,
+        ledger: &Ledger,
+        before: &Snapshot,
+    ) -> Result<HashSet<Connection>> {
+        let told: HashSet<Cookie> =
+            sockets_to_ask(before, ledger).map(|socket| socket.cookie).collect();
+        let (told, unknown): (Vec<_>, Vec<_>) =
+            sockets_to_ask(snapshot, ledger).partition(|socket| told.contains(&socket.cookie));
+        let told = told.into_iter().map(|socket| socket.connection());
+        let mut here: HashSet<_> =
+            told.filter(|it| before.evidence.opened_here.contains(it)).collect();
+        if !unknown.is_empty() {
+            let lookups: Vec<_> = unknown.iter().map(Lookup::from).collect();
+            let openers = lookups.iter().zip(self.sockets.openers(&lookups)?);
+            let found = openers.filter(|(_, opener)| *opener == Some(Opener::Here));
+            here.extend(found.map(|(lookup, _)| lookup.connection));
         }
-        let openers = lookups.iter().zip(self.sockets.openers(&lookups)?);
-        let here = openers.filter(|(_, opener)| *opener == Some(Opener::Here));
-        Ok(here.map(|(lookup, _)| lookup.connection).collect())
+        Ok(here)
     }
 
     /// The entries of these connections, in these zones.
@@ -249,6 +270,15 @@ pub fn play(tracking: &Tracking, snapshot: &mut Snapshot, ledger: &Ledger) {
 }
 
 /// Whether no entry shows, or has shown, how a socket's connection began.
+/// Those that no entry, seen now or before, says anything of.
+fn sockets_to_ask<'a>(
+    snapshot: &'a Snapshot,
+    ledger: &'a Ledger,
+) -> impl Iterator<Item = Socket> + 'a {
+    let dark = snapshot.views.iter().filter(|view| is_dark(view, ledger));
+    dark.filter_map(|view| view.socket).filter(|socket| ledger.last_entry(socket).is_none())
+}
+
 fn is_dark(view: &View, ledger: &Ledger) -> bool {
     let tells_nothing = |entry: Entry| entry.is_picked_up();
     view.socket.is_some_and(|socket| {
