@@ -1,7 +1,9 @@
 //! Which processes hold a socket, by procfs, or as a text has it.
 
 use std::collections::{HashMap, HashSet};
+use std::hash::Hash;
 use std::path::Path;
+use std::sync::Arc;
 use std::{fmt, fs};
 
 use crate::containers::name;
@@ -63,8 +65,8 @@ pub enum Owner<'o> {
 /// Who has the sockets of one look.
 #[derive(Clone, Debug, Default)]
 pub struct Owners {
-    by_inode: HashMap<u32, Holder>,
-    by_cookie: HashMap<Cookie, Holder>,
+    by_inode: HashMap<u32, Arc<Holder>>,
+    by_cookie: HashMap<Cookie, Arc<Holder>>,
     /// Connections that wait at each listening port.
     waiting: HashMap<u16, u32>,
     /// Inode 0 says that no process has the socket. A text without inodes says nothing.
@@ -116,7 +118,7 @@ impl Owners {
     /// Those of this host.
     pub fn look(sockets: impl Iterator<Item = Socket>, listeners: &[Socket]) -> Self {
         let inodes = sockets.chain(listeners.iter().copied()).map(|socket| socket.inode);
-        let by_inode = holders(&inodes.filter(|inode| *inode != 0).collect());
+        let by_inode = shared(holders(&inodes.filter(|inode| *inode != 0).collect()));
         let (waiting, veil) = (waiting(listeners), Some(Veil::find()));
         Self { by_inode, has_inodes: true, waiting, veil, ..Self::default() }
     }
@@ -132,7 +134,8 @@ impl Owners {
         has_inodes: bool,
         listeners: &[Socket],
     ) -> Self {
-        Self { by_cookie, has_inodes, waiting: waiting(listeners), ..Self::default() }
+        let (by_cookie, waiting) = (shared(by_cookie), waiting(listeners));
+        Self { by_cookie, has_inodes, waiting, ..Self::default() }
     }
 
     /// The owner of a socket.
@@ -151,8 +154,17 @@ impl Owners {
 
     /// The process that has a socket, where it can be seen.
     pub fn holder(&self, socket: &Socket) -> Option<&Holder> {
+        self.shared(socket).map(Arc::as_ref)
+    }
+
+    /// The same, for a hundred thousand connections without a copy for each.
+    pub(super) fn shared(&self, socket: &Socket) -> Option<&Arc<Holder>> {
         self.by_cookie.get(&socket.cookie).or_else(|| self.by_inode.get(&socket.inode))
     }
+}
+
+fn shared<K: Eq + Hash>(holders: HashMap<K, Holder>) -> HashMap<K, Arc<Holder>> {
+    holders.into_iter().map(|(key, holder)| (key, Arc::new(holder))).collect()
 }
 
 fn waiting(listeners: &[Socket]) -> HashMap<u16, u32> {

@@ -4,6 +4,7 @@ mod json;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, SystemTime};
 
@@ -63,7 +64,7 @@ pub struct ReportedConnection {
     /// Zones in which it has entries beside that one.
     pub other_zones: Vec<u16>,
     /// Who holds the socket.
-    pub holder: Option<Holder>,
+    pub holder: Option<Arc<Holder>>,
     /// How the shield stands to it; `None` for saved tables.
     pub cover: Option<Coverage>,
 }
@@ -247,7 +248,7 @@ impl Report {
             views: &snapshot.views,
             owners: &seen.owners,
         });
-        let holder = |view: &View| seen.owners.holder(&view.socket?).cloned();
+        let holder = |view: &View| seen.owners.shared(&view.socket?).cloned();
         // A limit makes the kernel track what it is for. Of saved tables the rules may not be known.
         let are_rules_open = seen.figures.is_none() && !limiter.unread.is_empty();
         let mut is_limited = |view: &View| {
@@ -421,6 +422,7 @@ fn make_sure(
     ledger: &Ledger,
 ) -> Result<()> {
     let mut before = Snapshot::default();
+    let mut is_changed = false;
     for pause in [Duration::ZERO, SETTLE] {
         let suspects: Vec<Lookup> = snapshot
             .views
@@ -447,9 +449,12 @@ fn make_sure(
         let newest = |view: View| found.get(&view.connection).copied().unwrap_or(view);
         snapshot.views = snapshot.views.iter().map(newest).collect();
         before = exact;
+        is_changed = true;
     }
-    snapshot.views.retain(|view| view.socket.is_some() || view.entry.is_some());
-    tables.play(snapshot, ledger);
+    if is_changed {
+        snapshot.views.retain(|view| view.socket.is_some() || view.entry.is_some());
+        tables.play(snapshot, ledger);
+    }
     Ok(())
 }
 

@@ -138,16 +138,23 @@ impl Views {
         self.0.get(range.start.min(end)..end).unwrap_or_default().iter().map(CompactView::view)
     }
 
-    /// The one with this number.
-    pub(super) fn get(&self, index: usize) -> Option<View> {
-        self.0.get(index).map(CompactView::view)
-    }
-
     /// Puts another in its place.
     pub(super) fn set(&mut self, index: usize, view: View) {
         if let Some(slot) = self.0.get_mut(index) {
             *slot = CompactView::new(view);
         }
+    }
+
+    /// Gives the one with this number an entry, where it has none; else says how it is.
+    pub(super) fn give(&mut self, index: usize, given: &Entry) -> Option<View> {
+        let slot = self.0.get_mut(index)?;
+        let connection = slot.connection();
+        let (CompactView::Open(_, entry) | CompactView::Alone(_, entry)) = slot;
+        if entry.is_some() {
+            return Some(slot.view());
+        }
+        *entry = Some(PackedEntry::new(connection, given));
+        None
     }
 
     /// Keeps those that `wanted` wants.

@@ -342,19 +342,15 @@ impl<'a> Joined<'a> {
         let places = places(entry, self.scope, self.policy);
         let mut is_orphan = true;
         for connection in places.into_iter().flatten() {
-            let index = self.by_connection.get(&connection).copied();
-            if let Some((index, view)) = index.and_then(|it| Some((it, self.views.get(it)?))) {
-                is_orphan = false;
-                let Some(kept) = view.entry else {
-                    self.views.set(index, View { entry: Some(*entry), ..view });
-                    continue;
-                };
-                let zones = self.zones.as_ref();
-                let is_worth_more = rank(connection, &kept, zones) < rank(connection, entry, zones);
-                let (one, other) = if is_worth_more { (*entry, kept) } else { (kept, *entry) };
-                self.views.set(index, View { entry: Some(one), ..view });
-                self.others.entry(connection).or_default().push(other);
-            }
+            let Some(&index) = self.by_connection.get(&connection) else { continue };
+            is_orphan = false;
+            let Some(view) = self.views.give(index, entry) else { continue };
+            let Some(kept) = view.entry else { continue };
+            let zones = self.zones.as_ref();
+            let is_worth_more = rank(connection, &kept, zones) < rank(connection, entry, zones);
+            let (one, other) = if is_worth_more { (*entry, kept) } else { (kept, *entry) };
+            self.views.set(index, View { entry: Some(one), ..view });
+            self.others.entry(connection).or_default().push(other);
         }
         for connection in places.into_iter().flatten().filter(|it| is_orphan && is_here(*it)) {
             let alone = View { connection, socket: None, entry: Some(*entry) };
