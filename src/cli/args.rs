@@ -17,7 +17,7 @@ use std::time::Duration;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
 
-use self::values::{endpoint, guarded_state, lease, network, recount_mode, recount_route};
+use self::values::{endpoint, guarded_state, lease, network, port, recount_mode, recount_route};
 use crate::error::{Error, Result};
 use crate::flow::Endpoint;
 use crate::host::netns::Namespace;
@@ -84,8 +84,7 @@ pub(super) struct Check {
 #[command(next_help_heading = "Scope")]
 pub(super) struct Scope {
     /// TCP port to guard: a socket's or a published one (repeatable) [default: every listening port]
-    #[arg(long = "port", value_name = "PORT", value_delimiter = ',',
-          value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long = "port", value_name = "PORT", value_delimiter = ',', value_parser = port)]
     pub ports: Vec<u16>,
 
     /// Socket states to guard, while an application has the socket open

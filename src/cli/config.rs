@@ -58,8 +58,13 @@ pub(super) fn matches(
     let matches = Cli::command().try_get_matches_from(&args)?;
     let Some((name, typed)) = matches.subcommand() else { return Ok(matches) };
     let Ok(Some(path)) = typed.try_get_one::<PathBuf>("config") else { return Ok(matches) };
-    let text =
-        read(path).map_err(|error| Failure::File(usage(format!("{}: {error}", path.display()))))?;
+    let text = read(path).map_err(|error| {
+        let what = match error.kind() {
+            io::ErrorKind::InvalidData => "it is no text in UTF-8".to_owned(),
+            _ => error.to_string(),
+        };
+        Failure::File(usage(format!("{}: {what}", path.display())))
+    })?;
     let added = flags(&text, path, name, typed).map_err(Failure::File)?;
     args.extend(added.into_iter().map(OsString::from));
     Ok(Cli::command().try_get_matches_from(&args)?)
@@ -83,15 +88,14 @@ fn flags(text: &str, path: &Path, name: &str, typed: &ArgMatches) -> Result<Vec<
         let at = place(key.span().start);
         let key: &str = key.get_ref();
         let Some(command) = owner(&cli, name, key) else {
-            return Err(usage(format!("{at}: unknown option '{key}'; see ctkeep run --help")));
+            let advice = match meant(&cli, name, key) {
+                Some(meant) => format!("did you mean '{meant}'?"),
+                None => "see ctkeep run --help".to_owned(),
+            };
+            return Err(usage(format!("{at}: unknown option '{key}'; {advice}")));
         };
         let written = written(&command, key, value.get_ref()).ok_or_else(|| {
-            let what = if is_switch(&command, key) {
-                "true or false"
-            } else {
-                "a text, a number or a list"
-            };
-            usage(format!("{at}: '{key}' takes {what}"))
+            usage(format!("{at}: '{key}' takes {}", what_it_takes(&command, key)))
         })?;
         // Tried alone, so that clap's message gets the place in the file.
         let mut probe = vec!["ctkeep".to_owned(), command.get_name().to_owned()];
@@ -115,10 +119,25 @@ fn flags(text: &str, path: &Path, name: &str, typed: &ArgMatches) -> Result<Vec<
 
 /// The subcommand that has `--key`: `name` if it does, else any.
 fn owner(cli: &Command, name: &str, key: &str) -> Option<Command> {
+    readers(cli, name).find(|command| argument(command, key).is_some()).cloned()
+}
+
+/// The subcommands that read the file, `name` first.
+fn readers<'a>(cli: &'a Command, name: &str) -> impl Iterator<Item = &'a Command> {
     let reads_file = |command: &&Command| command.get_arguments().any(|it| it.get_id() == "config");
     let mut commands: Vec<_> = cli.get_subcommands().filter(reads_file).collect();
     commands.sort_by_key(|command| command.get_name() != name);
-    commands.into_iter().find(|command| argument(command, key).is_some()).cloned()
+    commands.into_iter()
+}
+
+/// The option that was meant by `key`: `ports`, `follow_rules`.
+fn meant<'a>(cli: &'a Command, name: &str, key: &str) -> Option<&'a str> {
+    let key = key.replace('_', "-").to_lowercase();
+    let mut all = readers(cli, name)
+        .flat_map(Command::get_arguments)
+        .filter_map(clap::Arg::get_long)
+        .filter(|long| !NEVER_IN_FILE.contains(long));
+    all.find(|long| key.len() > 2 && (long.starts_with(&key) || key.starts_with(long)))
 }
 
 /// The identifier of the argument `--key`, where a file may have it.
@@ -139,6 +158,19 @@ fn is_switch(command: &Command, key: &str) -> bool {
         .get_arguments()
         .find(|argument| argument.get_long() == Some(key))
         .is_some_and(|argument| matches!(argument.get_action(), ArgAction::SetTrue))
+}
+
+/// What a value of `--key` can be, in words.
+fn what_it_takes(command: &Command, key: &str) -> String {
+    if is_switch(command, key) {
+        return "true or false".to_owned();
+    }
+    let argument = command.get_arguments().find(|argument| argument.get_long() == Some(key));
+    let values = argument.map(clap::Arg::get_possible_values).unwrap_or_default();
+    match values.iter().map(|value| format!("\"{}\"", value.get_name())).collect::<Vec<_>>() {
+        values if values.is_empty() => "a text, a number or a list".to_owned(),
+        values => values.join(" or "),
+    }
 }
 
 /// A value as it would be typed.

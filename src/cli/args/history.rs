@@ -7,7 +7,7 @@ use clap::Args;
 use ipnet::IpNet;
 
 use super::Output;
-use super::values::{duration, network};
+use super::values::{duration, network, port};
 
 /// What sources held, minute by minute, and what the daemon did: from the files that `ctkeep run
 /// --history` keeps.
@@ -22,8 +22,7 @@ pub(crate) struct History {
     pub sources: Vec<IpNet>,
 
     /// Only this local port (repeatable)
-    #[arg(long = "port", value_name = "PORT", value_delimiter = ',',
-          value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long = "port", value_name = "PORT", value_delimiter = ',', value_parser = port)]
     pub ports: Vec<u16>,
 
     /// Of each minute those N that held most

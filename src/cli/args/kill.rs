@@ -7,7 +7,7 @@ use clap::Args;
 use clap::builder::TypedValueParser;
 use ipnet::IpNet;
 
-use super::values::{duration, network};
+use super::values::{duration, network, port};
 use super::{Output, namespaces};
 use crate::error::Result;
 use crate::host::netns::Namespace;
@@ -62,8 +62,7 @@ pub(crate) struct Meant {
     pub sources: Vec<IpNet>,
 
     /// At this local port (repeatable) [default: every listening port]
-    #[arg(long = "port", value_name = "PORT", value_delimiter = ',',
-          value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long = "port", value_name = "PORT", value_delimiter = ',', value_parser = port)]
     pub ports: Vec<u16>,
 
     /// Held by this process; of several that hold it the one with the lowest id counts

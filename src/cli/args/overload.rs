@@ -58,7 +58,7 @@ pub(super) fn overload(text: &str) -> Result<Overload, String> {
         }
     }
     match this.above {
-        0 => Err("above: how many sockets a source may hold".to_owned()),
+        0 => Err("above is missing: how many sockets a source may hold".to_owned()),
         _ if this.time < Duration::from_secs(1) => Err("for: at least 1s".to_owned()),
         _ => Ok(this),
     }

@@ -33,6 +33,13 @@ pub(super) fn endpoint(text: &str) -> std::result::Result<Endpoint, String> {
     }
 }
 
+pub(super) fn port(text: &str) -> std::result::Result<u16, String> {
+    match text.parse() {
+        Ok(port) if port > 0 => Ok(port),
+        _ => Err("expected a port, 1 to 65535".to_owned()),
+    }
+}
+
 pub(super) fn network(text: &str) -> std::result::Result<IpNet, String> {
     if let Ok(addr) = text.parse::<std::net::IpAddr>() {
         return Ok(IpNet::from(addr.to_canonical()));
