@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use ipnet::IpNet;
 
-use super::report::Seen;
+use super::look::Seen;
 use super::sources::{Group, Load, Met, Plays, loads};
 use crate::conntrack::Zone;
 use crate::containers;

@@ -10,6 +10,7 @@ pub mod figures;
 pub mod finding;
 pub mod fronts;
 pub mod layers;
+pub mod look;
 pub mod processes;
 pub mod report;
 pub mod saved;

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use crate::audit::asked::{DEVICE, question_about};
 use crate::audit::finding::Finding;
-use crate::audit::report::Seen;
+use crate::audit::look::Seen;
 use crate::audit::sources::loads;
 use crate::error::Result;
 use crate::recount::{Mode, Recounter, Through};

@@ -7,8 +7,8 @@ pub mod choose;
 use std::collections::HashMap;
 
 use self::choose::{Age, Candidate, Choice, Which};
+use crate::audit::look::Seen;
 use crate::audit::processes::{Owner, Owners};
-use crate::audit::report::Seen;
 use crate::audit::sources::{Load, overloads};
 use crate::containers;
 use crate::error::{Error, Result};
