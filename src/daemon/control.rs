@@ -23,13 +23,15 @@ pub(super) struct Control {
     pub(super) own: Option<(u64, u64)>,
     /// Set up at the start.
     pub(super) foundation: Arc<Foundation>,
+    /// What it takes to enter other namespaces was there at the start, and was given up as nothing wanted it.
+    pub(super) gave_up_others: bool,
     live: Mutex<Arc<Live>>,
     /// Containers with limits of their own.
     limited: Mutex<Vec<Namespace>>,
 }
 
 impl Control {
-    pub(super) fn new(settings: Settings) -> Self {
+    pub(super) fn new(settings: Settings, gave_up_others: bool) -> Self {
         let Settings { foundation, live } = settings;
         let metrics = Metrics::new(foundation.dry_run);
         metrics.show_addresses(live.status_addresses);
@@ -39,6 +41,7 @@ impl Control {
             history,
             own: Namespace::Own.identity(),
             foundation: Arc::new(foundation),
+            gave_up_others,
             live: Mutex::new(Arc::new(live)),
             limited: Mutex::default(),
         }

@@ -229,7 +229,11 @@ impl Finder {
     /// Looks through all processes, where a sign calls for it or it is time.
     fn scan(&mut self, now: Instant) {
         let may_look = self.may_look();
-        self.are_looked_for.store(may_look, Ordering::Relaxed);
+        let were_looked_for = self.are_looked_for.swap(may_look, Ordering::Relaxed);
+        if may_look && !were_looked_for && self.scanned.is_some() {
+            // A reload has turned it on.
+            self.restless = now + RESTLESS;
+        }
         if !may_look {
             self.found.clear();
             self.scanned = Some(now);

@@ -61,6 +61,8 @@ pub fn run(
 ) -> Result<()> {
     let programs = load_shields(&settings)?;
     let needs_bpf = programs.values().any(Program::needs_bpf_for_good);
+    let gives_up_others =
+        !settings.live.enters_others() && privileges::lacking(&privileges::ELSEWHERE).is_empty();
     // While this is the only thread: the others inherit what is left.
     if let Err(error) = privileges::keep_only(&settings.privileges(needs_bpf)) {
         tracing::warn!(%error, "could not give up privileges that are not needed");
@@ -74,7 +76,8 @@ pub fn run(
         .enable_all()
         .build()
         .map_err(|error| op.io(error))?;
-    let result = runtime.block_on(serve(settings, programs, Arc::new(reload)));
+    let serving = serve(settings, gives_up_others, programs, Arc::new(reload));
+    let result = runtime.block_on(serving);
     // A file system that hangs does not keep the process.
     runtime.shutdown_background();
     tracing::info!("stopped");
@@ -210,7 +213,12 @@ impl Team {
 /// The thread that looks for namespaces.
 const FINDER: &str = "namespaces";
 
-async fn serve<R>(settings: Settings, mut programs: Programs, reload: Arc<R>) -> Result<()>
+async fn serve<R>(
+    settings: Settings,
+    gave_up_others: bool,
+    mut programs: Programs,
+    reload: Arc<R>,
+) -> Result<()>
 where
     R: Fn() -> Result<Settings> + Send + Sync + 'static,
 {
@@ -221,7 +229,7 @@ where
     let mut hangup = listen(SignalKind::hangup())?;
 
     let mut starting: HashSet<_> = settings.guarded().map(|it| guard::name(&it)).collect();
-    let control = Arc::new(Control::new(settings));
+    let control = Arc::new(Control::new(settings, gave_up_others));
     if let Some(path) = &control.live().metrics_textfile {
         textfile::check(path)?;
     }
@@ -343,7 +351,10 @@ fn apply_reload(control: &Control, new: Result<Settings>) {
         }
         Ok(new) => new,
     };
-    let changed = control.foundation.changed(&new.foundation);
+    let mut changed = control.foundation.changed(&new.foundation);
+    if control.gave_up_others && new.live.enters_others() {
+        changed.push(if new.live.containers { "containers" } else { "netns" });
+    }
     control.metrics.reloaded(changed.is_empty());
     let well = changed.is_empty();
     control.history.keep(|at| Record::Reload { at, well });

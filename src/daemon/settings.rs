@@ -107,7 +107,7 @@ impl Settings {
         if needs_bpf {
             all.push(Capability::CAP_BPF);
         }
-        if self.live.containers || !self.live.namespaces.is_empty() {
+        if self.live.enters_others() {
             // To find them and to enter them whenever they come back, by paths such as
             // /proc/PID/ns/net or below a user's own directory.
             all.extend(privileges::ELSEWHERE);
@@ -163,6 +163,11 @@ impl Foundation {
 }
 
 impl Live {
+    /// Whether other namespaces than the own one are to be entered.
+    pub(super) const fn enters_others(&self) -> bool {
+        self.containers || !self.namespaces.is_empty()
+    }
+
     /// What the keeper goes by.
     pub(super) fn keeper(&self, dry_run: bool) -> keeper::Settings {
         keeper::Settings {

@@ -99,6 +99,46 @@ fn a_reload_takes_other_names_up() {
     assert_eq!(first.gain(&lab, &lab.peer("198.51.100.9"), false), LIMIT, "{}", daemon.log());
 }
 
+/// A daemon that began without them has given up what they take, and says so in place of guarding nothing.
+#[test]
+fn a_reload_turns_containers_off_and_on_or_is_refused() {
+    let Some(lab) = Lab::new() else { return };
+    guests::limit(&lab);
+    let guest = Guest::start(&lab, 1);
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("ctkeep.toml");
+    let start = |words: &str| {
+        fs::write(&file, words).unwrap();
+        lab.daemon(CTKEEP, &["--config", file.to_str().unwrap()])
+    };
+    let reload = |daemon: &lab::Daemon, words: &str, answer: &str| {
+        let before = daemon.log().matches(answer).count();
+        fs::write(&file, words).unwrap();
+        daemon.signal(Signal::SIGHUP);
+        wait_for(answer, SOON, || daemon.log().matches(answer).count() > before);
+    };
+    let gains = |source: &str, daemon: &lab::Daemon, is_guarded: bool| {
+        let gained = guest.gain(&lab, &lab.peer(source), is_guarded);
+        assert_eq!(gained, if is_guarded { 0 } else { LIMIT }, "{}", daemon.log());
+    };
+    let (auto, off) = ("containers = \"auto\"\n", "containers = \"off\"\n");
+    let daemon = start(auto);
+    gains("198.51.100.7", &daemon, true);
+    reload(&daemon, off, "configuration reloaded");
+    wait_for("its end", SOON, || daemon.log().matches("action=\"release\"").count() == LIMIT);
+    gains("198.51.100.8", &daemon, false);
+    reload(&daemon, auto, "configuration reloaded");
+    gains("198.51.100.9", &daemon, true);
+    drop(daemon);
+
+    let daemon = start(off);
+    let names = format!("{off}netns = [\"{}\"]\n", guest.namespace.path());
+    reload(&daemon, auto, "a change of containers takes a restart");
+    reload(&daemon, &names, "a change of netns takes a restart");
+    gains("198.51.100.10", &daemon, false);
+    reload(&daemon, &format!("{off}lease = \"30s\"\n"), "configuration reloaded");
+}
+
 /// An RST that comes in from outside and says to be a container's answer closes the entry, and its
 /// server has not sent it.
 #[test]
@@ -281,6 +321,9 @@ fn every_command_joins_the_sockets_of_containers_with_the_entries_of_the_host() 
 
     lab.server.run("iptables -F FORWARD");
     guests::limit(&lab);
+    assert_eq!(peer.admitted(guest.port, 1), 1, "the control: the new list is empty");
+    lab.server.run("iptables -F FORWARD");
+    guests::limit(&lab);
     let (code, out, err) = lab.ctkeep(CTKEEP, &["recount"]);
     assert!(code == 0 || code == 4, "{out}{err}");
     assert_eq!(peer.admitted(guest.port, LIMIT), 0, "{out}{err}");
@@ -366,6 +409,9 @@ fn a_forwarded_limit_whose_sockets_the_daemon_does_not_look_at_is_bad() {
                 "{command}: {out}{err}"
             );
             assert_eq!(out.contains("containers.conf"), is_bad, "{command}: {out}");
+            let (_, out, err) = lab.ctkeep(CTKEEP, &[command, "--format", "json"]);
+            let found = r#""id":"limit-unseen","verdict":"bad""#;
+            assert_eq!(out.contains(found), is_bad, "{command}: {out}{err}");
         }
     }
 }
