@@ -10,6 +10,7 @@ status=0
 cd "$WHERE" || status=1
 # As where the package is installed.
 sed '/^#/d' packaging/modules-load.conf | xargs modprobe -a
+modprobe br_netfilter
 while read -r module program tests; do
     echo "== $module"
     # One test a word.

@@ -40,40 +40,15 @@ impl Guest {
     /// Number `number` of this lab, at most 250; its port is published.
     pub fn start(lab: &Lab, number: u16) -> Self {
         let guest = Self::start_again(lab, number);
-        lab.server.run(&format!(
-            "iptables -t nat -A PREROUTING -d 192.0.2.1 -p tcp --dport {} -j DNAT \
-             --to-destination {}:{INSIDE}",
-            guest.port, guest.address
-        ));
+        publish(lab, number);
         guest
     }
 
     /// The same after its end, at the same address, whose port is published still.
     pub fn start_again(lab: &Lab, number: u16) -> Self {
-        let namespace = Namespace::new().expect("namespace of a guest");
-        lab.server.feed(
-            "ip -batch -",
-            &format!(
-                "link add guest{number} type veth peer name eth0 netns {}\n\
-                 link set guest{number} addrgenmode none\n\
-                 link set guest{number} up\n\
-                 addr add 10.1.{number}.1/24 dev guest{number}\n",
-                namespace.path()
-            ),
-        );
-        namespace.feed(
-            "ip -batch -",
-            &format!(
-                "link set lo up\n\
-                 link set eth0 addrgenmode none\n\
-                 link set eth0 up\n\
-                 addr add 10.1.{number}.2/24 dev eth0\n\
-                 route add default via 10.1.{number}.1\n"
-            ),
-        );
+        let namespace = attach(lab, number);
         let server = Server::start(&namespace, &format!("0.0.0.0:{INSIDE}"));
-        let address = format!("10.1.{number}.2");
-        Self { namespace, server, port: 8000 + number, address }
+        Self { namespace, server, port: port(number), address: address(number) }
     }
 
     /// Fills the limit of one address and half-closes what it holds.
@@ -85,6 +60,51 @@ impl Guest {
     pub fn gain(&self, lab: &Lab, peer: &Peer, with_ctkeep: bool) -> usize {
         gain(lab, peer, self.port, with_ctkeep)
     }
+}
+
+/// The port of the host that leads to guest `number`.
+pub fn port(number: u16) -> u16 {
+    8000 + number
+}
+
+fn address(number: u16) -> String {
+    format!("10.1.{number}.2")
+}
+
+/// Publishes the port of guest `number`.
+pub fn publish(lab: &Lab, number: u16) {
+    lab.server.run(&format!(
+        "iptables -t nat -A PREROUTING -d 192.0.2.1 -p tcp --dport {} -j DNAT --to-destination {}:{INSIDE}",
+        port(number),
+        address(number)
+    ));
+}
+
+/// The namespace of guest `number`, with its cable, and without a server.
+pub fn attach(lab: &Lab, number: u16) -> Namespace {
+    let namespace = Namespace::new().expect("namespace of a guest");
+    lab.server.feed(
+        "ip -batch -",
+        &format!(
+            "link add guest{number} type veth peer name eth0 netns {}\n\
+             link set guest{number} addrgenmode none\n\
+             link set guest{number} up\n\
+             addr add 10.1.{number}.1/24 dev guest{number}\n",
+            namespace.path()
+        ),
+    );
+    namespace.feed(
+        "ip -batch -",
+        &format!(
+            "link set lo up\n\
+             link set eth0 addrgenmode none\n\
+             link set eth0 up\n\
+             addr add {}/24 dev eth0\n\
+             route add default via 10.1.{number}.1\n",
+            address(number)
+        ),
+    );
+    namespace
 }
 
 /// Fills the limit of one address at a port and half-closes what it holds.

@@ -167,6 +167,21 @@ fn connections_across_a_bridge_beside_rules_that_translate_are_put_back() {
     guards(&site);
 }
 
+/// As a runtime's own bridge: clients from outside come by the host's address, whatever the bridge shows.
+#[test]
+fn a_published_container_of_a_bridge_is_guarded() {
+    for is_called in [false, true] {
+        let Some(site) = Site::new(is_called) else { return };
+        site.publish();
+        let gain = |source: &str, is_guarded| {
+            guests::gain(&site.lab, &site.lab.peer(source), PUBLISHED, is_guarded)
+        };
+        assert_eq!(gain("198.51.100.7", false), LIMIT, "the control");
+        let daemon = site.lab.daemon(CTKEEP, &[]);
+        assert_eq!(gain("198.51.100.8", true), 0, "{}", daemon.log());
+    }
+}
+
 /// The setting of one bridge, without that for all.
 #[test]
 fn connections_across_the_one_bridge_that_is_filtered_are_put_back() {

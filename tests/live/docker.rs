@@ -127,6 +127,34 @@ fn limit(lab: &Lab) {
     ));
 }
 
+/// Of a source whose connections the limit has forgotten: by the published port, in DOCKER-USER.
+fn is_measured_by_the_port_that_clients_ask_for(lab: &Lab, source: &str) {
+    let (code, out, err) = lab.ctkeep(CTKEEP, &["audit", "--all", "--format", "json"]);
+    let report: serde_json::Value = serde_json::from_str(&out).expect(&err);
+    let rows = |key: &str| report.get(key).and_then(|all| all.as_array()).expect(key).iter();
+    let is = |row: &serde_json::Value, wanted: &[(&str, serde_json::Value)]| {
+        wanted.iter().all(|(key, value)| row.get(key) == Some(value))
+    };
+    let over = [
+        ("source", format!("{source}/32").into()),
+        ("over_limit", true.into()),
+        ("limit", LIMIT.into()),
+        ("held", (2 * LIMIT).into()),
+    ];
+    assert!(code == 1 && rows("sources").any(|it| is(it, &over)), "{report:#}");
+    let word = |row: &serde_json::Value, key: &str| {
+        row.get(key).and_then(|it| it.as_str()).unwrap_or_default().to_owned()
+    };
+    let forgotten = [("class", "entry-closed".into()), ("asked", "192.0.2.1:80".into())];
+    let mut its = rows("connections")
+        .filter(|it| is(it, &forgotten) && word(it, "remote").starts_with(&format!("{source}:")));
+    let one = its.next().unwrap_or_else(|| panic!("{report:#}"));
+    for local in [word(one, "asked"), word(one, "local")] {
+        let (code, out, err) = lab.ctkeep(CTKEEP, &["explain", &local, &word(one, "remote")]);
+        assert!(code == 1 && out.contains("DOCKER-USER") && out.contains("revive"), "{out}{err}");
+    }
+}
+
 #[test]
 fn containers_of_docker_are_guarded_over_restarts_and_beside_others() {
     let Some(lab) = Lab::new() else { return };
@@ -135,6 +163,7 @@ fn containers_of_docker_are_guarded_over_restarts_and_beside_others() {
     limit(&lab);
     let gain = |source: &str, with_ctkeep| gain_of(&lab, source, with_ctkeep);
     assert_eq!(gain("198.51.100.1", false), LIMIT, "the control");
+    is_measured_by_the_port_that_clients_ask_for(&lab, "198.51.100.1");
 
     let daemon = lab.daemon(CTKEEP, &[]);
     assert_eq!(gain("198.51.100.2", true), 0, "{}", daemon.log());
@@ -152,6 +181,7 @@ fn containers_of_docker_are_guarded_over_restarts_and_beside_others() {
     docker.serve("web", 80);
     assert_eq!(gain("198.51.100.5", true), 0, "a new one of its name: {}", daemon.log());
     let (status, log) = daemon.term();
+    assert_eq!(gain("198.51.100.6", false), LIMIT, "the control: so it is without ctkeep");
     assert!(status.success() && !log.contains("ERROR") && !log.contains("WARN"), "{log}");
 }
 
@@ -180,6 +210,7 @@ fn services_of_a_network_of_their_own_are_guarded_over_a_restart_of_docker() {
     // It has made its chains anew, and left DOCKER-USER as it was.
     gain("198.51.100.5", "after a restart of dockerd");
     let (status, log) = daemon.term();
+    assert_eq!(gain_of(&lab, "198.51.100.6", false), LIMIT, "the control after all of it");
     // A look at chains that dockerd makes anew can fail, and it deletes entries of a container whose
     // networks change.
     let known = ["rules could not be read", "somebody else deletes entries"];
@@ -194,6 +225,7 @@ fn the_first_and_the_last_of_thirty_containers_are_guarded() {
     let Some(docker) = docker(&lab) else { return };
     docker.serve("first", 80);
     limit(&lab);
+    assert_eq!(gain_of(&lab, "198.51.100.3", false), LIMIT, "the control");
     let daemon = lab.daemon(CTKEEP, &[]);
     for number in 1..29 {
         docker.serve(&format!("c{number}"), 9000 + number);
@@ -204,7 +236,9 @@ fn the_first_and_the_last_of_thirty_containers_are_guarded() {
     assert_eq!(gain_of(&lab, "198.51.100.2", true), 0, "{}", daemon.log());
     let (_, out, err) = lab.ctkeep(CTKEEP, &["audit", "--all"]);
     assert!(out.contains("python3 in last (docker "), "{out}{err}");
-    assert!(daemon.log().lines().all(|line| line.len() < 500), "{}", daemon.log());
+    let (_, log) = daemon.term();
+    assert!(log.lines().all(|line| line.len() < 500), "{log}");
+    assert_eq!(gain_of(&lab, "198.51.100.4", false), LIMIT, "the control: the last without ctkeep");
 }
 
 /// Docker of this age translates no IPv6: its proxy takes the connection, and dials the container.

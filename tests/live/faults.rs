@@ -144,7 +144,7 @@ impl Stage {
 }
 
 /// Whether a program of the tests is here.
-fn has_strace() -> bool {
+pub fn has_strace() -> bool {
     let found = Command::new("strace")
         .arg("-V")
         .stdout(Stdio::null())
@@ -301,7 +301,7 @@ fn an_event_source_that_cannot_be_opened_anew_is_tried_again() {
 }
 
 /// A daemon whose calls fail.
-struct Failing {
+pub struct Failing {
     strace: std::process::Child,
 }
 
@@ -312,7 +312,7 @@ impl Failing {
     }
 
     /// Each call fails from when this returns.
-    fn attach_to_each(pid: u32, call: &str, effect: &str) -> Self {
+    pub fn attach_to_each(pid: u32, call: &str, effect: &str) -> Self {
         Self::inject(pid, &format!("{call}:{effect}"))
     }
 
@@ -331,7 +331,7 @@ impl Failing {
         Self { strace }
     }
 
-    fn detach(mut self) {
+    pub fn detach(mut self) {
         let pid = Pid::from_raw(i32::try_from(self.strace.id()).expect("a process id"));
         kill(pid, Signal::SIGTERM).expect("strace");
         self.strace.wait().expect("strace");

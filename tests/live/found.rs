@@ -153,6 +153,19 @@ fn a_new_container_is_guarded_within_a_second_of_its_first_connection() {
     }
 }
 
+/// How many sockets in a namespace talk with its netfilter.
+fn netfilter_sockets(namespace: &Namespace) -> usize {
+    const NETLINK_NETFILTER: &str = "12";
+    let table = namespace.within(|| fs::read_to_string("/proc/thread-self/net/netlink"));
+    let table = table.expect("the netlink sockets");
+    let lines = table.lines().filter(|line| {
+        let mut words = line.split_whitespace().skip(1);
+        // That of the kernel itself has no port.
+        words.next() == Some(NETLINK_NETFILTER) && words.next() != Some("0")
+    });
+    lines.count()
+}
+
 /// Its rules come after the daemon, as they do in a container that starts.
 #[test]
 fn a_limit_inside_a_container_is_guarded_there_and_other_tables_are_not_opened() {
@@ -180,6 +193,15 @@ fn a_limit_inside_a_container_is_guarded_there_and_other_tables_are_not_opened()
     wait_for("repairs inside", SOON, || inside() >= LIMIT);
     assert_eq!(peer.admitted(limited.port, LIMIT + 2), 0, "{}", daemon.log());
     assert_eq!(ready(), 2, "the other one has no limit: {}", daemon.log());
+    // Rules are read by such a socket, too, for a moment.
+    let at_rest = |guest: &Guest| {
+        let samples = (0..50).map(|_| {
+            std::thread::sleep(Duration::from_millis(10));
+            netfilter_sockets(&guest.namespace)
+        });
+        samples.min().expect("samples")
+    };
+    assert_eq!((at_rest(&plain), at_rest(&limited) > 0), (0, true), "conntrack is not asked there");
     let Guest { namespace, server, .. } = limited;
     server.kill();
     drop(namespace);
@@ -207,7 +229,7 @@ fn without_a_guard_a_limit_inside_a_container_forgets() {
 }
 
 /// A program that starts ctkeep in surroundings of its own.
-fn wrapped(lab: &Lab, before: &str) -> (tempfile::TempDir, Daemon) {
+pub fn wrapped(lab: &Lab, before: &str) -> (tempfile::TempDir, Daemon) {
     let folder = tempfile::tempdir().expect("a folder");
     let script = folder.path().join("ctkeep");
     fs::write(&script, format!("#!/bin/sh\n{before} {CTKEEP} \"$@\"\n")).expect("a script");

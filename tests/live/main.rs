@@ -18,6 +18,7 @@ mod attack;
 mod attack_search;
 mod audit_report;
 mod audit_rules;
+mod behind;
 mod bound;
 mod bridge;
 mod browser;

@@ -155,6 +155,7 @@ fn containers_of_podman_are_guarded_over_restarts_and_beside_others() {
     podman.serve("web", 80);
     assert_eq!(gain("198.51.100.5", true), 0, "a new one of its name: {}", daemon.log());
     let (status, log) = daemon.term();
+    assert_eq!(gain("198.51.100.6", false), LIMIT, "the control: so it is without ctkeep");
     // Rules that change all the while are a warning.
     assert!(status.success() && !log.contains("ERROR"), "{log}");
 }
