@@ -22,7 +22,7 @@ struct Site {
     lab: Lab,
     client: Namespace,
     servers: [Server; 2],
-    _server: Namespace,
+    server: Namespace,
 }
 
 impl Site {
@@ -45,7 +45,7 @@ impl Site {
             Server::start(&server, &format!("0.0.0.0:{INSIDE}")),
             Server::start(&client, "0.0.0.0:9"),
         ];
-        let mut site = Self { lab, client, servers, _server: server };
+        let mut site = Self { lab, client, servers, server };
         // A bridge learns where its hosts are. By an RST nothing is left of it, and no late packet makes an entry.
         wait_for("the bridge", SOON, || {
             site.dial().is_some_and(|first| SockRef::from(&first).set_linger(NOW).is_ok())
@@ -222,4 +222,28 @@ fn a_direct_connection_is_not_put_back_as_its_translated_sibling() {
     let mut data = [0; 4];
     let read = lost.read_exact(&mut data);
     assert!(read.is_ok() && data == *b"here", "{read:?} {}", daemon.log());
+}
+
+/// As that of a virtual machine at the bridge: no socket of this host shows whether it asked for the server or for the
+/// published port. What siblings or an earlier look show is put back, and before that nothing.
+#[test]
+fn of_a_client_without_a_socket_here_nothing_is_made_up_and_what_is_known_is_put_back() {
+    let Some(site) = Site::new(true) else { return };
+    site.publish();
+    let mut held = site.hold(1);
+    site.lab.server.run("conntrack -F");
+    let args = ["--containers", "off", "--netns", &site.server.path(), "--deep-interval", "1s"];
+    let daemon = site.lab.daemon(CTKEEP, &args);
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(site.counted(), 0, "{}", daemon.log());
+    held.extend(site.hold(LIMIT - 1));
+    wait_for("what a sibling's entry shows", SOON, || site.counted() == LIMIT);
+    assert!(site.dial().is_none(), "{}", daemon.log());
+    site.lab.server.run("conntrack -F");
+    wait_for("what was seen", SOON, || site.counted() == LIMIT);
+    assert!(site.dial().is_none(), "{}", daemon.log());
+    drop(daemon);
+    site.lab.server.run("conntrack -F");
+    assert!(site.dial().is_some(), "the control: without ctkeep one more is let in");
+    drop(held);
 }
