@@ -183,9 +183,13 @@ fn of_a_source_over_its_limit_as_many_go_as_are_too_many() {
 fn sockets_of_a_container_are_named_by_it_and_closed_there() {
     let Some(lab) = Lab::new() else { return };
     lab.server.sysctl("net/ipv4/ip_forward", "1");
-    let [web, mail] = [1, 2].map(|number| Guest::start(&lab, number));
+    let [mut web, mut mail] = [1, 2].map(|number| Guest::start(&lab, number));
     let peer = lab.peer("198.51.100.7");
     let conns = [peer.hold(web.port, 2), peer.hold(mail.port, 2)];
+    // What a process has not accepted yet it does not hold.
+    for guest in [&mut web, &mut mail] {
+        wait_for("its accept", SOON, || guest.server.held() == 2);
+    }
     let pid = web.server.pid().to_string();
     let rows = kill(&lab, &["--process", &pid]);
     assert_eq!(remotes(&rows), clients(&conns[0]), "{rows:?}");
