@@ -254,11 +254,12 @@ fn last(marks: MagicSeq) -> [ChainSpec; 2] {
 
 /// Packets of these tuples do not close their entries, and reach TCP as they came. Never a SYN: a
 /// port that is used again must be seen.
-fn hide_and_show() -> [ChainSpec; 2] {
+fn hide_and_show() -> [ChainSpec; 4] {
     let not_tcp = vec![Expr::L4Proto, Expr::Differs(vec![IPPROTO_TCP]), Expr::Accept];
     // First, and of whatever protocol: it is what most packets are.
     let mut hide = vec![hidden::ordinary(), not_tcp.clone()];
     let mut show = vec![hidden::never_hidden(), not_tcp];
+    let (mut hide_own, mut show_own) = (hide.clone(), show.clone());
     let [fins4, fins6] = FINS;
     let [rsts4, rsts6] = RSTS;
     for (family, fins, rsts, key) in
@@ -272,10 +273,17 @@ fn hide_and_show() -> [ChainSpec; 2] {
             show.push(closing.show(By::Tuple, &found(fins)));
         }
         hide.push(hidden::without_reserved_bits(&found(fins)));
+        // Of the server's own those that answer an ACK: before the handshake of TCP Fast Open ends they end
+        // nothing, however often they come, and else there is no socket any more.
+        hide_own.push(Closing::Rst.hide(By::Tuple, &found(rsts)));
+        show_own.push(Closing::Rst.show(By::Tuple, &found(fins)));
     }
     let (hook, back) = hidden::BACK;
+    let chain = |name, hook, priority, rules| ChainSpec { name, hook, priority, rules };
     [
-        ChainSpec { name: "hide", hook, priority: BEFORE_SHIELD, rules: hide },
-        ChainSpec { name: "show", hook, priority: back, rules: show },
+        chain("hide", hook, BEFORE_SHIELD, hide),
+        chain("show", hook, back, show),
+        chain("hide-own", Hook::Output, BEFORE_SHIELD, hide_own),
+        chain("show-own", Hook::Output, AFTER_CONNTRACK, show_own),
     ]
 }

@@ -6,6 +6,7 @@
 #![allow(clippy::indexing_slicing)]
 
 mod dropped;
+mod fast;
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
