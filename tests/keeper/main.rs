@@ -380,6 +380,35 @@ mod idle_connections {
         assert_eq!(both(&mut world), [(ActionKind::Extend, 4000)]);
         assert_eq!(timeout(&world), Some(DEEP * 4));
     }
+
+    #[test]
+    fn are_looked_at_before_a_kernel_that_forgets_within_a_second_does() {
+        let mut world = World::with(4000..4003);
+        let is_extended = |world: &World| world.host.borrow().entries[0].timeout > Some(SECOND);
+        world.keeper.idle_timeout = Some(SECOND);
+        world.keeper.forgets.open = Some(SECOND);
+        world.sweep(Depth::Deep);
+        for _ in 0..3 {
+            // A packet gives it the kernel's own, whatever it had.
+            world.set(4000, TcpState::Established, 1);
+            world.until(is_extended, SECOND / 2);
+        }
+    }
+
+    #[test]
+    fn and_half_closed_ones_too() {
+        let mut world = World::with(4000..4003);
+        let is_extended = |world: &World| world.host.borrow().entries[0].timeout > Some(SECOND);
+        world.keeper.rely_on_events(Duration::MAX);
+        world.keeper.forgets.half_closed = Some(SECOND);
+        world.sweep(Depth::Deep);
+        world.fin(4000);
+        world.sweep(Depth::Shallow);
+        for _ in 0..3 {
+            world.set(4000, TcpState::CloseWait, 1);
+            world.until(is_extended, SECOND / 2);
+        }
+    }
 }
 
 mod flow_tables {

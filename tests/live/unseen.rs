@@ -7,6 +7,7 @@
 
 mod dropped;
 mod fast;
+mod forgotten;
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -30,7 +30,7 @@ use crate::firewall::Ruleset;
 use crate::host::counters::Cookies;
 use crate::host::{random, sysctl};
 use crate::metrics::{GuardMetrics, instant_of};
-use crate::reconcile::keeper::{Depth, Keeper, Sweep};
+use crate::reconcile::keeper::{Depth, Forgets, Keeper, Sweep};
 use crate::reconcile::observe::Tables;
 use crate::shield;
 use crate::sockdiag::States;
@@ -76,7 +76,7 @@ impl<'p> Worker<'p> {
         }
         let (settings, defence) = (live.keeper(foundation.dry_run), foundation.defence);
         let mut keeper = Keeper::new(tables, recounter, settings, defence, now, random::bits)?;
-        keeper.idle_timeout = kernel_timeout(TcpState::Established);
+        know_timeouts(&mut keeper);
         // Before the first dump, so that nothing happens unseen between the two.
         let desk = Desk::open(control, live, &keeper.scope().ports, share)?;
         desk.share.recount_available(is_available);
@@ -279,7 +279,7 @@ impl<'p> Worker<'p> {
             rely_on_events(&mut self.keeper, &self.desk);
         }
         if sweep.depth == Depth::Deep {
-            self.keeper.idle_timeout = kernel_timeout(TcpState::Established);
+            know_timeouts(&mut self.keeper);
             self.survey(sweep);
         }
         self.desk.follow_opened(&self.keeper.tables.sockets.mptcp_ports());
@@ -362,6 +362,23 @@ fn know_rules(keeper: &mut Keeper, rules: &Rules) {
 fn rely_on_events(keeper: &mut Keeper, desk: &Desk<'_>) {
     keeper.rely_on_events(desk.events.longest_unseen());
     keeper.rely_on_syns(desk.quiet());
+}
+
+/// Has the keeper know how soon the kernel forgets.
+fn know_timeouts(keeper: &mut Keeper) {
+    keeper.idle_timeout = kernel_timeout(TcpState::Established);
+    // Where data is not acknowledged, or comes again and again, in whatever state.
+    let unanswered = ["unacknowledged", "max_retrans"]
+        .map(|which| sysctl::conntrack(&format!("nf_conntrack_tcp_timeout_{which}")));
+    let unanswered = unanswered.map(|timeout| timeout.map(Duration::from_secs));
+    let shortest = |states: &[TcpState]| {
+        states.iter().map(|state| kernel_timeout(*state)).chain(unanswered).flatten().min()
+    };
+    keeper.forgets = Forgets {
+        open: shortest(&[TcpState::SynRecv, TcpState::Established]),
+        // A sealed one is ESTABLISHED.
+        half_closed: shortest(&[TcpState::FinWait, TcpState::CloseWait, TcpState::Established]),
+    };
 }
 
 /// The timeout that the kernel itself gives an entry in this state.

@@ -249,14 +249,15 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         }
         let timeout = view.entry.and_then(|entry| entry.timeout).unwrap_or(policy.lease);
         let wanted = timeout.saturating_sub(policy.renew_below()) + self.rounded();
-        wanted.min(self.longest_unseen).max(SOON)
+        wanted.min(self.longest_unseen).min(self.blind(self.forgets.half_closed)).max(SOON)
     }
 
     /// The same for what has just been acted upon: what is held has been given its lease.
     pub(super) fn attend_repaired(&mut self, outcomes: &[Outcome], now: Instant) {
         let policy = &self.settings.policy;
         let wanted = policy.lease - policy.renew_below() + self.rounded();
-        let wanted = wanted.min(self.longest_unseen).max(SOON);
+        let wanted =
+            wanted.min(self.longest_unseen).min(self.blind(self.forgets.half_closed)).max(SOON);
         for Outcome { action, result, .. } in outcomes {
             match action.view.socket {
                 Some(socket) if result.is_err() => self.ledger.look_at(&socket, now + SOON),

@@ -115,6 +115,15 @@ pub trait Witness {
     }
 }
 
+/// The kernel's shortest timeouts: a packet gives an entry one of them, whatever it had.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Forgets {
+    /// Of connections that neither side has closed, and of handshakes that wait for their last packet.
+    pub open: Option<Duration>,
+    /// Of those that one side has closed.
+    pub half_closed: Option<Duration>,
+}
+
 /// Keeps the entries of one conntrack table right.
 pub struct Keeper<T: Transport = KernelSocket, R: Recount = Recounter> {
     /// Both tables.
@@ -124,6 +133,8 @@ pub struct Keeper<T: Transport = KernelSocket, R: Recount = Recounter> {
     /// The kernel's timeout of an ESTABLISHED entry, which idle connections are given before they are
     /// forgotten; `None` leaves them to the kernel.
     pub idle_timeout: Option<Duration>,
+    /// How soon the kernel forgets what it hears nothing of.
+    pub forgets: Forgets,
     /// What makes the limiter count; without it repairs are made in place.
     recounter: Option<R>,
     settings: Arc<Settings>,
@@ -222,6 +233,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             tables,
             maximum: None,
             idle_timeout: None,
+            forgets: Forgets::default(),
             recounter,
             settings: Arc::new(settings),
             scope,

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
-use super::{Keeper, Witness};
+use super::{Forgets, Keeper, Settings, Witness};
 use crate::conntrack::TableSize;
 use crate::error::{Error, Result};
 use crate::netlink::Transport;
@@ -17,6 +17,12 @@ use crate::sockdiag::{Socket, State};
 /// From one deep sweep that dumps the table to the next. Each connection is to be looked at once in
 /// five minutes, whatever the size of the table.
 const LONGEST_REST: Duration = Duration::from_secs(150);
+
+/// Deep sweeps that must come so often may take a tenth of a core.
+const HASTY: Duration = Duration::from_secs(3);
+
+/// Where the kernel forgets within a second.
+const SHORTEST_BLIND: Duration = Duration::from_millis(250);
 
 /// Sweeps from one look at what transparent proxies take to the next: a dump of all open sockets.
 const PROXY_LOOKS: u32 = 30;
@@ -117,10 +123,10 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
 
     /// What a sweep has cost: `ended` is when it was done, `cost` the time of a processor that it
     /// took. Intervals count from its end, and deep sweeps never take more than a hundredth of a
-    /// core: where a dump of the table is too much for that, half of it is for dumps, and half for
-    /// sweeps between them that ask for the entry of each socket. Another hundredth is for questions
-    /// for half-closed sockets that are asked because something closes: for each the kernel walks its
-    /// whole table of sockets.
+    /// core, a tenth where the kernel forgets within seconds: where a dump of the table is too much for
+    /// that, half of it is for dumps, and half for sweeps between them that ask for the entry of each
+    /// socket. Another hundredth is for questions for half-closed sockets that are asked because
+    /// something closes: for each the kernel walks its whole table of sockets.
     pub fn took(&mut self, sweep: &Sweep, ended: Instant, cost: Duration) {
         let elapsed = ended.saturating_duration_since(sweep.began);
         if !sweep.is_beside {
@@ -133,12 +139,13 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             self.timers.delay(Timer::Deep, elapsed);
             // On suspicion a tenth of a core.
             self.soonest_deep = ended + cost * 9;
+            let share = if self.blind(self.forgets.open) <= HASTY { 10 } else { 100 };
             let rest = if !self.was_dumped {
-                cost * 200
-            } else if cost * 100 <= LONGEST_REST {
-                cost * 100
+                cost * 2 * share
+            } else if cost * share <= LONGEST_REST {
+                cost * share
             } else {
-                self.soonest_dump = ended + cost * 200;
+                self.soonest_dump = ended + cost * 2 * share;
                 Duration::ZERO
             };
             let due = self.timers.due(Timer::Deep).unwrap_or(ended);
@@ -211,9 +218,10 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
     fn schedule(&mut self, sweep: &Sweep, listening: &HashSet<u16>) {
         let Sweep { depth, began, is_beside, ref snapshot, .. } = *sweep;
         let pressure = self.ledger.pressure();
+        let Forgets { open, half_closed } = self.forgets;
         let (shallow, deep) = (
-            pressure.scale_interval(self.settings.sweep_interval),
-            pressure.scale_interval(self.settings.deep_interval),
+            pressure.scale_interval(self.settings.sweep_interval).min(self.blind(half_closed)),
+            pressure.scale_interval(self.settings.deep_interval).min(self.blind(open)),
         );
         if !is_beside || self.timers.due(Timer::Shallow).is_none() {
             self.timers.set(Timer::Shallow, began + jittered(shallow, (self.random)()));
@@ -224,6 +232,15 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             self.soonest_deep = began;
             self.timers.set(Timer::Deep, began + deep);
         }
+    }
+
+    /// How long a connection may go without a look where the kernel forgets it so soon: no bound but where
+    /// that is sooner than others look.
+    pub(super) fn blind(&self, timeout: Option<Duration>) -> Duration {
+        let Settings { policy, deep_interval, .. } = &*self.settings;
+        let usual = policy.lease.max(*deep_interval * 2);
+        let short = timeout.filter(|timeout| *timeout < usual);
+        short.map_or(Duration::MAX, |timeout| (timeout / 2).max(SHORTEST_BLIND))
     }
 
     /// A port without listener and without open sockets is out of scope again.
