@@ -277,8 +277,8 @@ fn a_stale_rst_to_a_container_is_answered_by_the_event_not_by_the_sweep() {
     assert_eq!(log.matches("trigger=Event").count(), LIMIT, "{log}");
 }
 
-/// From the host, `audit`, `explain`, `reconcile` and `recount` see the container's sockets beside
-/// the host's entries.
+/// From the host, `audit`, `explain`, `doctor`, `reconcile` and `recount` see the container's sockets
+/// beside the host's entries.
 #[test]
 fn every_command_joins_the_sockets_of_containers_with_the_entries_of_the_host() {
     let Some(lab) = Lab::new() else { return };
@@ -291,8 +291,17 @@ fn every_command_joins_the_sockets_of_containers_with_the_entries_of_the_host() 
         assert!(code == 0 || code == 1, "{err}");
         (code, serde_json::from_str::<serde_json::Value>(&out).expect("a report"))
     };
+    let over = || {
+        let (_, out, err) = lab.ctkeep(CTKEEP, &["doctor", "--format", "json"]);
+        let report: serde_json::Value = serde_json::from_str(&out).expect(&err);
+        let findings = report["findings"].as_array().expect("findings").clone();
+        let over: Vec<_> =
+            findings.into_iter().filter(|it| it["id"] == "source-over-limit").collect();
+        over
+    };
     let (code, report) = audit();
     assert_eq!((code, report["summary"]["classes"]["agree"].as_u64()), (0, Some(3)), "{report:#}");
+    assert!(over().iter().all(|it| it["verdict"] == "ok"), "{:?}", over());
     assert_eq!(report["sources"][0]["over_limit"], false, "{report:#}");
     assert_eq!(report["sources"][0]["limit"], 3, "the limit of FORWARD: {report:#}");
     let first = &report["connections"][0];
@@ -314,6 +323,11 @@ fn every_command_joins_the_sockets_of_containers_with_the_entries_of_the_host() 
         assert!(out.contains("ip filter FORWARD rule 1"), "{out}");
     }
     assert_eq!(peer.admitted(guest.port, 1), 1, "the control: the limit has forgotten them");
+    let said = over();
+    let is_ours = |it: &serde_json::Value| {
+        it["verdict"] == "bad" && it["what"].as_str().is_some_and(|what| what.contains(CLIENT))
+    };
+    assert!(said.len() == 1 && said.iter().all(is_ours), "{said:?}");
     let (code, out, err) = lab.ctkeep(CTKEEP, &["reconcile"]);
     assert_eq!(code, 0, "{out}{err}");
     assert_eq!(out.matches("done, ").count(), 3, "{out}");
