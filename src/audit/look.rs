@@ -89,7 +89,7 @@ impl Seen {
         let mut ledger = Ledger::new(Defence::Auto, policy.zone);
         ledger.note(&snapshot);
         tables.play(&mut snapshot, &ledger);
-        make_sure(&mut tables, &mut snapshot, &scope, policy, &ledger)?;
+        let was_doubtful = make_sure(&mut tables, &mut snapshot, &scope, policy, &ledger)?;
         let limiter = Limiter::of(&rules);
         let behind = behind(&tables, &snapshot);
         let mut plays = Plays::new(&limiter, &rules).behind(&behind).beside(&snapshot.evidence);
@@ -97,10 +97,12 @@ impl Seen {
             let evidence = &snapshot.evidence;
             Class::of(view, cell(view, evidence, &scope, policy, &ledger), evidence)
         };
-        let mut ways = Ways::open()?;
-        snapshot.views.retain(|view| {
-            class(view) != Class::Untracked || ways.are_ours(view, &behind, &mut plays)
-        });
+        if was_doubtful {
+            let mut ways = Ways::open()?;
+            snapshot.views.retain(|view| {
+                class(view) != Class::Untracked || ways.are_ours(view, &behind, &mut plays)
+            });
+        }
         let sockets = snapshot.views.iter().filter_map(|view| view.socket);
         let owners = Owners::look(sockets, &listeners);
         let behind = self::behind(&tables, &snapshot);
@@ -154,16 +156,16 @@ pub fn behind(tables: &Tables, snapshot: &Snapshot) -> HashSet<IpAddr> {
 const SETTLE: Duration = Duration::from_millis(5);
 
 /// Looks at every suspected disagreement again, exactly: dumps of a moving table lie. What is left
-/// is looked at once more a little later: a disagreement is one that stays.
+/// is looked at once more a little later: a disagreement is one that stays. Says whether there was any.
 fn make_sure(
     tables: &mut Tables,
     snapshot: &mut Snapshot,
     scope: &Scope,
     policy: &Policy,
     ledger: &Ledger,
-) -> Result<()> {
+) -> Result<bool> {
     let mut before = Snapshot::default();
-    let mut is_changed = false;
+    let mut was_doubtful = false;
     for pause in [Duration::ZERO, SETTLE] {
         let suspects: Vec<Lookup> = snapshot
             .views
@@ -190,13 +192,13 @@ fn make_sure(
         let newest = |view: View| found.get(&view.connection).copied().unwrap_or(view);
         snapshot.views = snapshot.views.iter().map(newest).collect();
         before = exact;
-        is_changed = true;
+        was_doubtful = true;
     }
-    if is_changed {
+    if was_doubtful {
         snapshot.views.retain(|view| view.socket.is_some() || view.entry.is_some());
         tables.play(snapshot, ledger);
     }
-    Ok(())
+    Ok(was_doubtful)
 }
 
 /// What `ip netns identify` cannot name has at least a number.

@@ -1,7 +1,6 @@
 //! Which processes hold a socket, by procfs, or as a text has it.
 
 use std::collections::{HashMap, HashSet};
-use std::hash::Hash;
 use std::path::Path;
 use std::sync::Arc;
 use std::{fmt, fs};
@@ -118,7 +117,7 @@ impl Owners {
     /// Those of this host.
     pub fn look(sockets: impl Iterator<Item = Socket>, listeners: &[Socket]) -> Self {
         let inodes = sockets.chain(listeners.iter().copied()).map(|socket| socket.inode);
-        let by_inode = shared(holders(&inodes.filter(|inode| *inode != 0).collect()));
+        let by_inode = holders(&inodes.filter(|inode| *inode != 0).collect());
         let (waiting, veil) = (waiting(listeners), Some(Veil::find()));
         Self { by_inode, has_inodes: true, waiting, veil, ..Self::default() }
     }
@@ -134,8 +133,13 @@ impl Owners {
         has_inodes: bool,
         listeners: &[Socket],
     ) -> Self {
-        let (by_cookie, waiting) = (shared(by_cookie), waiting(listeners));
-        Self { by_cookie, has_inodes, waiting, ..Self::default() }
+        let by_cookie = by_cookie.into_iter().map(|(cookie, it)| (cookie, Arc::new(it)));
+        Self {
+            by_cookie: by_cookie.collect(),
+            has_inodes,
+            waiting: waiting(listeners),
+            ..Self::default()
+        }
     }
 
     /// The owner of a socket.
@@ -163,10 +167,6 @@ impl Owners {
     }
 }
 
-fn shared<K: Eq + Hash>(holders: HashMap<K, Holder>) -> HashMap<K, Arc<Holder>> {
-    holders.into_iter().map(|(key, holder)| (key, Arc::new(holder))).collect()
-}
-
 fn waiting(listeners: &[Socket]) -> HashMap<u16, u32> {
     let mut waiting = HashMap::new();
     for listener in listeners {
@@ -176,43 +176,40 @@ fn waiting(listeners: &[Socket]) -> HashMap<u16, u32> {
     waiting
 }
 
-/// The holders of these inodes. Processes that may not be looked into are passed over.
-pub fn holders(inodes: &HashSet<u32>) -> HashMap<u32, Holder> {
-    let mut found: HashMap<u32, Holder> = HashMap::new();
+/// The holders of these inodes, one value for all that have the same. Processes that may not be looked
+/// into are passed over.
+fn holders(inodes: &HashSet<u32>) -> HashMap<u32, Arc<Holder>> {
+    // The lowest process of each, and how many there are.
+    let mut found: HashMap<u32, (i32, usize)> = HashMap::new();
+    let mut commands: HashMap<i32, String> = HashMap::new();
     if inodes.is_empty() {
-        return found;
+        return HashMap::new();
     }
-    let Ok(processes) = fs::read_dir("/proc") else { return found };
+    let Ok(processes) = fs::read_dir("/proc") else { return HashMap::new() };
     for process in processes.flatten() {
         let Some(pid) = process.file_name().to_str().and_then(|name| name.parse().ok()) else {
             continue;
         };
         let mut mine = sockets(&process.path());
         mine.retain(|inode| inodes.contains(inode));
-        if mine.is_empty() {
-            continue;
+        if !mine.is_empty() {
+            commands.insert(pid, command(&process.path()));
         }
-        let command = command(&process.path());
         for inode in mine {
-            let holder = found.entry(inode).or_insert_with(|| Holder {
-                pid,
-                command: command.clone(),
-                processes: 0,
-                container: None,
-            });
-            holder.processes += 1;
-            if pid < holder.pid {
-                holder.pid = pid;
-                holder.command.clone_from(&command);
-            }
+            let (lowest, processes) = found.entry(inode).or_insert((pid, 0));
+            *lowest = pid.min(*lowest);
+            *processes += 1;
         }
     }
-    let mut containers: HashMap<i32, Option<String>> = HashMap::new();
-    for holder in found.values_mut() {
-        let container = containers.entry(holder.pid).or_insert_with(|| name::of(holder.pid));
-        holder.container = container.as_deref().map(printable);
-    }
-    found
+    let mut shared: HashMap<(i32, usize), Arc<Holder>> = HashMap::new();
+    let holder = |(pid, processes)| {
+        let command = commands.get(&pid).cloned().unwrap_or_default();
+        let container = name::of(pid).as_deref().map(printable);
+        Arc::new(Holder { pid, command, processes, container })
+    };
+    let each = found.into_iter();
+    each.map(|(inode, of)| (inode, shared.entry(of).or_insert_with(|| holder(of)).clone()))
+        .collect()
 }
 
 /// Inodes of the sockets that a process holds. A link is read for each descriptor and nothing else:

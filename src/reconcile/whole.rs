@@ -339,9 +339,9 @@ impl<'a> Joined<'a> {
 
     /// One entry more; `is_here` is asked about connections without a socket.
     fn take(&mut self, entry: &Entry, mut is_here: impl FnMut(Connection) -> bool) {
-        let places = places(entry, self.scope, self.policy);
-        let mut is_orphan = true;
-        for connection in places.into_iter().flatten() {
+        let (mut is_of_scope, mut is_orphan) = (false, true);
+        for connection in places(entry, self.scope, self.policy) {
+            is_of_scope = true;
             let Some(&index) = self.by_connection.get(&connection) else { continue };
             is_orphan = false;
             let Some(view) = self.views.give(index, entry) else { continue };
@@ -352,7 +352,10 @@ impl<'a> Joined<'a> {
             self.views.set(index, View { entry: Some(one), ..view });
             self.others.entry(connection).or_default().push(other);
         }
-        for connection in places.into_iter().flatten().filter(|it| is_orphan && is_here(*it)) {
+        if !is_of_scope || !is_orphan {
+            return;
+        }
+        for connection in places(entry, self.scope, self.policy).filter(|it| is_here(*it)) {
             let alone = View { connection, socket: None, entry: Some(*entry) };
             if self.over == Over::Number && alone.is_over() {
                 self.evidence.see(&alone, &mut self.last);
@@ -409,9 +412,13 @@ fn filters(scope: &Scope) -> Vec<Filter> {
 
 /// The connections of the scope that an entry can belong to: by its answers,
 /// or, reversed, by its first packet. Both when the peer's port is in scope too.
-fn places(entry: &Entry, scope: &Scope, policy: &Policy) -> [Option<Connection>; 2] {
-    let sides = [entry.reply, entry.orig].map(Connection::of_sender);
-    sides.map(|connection| scope.contains(policy, connection).then_some(connection))
+fn places<'a>(
+    entry: &'a Entry,
+    scope: &'a Scope,
+    policy: &'a Policy,
+) -> impl Iterator<Item = Connection> + 'a {
+    let sides = [&entry.reply, &entry.orig].into_iter();
+    sides.map(|tuple| Connection::of_sender(*tuple)).filter(|it| scope.contains(policy, *it))
 }
 
 /// Where two zones have an entry of one connection: which is worth most. One that runs the right way;
