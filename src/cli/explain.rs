@@ -284,6 +284,9 @@ fn to_text(found: &Found) -> String {
         (_, true) => {
             "hint        the entry that would show it is gone: this is the peer's only socket here\n"
         }
+        _ if view.socket.is_none() && view.entry.is_none() => {
+            "hint        neither table has it: it is over, or was never here\n"
+        }
         _ => "",
     };
     format!(
