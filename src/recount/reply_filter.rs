@@ -212,27 +212,17 @@ fn chains(marks: MagicSeq) -> [ChainSpec; 2] {
     let quote = |protocol: u8, header: u32| {
         [&is(protocol)[..], &at(ICMP_QUOTE + header + TCP_SEQ, &quoted), &[Expr::Drop]].concat()
     };
-    let other_tcp = [&is(IPPROTO_TCP)[..], &[Expr::Accept]].concat();
     let seal = [&at(TCP_SEQ, &marks.seal.to_be_bytes())[..], &is(IPPROTO_TCP), &[Expr::Drop]];
-    [
-        ChainSpec {
-            name: "answers",
-            hook: Hook::Output,
-            priority: BEFORE_CONNTRACK,
-            rules: vec![
-                answer_of_tcp,
-                other_tcp,
-                quote(IPPROTO_ICMP, IPV4_HEADER),
-                quote(IPPROTO_ICMPV6, IPV6_HEADER),
-            ],
-        },
-        ChainSpec {
-            name: "seals",
-            hook: Hook::Output,
-            priority: AFTER_CONNTRACK,
-            rules: vec![seal.concat()],
-        },
-    ]
+    let (mut answers, mut seals) = (
+        vec![answer_of_tcp, quote(IPPROTO_ICMP, IPV4_HEADER), quote(IPPROTO_ICMPV6, IPV6_HEADER)],
+        vec![seal.concat()],
+    );
+    // In the same chains: one more at a hook costs each packet more than these rules do.
+    let [hide, show] = own_resets();
+    answers.extend(hide);
+    seals.extend(show);
+    let chain = |name, priority, rules| ChainSpec { name, hook: Hook::Output, priority, rules };
+    [chain("answers", BEFORE_CONNTRACK, answers), chain("seals", AFTER_CONNTRACK, seals)]
 }
 
 /// Nudges have passed all rules here, and go no further.
@@ -254,36 +244,54 @@ fn last(marks: MagicSeq) -> [ChainSpec; 2] {
 
 /// Packets of these tuples do not close their entries, and reach TCP as they came. Never a SYN: a
 /// port that is used again must be seen.
-fn hide_and_show() -> [ChainSpec; 4] {
-    let not_tcp = vec![Expr::L4Proto, Expr::Differs(vec![IPPROTO_TCP]), Expr::Accept];
-    // First, and of whatever protocol: it is what most packets are.
-    let mut hide = vec![hidden::ordinary(), not_tcp.clone()];
-    let mut show = vec![hidden::never_hidden(), not_tcp];
-    let (mut hide_own, mut show_own) = (hide.clone(), show.clone());
-    let [fins4, fins6] = FINS;
-    let [rsts4, rsts6] = RSTS;
-    for (family, fins, rsts, key) in
-        [(NFPROTO_IPV4, fins4, rsts4, key::load_v4()), (NFPROTO_IPV6, fins6, rsts6, key::load_v6())]
-    {
-        let of_family = [Expr::NfProto, Expr::Equals(vec![family])];
-        let found = |set| [&of_family[..], &key, &[Expr::In(set)]].concat();
+fn hide_and_show() -> [ChainSpec; 2] {
+    let [mut hide, mut show] = beginnings();
+    for Family { fins, rsts, key } in families() {
+        let found = |set| [&key[..], &[Expr::In(set)]].concat();
         for closing in Closing::ALL {
             let set = if closing == Closing::Fin { fins } else { rsts };
             hide.push(closing.hide(By::Tuple, &found(set)));
             show.push(closing.show(By::Tuple, &found(fins)));
         }
         hide.push(hidden::without_reserved_bits(&found(fins)));
-        // Of the server's own those that answer an ACK: before the handshake of TCP Fast Open ends they end
-        // nothing, however often they come, and else there is no socket any more.
-        hide_own.push(Closing::Rst.hide(By::Tuple, &found(rsts)));
-        show_own.push(Closing::Rst.show(By::Tuple, &found(fins)));
     }
     let (hook, back) = hidden::BACK;
-    let chain = |name, hook, priority, rules| ChainSpec { name, hook, priority, rules };
+    let chain = |name, priority, rules| ChainSpec { name, hook, priority, rules };
+    [chain("hide", BEFORE_SHIELD, hide), chain("show", back, show)]
+}
+
+/// The same of the server's own RSTs that answer an ACK: before the handshake of TCP Fast Open ends
+/// they end nothing, however often they come, and else there is no socket any more.
+fn own_resets() -> [Vec<Vec<Expr>>; 2] {
+    let [mut hide, mut show] = beginnings();
+    for Family { fins, rsts, key } in families() {
+        let found = |set| [&key[..], &[Expr::In(set)]].concat();
+        hide.push(Closing::Rst.hide(By::Tuple, &found(rsts)));
+        show.push(Closing::Rst.show(By::Tuple, &found(fins)));
+    }
+    [hide, show]
+}
+
+/// What has nothing to hide, or to show, leaves first: it is what most packets are.
+fn beginnings() -> [Vec<Vec<Expr>>; 2] {
+    let not_tcp = vec![Expr::L4Proto, Expr::Differs(vec![IPPROTO_TCP]), Expr::Accept];
+    // Of whatever protocol.
+    [vec![hidden::ordinary(), not_tcp.clone()], vec![hidden::never_hidden(), not_tcp]]
+}
+
+/// The sets of one family, and what loads a packet's key in them.
+struct Family {
+    fins: &'static str,
+    rsts: &'static str,
+    key: Vec<Expr>,
+}
+
+fn families() -> [Family; 2] {
+    let [fins4, fins6] = FINS;
+    let [rsts4, rsts6] = RSTS;
+    let key = |family, load: &[Expr]| [&[Expr::NfProto, Expr::Equals(vec![family])], load].concat();
     [
-        chain("hide", hook, BEFORE_SHIELD, hide),
-        chain("show", hook, back, show),
-        chain("hide-own", Hook::Output, BEFORE_SHIELD, hide_own),
-        chain("show-own", Hook::Output, AFTER_CONNTRACK, show_own),
+        Family { fins: fins4, rsts: rsts4, key: key(NFPROTO_IPV4, &key::load_v4()) },
+        Family { fins: fins6, rsts: rsts6, key: key(NFPROTO_IPV6, &key::load_v6()) },
     ]
 }
