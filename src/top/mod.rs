@@ -15,7 +15,7 @@ use std::time::{Instant, SystemTime};
 
 use self::rows::{Seen, Shown};
 use crate::audit::asked::ask_for_sources;
-use crate::audit::look;
+use crate::audit::look::Seen as Audited;
 use crate::audit::processes::Owner;
 use crate::audit::sources::{Listed, loads};
 use crate::error::Result;
@@ -26,7 +26,7 @@ use crate::reconcile::policy::Policy;
 /// # Errors
 /// As the audit's look.
 pub fn look(netns: &str, policy: &Policy, asks: bool, clock: SystemTime) -> Result<Seen> {
-    let (mut seen, _) = look::Seen::look(netns, policy)?;
+    let (mut seen, _) = Audited::look(netns, policy)?;
     if asks {
         ask_for_sources(&mut seen, Instant::now(), |_| {})?;
     }
