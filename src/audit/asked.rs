@@ -212,20 +212,40 @@ pub fn ask_for_sources(
             continue;
         }
         let Some(view) = views.first() else { continue };
-        match asker.ask(view, now) {
-            Ok(answer) => {
-                let rule = answer.limit.map_or(load.rule, |(rule, _)| rule);
-                answers.push(Answered {
-                    rule,
-                    held: still_held(&mut tables, load, views)?,
-                    answer,
-                });
-            }
-            Err(error) => failed(&error),
-        }
+        let answer = asker.ask(view, now).unwrap_or_else(|error| {
+            failed(&error);
+            let Load { group, net, port, .. } = load.clone();
+            let decides = error.cause.to_string();
+            Answer { group, net, port, more: None, limit: None, decides }
+        });
+        let rule = answer.limit.map_or(load.rule, |(rule, _)| rule);
+        // Another limit than the one that was asked for may decide, with a list of its own.
+        let met = plays.met(view).into_iter().find(|met| met.rule == rule);
+        let deciding = met.and_then(|met| {
+            let load = loads.iter().find(|load| load.group == met.group)?;
+            Some((load, of_load.get(&met.group)?))
+        });
+        let held = match deciding {
+            Some((load, views)) => Some(still_held(&mut tables, load, views)?),
+            None => None,
+        };
+        answers.push(Answered { rule, held, is_at_limit: load.is_full(), answer });
     }
     seen.asked = Some(answers);
     Ok(())
+}
+
+/// What the question about a source came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Holds {
+    /// The list has all that the source holds, or lets no more in.
+    Yes,
+    /// It lacks some.
+    No,
+    /// It lacks some that it may not have to count.
+    Perhaps,
+    /// There was no answer.
+    Unanswered,
 }
 
 /// An answer, and what it is measured by.
@@ -233,14 +253,31 @@ pub fn ask_for_sources(
 pub struct Answered {
     /// Index of the limit that decides; where none does, of the one that was asked for.
     pub rule: usize,
-    /// Sockets that this limit counts for sure, before and after the question.
-    pub held: usize,
+    /// Sockets that this limit counts, for sure and at most, before and after the question; `None` where
+    /// that is not known.
+    pub held: Option<(usize, usize)>,
+    /// Whether as many are held as the limit that was asked for allows.
+    pub is_at_limit: bool,
     /// The answer.
     pub answer: Answer,
 }
 
+impl Answered {
+    /// Whether the limit holds for this source.
+    pub fn holds(&self) -> Holds {
+        let Some(listed) = self.answer.listed() else { return Holds::Unanswered };
+        let listed = usize::try_from(listed).unwrap_or(usize::MAX);
+        match self.held {
+            _ if self.answer.is_full() => Holds::Yes,
+            Some((sure, _)) if listed < sure => Holds::No,
+            Some((_, most)) if most <= listed => Holds::Yes,
+            _ => Holds::Perhaps,
+        }
+    }
+}
+
 /// Connections come and go while a limit is asked: so many are held both before and after.
-fn still_held(tables: &mut Tables, load: &Load, views: &[View]) -> Result<usize> {
+fn still_held(tables: &mut Tables, load: &Load, views: &[View]) -> Result<(usize, usize)> {
     let lookups: Vec<_> =
         views.iter().filter_map(|view| view.socket.as_ref().map(Lookup::from)).collect();
     let after = tables.exactly(&lookups, &Ledger::default())?;
@@ -252,5 +289,6 @@ fn still_held(tables: &mut Tables, load: &Load, views: &[View]) -> Result<usize>
             .collect::<std::collections::HashSet<_>>()
     };
     let (before, after) = (cookies(&mut views.iter().copied()), cookies(&mut after.views.iter()));
-    Ok(before.intersection(&after).count().min(load.held_for_sure))
+    let still = before.intersection(&after).count();
+    Ok((still.min(load.held_for_sure), still.min(load.held)))
 }

@@ -6,7 +6,7 @@ use std::fmt;
 use ipnet::IpNet;
 use serde::Serialize;
 
-use super::asked::Answered;
+use super::asked::{Answered, Holds};
 use super::checks;
 use super::figures::{Figures, Table, Tcp};
 use super::finding::{Finding, Verdict, worst};
@@ -52,15 +52,23 @@ impl Layer<Limits> {
         for answered in all {
             let Some(rule) = self.figures.rules.get_mut(answered.rule) else { continue };
             let lacking = checks::sockets::lacking(answered, &rule.rule);
-            let is_known = answered.answer.listed().is_some();
-            rule.holds = match (&lacking, rule.holds) {
-                (Some(_), _) => Some(false),
-                (None, None) if is_known => Some(true),
-                (None, before) => before,
-            };
             rule.findings.extend(lacking.clone());
             rule.verdict = worst(&rule.findings);
             self.extend(lacking);
+        }
+        for (index, rule) in self.figures.rules.iter_mut().enumerate() {
+            let of_rule = || all.iter().filter(|answered| answered.rule == index);
+            let any = |wanted| of_rule().any(|answered| answered.holds() == wanted);
+            let is_open = of_rule().any(|answered| match answered.holds() {
+                Holds::Perhaps => true,
+                Holds::Unanswered => answered.is_at_limit,
+                Holds::Yes | Holds::No => false,
+            });
+            if any(Holds::No) {
+                rule.holds = Some(false);
+            } else if any(Holds::Yes) && !is_open {
+                rule.holds = Some(true);
+            }
         }
         // What could not be told is known now.
         let is_unsure =

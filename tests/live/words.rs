@@ -193,3 +193,50 @@ fn every_kind_of_report_keeps_to_the_schemas() {
     keeps("words of before", &report);
     drop((conns, more));
 }
+
+/// A rule before the limit lets some pass that cannot be told: whether the limit's list should have what is open is
+/// not known either, and a list that lacks it is no limit that holds.
+#[test]
+fn a_limit_behind_what_cannot_be_told_is_not_said_to_hold() {
+    let Some(lab) = Lab::new() else { return };
+    lab.server.run("iptables -A INPUT -m mark --mark 7 -j ACCEPT");
+    lab.connlimit(80, u32::try_from(LIMIT).unwrap());
+    let _server = lab.serve("0.0.0.0:80");
+    let peer = lab.peer(CLIENT);
+    let _held = peer.hold(80, LIMIT);
+    let holds = |report: &Value| report["layers"]["limiter"]["rules"][0]["holds"].clone();
+    let (code, report) = audit(&lab, &["--ask"]);
+    assert_eq!((code, holds(&report)), (0, true.into()), "the control, all counted: {report:#}");
+    lab.server.run("iptables -D INPUT 2");
+    lab.connlimit(80, u32::try_from(LIMIT).unwrap());
+    let (_, report) = audit(&lab, &["--ask"]);
+    assert_eq!(holds(&report), Value::Null, "{report:#}");
+    let findings = report["layers"]["limiter"]["findings"].as_array().unwrap();
+    let lacking = findings.iter().find(|it| it["id"] == "limit-lacking");
+    assert_eq!(lacking.map(|it| &it["verdict"]), Some(&"warn".into()), "{findings:#?}");
+    assert_eq!(peer.admitted(80, 1), 1, "the truth");
+}
+
+/// Of two limits of one port the list of that which decides is measured by what that one counts.
+#[test]
+fn an_address_is_not_measured_by_its_network() {
+    let Some(lab) = Lab::new() else { return };
+    let limit = |above: usize, mask: u8| {
+        lab.server.run(&format!(
+            "iptables -A INPUT -p tcp --syn --dport 80 -m connlimit --connlimit-above {above} \
+             --connlimit-mask {mask} -j REJECT"
+        ));
+    };
+    // Room for two more of the network, for one of the first address and for none of the second.
+    limit(2 * LIMIT + 3, 24);
+    limit(LIMIT + 1, 32);
+    let _server = lab.serve("0.0.0.0:80");
+    let peers = [CLIENT, "198.51.100.8"].map(|client| lab.peer(client));
+    let held = [peers[0].hold(80, LIMIT), peers[1].hold(80, LIMIT + 1)];
+    let (code, report) = audit(&lab, &["--ask"]);
+    let findings = report["layers"]["limiter"]["findings"].as_array().unwrap();
+    let lacking: Vec<_> = findings.iter().filter(|it| it["id"] == "limit-lacking").collect();
+    assert_eq!((code, lacking.len()), (0, 0), "{findings:#?}");
+    assert_eq!(peers.each_ref().map(|peer| peer.admitted(80, 2)), [1, 0], "the truth");
+    drop(held);
+}

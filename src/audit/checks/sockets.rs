@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 
 use ipnet::IpNet;
 
-use crate::audit::asked::Answered;
+use crate::audit::asked::{Answered, Holds};
 use crate::audit::finding::Finding;
 use crate::audit::fronts::Front;
 use crate::flow::Endpoint;
@@ -68,24 +68,32 @@ fn whose(source: IpNet) -> String {
     if source.prefix_len() == 0 { "in all".to_owned() } else { source.to_string() }
 }
 
-/// A list that lacks connections, as the limit itself has shown.
+/// A list that lacks connections, as the limit itself has shown, or may.
 pub fn lacking(answered: &Answered, rule: &str) -> Option<Finding> {
     let Answered { answer, held, .. } = answered;
-    let listed = usize::try_from(answer.listed()?).unwrap_or(usize::MAX);
-    if answer.is_full() || listed >= *held {
-        return None;
-    }
+    let listed = answer.listed()?;
     let whose =
         if answer.net.prefix_len() == 0 { "all".to_owned() } else { answer.net.to_string() };
     let to = answer.port.map_or(String::new(), |port| format!(" to port {port}"));
     let more = answer.more.unwrap_or(0);
-    Some(Finding::bad(
-        "limit-lacking",
+    let what = |held: usize| {
         format!(
             "{whose}{to}: {held} sockets, the list of {rule} has {listed}: it lets {more} more in"
-        ),
-        "ctkeep recount shows the limit its open connections; ctkeep run keeps it right",
-    ))
+        )
+    };
+    match (answered.holds(), held) {
+        (Holds::No, Some((sure, _))) => Some(Finding::bad(
+            "limit-lacking",
+            what(*sure),
+            "ctkeep recount shows the limit its open connections; ctkeep run keeps it right",
+        )),
+        (Holds::Perhaps, Some((_, most))) => Some(Finding::warn(
+            "limit-lacking",
+            format!("{}; whether it is for all of them cannot be told", what(*most)),
+            "where it is, ctkeep recount shows the limit its open connections",
+        )),
+        _ => None,
+    }
 }
 
 /// A port whose clients a limit takes for one.

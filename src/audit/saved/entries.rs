@@ -135,8 +135,31 @@ fn protocol(name: &str) -> &'static str {
 /// Puts lines together that a mailer has broken; passes over what the tool says of itself.
 fn records(lines: &[Line], entries: &mut Entries) -> Vec<Line> {
     let mut records: Vec<(Line, usize)> = Vec::new();
+    // The beginning of an entry that what the tool says of itself has torn apart: stdout and stderr in one
+    // file, of which one waits until 4 KiB are full.
+    let mut torn: Option<Line> = None;
     for line in lines {
+        let head = torn.take();
+        let is_whole = |text: &str| is_start(text) && is_complete(text);
+        let is_torn = |head: &Line| !(is_whole(&head.text) && is_start(&line.text));
+        let line = match head {
+            Some(head) if is_torn(&head) => {
+                let text = format!("{}{:3$}{}", head.text, "", line.text, line.indent);
+                &Line { text, ..head }
+            }
+            head => {
+                records.extend(head.map(|head| (head, 1)));
+                line
+            }
+        };
         let text = line.text.as_str();
+        if let Some((head, told)) = text.split_once("conntrack v")
+            && !head.is_empty()
+            && told.ends_with("flow entries have been shown.")
+        {
+            torn = Some(Line { text: head.to_owned(), ..*line });
+            continue;
+        }
         if is_start(text) {
             records.push((line.clone(), 1));
             continue;
@@ -160,6 +183,7 @@ fn records(lines: &[Line], entries: &mut Entries) -> Vec<Line> {
             _ => entries.parsed.mistaken(line.number, Mistake::new("not understood", "no entry")),
         }
     }
+    records.extend(torn.map(|head| (head, 1)));
     records.into_iter().map(|(line, _)| line).collect()
 }
 
@@ -199,6 +223,18 @@ mod tests {
         let lines: Vec<_> = read.parsed.mistakes.iter().map(|(line, _)| *line).collect();
         assert_eq!(lines, [5, 6]);
         assert_eq!(read.mentioned, None);
+    }
+
+    #[test]
+    fn an_entry_is_whole_wherever_the_tool_speaks_in_the_middle_of_it() {
+        let [first, second, third] = [1, 2, 3].map(|port| line("tcp      6 60 CLOSE_WAIT", port));
+        let told = "conntrack v1.4.8 (conntrack-tools): 3 flow entries have been shown.\n";
+        for cut in 0..=second.len() {
+            let (head, rest) = second.split_at(cut);
+            let read = read(&format!("{first}{head}{told}{rest}{third}"));
+            let ports: Vec<_> = read.values.iter().map(|entry| entry.orig.src.port()).collect();
+            assert_eq!((ports, read.parsed.mistakes.len()), (vec![1, 2, 3], 0), "{head}|{rest}");
+        }
     }
 
     #[test]
