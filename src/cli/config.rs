@@ -142,9 +142,8 @@ fn meant<'a>(cli: &'a Command, name: &str, key: &str) -> Option<&'a str> {
 
 /// The identifier of the argument `--key`, where a file may have it.
 fn argument<'a>(command: &'a Command, key: &str) -> Option<&'a str> {
-    command
-        .get_arguments()
-        .find(|argument| argument.get_long() == Some(key) && !NEVER_IN_FILE.contains(&key))
+    flag(command, key)
+        .filter(|_| !NEVER_IN_FILE.contains(&key))
         .map(|argument| argument.get_id().as_str())
 }
 
@@ -153,11 +152,13 @@ fn required(command: &Command) -> impl Iterator<Item = String> + '_ {
     command.get_positionals().map(|_| "192.0.2.1:1".to_owned())
 }
 
+/// The argument `--key`.
+fn flag<'a>(command: &'a Command, key: &str) -> Option<&'a clap::Arg> {
+    command.get_arguments().find(|argument| argument.get_long() == Some(key))
+}
+
 fn is_switch(command: &Command, key: &str) -> bool {
-    command
-        .get_arguments()
-        .find(|argument| argument.get_long() == Some(key))
-        .is_some_and(|argument| matches!(argument.get_action(), ArgAction::SetTrue))
+    flag(command, key).is_some_and(|it| matches!(it.get_action(), ArgAction::SetTrue))
 }
 
 /// What a value of `--key` can be, in words.
@@ -165,8 +166,7 @@ fn what_it_takes(command: &Command, key: &str) -> String {
     if is_switch(command, key) {
         return "true or false".to_owned();
     }
-    let argument = command.get_arguments().find(|argument| argument.get_long() == Some(key));
-    let values = argument.map(clap::Arg::get_possible_values).unwrap_or_default();
+    let values = flag(command, key).map(clap::Arg::get_possible_values).unwrap_or_default();
     match values.iter().map(|value| format!("\"{}\"", value.get_name())).collect::<Vec<_>>() {
         values if values.is_empty() => "a text, a number or a list".to_owned(),
         values => values.join(" or "),

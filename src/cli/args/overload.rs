@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use super::values::interval;
+use super::values::{interval, port};
 use crate::overload::{Overload, Place};
 use crate::sockdiag::State;
 
@@ -27,10 +27,8 @@ pub(super) fn overload(text: &str) -> Result<Overload, String> {
         };
         match key.as_str() {
             "ports" => {
-                let port = |text: &str| match text.parse() {
-                    Ok(port) if port > 0 => Ok(port),
-                    _ => Err(wrong("ports are expected".to_owned())),
-                };
+                let port =
+                    |text: &str| port(text).map_err(|_| wrong("ports are expected".to_owned()));
                 this.ports = list().map(port).collect::<Result<_, _>>()?;
             }
             "above" => {
