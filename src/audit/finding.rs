@@ -5,7 +5,7 @@ use std::fmt;
 use serde::Serialize;
 
 /// Every identifier there is; docs/doctor.md has a section for each.
-pub const IDENTIFIERS: [&str; 51] = [
+pub const IDENTIFIERS: [&str; 53] = [
     "kernel",
     "privilege-net-admin",
     "privilege-net-raw",
@@ -36,7 +36,9 @@ pub const IDENTIFIERS: [&str; 51] = [
     "port-untracked",
     "port-unheard",
     "untracked",
+    "tables-disagree",
     "source-over-limit",
+    "limit-uncounted",
     "limit-lacking",
     "clients-as-one",
     "listener-gone",

@@ -16,6 +16,9 @@ use crate::firewall::limits::{EarlierAccept, Key, LimitRule, Limiter};
 use crate::reconcile::snapshot::Views;
 use crate::sockdiag::{Socket, State};
 
+/// What is found about the sources of a limit.
+const OF_SOURCES: [&str; 2] = ["source-over-limit", "limit-uncounted"];
+
 /// The layers, in the order that a packet meets them. The first and the third are `None` for saved
 /// tables: the host that they come from is not at hand.
 #[derive(Clone, Debug, Serialize)]
@@ -66,13 +69,13 @@ impl Layer<Limits> {
             });
             if any(Holds::No) {
                 rule.holds = Some(false);
-            } else if any(Holds::Yes) && !is_open {
+            } else if any(Holds::Yes) && !is_open && rule.holds.is_none() {
                 rule.holds = Some(true);
             }
         }
         // What could not be told is known now.
         let is_unsure =
-            |one: &Finding| one.id == "source-over-limit" && one.verdict == Verdict::Warn;
+            |one: &Finding| OF_SOURCES.contains(&one.id) && one.verdict == Verdict::Warn;
         for rule in self.figures.rules.iter_mut().filter(|rule| rule.holds == Some(true)) {
             let told: Vec<_> = rule.findings.extract_if(.., |one| is_unsure(one)).collect();
             rule.verdict = worst(&rule.findings);
@@ -134,7 +137,7 @@ pub struct LimitFigures {
     pub sources_over: usize,
     /// Those that hold as much as it allows, or more, or may.
     pub full: Vec<Full>,
-    /// Whether what it was asked shows that it holds; `null` where it was not asked.
+    /// Whether it holds, as what it was asked shows, or entries that it lacks; `null` where neither does.
     pub holds: Option<bool>,
     /// The worst of what was found about it.
     pub verdict: Verdict,
@@ -174,6 +177,22 @@ impl LimitFigures {
                 checks::sockets::perhaps_over(whose(rule, load), load.held, load.limit)
             }),
         );
+        // Of those that are over it, that says how many the rule sees.
+        let uncounted = |load: &&&Load, is_sure| {
+            load.is_over() == Some(false) && load.is_uncounted() == is_sure
+        };
+        let lost = |is_sure| {
+            let all = loads.iter().filter(|load| uncounted(load, is_sure));
+            all.max_by_key(|load| load.held.saturating_sub(load.counted))
+        };
+        let lacks = loads.iter().any(|load| load.is_uncounted() == Some(true));
+        findings.extend(lost(Some(true)).or_else(|| lost(None)).map(|load| {
+            let (held, is_sure) = match load.is_uncounted() {
+                Some(_) => (load.held_for_sure, true),
+                None => (load.held, false),
+            };
+            checks::sockets::uncounted(whose(rule, load), held, is_sure, load.limit, load.counted)
+        }));
         let passing = |is_sure| {
             let all = rule.before.iter().filter(move |before| before.is_sure() == is_sure);
             all.map(EarlierAccept::to_string).collect()
@@ -198,7 +217,7 @@ impl LimitFigures {
             may_pass: passing(false),
             sources_over: over.len(),
             full: full.collect(),
-            holds: None,
+            holds: lacks.then_some(false),
             verdict: worst(&findings),
             findings,
         }
@@ -376,7 +395,7 @@ fn limits(inputs: Inputs<'_>) -> Layer<Limits> {
     let rules = limiter.rules.iter().enumerate();
     let rules: Vec<_> = rules.map(|(index, rule)| LimitFigures::of(rule, &of(index))).collect();
     let over = rules.iter().flat_map(|rule| &rule.findings);
-    findings.extend(over.filter(|finding| finding.id == "source-over-limit").cloned());
+    findings.extend(over.filter(|finding| OF_SOURCES.contains(&finding.id)).cloned());
     Layer::new(findings, Limits { rules })
 }
 

@@ -94,6 +94,18 @@ impl Load {
         self.held > 0 && self.held >= size(self.limit)
     }
 
+    /// Whether conntrack has fewer entries that the limit can count than it has to count of what is
+    /// open; `None` where that cannot be told.
+    pub fn is_uncounted(&self) -> Option<bool> {
+        if self.counted < self.held_for_sure {
+            Some(true)
+        } else if self.counted < self.held {
+            None
+        } else {
+            Some(false)
+        }
+    }
+
     /// Whether more is held than the limit allows; `None` where that cannot be told.
     pub fn is_over(&self) -> Option<bool> {
         if self.held_for_sure > size(self.limit) {

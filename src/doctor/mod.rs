@@ -14,6 +14,7 @@ use netlink_sys::protocols::NETLINK_NETFILTER;
 
 use self::trial::Trial;
 use self::unit::Unit;
+use crate::audit::checks::sockets;
 use crate::audit::figures::Figures;
 use crate::audit::finding::{Finding, Verdict};
 use crate::audit::layers::{Application, Layers, Queue};
@@ -81,8 +82,14 @@ pub fn examine(policy: &Policy, ask: bool, now: Instant, clock: SystemTime) -> D
 
 /// What the audit finds, layer by layer.
 fn found(report: Report) -> Vec<Finding> {
+    let classes = report.classes().into_iter();
+    let disagreeing = classes.filter(|(class, n)| *n > 0 && class.is_disagreement());
+    let disagreeing: Vec<_> = disagreeing.map(|(class, n)| format!("{n} {class}")).collect();
     let Layers { conntrack, limiter, syn, listen, application } = report.layers;
     let mut all: Vec<_> = conntrack.into_iter().flat_map(|layer| layer.findings).collect();
+    let is_unread = limiter.findings.iter().any(|finding| finding.id == "rules-unread");
+    let is_limited = is_unread || !limiter.figures.rules.is_empty();
+    all.push(sockets::tables(&disagreeing, is_limited));
     let is_over = limiter.findings.iter().any(|finding| finding.id == "source-over-limit");
     if !is_over && !limiter.figures.rules.is_empty() {
         let held: usize = report.sources.iter().map(|source| source.held).sum();

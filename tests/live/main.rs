@@ -74,5 +74,6 @@ mod streams;
 mod top;
 mod unaccepted;
 mod unseen;
+mod verdicts;
 mod watch;
 mod words;

@@ -11,6 +11,9 @@ use crate::flow::Endpoint;
 use crate::reconcile::outgoing::Survey;
 use crate::sockdiag::Socket;
 
+/// What to do about connections that a limit does not see.
+const RECOUNTS: &str =
+    "ctkeep reconcile makes the limit count them again; ctkeep run keeps it right";
 /// The kernel's own, in seconds.
 const CLOSE_WAIT: u64 = 60;
 
@@ -44,7 +47,7 @@ pub fn over(source: IpNet, held: usize, limit: u32, counted: usize) -> Finding {
     let advice = if counted >= held {
         "all are counted: it comes down as the server closes them, or by ctkeep kill --over-limit"
     } else {
-        "ctkeep reconcile makes the limit count them again; ctkeep run keeps it right"
+        RECOUNTS
     };
     Finding::bad(
         "source-over-limit",
@@ -61,6 +64,32 @@ pub fn perhaps_over(source: IpNet, held: usize, limit: u32) -> Finding {
         format!("{whose}: {held} sockets, limit {limit}, if it is for all of them"),
         "ctkeep audit --ask says what its list holds",
     )
+}
+
+/// A source, not beyond its limit, of which conntrack has fewer entries that a limiter can count than
+/// the limit has to count of it: for sure, or perhaps.
+pub fn uncounted(source: IpNet, held: usize, is_sure: bool, limit: u32, counted: usize) -> Finding {
+    const ID: &str = "limit-uncounted";
+    let what = format!("{}: {held} sockets, limit {limit}, the rule sees {counted}", whose(source));
+    if !is_sure {
+        let what = format!("{what}, if it is for all of them");
+        return Finding::warn(ID, what, "ctkeep audit --ask says what its list holds");
+    }
+    Finding::bad(ID, format!("{what}: it lets in as many more"), RECOUNTS)
+}
+
+/// Whether the two tables agree, by the names of the classes that say otherwise; `is_limited` where a
+/// limit was found, or may be there.
+pub fn tables(disagreeing: &[String], is_limited: bool) -> Finding {
+    const ID: &str = "tables-disagree";
+    let what = disagreeing.join(", ");
+    match (disagreeing, is_limited) {
+        ([], _) => Finding::ok(ID, "sockets and conntrack entries agree"),
+        (_, true) => Finding::bad(ID, what, format!("ctkeep audit names them; {RECOUNTS}")),
+        (_, false) => {
+            Finding::warn(ID, what, "no limit is there to feel it; ctkeep audit names them")
+        }
+    }
 }
 
 /// Of a rule that does not go by the source: all.
