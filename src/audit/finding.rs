@@ -5,7 +5,7 @@ use std::fmt;
 use serde::Serialize;
 
 /// Every identifier there is; docs/doctor.md has a section for each.
-pub const IDENTIFIERS: [&str; 53] = [
+pub const IDENTIFIERS: [&str; 54] = [
     "kernel",
     "privilege-net-admin",
     "privilege-net-raw",
@@ -54,6 +54,7 @@ pub const IDENTIFIERS: [&str; 53] = [
     "recount-unreachable",
     "ingress-device",
     "seal",
+    "hide",
     "receive-buffer",
     "open-files",
     "unit-limits",

@@ -229,6 +229,12 @@ pub(super) fn open_recounter(foundation: &Foundation, now: Instant) -> Result<Op
     for shortfall in recounter.iter().flat_map(Recounter::shortfalls) {
         tracing::warn!(reason = shortfall, "recount by fewer routes than wanted");
     }
+    if recounter.as_ref().and_then(Recounter::hides) == Some(false) {
+        tracing::warn!(
+            reason = "nf_tables of this kernel does not write TCP's flags",
+            "no packet is hidden from conntrack: what fools it again is repaired afterwards"
+        );
+    }
     let routes = recounter.as_ref().map(Recounter::routes).unwrap_or_default();
     tracing::info!(
         recount = ?routes.iter().map(|route| route.name()).collect::<Vec<_>>(),

@@ -229,11 +229,13 @@ fn recount(trial: &Result<Trial>, limiter: &Limiter) -> Vec<Finding> {
     let mut counted = Vec::new();
     let mut failed = Vec::new();
     let mut seal = None;
+    let mut hides = None;
     for (route, outcome) in &trial.routes {
         match outcome {
-            Ok(sealed) => {
+            Ok(of_route) => {
                 counted.push(*route);
-                seal = seal.or(Some(sealed));
+                seal = seal.or(Some(&of_route.sealed));
+                hides = hides.or(of_route.hides);
             }
             Err(error) => failed.push(format!("not by {route}: {}", error.cause)),
         }
@@ -277,6 +279,14 @@ fn recount(trial: &Result<Trial>, limiter: &Limiter) -> Vec<Finding> {
             "seal",
             format!("revived connections stay open to the next stale RST: {}", error.cause),
             "modprobe nf_tables",
+        ),
+    }));
+    all.extend(hides.map(|hides| match hides {
+        true => Finding::ok("hide", "packets that fool conntrack can be hidden from it"),
+        false => Finding::warn(
+            "hide",
+            "nf_tables of this kernel does not write TCP's flags: what fools conntrack again is repaired afterwards",
+            "use another kernel, or expect up to a limit more in each burst of packets",
         ),
     }));
     all

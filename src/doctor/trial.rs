@@ -34,8 +34,17 @@ const TIMEOUT: Duration = Duration::from_secs(60);
 /// What became of a nudge by each route.
 #[derive(Debug)]
 pub(super) struct Trial {
-    /// Whether a limit counted the connection after the nudge, and then whether it could be sealed.
-    pub routes: [(Route, Result<Result<()>>); 2],
+    /// Whether a limit counted the connection after the nudge, and what was shown of it then.
+    pub routes: [(Route, Result<Counted>); 2],
+}
+
+/// Of a connection that was counted.
+#[derive(Debug)]
+pub(super) struct Counted {
+    /// Whether it could be sealed.
+    pub sealed: Result<()>,
+    /// Whether its packets could be hidden from conntrack; `None` where that was not seen.
+    pub hides: Option<bool>,
 }
 
 impl Trial {
@@ -60,7 +69,7 @@ impl Trial {
 }
 
 /// Makes an entry as a repair does, nudges, and asks the limit.
-fn try_out(mode: Mode, client: [u8; 4], server: [u8; 4], now: Instant) -> Result<Result<()>> {
+fn try_out(mode: Mode, client: [u8; 4], server: [u8; 4], now: Instant) -> Result<Counted> {
     let (client, server) = (Endpoint::new(client.into(), 1024), Endpoint::new(server.into(), PORT));
     let flow = FourTuple::new(client, server);
     let op = Op::on("recount", flow);
@@ -88,7 +97,10 @@ fn try_out(mode: Mode, client: [u8; 4], server: [u8; 4], now: Instant) -> Result
     for _ in 0..TRIES {
         // An element that is not there cannot be removed.
         match limit.remove(COUNTED, &[key::of(flow)]) {
-            Ok(()) => return Ok(recounter.seal(&like, now)),
+            Ok(()) => {
+                let (sealed, hides) = (recounter.seal(&like, now), recounter.hides());
+                return Ok(Counted { sealed, hides });
+            }
             Err(error) if error.is_absent() => thread::sleep(PAUSE),
             Err(error) => return Err(error),
         }

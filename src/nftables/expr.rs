@@ -75,6 +75,14 @@ pub enum Expr {
         /// How many.
         length: u32,
     },
+    /// Write what was loaded into the TCP header, and leave the checksum: what else the rule writes makes
+    /// up for it. `nft` has no words for that, and mends the checksum.
+    StoreTcpAlone {
+        /// Bytes from its start.
+        offset: u32,
+        /// How many.
+        length: u32,
+    },
     /// Go on only if what was loaded equals this.
     Equals(Vec<u8>),
     /// Go on only if what was loaded differs from this.
@@ -200,17 +208,13 @@ impl Expr {
             }
             Self::Mask(mask) => ("bitwise", bitwise(mask, &vec![0; mask.len()])),
             Self::Change { keep, flip } => ("bitwise", bitwise(keep, flip)),
-            Self::StoreTcp { offset, length } => (
-                "payload",
-                vec![
-                    word(NFTA_PAYLOAD_SREG, NFT_REG32_00),
-                    word(NFTA_PAYLOAD_BASE, NFT_PAYLOAD_TRANSPORT_HEADER),
-                    word(NFTA_PAYLOAD_OFFSET, *offset),
-                    word(NFTA_PAYLOAD_LEN, *length),
-                    word(NFTA_PAYLOAD_CSUM_TYPE, NFT_PAYLOAD_CSUM_INET),
-                    word(NFTA_PAYLOAD_CSUM_OFFSET, TCP_CHECKSUM),
-                ],
-            ),
+            Self::StoreTcp { offset, length } => {
+                let mut data = store(*offset, *length);
+                data.push(word(NFTA_PAYLOAD_CSUM_TYPE, NFT_PAYLOAD_CSUM_INET));
+                data.push(word(NFTA_PAYLOAD_CSUM_OFFSET, TCP_CHECKSUM));
+                ("payload", data)
+            }
+            Self::StoreTcpAlone { offset, length } => ("payload", store(*offset, *length)),
             Self::Equals(bytes) => ("cmp", compare(NFT_CMP_EQ, bytes)),
             Self::Differs(bytes) => ("cmp", compare(NFT_CMP_NEQ, bytes)),
             Self::In(set) => ("lookup", lookup(set, 0)),
@@ -282,6 +286,16 @@ fn ct(key: u32) -> Vec<DefaultNla> {
 
 fn set_meta(key: u32) -> Vec<DefaultNla> {
     vec![word(NFTA_META_KEY, key), word(NFTA_META_SREG, NFT_REG32_00)]
+}
+
+/// Into the transport header, without its checksum.
+fn store(offset: u32, length: u32) -> Vec<DefaultNla> {
+    vec![
+        word(NFTA_PAYLOAD_SREG, NFT_REG32_00),
+        word(NFTA_PAYLOAD_BASE, NFT_PAYLOAD_TRANSPORT_HEADER),
+        word(NFTA_PAYLOAD_OFFSET, offset),
+        word(NFTA_PAYLOAD_LEN, length),
+    ]
 }
 
 fn lookup(set: &str, flags: u32) -> Vec<DefaultNla> {

@@ -1,9 +1,14 @@
 //! FINs and RSTs that conntrack takes for ACKs, and TCP gets as they came.
 //!
-//! Before conntrack the packet becomes an ACK whose reserved bits (RFC 9293, 3.1) say what it was;
-//! right behind conntrack it becomes what it was. So no such packet closes an entry, and yet it is
-//! tracked: rules that accept what is established, and translations, apply to it as to any other of
-//! its connection. `notrack` would lose both.
+//! Before conntrack the packet becomes an ACK whose urgent pointer says what it was; right behind
+//! conntrack it becomes what it was. So no such packet closes an entry, and yet it is tracked: rules
+//! that accept what is established, and translations, apply to it as to any other of its
+//! connection. `notrack` would lose both.
+//!
+//! Only two fields change, the flags' byte and the urgent pointer, and the pointer by as much as the
+//! flags the other way: the checksum stays right as it is. Linux 7.3 does not let nf_tables write
+//! the byte before the flags, with the data offset and the reserved bits; and the kernel can mend the
+//! checksum only for whole words.
 //!
 //! Flag combinations that conntrack itself calls invalid (`tcp_valid_flags` in
 //! nf_conntrack_proto_tcp.c) stay as they are: they change no entry, and rules may drop them.
@@ -13,25 +18,40 @@ use super::{Expr, Hook};
 /// A hook and a priority at which packets are turned into what they were.
 pub(crate) const BACK: (Hook, i32) = (Hook::Prerouting, -199);
 
-/// Offset of the two bytes with data offset, reserved bits and flags.
-const WORD: u32 = 12;
+/// Offset of the flags in a TCP header.
+const FLAGS: u32 = 13;
+/// Offset of the urgent pointer.
+const POINTER: u32 = 18;
 
-const FIN: u16 = 0x0001;
-const SYN: u16 = 0x0002;
-const RST: u16 = 0x0004;
-const ACK: u16 = 0x0010;
-const URG: u16 = 0x0020;
-/// Not the fourth of them: AccECN uses it (RFC 9768).
-const RESERVED: u16 = 0x0e00;
+const FIN: u8 = 0x01;
+const SYN: u8 = 0x02;
+const RST: u8 = 0x04;
+const ACK: u8 = 0x10;
+const URG: u8 = 0x20;
+/// What conntrack goes by, and the urgent flag.
+const READ: u8 = SYN | FIN | RST | ACK | URG;
 
-/// Who hides a packet. Each has bits of its own, so that neither turns back, or clears, what the
+/// Urgent data further ahead than the field can say, or none.
+const FAR: u16 = u16::MAX;
+
+/// Who hides a packet. Each has flags of its own, so that neither turns back, or clears, what the
 /// other has hidden.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum By {
-    /// The reply filter, by the packet's tuple: one bit.
+    /// The reply filter, by the packet's tuple: as an ACK.
     Tuple,
-    /// The shield, by the packet itself: the two others.
+    /// The shield, by the packet itself: as an ACK with urgent data.
     Shield,
+}
+
+impl By {
+    /// The flags of what is hidden.
+    fn flags(self) -> u8 {
+        match self {
+            Self::Tuple => ACK,
+            Self::Shield => ACK | URG,
+        }
+    }
 }
 
 /// What closes a connection.
@@ -49,77 +69,125 @@ impl Closing {
     /// All of them.
     pub(crate) const ALL: [Self; 3] = [Self::Fin, Self::RstAck, Self::Rst];
 
-    fn bits(self, by: By) -> u16 {
-        let bit = match self {
-            Self::Fin => 0x0200,
-            Self::RstAck => 0x0400,
-            Self::Rst => 0x0800,
-        };
-        if by == By::Tuple { bit } else { RESERVED ^ bit }
+    fn flags(self) -> u8 {
+        match self {
+            Self::Fin => FIN | ACK,
+            Self::RstAck => RST | ACK,
+            Self::Rst => RST,
+        }
     }
 
-    fn flag(self) -> u16 {
-        if self == Self::Fin { FIN } else { RST }
-    }
-
-    /// The ACK that it lacks, and gets for a while.
-    fn lent(self) -> u16 {
-        if self == Self::Rst { ACK } else { 0 }
+    /// The urgent pointer with which the changed flags have the sum of the old ones and none.
+    fn pointer(self, by: By) -> u16 {
+        let (old, new) = (u16::from(self.flags()), u16::from(by.flags()));
+        // A sum of ones' complements: what is less than nothing counts down from the highest.
+        if old > new { old - new } else { u16::MAX - (new - old) }
     }
 
     /// Turns it into an ACK, where `found` goes on with the packet.
     pub(crate) fn hide(self, by: By, found: &[Expr]) -> Vec<Expr> {
-        let urgent = if self == Self::Fin { 0 } else { URG };
-        let mask = SYN | FIN | RST | ACK | urgent;
-        let value = self.flag() | ACK ^ self.lent();
-        // The flag is there, and is turned over: nft 1.1 lists a rule that clears it by the mask as one that `nft -f` refuses.
-        let change = change(!RESERVED, self.bits(by) | self.flag() | self.lent());
-        [&is(mask, value)[..], found, &change, &[Expr::Accept]].concat()
+        let change = self.change(by, self.pointer(by));
+        [&is(self.flags())[..], found, &point(0), &change, &[Expr::Accept]].concat()
     }
 
     /// Turns it into what it was.
     pub(crate) fn show(self, by: By, found: &[Expr]) -> Vec<Expr> {
-        let change = change(!(RESERVED | self.lent()), self.flag());
-        [&is(RESERVED, self.bits(by))[..], found, &change, &[Expr::Accept]].concat()
+        [&self.hidden(by)[..], found, &self.change(by, 0), &[Expr::Accept]].concat()
     }
 
-    /// Takes the reserved bits away with which a packet came in that would be taken for this one.
+    /// Takes the urgent pointer away with which a packet came in that would be taken for this one.
+    /// One with the flag for it stays urgent.
     pub(crate) fn unmask(self, by: By, found: &[Expr]) -> Vec<Expr> {
-        let bits = is(RESERVED, self.bits(by));
-        [&bits[..], found, &change(!RESERVED, 0), &[Expr::Accept]].concat()
+        [&self.hidden(by)[..], found, &point(FAR), &[Expr::Accept]].concat()
+    }
+
+    /// Goes on with what is hidden so, or looks like it.
+    fn hidden(self, by: By) -> Vec<Expr> {
+        let pointer = Expr::Equals(self.pointer(by).to_be_bytes().to_vec());
+        [&[Expr::transport(POINTER, 2), pointer][..], &is(by.flags())].concat()
+    }
+
+    /// From what is hidden to what it was, and back.
+    fn change(self, by: By, pointer: u16) -> [Expr; 5] {
+        let [load, flip, store] = turn_over(self.flags() ^ by.flags());
+        let [value, point] = point_alone(pointer);
+        [load, flip, store, value, point]
     }
 }
 
-/// Packets with nothing to hide, and no bits that would have them taken for hidden ones, leave.
+/// Writes what hiding writes, and goes on where this kernel has let it: a write that is refused ends the
+/// rule without a word. Of a packet that goes no further.
+pub(crate) fn tried() -> Vec<Expr> {
+    [&turn_over(URG)[..], &point_alone(URG.into())].concat()
+}
+
+/// Takes urgent data away from a FIN that is to be hidden: the field is used for something else.
+pub(crate) fn without_urgent_data(found: &[Expr]) -> Vec<Expr> {
+    // The pointer makes up for the flag, and goes with the checksum.
+    [&is(FIN | ACK | URG)[..], found, &point(0), &tried(), &point(0)].concat()
+}
+
+/// Packets with nothing to hide, and no pointer that would have them taken for hidden ones, leave.
 pub(crate) fn ordinary() -> Vec<Expr> {
-    [&is(FIN | RST | RESERVED, 0)[..], &[Expr::Accept]].concat()
+    [Expr::transport_bits(FLAGS, 1, (FIN | RST).into(), 0), never_hidden()].concat()
 }
 
 /// Packets that are not hidden leave.
 pub(crate) fn never_hidden() -> Vec<Expr> {
-    [&is(RESERVED, 0)[..], &[Expr::Accept]].concat()
+    vec![Expr::transport(POINTER, 2), Expr::Equals(vec![0; 2]), Expr::Accept]
 }
 
-/// Takes the reserved bits away with which a packet came in, where `found` goes on with it: it
-/// would be taken for a hidden one.
-pub(crate) fn without_reserved_bits(found: &[Expr]) -> Vec<Expr> {
-    let differs = [word(), Expr::Mask(bytes(RESERVED)), Expr::Differs(bytes(0))];
-    [&differs[..], found, &change(!RESERVED, 0), &[Expr::Accept]].concat()
+fn is(flags: u8) -> Vec<Expr> {
+    Expr::transport_bits(FLAGS, 1, READ.into(), flags.into())
 }
 
-fn word() -> Expr {
-    Expr::transport(WORD, 2)
+/// Turns flags over, which are as the rule says. With the byte behind them: nft 1.1 knows the flags by
+/// their one, and lists words that `nft -f` refuses.
+fn turn_over(flags: u8) -> [Expr; 3] {
+    [
+        Expr::transport(FLAGS, 2),
+        Expr::Change { keep: vec![u8::MAX; 2], flip: vec![flags, 0] },
+        Expr::StoreTcpAlone { offset: FLAGS, length: 2 },
+    ]
 }
 
-fn bytes(word: u16) -> Vec<u8> {
-    word.to_be_bytes().to_vec()
+/// Sets the urgent pointer, and mends the checksum.
+fn point(to: u16) -> [Expr; 2] {
+    let value = Expr::Constant(to.to_be_bytes().to_vec());
+    [value, Expr::StoreTcp { offset: POINTER, length: 2 }]
 }
 
-fn is(mask: u16, value: u16) -> Vec<Expr> {
-    Expr::transport_bits(WORD, 2, mask, value)
+/// Sets the urgent pointer, which makes up for what the flags have become.
+fn point_alone(to: u16) -> [Expr; 2] {
+    let value = Expr::Constant(to.to_be_bytes().to_vec());
+    [value, Expr::StoreTcpAlone { offset: POINTER, length: 2 }]
 }
 
-fn change(keep: u16, flip: u16) -> [Expr; 3] {
-    let changed = Expr::Change { keep: bytes(keep), flip: bytes(flip) };
-    [word(), changed, Expr::StoreTcp { offset: WORD, length: 2 }]
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flags_and_pointer_have_the_sum_that_they_had() {
+        for by in [By::Tuple, By::Shield] {
+            for closing in Closing::ALL {
+                let pointer = closing.pointer(by);
+                let sum = u32::from(by.flags()) + u32::from(pointer);
+                let folded = (sum >> 16) + (sum & 0xffff);
+                assert_eq!(folded, u32::from(closing.flags()), "{by:?} {closing:?}");
+                assert!(pointer != 0 && pointer != FAR, "{by:?} {closing:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn no_hidden_packet_is_taken_for_another() {
+        let mut all: Vec<_> = [By::Tuple, By::Shield]
+            .into_iter()
+            .flat_map(|by| Closing::ALL.map(|closing| (by.flags(), closing.pointer(by))))
+            .collect();
+        all.sort_unstable();
+        all.dedup();
+        assert_eq!(all.len(), 6);
+    }
 }

@@ -248,12 +248,13 @@ fn hide_and_show() -> [ChainSpec; 2] {
     let [mut hide, mut show] = beginnings();
     for Family { fins, rsts, key } in families() {
         let found = |set| [&key[..], &[Expr::In(set)]].concat();
+        hide.push(hidden::without_urgent_data(&found(fins)));
         for closing in Closing::ALL {
             let set = if closing == Closing::Fin { fins } else { rsts };
             hide.push(closing.hide(By::Tuple, &found(set)));
             show.push(closing.show(By::Tuple, &found(fins)));
         }
-        hide.push(hidden::without_reserved_bits(&found(fins)));
+        hide.extend(Closing::ALL.map(|closing| closing.unmask(By::Tuple, &found(fins))));
     }
     let (hook, back) = hidden::BACK;
     let chain = |name, priority, rules| ChainSpec { name, hook, priority, rules };

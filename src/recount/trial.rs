@@ -15,20 +15,30 @@ use crate::conntrack::{Change, Conntrack, Entry, EntryKey, Insert, Status, TcpSt
 use crate::error::{Op, Result};
 use crate::flow::{Endpoint, FourTuple};
 use crate::host::random;
-use crate::nftables::{ChainSpec, Expr, Hook, SetSpec, Table, TableSpec, key};
+use crate::nftables::{ChainSpec, Expr, Hook, SetSpec, Table, TableSpec, hidden, key};
 
 const IPPROTO_TCP: u8 = 6;
 const NFPROTO_IPV4: u8 = 2;
 const TCP_SEQ: u32 = 4;
-/// Sets of the trials that arrived, and of those that were counted.
+/// Sets of the trials that arrived, of those that were counted, and of those that could be written to.
 const SEEN: &str = "seen";
 const COUNTED: &str = "counted";
+const WRITTEN: &str = "written";
 const AFTER_CONNTRACK: i32 = -199;
 /// A packet may wait for another processor.
 const TRIES: u32 = 20;
 const PAUSE: Duration = Duration::from_millis(1);
 /// Of the trial's entry; it is deleted long before.
 const TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What was shown.
+#[derive(Debug, Default)]
+pub(super) struct Shown {
+    /// The recipes by each route.
+    pub tried: Vec<Tried>,
+    /// Whether nf_tables writes what hides a packet; `None` where no trial arrived.
+    pub hides: Option<bool>,
+}
 
 /// One way to try.
 struct Attempt {
@@ -47,7 +57,7 @@ pub(super) fn run(
     name: &str,
     ingress: Option<&Ingress>,
     loopback: Option<&RawSockets>,
-) -> Result<Vec<Tried>> {
+) -> Result<Shown> {
     let mut attempts = Vec::new();
     if ingress.is_some() {
         attempts.extend(Recipe::ALL.map(|recipe| Attempt::new(Route::Ingress, recipe)));
@@ -57,16 +67,20 @@ pub(super) fn run(
     }
     let mut table = Table::create(name, &layout(&attempts))?;
     let mut conntrack = Conntrack::open()?;
-    let mut tried: Vec<Tried> = Vec::new();
+    let mut shown = Shown::default();
     for attempt in &attempts {
-        let Attempt { route, recipe, .. } = *attempt;
-        if tried.iter().any(|one| one.route == route && one.verdict == Verdict::Counted) {
+        let Attempt { route, recipe, flow, .. } = *attempt;
+        let mut of_route = shown.tried.iter().filter(|one| one.route == route);
+        if of_route.any(|one| one.verdict == Verdict::Counted) {
             continue;
         }
         let verdict = attempt.make(&mut table, &mut conntrack, ingress, loopback)?;
-        tried.push(Tried { route, recipe, verdict });
+        if verdict != Verdict::Unseen {
+            shown.hides = Some(table.contains(WRITTEN, &[key::of(flow)])?.contains(&true));
+        }
+        shown.tried.push(Tried { route, recipe, verdict });
     }
-    Ok(tried)
+    Ok(shown)
 }
 
 impl Attempt {
@@ -135,7 +149,8 @@ impl Attempt {
     }
 }
 
-/// For each attempt: note that it arrived; `ct count over 0` and note that it was counted; drop.
+/// For each attempt: `ct count over 0` and note that it was counted; write and note that it could be
+/// written; note that it arrived, last, as the others are read when it has; drop.
 fn layout(attempts: &[Attempt]) -> TableSpec {
     let mut rules = Vec::new();
     for attempt in attempts {
@@ -148,12 +163,13 @@ fn layout(attempts: &[Attempt]) -> TableSpec {
             Expr::Equals(vec![NFPROTO_IPV4]),
         ];
         let note = |set| [&key::load_v4()[..], &[Expr::Add(set)]].concat();
-        rules.push([&this[..], &note(SEEN)].concat());
         rules.push([&this[..], &[Expr::CountOver(0)], &note(COUNTED)].concat());
+        rules.push([&this[..], &hidden::tried(), &note(WRITTEN)].concat());
+        rules.push([&this[..], &note(SEEN)].concat());
         this.push(Expr::Drop);
         rules.push(this);
     }
-    let sets = [SEEN, COUNTED].map(|name| SetSpec {
+    let sets = [SEEN, COUNTED, WRITTEN].map(|name| SetSpec {
         name,
         key: key::TUPLE_V4,
         size: Some(16),

@@ -43,6 +43,7 @@ fn hide(mark: u32) -> Vec<Vec<Expr>> {
     rules.push([&unmarked[..], &[Expr::Accept]].concat());
     // No chain behind this one sees it.
     rules.push(vec![Expr::Mark, Expr::Mask((!mark).to_ne_bytes().to_vec()), Expr::SetMark]);
+    rules.push(hidden::without_urgent_data(&tcp()));
     rules.extend(Closing::ALL.map(|closing| closing.hide(By::Shield, &tcp())));
     rules
 }

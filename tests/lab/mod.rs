@@ -48,7 +48,9 @@ pub use namespace::Namespace;
 use neighbour::Neighbour;
 pub use peer::{Peer, RawConn};
 pub use queue::Queue;
-pub use segment::{ACK, FIN, Frame, Kind, PSH, RST, SYN, Segment, with_tcp_options};
+pub use segment::{
+    ACK, FIN, Frame, Kind, PSH, RST, SYN, Segment, with_tcp_options, with_urgent_pointer,
+};
 pub use server::{Server, serve_if_asked};
 pub use tables::{Entry, Socket};
 pub use way::Way;
@@ -210,6 +212,13 @@ impl Lab {
         self.server.feed("ip -batch -", &at(1, peer, "02"));
         self.client.feed("ip -batch -", &at(2, server, "01"));
         Peer::new(&self.client, peer.into(), server.into(), &self.next_port)
+    }
+
+    /// What the server's TCP has counted.
+    pub fn counter(&self, name: &str) -> u64 {
+        let line = self.server.output(&format!("nstat -asz {name}"));
+        let value = line.split_whitespace().skip_while(|word| *word != name).nth(1);
+        value.and_then(|value| value.parse().ok()).unwrap_or_else(|| panic!("{name}: {line}"))
     }
 
     /// Sends the client's FIN and waits until the server's socket has it, hence is in CLOSE_WAIT.

@@ -61,11 +61,23 @@ pub fn with_tcp_options(packet: &[u8], options: &[u8]) -> Vec<u8> {
     if options.is_empty() {
         return packet.to_vec();
     }
+    with_tcp_header(packet, |tcp| {
+        let all = [tcp.options.as_slice(), options].concat();
+        tcp.set_options_raw(&all).expect("few options");
+    })
+}
+
+/// An IP packet without options of its own, with this in its TCP header's urgent pointer, and the
+/// flag that says so or not.
+pub fn with_urgent_pointer(packet: &[u8], pointer: u16, flag: bool) -> Vec<u8> {
+    with_tcp_header(packet, |tcp| (tcp.urgent_pointer, tcp.urg) = (pointer, flag))
+}
+
+fn with_tcp_header(packet: &[u8], change: impl FnOnce(&mut TcpHeader)) -> Vec<u8> {
     let (ip, _) = LaxIpSlice::from_slice(packet).expect("an IP packet");
     let payload = ip.payload().payload;
     let (mut tcp, data) = TcpHeader::from_slice(payload).expect("a TCP header");
-    let all = [tcp.options.as_slice(), options].concat();
-    tcp.set_options_raw(&all).expect("few options");
+    change(&mut tcp);
     let builder = match ip {
         LaxIpSlice::Ipv4(ip) => {
             let ip = ip.header();

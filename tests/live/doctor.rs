@@ -30,8 +30,15 @@ fn a_host_that_is_set_up_well_has_nothing_bad() {
     lab.server.sysctl("net/netfilter/nf_conntrack_events", "1");
     let (code, report) = doctor(&lab);
     assert_eq!(code, 0, "{report:#}");
-    for id in ["kernel", "table-full", "loose-pickup", "conntrack-events", "recount-route", "seal"]
-    {
+    for id in [
+        "kernel",
+        "table-full",
+        "loose-pickup",
+        "conntrack-events",
+        "recount-route",
+        "seal",
+        "hide",
+    ] {
         assert_eq!(verdicts(&report, id), ["ok"], "{id}");
     }
     assert_eq!(verdicts(&report, "limit"), ["ok", "ok"], "one a family");

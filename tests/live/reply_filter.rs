@@ -19,13 +19,6 @@ fn await_repair(lab: &Lab, daemon: &Daemon, conns: &[RawConn]) {
     });
 }
 
-/// What the server's TCP has counted.
-fn counter(lab: &Lab, name: &str) -> u64 {
-    let line = lab.server.output(&format!("nstat -asz {name}"));
-    let value = line.split_whitespace().skip_while(|word| *word != name).nth(1);
-    value.and_then(|value| value.parse().ok()).unwrap_or_else(|| panic!("{name}: {line}"))
-}
-
 /// All that TCP knows of its connections, but for what time alone changes.
 fn inner_life(lab: &Lab) -> Vec<String> {
     let text = lab.server.output("ss -HtineO state close-wait");
@@ -61,7 +54,7 @@ fn silent_below_the_limit(route: &str, source: &str) {
         "TcpExtTCPMD5Unexpected",
         "TcpInCsumErrors",
     ];
-    let counters = || names.map(|name| counter(&lab, name));
+    let counters = || names.map(|name| lab.counter(name));
     let before = counters();
     let sockets_before = inner_life(&lab);
     let seen = lab.client_sees(|| {

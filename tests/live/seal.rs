@@ -4,7 +4,9 @@
 use std::time::Duration;
 
 use crate::lab::rules::{CONNLIMIT, INPUT, chain, input};
-use crate::lab::{Daemon, Lab, Peer, RawConn, Server, wait_for};
+use crate::lab::{
+    ACK, Daemon, FIN, Lab, Peer, RST, RawConn, Server, wait_for, with_urgent_pointer,
+};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_ctkeep");
 const LIMIT: usize = 3;
@@ -137,6 +139,50 @@ fn a_close_of_the_server_gives_the_slots_back() {
         scene.entries().iter().all(|state| matches!(state.as_str(), "" | "CLOSE" | "TIME_WAIT"))
     });
     assert_eq!(scene.peer.admitted(80, TRIES), LIMIT);
+}
+
+/// What is hidden says by its urgent pointer what it was. A packet that comes in so is none of them: here it
+/// would be an exact RST, or a FIN.
+#[test]
+fn what_looks_like_a_hidden_packet_is_none() {
+    const OF_THE_TUPLE: [u16; 3] = [0x0001, 0x0004, 0xfff3];
+    const OF_THE_SHIELD: [u16; 3] = [0xffe0, 0xffe3, 0xffd3];
+    let Some(scene) = by_syns() else { return };
+    for conn in &scene.conns {
+        let ack = conn.segment(ACK, 0).to_packet();
+        for (pointer, flag) in
+            OF_THE_TUPLE.map(|it| (it, false)).into_iter().chain(OF_THE_SHIELD.map(|it| (it, true)))
+        {
+            scene.peer.send_packet(&with_urgent_pointer(&ack, pointer, flag));
+        }
+    }
+    assert_eq!(scene.lab.sockets("close-wait"), LIMIT);
+    assert_eq!(scene.entries(), ["ESTABLISHED"; LIMIT]);
+    assert_eq!(scene.lab.counter("TcpInCsumErrors"), 0);
+    assert_eq!(scene.peer.admitted(80, TRIES), 0);
+}
+
+/// A pointer of its own, and the flag for it, hide nothing from being hidden, and leave the checksum right.
+#[test]
+fn urgent_fins_and_rsts_are_hidden_and_reach_tcp() {
+    let Some(mut scene) = by_syns() else { return };
+    let heard = scene.lab.counter("TcpInSegs");
+    for (pointer, flag) in [(1, true), (0x20, true), (0xffff, true), (7, false)] {
+        for conn in &mut scene.conns {
+            let fin = conn.segment(FIN | ACK, -1).to_packet();
+            scene.peer.send_packet(&with_urgent_pointer(&fin, pointer, flag));
+        }
+        assert_eq!(scene.entries(), ["ESTABLISHED"; LIMIT], "after a FIN with {pointer} {flag}");
+    }
+    assert_eq!(scene.lab.counter("TcpInSegs") - heard, 4 * LIMIT as u64);
+    assert_eq!(scene.lab.counter("TcpInCsumErrors"), 0);
+    assert_eq!(scene.peer.admitted(80, TRIES), 0);
+    for conn in &scene.conns {
+        let rst = conn.segment(RST | ACK, 0).to_packet();
+        scene.peer.send_packet(&with_urgent_pointer(&rst, 0xfffe, false));
+    }
+    wait_for("end of the sockets", SOON, || scene.lab.sockets("close-wait") == 0);
+    assert_eq!(scene.lab.counter("TcpInCsumErrors"), 0);
 }
 
 /// RSTs beyond the window shorten the timeout of a sealed entry and those inside of it lengthen it,

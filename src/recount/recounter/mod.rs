@@ -84,6 +84,7 @@ pub struct Recounter {
     names: HashMap<u32, String>,
     budget: Budget,
     tried: Vec<Tried>,
+    hides: Option<bool>,
     held_up: HeldUp,
     /// Opened at the first question.
     pub(in crate::recount) asking: Option<Asking>,
@@ -132,6 +133,7 @@ impl Recounter {
             names: HashMap::new(),
             budget: Budget::new(now),
             tried: Vec::new(),
+            hides: None,
             held_up: HeldUp::Nowhere,
             asking: None,
             shortfalls: Vec::new(),

@@ -11,6 +11,12 @@ impl Recounter {
         &self.tried
     }
 
+    /// Whether what hides packets from conntrack is written, as the trials at the start have shown; `None`
+    /// where none of them arrived.
+    pub fn hides(&self) -> Option<bool> {
+        self.hides
+    }
+
     /// Finds out how this kernel's limits count again.
     pub(super) fn try_recipes(&mut self) {
         let ingress = match &self.helper {
@@ -19,8 +25,8 @@ impl Recounter {
         };
         let loopback = self.loopback.then_some(&self.raw);
         match trial::run(&format!("{}-trial", self.name), ingress, loopback) {
-            Ok(tried) => {
-                self.tried = tried;
+            Ok(trial::Shown { tried, hides }) => {
+                (self.tried, self.hides) = (tried, hides);
                 for route in self.opened() {
                     if self.recipe(route).is_none() {
                         let what = "no limit of this kernel counts a connection again by";
