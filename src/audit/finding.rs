@@ -5,7 +5,7 @@ use std::fmt;
 use serde::Serialize;
 
 /// Every identifier there is; docs/doctor.md has a section for each.
-pub const IDENTIFIERS: [&str; 54] = [
+pub const IDENTIFIERS: [&str; 56] = [
     "kernel",
     "privilege-net-admin",
     "privilege-net-raw",
@@ -27,6 +27,8 @@ pub const IDENTIFIERS: [&str; 54] = [
     "limit-without-syn",
     "limit-forwarded",
     "limit-unseen",
+    "limit-notes",
+    "limit-unjudged",
     "limit-for-all",
     "limit-one-family",
     "limit-dormant",

@@ -17,7 +17,7 @@ use crate::reconcile::snapshot::Views;
 use crate::sockdiag::{Socket, State};
 
 /// What is found about the sources of a limit.
-const OF_SOURCES: [&str; 2] = ["source-over-limit", "limit-uncounted"];
+const OF_SOURCES: [&str; 3] = ["source-over-limit", "limit-uncounted", "limit-notes"];
 
 /// The layers, in the order that a packet meets them. The first and the third are `None` for saved
 /// tables: the host that they come from is not at hand.
@@ -193,6 +193,8 @@ impl LimitFigures {
             };
             checks::sockets::uncounted(whose(rule, load), held, is_sure, load.limit, load.counted)
         }));
+        let noted = loads.iter().find(|load| load.is_noted).filter(|_| !rule.notes);
+        findings.extend(noted.map(|_| checks::limits::noted(rule)));
         let passing = |is_sure| {
             let all = rule.before.iter().filter(move |before| before.is_sure() == is_sure);
             all.map(EarlierAccept::to_string).collect()
@@ -394,8 +396,12 @@ fn limits(inputs: Inputs<'_>) -> Layer<Limits> {
     let of = |index| loads.iter().filter(|load| load.rule == index).collect::<Vec<_>>();
     let rules = limiter.rules.iter().enumerate();
     let rules: Vec<_> = rules.map(|(index, rule)| LimitFigures::of(rule, &of(index))).collect();
-    let over = rules.iter().flat_map(|rule| &rule.findings);
-    findings.extend(over.filter(|finding| OF_SOURCES.contains(&finding.id)).cloned());
+    let told = rules.iter().flat_map(|rule| &rule.findings);
+    for finding in told.filter(|finding| OF_SOURCES.contains(&finding.id)) {
+        if !findings.contains(finding) {
+            findings.push(finding.clone());
+        }
+    }
     Layer::new(findings, Limits { rules })
 }
 

@@ -86,18 +86,22 @@ pub struct Load {
     pub held_for_sure: usize,
     /// Entries that the rule can count.
     pub counted: usize,
+    /// No rule refuses what exceeds it: it is logged, counted or marked. Known of one that is full.
+    pub is_noted: bool,
 }
 
 impl Load {
     /// Whether the limit has no place left, as far as can be told.
     pub fn is_full(&self) -> bool {
-        self.held > 0 && self.held >= size(self.limit)
+        self.held > 0 && self.held >= size(self.limit) && !self.is_noted
     }
 
     /// Whether conntrack has fewer entries that the limit can count than it has to count of what is
     /// open; `None` where that cannot be told.
     pub fn is_uncounted(&self) -> Option<bool> {
-        if self.counted < self.held_for_sure {
+        if self.is_noted {
+            Some(false)
+        } else if self.counted < self.held_for_sure {
             Some(true)
         } else if self.counted < self.held {
             None
@@ -108,7 +112,9 @@ impl Load {
 
     /// Whether more is held than the limit allows; `None` where that cannot be told.
     pub fn is_over(&self) -> Option<bool> {
-        if self.held_for_sure > size(self.limit) {
+        if self.is_noted {
+            Some(false)
+        } else if self.held_for_sure > size(self.limit) {
             Some(true)
         } else if self.held > size(self.limit) {
             None
@@ -189,7 +195,7 @@ fn apply(all: &mut [Source], measure: Measure<'_>, loads: &[Load]) {
     let mut nearest: HashMap<IpNet, (i64, u32, Option<bool>)> = HashMap::new();
     for load in loads {
         let Some(rule) = measure.limiter.rules.get(load.rule) else { continue };
-        if rule.source_prefix().is_none() {
+        if rule.source_prefix().is_none() || load.is_noted {
             continue;
         }
         let left = i64::from(load.limit) - i64::try_from(load.held).unwrap_or(i64::MAX);
@@ -323,6 +329,15 @@ impl<'r> Plays<'r> {
         admitted(Some(false)) == Some(true) && admitted(Some(true)) == Some(false)
     }
 
+    /// Whether a connection that exceeds this limit gets in all the same.
+    fn is_noted(&self, hit: &Hit, rule: &LimitRule, view: &View) -> bool {
+        if rule.remembers {
+            return false;
+        }
+        let exceeds = |other: &Hit| Some(other.at == hit.at || other.limit.count == 0);
+        rule.notes || self.player.play(&self.syn(view), &mut { exceeds }).admitted == Some(true)
+    }
+
     /// The limits that this connection meets.
     pub fn met(&mut self, view: &View) -> Vec<Met> {
         let played = self.of(view);
@@ -445,9 +460,17 @@ fn gather(
                 held: 0,
                 held_for_sure: 0,
                 counted: 0,
+                is_noted: plays.limiter.rules.get(index).is_some_and(|rule| rule.notes),
             });
             load.client = load.client.filter(|client| *client == peer);
             load.held += usize::from(is_open);
+            // Asked once, where it matters.
+            if is_open
+                && load.held == size(hit.limit.count).max(1)
+                && let Some(rule) = plays.limiter.rules.get(index)
+            {
+                load.is_noted = plays.is_noted(hit, rule, &view);
+            }
             load.held_for_sure += usize::from(is_open && is_sure);
             load.counted += usize::from(is_counted);
         }

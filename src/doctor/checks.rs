@@ -122,6 +122,8 @@ mod tests {
                 matches: Match { interfaces: vec![interface.to_owned()], ..Match::default() },
                 outcome: Outcome::Drop,
                 tells: false,
+                notes: false,
+                remembers: false,
                 before: Vec::new(),
             };
             let limiter = Limiter { rules: vec![rule], ..Limiter::default() };

@@ -209,6 +209,7 @@ mod tests {
             held,
             held_for_sure: held,
             counted: held,
+            is_noted: false,
         };
         let of = |cookies: &[u64]| cookies.iter().map(|it| socket(*it, State::CloseWait)).collect();
         let which = Which { states: States::open(), over_limit: true, ..ALL };

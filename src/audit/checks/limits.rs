@@ -1,7 +1,7 @@
 //! The limits of the rules, and the ports that they are for.
 
 use crate::audit::finding::Finding;
-use crate::firewall::limits::{EarlierAccept, LimitRule, Limiter, Sight, Witness};
+use crate::firewall::limits::{EarlierAccept, LimitRule, Limiter, Sight, Unjudged, Where, Witness};
 use crate::firewall::{Hook, Ports, Ruleset, published};
 
 /// The rules; `ports` are those that are looked after.
@@ -21,11 +21,12 @@ pub fn limiter(limiter: &Limiter, ports: &[u16]) -> Vec<Finding> {
     if limiter.rules.is_empty() && limiter.unread.is_empty() {
         all.push(Finding::warn(
             "no-limit",
-            "no connlimit or ct count rule was found",
+            "no connlimit or ct count rule for TCP connections of clients was found",
             "name the limit yourself: ctkeep audit --limit N",
         ));
     }
     all.extend(limiter.rules.iter().flat_map(limit));
+    all.extend(limiter.unjudged.iter().map(unjudged));
     for rule in &limiter.dormant {
         all.push(Finding::bad(
             "limit-dormant",
@@ -86,10 +87,30 @@ fn one_limit(rule: &LimitRule) -> Finding {
             format!("move {} before the rule that accepts", rule.place()),
         );
     }
-    if rule.matches.is_for_all() && !rule.before.contains(&EarlierAccept::Established) {
+    let is_established_gone = rule.before.contains(&EarlierAccept::Established);
+    if rule.matches.is_established() && is_established_gone {
+        return Finding::bad(
+            "limit-shadowed",
+            format!(
+                "{rule} is for packets of established connections, which an accept before it takes"
+            ),
+            "let it see the packets that open connections: --syn (nft: ct state new)",
+        );
+    }
+    if rule.notes {
+        return noted(rule);
+    }
+    if rule.matches.is_for_all() && !is_established_gone {
+        let what = match rule.matches.may_open() {
+            true => format!("{rule} judges every packet: a stale RST itself frees the slot"),
+            false => format!(
+                "{rule} judges packets of open connections, and none that opens one: who is at it is \
+                 not known here"
+            ),
+        };
         return Finding::warn(
             "limit-without-syn",
-            format!("{rule} judges every packet: a stale RST itself frees the slot"),
+            format!("{what}{}", others(rule)),
             "add --syn (nft: ct state new) to the rule",
         );
     }
@@ -101,17 +122,68 @@ fn one_limit(rule: &LimitRule) -> Finding {
         );
     }
     if rule.hook == Hook::Forward {
-        return Finding::ok("limit-forwarded", format!("{rule}, for forwarded connections"));
+        let rest = others(rule);
+        return Finding::ok("limit-forwarded", format!("{rule}, for forwarded connections{rest}"));
     }
     let nudged = match () {
+        () if !rule.matches.may_open() => {
+            "no packet comes to it by which a client opens a connection"
+        }
         () if rule.before.contains(&EarlierAccept::Loopback) => "loopback is accepted before it",
         () if !rule.matches.interfaces.is_empty() => "it is bound to an interface",
         () if !rule.matches.sources.is_empty() || rule.matches.is_narrowed() => {
             "not for every client"
         }
-        () => return Finding::ok("limit", rule.to_string()),
+        () => return Finding::ok("limit", format!("{rule}{}", others(rule))),
     };
-    Finding::ok("limit", format!("{rule}; {nudged}"))
+    Finding::ok("limit", format!("{rule}; {nudged}{}", others(rule)))
+}
+
+/// What a limit counts beside TCP.
+fn others(rule: &LimitRule) -> &'static str {
+    if rule.matches.is_for_all_protocols() {
+        "; UDP and others count as well, so a source may be at it with fewer sockets (--ask)"
+    } else {
+        ""
+    }
+}
+
+/// A limit that refuses nobody.
+pub fn noted(rule: &LimitRule) -> Finding {
+    let what = format!("{rule} only logs, counts or marks what exceeds it: it is let in");
+    Finding::ok("limit-notes", what)
+}
+
+/// A limit that ctkeep does not look at.
+fn unjudged(unjudged: &Unjudged) -> Finding {
+    const ID: &str = "limit-unjudged";
+    let Unjudged { place, stands } = unjudged;
+    match stands {
+        Where::OutForNew => Finding::ok(
+            ID,
+            format!("{place} is a limit for what this host opens: ctkeep does not look at it"),
+        ),
+        Where::Out => Finding::warn(
+            ID,
+            format!(
+                "{place} is a limit on the way out: whether it holds for the answers to clients is not \
+                 known here"
+            ),
+            "limit what comes in: INPUT, --syn (nft: ct state new)",
+        ),
+        Where::Elsewhere => Finding::warn(
+            ID,
+            format!(
+                "{place} is a limit of a bridge or of an egress chain: whether it holds is not known here"
+            ),
+            "",
+        ),
+        Where::Nowhere => Finding::warn(
+            ID,
+            format!("{place} is a limit in a chain that no hook leads to: it counts nothing"),
+            "jump to its chain, or delete it",
+        ),
+    }
 }
 
 /// A rule that sees what ctkeep sends in its clients' names.

@@ -72,7 +72,7 @@ pub(super) fn earlier(all: &[Earlier], matches: &Match) -> Vec<EarlierAccept> {
                 if !earlier.or_translated || within.is_some() || earlier.is_rated {
                     continue;
                 }
-                if !alone.is_narrowed() && !before.contains(&EarlierAccept::Established) {
+                if alone.covers(matches) && !before.contains(&EarlierAccept::Established) {
                     before.push(EarlierAccept::Established);
                 }
             }
@@ -84,7 +84,7 @@ pub(super) fn earlier(all: &[Earlier], matches: &Match) -> Vec<EarlierAccept> {
             EarlierAccept::Some { what, is_sure: is_sure && within.is_some() }
         } else if earlier.is_loopback() {
             EarlierAccept::Loopback
-        } else if earlier.is_established() {
+        } else if earlier.is_established() && earlier.covers(matches) {
             EarlierAccept::Established
         } else if !earlier.may_open() {
             continue;

@@ -2,6 +2,7 @@
 
 mod earlier;
 mod key;
+mod unjudged;
 mod walk;
 mod witness;
 
@@ -10,6 +11,7 @@ use std::net::IpAddr;
 
 pub use self::earlier::EarlierAccept;
 pub use self::key::Key;
+pub use self::unjudged::{Unjudged, Where};
 pub use self::witness::{Sight, Witness};
 use super::play::{LimitAt, NAT_DST, Player};
 use super::set::Set;
@@ -80,6 +82,11 @@ pub struct LimitRule {
     pub outcome: Outcome,
     /// What exceeds it is written to a log or a set, or marked: who exceeds it may be banned.
     pub tells: bool,
+    /// Its rule has no verdict on what passes it, and changes nothing that another rule could look at: it
+    /// logs or counts.
+    pub notes: bool,
+    /// Its rule writes to a set what passes it: another rule may ban it.
+    pub remembers: bool,
     /// What leaves the chain before it, of the packets that it would be for.
     pub before: Vec<EarlierAccept>,
 }
@@ -98,6 +105,8 @@ pub struct Limiter {
     /// Rules that count, remember or log SYNs to ports that a limit is for, and so what ctkeep sends in
     /// their clients' names.
     pub witnesses: Vec<Witness>,
+    /// Limits that no packet comes to by which a client opens a connection.
+    pub unjudged: Vec<Unjudged>,
     /// What could not be read.
     pub unread: Vec<String>,
 }
@@ -124,6 +133,7 @@ impl Limiter {
         // Behind that: it takes away what `Witness::limits` counts.
         found.merge_ways();
         found.rules.sort_by_key(|rule| rule.family == Family::Ip6);
+        found.unjudged = unjudged::find(&player);
         if ruleset.chains.iter().any(|chain| chain.is_dormant) {
             found.dormant = switched_off(ruleset);
         }
@@ -197,7 +207,8 @@ impl LimitRule {
 
     /// How many it allows, by what it counts, and what it is for.
     pub fn words(&self) -> String {
-        format!("at most {} {}{}", self.limit.count, self.limit.key, self.matches)
+        let all = if self.matches.is_for_all_protocols() { ", of any protocol" } else { "" };
+        format!("at most {} {}{}{all}", self.limit.count, self.limit.key, self.matches)
     }
 
     /// Whether it sees ports as the client asked for them, before destination NAT.

@@ -155,8 +155,9 @@ impl<'r> Walk<'_, 'r, '_> {
                 Step::Notrack => self.notrack(chain, rule, &matches),
                 Step::Verdict(outcome) => {
                     self.outcome(chain, outcome, &matches, limited, back);
-                    return matches == *path && limited.is_none() && *outcome == Outcome::Return
-                        || matches == *path && matches!(outcome, Outcome::Goto(_));
+                    let is_all = matches.is_same_of_tcp(path);
+                    return is_all && limited.is_none() && *outcome == Outcome::Return
+                        || is_all && matches!(outcome, Outcome::Goto(_));
                 }
                 Step::Log => self.witness(chain, rule, &matches, Sight::Log),
                 Step::Note(what) => {
@@ -318,6 +319,23 @@ impl<'r> Walk<'_, 'r, '_> {
         }
     }
 
+    /// Whether what passes the limit at this step is written to a set, by the rule itself or by the chain
+    /// that it leads to.
+    fn remembers(&self, chain: &Chain, rule: &Rule, limit: usize) -> bool {
+        let remembers = |step: &Step| match step {
+            Step::Note(_) => true,
+            Step::Add(adding) => adding.limit.is_none(),
+            _ => false,
+        };
+        let target = match rule.outcome() {
+            Outcome::Jump(name) | Outcome::Goto(name) => self.player.target(chain, name),
+            _ => None,
+        };
+        let target = target.and_then(|at| self.player.ruleset().chains.get(at));
+        let behind = target.into_iter().flat_map(|chain| &chain.rules).flat_map(|it| &it.steps);
+        rule.steps.iter().skip(limit + 1).chain(behind).any(remembers)
+    }
+
     fn limit(
         &mut self,
         chain: &Chain,
@@ -346,6 +364,8 @@ impl<'r> Walk<'_, 'r, '_> {
             matches,
             outcome: rule.outcome().clone(),
             tells: self.tells(chain, rule, at.step),
+            notes: notes(rule, at.step),
+            remembers: self.remembers(chain, rule, at.step),
         };
         if self.found.rules.len() < LIMITS {
             self.found.add(found);
@@ -356,6 +376,13 @@ impl<'r> Walk<'_, 'r, '_> {
             self.found.unread.push(rest);
         }
     }
+}
+
+/// Whether what passes the limit at this step is logged or counted, and no more.
+fn notes(rule: &Rule, limit: usize) -> bool {
+    let is_note = |step: &Step| matches!(step, Step::Log | Step::Test(_));
+    rule.steps.iter().skip(limit + 1).all(is_note)
+        && !matches!(rule.steps.get(limit), Some(Step::Map(..)))
 }
 
 #[cfg(test)]

@@ -15,6 +15,7 @@ use crate::firewall::{Ports, Test};
 const XT_TRANSLATED: u32 = 1 << 6 | 1 << 7;
 
 const TCP: u128 = 6;
+const UDP: u128 = 17;
 const SYN: u128 = 0x02;
 const NFPROTO_IPV4: u128 = 2;
 const ETH_P_IP: u128 = 0x0800;
@@ -74,7 +75,9 @@ fn within(value: &Operand, from: Bits, to: Bits, is: bool) -> Match {
         ..Match::default()
     };
     match (value.field, value.length) {
-        (Field::L4Proto, length) => fixed(TCP, length),
+        (Field::L4Proto, length) => {
+            Match { tcp: answer(UDP, length) == Answer::No, ..fixed(TCP, length) }
+        }
         (Field::CtDirection, length) => fixed(0, length),
         (Field::Constant(known), length) => fixed(known, length),
         (Field::DestinationType, length) => {
@@ -139,7 +142,8 @@ fn header(value: &Operand, from: Bits, is: bool) -> Match {
     match (value.field, value.length) {
         // The protocol, of IPv4 and IPv6.
         (Field::Ip(9 | 6), 1) if value.is_plain() => {
-            Match { never: (from.value() == Some(TCP)) != is, ..Match::default() }
+            let is_tcp = from.value() == Some(TCP);
+            Match { never: is_tcp != is, tcp: is_tcp && is, ..Match::default() }
         }
         _ => other(words(value)),
     }
@@ -184,13 +188,19 @@ fn inside(values: &[Operand], set: &Set, is: bool) -> Match {
     if set.unread.is_some() || set.otherwise().is_some() {
         return named();
     }
-    // Elements that no opening TCP packet meets say nothing.
+    // Elements that no opening TCP packet meets say nothing, but that there are other protocols.
     let each: Vec<Match> = set.keyed().iter().map(|e| Match::of_element(values, e)).collect();
-    let mut each = each.into_iter().filter(|element| !element.never).peekable();
-    if each.peek().is_none() {
+    let tcp = is && each.iter().all(|element| element.tcp);
+    let each = each.into_iter().filter(|element| !element.never);
+    let one_by_one: Vec<Match> = each.map(|it| Match { tcp: false, ..it }).collect();
+    if one_by_one.is_empty() {
         return Match { never: is, ..Match::default() };
     }
-    let one_by_one: Vec<Match> = each.collect();
+    Match { tcp, ..of_elements(&one_by_one, is, named) }
+}
+
+/// A test of what elements of a set ask one by one.
+fn of_elements(one_by_one: &[Match], is: bool, named: impl FnOnce() -> Match) -> Match {
     let only = |wanted: fn(&Match) -> Match| one_by_one.iter().all(|m| *m == wanted(m));
     if only(|m| Match { ports: m.ports.clone(), ..Match::default() }) {
         let ports = one_by_one.iter().fold(Ports::of([]), |all, m| all.or(&m.ports));
@@ -204,7 +214,7 @@ fn inside(values: &[Operand], set: &Set, is: bool) -> Match {
         let interfaces = one_by_one.iter().flat_map(|m| m.interfaces.clone()).collect();
         return Match { interfaces, ..Match::default() };
     }
-    match one_by_one.as_slice() {
+    match one_by_one {
         [one] if is => one.clone(),
         few if !is
             && few.len() <= NAMED

@@ -25,6 +25,8 @@ pub struct Match {
     pub asked: Ports,
     /// Names of incoming interfaces; empty: any.
     pub interfaces: Vec<String>,
+    /// TCP alone, by name: what opens a connection is taken for TCP in any case.
+    pub tcp: bool,
     /// `ct state`: one of these bits.
     pub states: Option<u32>,
     /// Or, whatever its state, of a connection that is translated (`--ctstate DNAT`).
@@ -92,6 +94,7 @@ impl Match {
             ports,
             asked,
             interfaces: interfaces.unwrap_or_default(),
+            tcp: self.tcp || other.tcp,
             states,
             or_translated,
             syn: self.syn || other.syn,
@@ -102,6 +105,30 @@ impl Match {
             is_rated: self.is_rated || other.is_rated,
             never,
         }
+    }
+
+    /// Whether packets of other protocols than TCP pass it, too.
+    pub fn is_for_all_protocols(&self) -> bool {
+        !self.tcp && !self.syn && !self.without_syn
+    }
+
+    /// Whether it is for the same TCP packets.
+    pub fn is_same_of_tcp(&self, other: &Self) -> bool {
+        *self == Self { tcp: self.tcp, ..other.clone() }
+    }
+
+    /// Whether all packets of the other pass it, but for their states.
+    pub fn covers(&self, other: &Self) -> bool {
+        !self.never
+            && !self.or_translated
+            && !self.is_rated
+            && self.ipv4.is_none_or(|ipv4| other.ipv4 == Some(ipv4))
+            && self.ports.and(&other.ports) == other.ports
+            && self.asked.and(&other.asked) == other.asked
+            && (self.interfaces.is_empty() || self.interfaces == other.interfaces)
+            && self.sources.iter().all(|net| other.sources.contains(net))
+            && self.destinations.iter().all(|net| other.destinations.contains(net))
+            && self.others.iter().all(|what| other.others.contains(what))
     }
 
     /// Whether something else narrows it further.
