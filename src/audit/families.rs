@@ -42,7 +42,7 @@ pub fn one_sided(
     let ports: BTreeSet<u16> = open.iter().map(|local| local.port()).collect();
     let find = |port| {
         let missing = [true, false].into_iter().find(|ipv4| {
-            let limited = |ipv4: bool| limiter.of_port(port).any(|it| is_for(it, ipv4));
+            let limited = |ipv4: bool| limiter.of_port(port).any(|it| it.is_of(ipv4));
             !limited(*ipv4) && limited(!ipv4)
         })?;
         let limit = limiter.of_port(port).find(|it| it.covers(stranger(!missing), port))?;
@@ -57,10 +57,6 @@ pub fn one_sided(
 
 fn stranger(ipv4: bool) -> IpAddr {
     if ipv4 { STRANGER } else { STRANGER6 }
-}
-
-fn is_for(rule: &LimitRule, ipv4: bool) -> bool {
-    rule.family.covers(ipv4) && rule.matches.ipv4.is_none_or(|wanted| wanted == ipv4)
 }
 
 /// An address that clients of a family reach the port at.

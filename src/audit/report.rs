@@ -151,9 +151,17 @@ impl Report {
                 checks::sockets::over(source.net, source.held, limit, source.counted)
             }));
         }
-        let untracked = connections
+        // A limit, for whatever port, makes conntrack see all packets of its family.
+        let families = [true, false].map(|ipv4| limiter.rules.iter().any(|it| it.is_of(ipv4)));
+        let (seen_by_it, unseen): (Vec<_>, Vec<_>) = connections
             .iter()
-            .filter(|connection: &&ReportedConnection| connection.class == Class::Untracked);
+            .filter(|connection: &&ReportedConnection| connection.class == Class::Untracked)
+            .map(|connection| connection.view)
+            .partition(|view| {
+                let [ipv4, ipv6] = families;
+                let is_ipv4 = view.connection.local.addr().is_ipv4();
+                (if is_ipv4 { ipv4 } else { ipv6 }) && plays.of(view).tracked != Some(false)
+            });
         layers.limiter.extend(checks::limits::unseen(
             limiter,
             &seen.rules,
@@ -180,9 +188,10 @@ impl Report {
             let unheard = policy.unheard(&seen.listeners, scope, &seen.rules);
             layers.limiter.extend(checks::limits::unheard(&unheard));
         }
-        layers
-            .limiter
-            .extend(checks::sockets::untracked(untracked.map(|it| family(it.view.connection))));
+        for (views, is_seen) in [(seen_by_it, true), (unseen, false)] {
+            let all = views.iter().map(|view| family(view.connection));
+            layers.limiter.extend(checks::sockets::untracked(all, is_seen));
+        }
         if let (Some(outgoing), Some(layer)) = (seen.outgoing, layers.conntrack.as_mut()) {
             let timeout = layer.figures.timeout_close_wait;
             layer.extend(checks::sockets::outgoing(outgoing, told.outgoing, timeout));

@@ -8,11 +8,11 @@ use std::rc::Rc;
 use ipnet::IpNet;
 
 use super::arrivals::{self, Arrivals};
-use crate::firewall::Ruleset;
 use crate::firewall::limits::{Key, LimitRule, Limiter};
 use crate::firewall::packet::Syn;
 use crate::firewall::play::{Certainty, Counts, Hit, LimitAt, Played, Player};
 use crate::firewall::tracking::translates_what_comes_in;
+use crate::firewall::{Ruleset, published};
 use crate::flow::Endpoint;
 use crate::reconcile::evidence::{Arrival, Evidence};
 use crate::reconcile::snapshot::View;
@@ -226,6 +226,8 @@ pub struct Plays<'r> {
     siblings: Option<&'r Evidence>,
     /// Of IPv4, of IPv6.
     may_translate: [bool; 2],
+    /// Several ports may lead to one endpoint, likewise.
+    are_several: [bool; 2],
     played: HashMap<(IpAddr, Option<Endpoint>, Endpoint), Rc<Played>>,
 }
 
@@ -243,6 +245,7 @@ impl<'r> Plays<'r> {
             behind: None,
             siblings: None,
             may_translate: [true, false].map(translates),
+            are_several: [true, false].map(|ipv4| published::are_several(rules, ipv4)),
             played: HashMap::new(),
         }
     }
@@ -278,7 +281,12 @@ impl<'r> Plays<'r> {
     /// The SYN that opened, or would open, a connection.
     fn syn(&self, view: &View) -> Syn {
         let (source, destination) = (view.client().addr(), view.connection.local);
-        let asked = self.asked(view);
+        let has_entry = view.entry.is_some_and(|entry| entry.reply == view.connection.sent());
+        let [ipv4, ipv6] = self.are_several;
+        let are_several = if destination.addr().is_ipv4() { ipv4 } else { ipv6 };
+        // What its siblings asked for it need not have asked for.
+        let is_sure = |asked: &Endpoint| has_entry || !are_several || *asked == destination;
+        let asked = self.asked(view).filter(is_sure);
         let is_forwarded = self.behind.is_some_and(|behind| behind.contains(&destination.addr()));
         let syn = Syn { asked, is_forwarded, ..Syn::new(source, destination) };
         match self.arrivals.and_then(|arrivals| arrivals.get(&arrivals::of(view))) {

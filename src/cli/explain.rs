@@ -115,11 +115,12 @@ pub(super) fn run(args: &Explain) -> Result<Exit> {
             .filter(|other| of(other) != Class::Untracked || is_ours(other))
             .chain(std::iter::once(view))
             .collect();
-        let limits = limits(plays(), &limiter, &view, &together);
         let asked = args.ask.then(|| {
             let now = Instant::now();
             Asker::open(&rules, &limiter, plays(), now)?.come_what_may().ask(&view, now)
         });
+        let answer = asked.as_ref().and_then(|asked| asked.as_ref().ok());
+        let limits = limits(plays(), &limiter, &view, &together, answer);
         let others = around.others.remove(&connection).unwrap_or_default();
         let in_scope = scope.contains(&policy, connection);
         let cover = Coverage::of(daemon.shield.as_ref(), &view);
@@ -187,7 +188,7 @@ struct Found {
     is_behind: bool,
     owners: Owners,
     cover: Coverage,
-    limits: Vec<String>,
+    limits: Limits,
     /// What the limit said, or why it could not be asked; `None` where it was not.
     asked: Option<std::result::Result<Answer, String>>,
 }
@@ -206,25 +207,57 @@ fn outgoing(view: &View, cell: Cell, is_kept: bool) -> Option<&'static str> {
     }
 }
 
-/// The limits that count this connection, with what is counted together with it.
-fn limits(mut plays: Plays<'_>, limiter: &Limiter, view: &View, together: &Views) -> Vec<String> {
+/// The limits of one connection, in words.
+#[derive(Default)]
+struct Limits {
+    words: Vec<String>,
+    /// The list of one that was asked lacks what it has to count.
+    is_lacking: bool,
+}
+
+/// The limits that count this connection, with what is counted together with it, and with what one of them
+/// said when it was asked.
+fn limits(
+    mut plays: Plays<'_>,
+    limiter: &Limiter,
+    view: &View,
+    together: &Views,
+    answer: Option<&Answer>,
+) -> Limits {
     // Also of a connection that is over, or has no entry: as its SYN would meet them.
     let mine = plays.met(view);
     let all = loads(together.iter(), &mut plays);
     let load = |met: &Met| all.iter().find(|load| load.group == met.group);
-    mine.iter()
+    let mut is_lacking = false;
+    let words = mine
+        .iter()
         .filter_map(|met| {
             let (rule, load) = (limiter.rules.get(met.rule)?, load(met));
             let (held, counted) = load.map_or((0, 0), |load| (load.held, load.counted));
+            let answer = answer.filter(|answer| answer.group == met.group);
+            let sees = match answer.and_then(|answer| Some((answer.listed()?, answer.is_full()))) {
+                Some((listed, is_full)) => {
+                    let sure = load.map_or(0, |load| load.held_for_sure);
+                    is_lacking |= !is_full && usize::try_from(listed).unwrap_or(usize::MAX) < sure;
+                    let at_least = if is_full { "at least " } else { "" };
+                    format!(
+                        "{counted} have an entry that counts, {at_least}{listed} are on its list"
+                    )
+                }
+                None => format!("the rule sees {counted}"),
+            };
+            let own = match met.limit {
+                limit if limit == rule.limit.count => String::new(),
+                limit => format!(", whose element of the set allows {limit},"),
+            };
             let perhaps = if met.is_sure { "" } else { "perhaps: " };
             let whose =
                 if met.net.prefix_len() == 0 { "all".to_owned() } else { met.net.to_string() };
             let to = met.port.map_or(String::new(), |port| format!(" to port {port}"));
-            Some(format!(
-                "{perhaps}{rule}: {whose}{to} holds {held} sockets, the rule sees {counted}"
-            ))
+            Some(format!("{perhaps}{rule}: {whose}{to}{own} holds {held} sockets, {sees}"))
         })
-        .collect()
+        .collect();
+    Limits { words, is_lacking }
 }
 
 fn to_text(found: &Found) -> String {
@@ -266,7 +299,7 @@ fn to_text(found: &Found) -> String {
         Some(Owner::Unseen) => format!("process unknown{}", found.owners.why_unseen()),
         Some(Owner::Descriptorless | Owner::Kernel) | None => "none".to_owned(),
     };
-    let limits = match found.limits.as_slice() {
+    let limits = match found.limits.words.as_slice() {
         [] => "none".to_owned(),
         some => some.join("\n            "),
     };
@@ -283,6 +316,10 @@ fn to_text(found: &Found) -> String {
         (true, _) => "hint        the other way round there is one: the server's end comes first\n",
         (_, true) => {
             "hint        the entry that would show it is gone: this is the peer's only socket here\n"
+        }
+        _ if found.limits.is_lacking => {
+            "hint        the list of the limit lacks connections of this source: ctkeep recount shows it what \
+             is open\n"
         }
         _ if view.socket.is_none() && view.entry.is_none() => {
             "hint        neither table has it: it is over, or was never here\n"
@@ -314,7 +351,7 @@ fn to_text(found: &Found) -> String {
         direction(cell),
         yes(view.is_counted()),
         yes(*in_scope),
-        yes(cell.tracked),
+        if cell.tracked { "yes" } else { "no sign of it" },
         found.class,
         found.cover,
         named(cell),
@@ -420,7 +457,7 @@ fn to_json(found: &Found) -> serde_json::Value {
         "outgoing": found.outgoing,
         "pid": holder.as_ref().map(|holder| holder.pid),
         "command": holder.as_ref().map(|holder| &holder.command),
-        "limits": found.limits,
+        "limits": found.limits.words,
         "asked": found.asked.as_ref().map(|asked| match asked {
             Ok(answer) => json!({
                 "listed": answer.listed(), "limit": answer.limit.map(|(_, limit)| limit),

@@ -4,16 +4,46 @@ use super::{Chain, Match, Ruleset, Step};
 
 /// Whether a table that translates addresses names this port: containers are published so.
 pub fn is_published(rules: &Ruleset, port: u16) -> bool {
-    names(rules, |of| of.ports.contains(port)).is_some()
+    first(rules, &|of| of.ports.contains(port)).is_some()
+}
+
+/// Whether more than one rule of tables that translate addresses of this family names a port: where one
+/// leads may be where another does.
+pub fn are_several(rules: &Ruleset, ipv4: bool) -> bool {
+    let of_it = |chain: &&Chain| chain.family.covers(ipv4) && translates(rules, chain);
+    let chains = rules.chains.iter().filter(of_it);
+    let steps = chains.flat_map(|chain| &chain.rules).flat_map(|rule| &rule.steps);
+    let named = steps.map(|step| match step {
+        Step::Test(test) => usize::from(names(&Match::of(test), &|_| true)),
+        Step::Map(_, set) if set.unread.is_some() => 2,
+        Step::Map(values, set) => {
+            let each = set.keyed().iter().map(|element| Match::of_element(values, element));
+            each.filter(|of| names(of, &|_| true)).count()
+        }
+        _ => 0,
+    });
+    named.sum::<usize>() > 1
 }
 
 /// A rule of a table that translates addresses, for some port.
 pub fn any(rules: &Ruleset) -> Option<String> {
-    names(rules, |_| true)
+    first(rules, &|_| true)
 }
 
-fn names(rules: &Ruleset, wanted: impl Fn(&Match) -> bool) -> Option<String> {
-    let names = |of: &Match| !of.never && !of.ports.is_all() && wanted(of);
+/// Whether a test names ports, and such ones.
+fn names(of: &Match, wanted: &dyn Fn(&Match) -> bool) -> bool {
+    !of.never && !of.ports.is_all() && wanted(of)
+}
+
+/// Whether addresses are translated in the table of this chain.
+fn translates(rules: &Ruleset, chain: &Chain) -> bool {
+    let is_of_it = |other: &&Chain| (other.family, &other.table) == (chain.family, &chain.table);
+    let bases = rules.chains.iter().filter(is_of_it).filter_map(|other| other.base.as_ref());
+    bases.into_iter().any(|base| base.is_nat)
+}
+
+fn first(rules: &Ruleset, wanted: &dyn Fn(&Match) -> bool) -> Option<String> {
+    let names = |of: &Match| names(of, wanted);
     let leads = |step: &Step| match step {
         Step::Test(test) => names(&Match::of(test)),
         Step::Map(values, set) => {
@@ -22,12 +52,7 @@ fn names(rules: &Ruleset, wanted: impl Fn(&Match) -> bool) -> Option<String> {
         }
         _ => false,
     };
-    let translates = |chain: &Chain| {
-        let is_of_it = |other: &Chain| (other.family, &other.table) == (chain.family, &chain.table);
-        let bases = rules.chains.iter().filter(|other| is_of_it(other));
-        bases.filter_map(|other| other.base.as_ref()).any(|base| base.is_nat)
-    };
-    let chains = rules.chains.iter().enumerate().filter(|(_, chain)| translates(chain));
+    let chains = rules.chains.iter().enumerate().filter(|(_, chain)| translates(rules, chain));
     chains.into_iter().find_map(|(number, chain)| {
         let rule = chain.rules.iter().position(|rule| rule.steps.iter().any(leads))?;
         rules.place(number, rule)
@@ -51,6 +76,7 @@ mod tests {
         let published = [22, 80, 90, 95, 8001].map(|port| is_published(&rules, port));
         assert_eq!(published, [false, false, true, true, true]);
         assert_eq!(any(&rules).as_deref(), Some("ip nat DOCKER rule 1"));
+        assert_eq!([true, false].map(|ipv4| are_several(&rules, ipv4)), [true, false]);
         let filter = Ruleset { chains: rules.chains.into_iter().skip(2).collect(), ..rules };
         assert_eq!(any(&filter), None);
     }

@@ -6,6 +6,7 @@
 
 use std::net::SocketAddr;
 
+use crate::lab::guests::{self, Guest};
 use crate::lab::{Lab, Peer, SERVER_V4, Server};
 use serde_json::Value;
 use socket2::{Domain, Socket, Type};
@@ -181,4 +182,139 @@ fn a_limit_of_any_protocol_says_so() {
     assert_eq!(what, "at most 3 from each /32 to any port, of any protocol", "{findings:#}");
     assert!(findings.to_string().contains("UDP and others count as well"), "{findings:#}");
     drop(udp);
+}
+
+/// A table of nft with these sets and chains, and a server at two ports.
+fn native(text: &str) -> Option<(Lab, Server, Peer)> {
+    let lab = Lab::new()?;
+    lab.server.feed("nft -f -", &format!("table inet f {{\n{text}\n}}\n"));
+    let server = lab.serve("0.0.0.0:80 0.0.0.0:81");
+    let peer = lab.peer(CLIENT);
+    Some((lab, server, peer))
+}
+
+/// One chain that two ports lead to counts what both take.
+#[test]
+fn one_limit_of_two_ports_behind_a_white_list_is_one() {
+    let Some((lab, _server, peer)) = native(
+        "set white { type ipv4_addr; flags interval; elements = { 203.0.113.0/25, 203.0.113.200 }; }\n\
+         set conns { type ipv4_addr; flags dynamic; size 65535; }\n\
+         chain web { ip saddr @white accept\n add @conns { ip saddr ct count over 3 } drop\n accept\n }\n\
+         chain in { type filter hook input priority 0; policy drop;\n\
+         ct state established accept\n tcp dport vmap { 80 : jump web, 81 : jump web }\n }",
+    ) else {
+        return;
+    };
+    let _held = [peer.hold(80, 2), peer.hold(81, 1)];
+    assert_eq!((peer.admitted(80, 1), peer.admitted(81, 1)), (0, 0), "the truth");
+    let (code, report) = json(&lab, &["audit"]);
+    let rules = report["layers"]["limiter"]["rules"].as_array().unwrap();
+    let [limit] = rules.as_slice() else { panic!("{rules:#?}") };
+    assert_eq!((code, &limit["ports"]), (0, &"80-81".into()), "{limit:#}");
+    let passes = "what goes to port 80-81, if source address in @white";
+    assert_eq!(limit["may_pass"], serde_json::json!([passes]), "{limit:#}");
+    assert_eq!(limit["full"][0]["held"], LIMIT, "{limit:#}");
+}
+
+/// The list is empty, though the entries are there.
+#[test]
+fn explain_does_not_say_that_the_rule_sees_what_its_list_lacks() {
+    let Some((lab, _server, peer)) = native(
+        "set conns { type ipv4_addr; flags dynamic; size 65535; }\n\
+         chain in { type filter hook input priority 0;\n\
+         tcp dport 80 ct state new add @conns { ip saddr ct count over 3 } drop\n }",
+    ) else {
+        return;
+    };
+    let held = peer.hold(80, LIMIT);
+    let explain = || {
+        let (server, client) = (held[0].server.to_string(), held[0].client.to_string());
+        let (_, out, err) = lab.ctkeep(CTKEEP, &["explain", &server, &client, "--ask"]);
+        out + &err
+    };
+    let said = explain();
+    let counted = "holds 3 sockets, 3 have an entry that counts, at least 3 are on its list";
+    assert!(said.contains(counted) && !said.contains("hint"), "the control: {said}");
+    lab.server.run("nft flush set inet f conns");
+    let said = explain();
+    let counted = "holds 3 sockets, 3 have an entry that counts, 0 are on its list";
+    assert!(said.contains(counted) && !said.contains("the rule sees"), "{said}");
+    assert!(said.contains("the list of the limit lacks connections of this source"), "{said}");
+    assert_eq!(peer.admitted(80, 1), 1, "the truth");
+}
+
+/// Two rules share a set: the one that makes an element gives it its number for both.
+#[test]
+fn the_number_of_an_element_is_told_from_that_of_the_rule() {
+    let Some((lab, _server, peer)) = native(
+        "set conns { type ipv4_addr; flags dynamic; size 65535; }\n\
+         chain in { type filter hook input priority 0;\n\
+         tcp dport 80 ct state new add @conns { ip saddr ct count over 3 } drop\n\
+         tcp dport 81 ct state new add @conns { ip saddr ct count over 6 } drop\n }",
+    ) else {
+        return;
+    };
+    let mut held = peer.hold(81, 1);
+    held.extend(peer.hold(80, 5));
+    assert_eq!((held.len(), peer.admitted(80, 1)), (6, 0), "the truth");
+    let (server, client) = (held[1].server.to_string(), held[1].client.to_string());
+    let (_, out, err) = lab.ctkeep(CTKEEP, &["explain", &server, &client]);
+    let said = "198.51.100.7/32, whose element of the set allows 6, holds 6 sockets";
+    assert!(out.contains("at most 3 ") && out.contains(said), "{out}{err}");
+    let (_, out, err) = lab.ctkeep(CTKEEP, &["audit"]);
+    assert!(!out.contains("over it") && !out.contains("perhaps"), "{out}{err}");
+}
+
+/// A limit for one port makes conntrack see all; what is lost of another port is not untracked.
+#[test]
+fn a_port_without_a_limit_that_conntrack_sees_is_not_said_to_be_untracked() {
+    let Some((lab, _server, peer)) = native("chain none { }") else { return };
+    let before = peer.hold(81, 1);
+    let said = |lab: &Lab| {
+        let (_, findings, _) = audit(lab, &[]);
+        let all = findings.as_array().unwrap().iter().filter(|it| it["id"] == "untracked");
+        all.map(|it| it["what"].as_str().unwrap().to_owned()).collect::<Vec<_>>().join(" ")
+    };
+    let text = said(&lab);
+    assert!(text.contains("1 open connections to port 81 are not tracked"), "the control: {text}");
+    lab.connlimit(80, 3);
+    let more = peer.hold(81, 2);
+    lab.server.run("conntrack -F");
+    let text = said(&lab);
+    let seen = "3 open connections to port 81 have no entry, and no limit is for them";
+    assert!(text.contains(seen) && !text.contains("not tracked"), "{text}");
+    let _one = peer.hold(81, 1);
+    assert!(!lab.entries().is_empty(), "the truth: conntrack looks");
+    drop((before, more));
+}
+
+/// Two ports lead to one container, and the limit is for one of them: what a connection without an entry asked
+/// for is not what its sibling did.
+#[test]
+fn what_two_ports_lead_to_is_not_measured_by_one_of_them() {
+    let Some(lab) = Lab::new() else { return };
+    lab.server.sysctl("net/ipv4/ip_forward", "1");
+    lab.server.run(
+        "iptables -A FORWARD -p tcp --syn -m conntrack --ctorigdstport 8001 -m connlimit \
+         --connlimit-above 3 --connlimit-mask 32 -j DROP",
+    );
+    let guest = Guest::start(&lab, 1);
+    let to = format!("{}:{}", guest.address, guests::INSIDE);
+    lab.server.run(&format!(
+        "iptables -t nat -A PREROUTING -p tcp --dport 8443 -j DNAT --to-destination {to}"
+    ));
+    let (peer, other) = (lab.peer(CLIENT), lab.peer("198.51.100.8"));
+    let _held = [peer.hold(guest.port, LIMIT), peer.hold(8443, 2)];
+    let _sibling = other.hold(guest.port, 1);
+    let over = || {
+        let (_, report) = json(&lab, &["audit"]);
+        let all = report["sources"].as_array().unwrap().clone();
+        let ours = all.into_iter().find(|it| it["source"] == format!("{CLIENT}/32")).unwrap();
+        (ours["held"].clone(), ours["limit"].clone(), ours["over_limit"].clone())
+    };
+    let sockets = LIMIT + 2;
+    assert_eq!(over(), (sockets.into(), LIMIT.into(), false.into()), "the control");
+    assert_eq!(peer.admitted(guest.port, 1), 0, "the truth");
+    lab.server.run(&format!("conntrack -D -p tcp -s {CLIENT}"));
+    assert_eq!(over(), (sockets.into(), LIMIT.into(), Value::Null));
 }

@@ -162,8 +162,9 @@ pub fn listener_gone(listeners: &[Socket], open: impl Iterator<Item = u16>) -> O
         .then(|| Finding::ok("listener-gone", format!("nothing listens any more on port {ports}")))
 }
 
-/// Open connections that conntrack does not look at, by the local port and whether it is of IPv4.
-pub fn untracked(connections: impl Iterator<Item = (u16, bool)>) -> Option<Finding> {
+/// Open connections without an entry, by the local port and whether they are of IPv4: conntrack does not
+/// look at them, or (`is_seen`) it does and no limit is for them.
+pub fn untracked(connections: impl Iterator<Item = (u16, bool)>, is_seen: bool) -> Option<Finding> {
     let mut ports: BTreeMap<u16, bool> = BTreeMap::new();
     let mut all = 0_usize;
     for (port, ipv4) in connections {
@@ -176,14 +177,21 @@ pub fn untracked(connections: impl Iterator<Item = (u16, bool)>) -> Option<Findi
         false => format!("{port} (of IPv6 clients)"),
     };
     let ports: Vec<_> = ports.iter().map(name).collect();
+    let ports = ports.join(", ");
     (all > 0).then(|| {
         Finding::ok(
             "untracked",
-            format!(
-                "{all} open connections to port {} are not tracked, so no limit could count them; a \
-                 rule with connlimit or ct count for the port would make conntrack see new ones",
-                ports.join(", ")
-            ),
+            match is_seen {
+                true => format!(
+                    "{all} open connections to port {ports} have no entry, and no limit is for them: \
+                     forgotten, or older than the rules that make conntrack look"
+                ),
+                false => format!(
+                    "{all} open connections to port {ports} are not tracked, so no limit could count \
+                     them; a rule with connlimit or ct count for the port would make conntrack see new \
+                     ones"
+                ),
+            },
         )
     })
 }

@@ -67,7 +67,7 @@ fn limits(report: &Report, no_header: bool) -> Option<String> {
         let verdict = if is_over { Verdict::Bad } else { Verdict::Ok };
         let what = format!("at most {limit} from each /{mask} (IPv6: /{mask6}), as you named it");
         let mut lines = vec![what];
-        lines.extend(at_it(&full));
+        lines.extend(at_it(&full, limit));
         rows.push(vec!["--limit".to_owned(), verdict.to_string(), lines.join("\n")]);
     }
     let is_told = |rule: &&LimitFigures| !rule.full.is_empty() || rule.verdict != Verdict::Ok;
@@ -102,7 +102,7 @@ fn about(rule: &LimitFigures, is_asked: bool) -> String {
     };
     lines.extend(list("passes before it", &rule.passes));
     lines.extend(list("may pass before it", &rule.may_pass));
-    lines.extend(at_it(&rule.full));
+    lines.extend(at_it(&rule.full, rule.limit));
     // One that refuses nobody neither holds nor fails to.
     let is_noted = rule.findings.iter().any(|finding| finding.id == "limit-notes");
     lines.extend(is_noted.then(|| "refuses nobody: it only logs, counts or marks".to_owned()));
@@ -119,7 +119,7 @@ fn about(rule: &LimitFigures, is_asked: bool) -> String {
 }
 
 /// The sources that hold as much as a limit allows, or more.
-fn at_it(full: &[Full]) -> Vec<String> {
+fn at_it(full: &[Full], of_rule: u32) -> Vec<String> {
     let line = |source: &Full| {
         let Full { held, counted, limit, .. } = source;
         let whose = if source.source.ends_with("/0") { "all" } else { &source.source };
@@ -129,7 +129,8 @@ fn at_it(full: &[Full]) -> Vec<String> {
             None => "perhaps over it",
             Some(false) => "at it",
         };
-        format!("{how}: {whose}{port}, {held} sockets of {limit}, {counted} counted")
+        let own = if *limit == of_rule { "" } else { " that its element of the set allows" };
+        format!("{how}: {whose}{port}, {held} sockets of {limit}{own}, {counted} counted")
     };
     let mut lines: Vec<_> = full.iter().take(FULL).map(line).collect();
     if full.len() > FULL {

@@ -13,16 +13,40 @@ pub enum EarlierAccept {
     Established,
     /// All packets to these ports: the limit never sees them.
     Ports(Ports),
-    /// Certain packets, in words: for sure, or as far as can be told from outside.
+    /// Certain packets: for sure, or as far as can be told from outside.
     Some {
-        /// Which.
-        what: String,
+        /// Which, as its words tell.
+        of: Box<Match>,
+        /// Only those that stay within a limit.
+        within: Option<u32>,
         /// All of them pass.
         is_sure: bool,
     },
 }
 
 impl EarlierAccept {
+    /// The same packets of these ports, too, where only ports tell the two apart.
+    pub(super) fn or(&self, other: &Self) -> Option<Self> {
+        match (self, other) {
+            (Self::Ports(one), Self::Ports(two)) => Some(Self::Ports(one.or(two))),
+            (
+                Self::Some { of, within, is_sure },
+                Self::Some { of: other, within: also, is_sure: is_also },
+            ) => {
+                let is_one = **of == Match { ports: of.ports.clone(), ..(**other).clone() };
+                let ports = of.ports.or(&other.ports);
+                let of = Box::new(Match { ports, ..(**of).clone() });
+                let (within, is_sure) = (*within, *is_sure);
+                (is_one && (within, is_sure) == (*also, *is_also)).then_some(Self::Some {
+                    of,
+                    within,
+                    is_sure,
+                })
+            }
+            _ => (self == other).then(|| self.clone()),
+        }
+    }
+
     /// Whether all that it names passes.
     pub fn is_sure(&self) -> bool {
         !matches!(self, Self::Some { is_sure: false, .. })
@@ -45,7 +69,10 @@ impl fmt::Display for EarlierAccept {
             Self::Loopback => f.write_str("what comes in by lo"),
             Self::Established => f.write_str("packets of established connections"),
             Self::Ports(ports) => write!(f, "everything to port {ports}"),
-            Self::Some { what, .. } => f.write_str(what),
+            Self::Some { of, within: None, .. } => write!(f, "what goes{of}"),
+            Self::Some { of, within: Some(count), .. } => {
+                write!(f, "what goes{of} within {count} connections")
+            }
         }
     }
 }
@@ -76,12 +103,8 @@ pub(super) fn earlier(all: &[Earlier], matches: &Match) -> Vec<EarlierAccept> {
                     before.push(EarlierAccept::Established);
                 }
             }
-            let rest = match within {
-                Some(count) => format!(" within {count} connections"),
-                None => String::new(),
-            };
-            let what = format!("what goes{earlier}{rest}");
-            EarlierAccept::Some { what, is_sure: is_sure && within.is_some() }
+            let of = Box::new(earlier.told());
+            EarlierAccept::Some { of, within: *within, is_sure: is_sure && within.is_some() }
         } else if earlier.is_loopback() {
             EarlierAccept::Loopback
         } else if earlier.is_established() && earlier.covers(matches) {
@@ -94,7 +117,7 @@ pub(super) fn earlier(all: &[Earlier], matches: &Match) -> Vec<EarlierAccept> {
         {
             EarlierAccept::Ports(earlier.ports.and(&matches.ports))
         } else {
-            EarlierAccept::Some { what: format!("what goes{earlier}"), is_sure: true }
+            EarlierAccept::Some { of: Box::new(earlier.told()), within: None, is_sure: true }
         };
         if !before.contains(&kind) {
             before.push(kind);

@@ -211,6 +211,11 @@ impl LimitRule {
         format!("at most {} {}{}{all}", self.limit.count, self.limit.key, self.matches)
     }
 
+    /// Whether it is for clients of IPv4, or else of IPv6.
+    pub fn is_of(&self, ipv4: bool) -> bool {
+        self.family.covers(ipv4) && self.matches.ipv4.is_none_or(|wanted| wanted == ipv4)
+    }
+
     /// Whether it sees ports as the client asked for them, before destination NAT.
     pub fn is_before_nat(&self) -> bool {
         self.hook == Hook::Ingress || self.hook == Hook::Prerouting && self.priority < NAT_DST
@@ -226,9 +231,7 @@ impl LimitRule {
 
     /// Whether a connection of this peer to this port is one that it may count.
     pub fn covers(&self, peer: IpAddr, port: u16) -> bool {
-        let ipv4 = peer.is_ipv4();
-        self.family.covers(ipv4)
-            && self.matches.ipv4.is_none_or(|wanted| wanted == ipv4)
+        self.is_of(peer.is_ipv4())
             && self.matches.ports.contains(port)
             && self.matches.sources.iter().all(|(net, inside)| net.contains(&peer) == *inside)
             && !self

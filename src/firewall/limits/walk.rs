@@ -1,6 +1,6 @@
 //! Walks from a base chain down, to the limits and to what passes before them. Pure.
 
-use super::earlier::{Earlier, earlier};
+use super::earlier::{Earlier, EarlierAccept, earlier};
 use super::key::key;
 use super::witness::{Sight, Witness, rate};
 use super::{Limit, LimitRule, Limiter, SetUse};
@@ -35,17 +35,28 @@ impl Limiter {
 
     /// The same limit by another way is another row, but where only its ports differ.
     fn add(&mut self, found: LimitRule) {
-        let same = |known: &&mut LimitRule| {
+        // What passes before it goes to the ports of each way.
+        let before = |known: &LimitRule| -> Option<Vec<EarlierAccept>> {
+            let all = known.before.iter().zip(&found.before);
+            let is_one = known.before.len() == found.before.len();
+            if is_one { all.map(|(one, other)| one.or(other)).collect() } else { None }
+        };
+        let same = |known: &LimitRule| {
             known.at == found.at
                 && known.limit == found.limit
-                && known.before == found.before
                 && (known.hook, known.priority) == (found.hook, found.priority)
                 && known.matches
                     == Match { ports: known.matches.ports.clone(), ..found.matches.clone() }
         };
-        match self.rules.iter_mut().find(same) {
-            Some(known) => known.matches.ports = known.matches.ports.or(&found.matches.ports),
-            None => self.rules.push(found),
+        let of_both = |known: &mut LimitRule| {
+            let before = before(known).filter(|_| same(known));
+            before.map(|before| {
+                known.before = before;
+                known.matches.ports = known.matches.ports.or(&found.matches.ports);
+            })
+        };
+        if self.rules.iter_mut().find_map(of_both).is_none() {
+            self.rules.push(found);
         }
     }
 }

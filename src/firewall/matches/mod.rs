@@ -169,6 +169,20 @@ impl Match {
             && self.destinations.is_empty()
     }
 
+    /// What its words tell of it.
+    #[must_use]
+    pub fn told(&self) -> Self {
+        Self {
+            states: None,
+            tcp: false,
+            syn: false,
+            without_syn: false,
+            is_rated: false,
+            ipv4: None,
+            ..self.clone()
+        }
+    }
+
     /// Ports as clients know them.
     pub fn shown_ports(&self) -> &Ports {
         if self.asked.is_all() { &self.ports } else { &self.asked }
