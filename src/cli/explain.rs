@@ -1,9 +1,12 @@
 //! `ctkeep explain`: what both tables say of one connection, and what ctkeep would do.
 
+mod limits;
+
 use std::time::Instant;
 
 use serde_json::json;
 
+use self::limits::{Limits, limits};
 use super::Exit;
 use super::args::{Explain, Format};
 use super::output;
@@ -13,7 +16,7 @@ use crate::audit::classes::Class;
 use crate::audit::cover::Coverage;
 use crate::audit::look::behind;
 use crate::audit::processes::{Owner, Owners};
-use crate::audit::sources::{Met, Plays, loads};
+use crate::audit::sources::Plays;
 use crate::audit::ways::Ways;
 use crate::conntrack::{Entry, Zone};
 use crate::containers;
@@ -205,59 +208,6 @@ fn outgoing(view: &View, cell: Cell, is_kept: bool) -> Option<&'static str> {
         }
         (true, true, true) => Some("kept as long as its socket is half-closed"),
     }
-}
-
-/// The limits of one connection, in words.
-#[derive(Default)]
-struct Limits {
-    words: Vec<String>,
-    /// The list of one that was asked lacks what it has to count.
-    is_lacking: bool,
-}
-
-/// The limits that count this connection, with what is counted together with it, and with what one of them
-/// said when it was asked.
-fn limits(
-    mut plays: Plays<'_>,
-    limiter: &Limiter,
-    view: &View,
-    together: &Views,
-    answer: Option<&Answer>,
-) -> Limits {
-    // Also of a connection that is over, or has no entry: as its SYN would meet them.
-    let mine = plays.met(view);
-    let all = loads(together.iter(), &mut plays);
-    let load = |met: &Met| all.iter().find(|load| load.group == met.group);
-    let mut is_lacking = false;
-    let words = mine
-        .iter()
-        .filter_map(|met| {
-            let (rule, load) = (limiter.rules.get(met.rule)?, load(met));
-            let (held, counted) = load.map_or((0, 0), |load| (load.held, load.counted));
-            let answer = answer.filter(|answer| answer.group == met.group);
-            let sees = match answer.and_then(|answer| Some((answer.listed()?, answer.is_full()))) {
-                Some((listed, is_full)) => {
-                    let sure = load.map_or(0, |load| load.held_for_sure);
-                    is_lacking |= !is_full && usize::try_from(listed).unwrap_or(usize::MAX) < sure;
-                    let at_least = if is_full { "at least " } else { "" };
-                    format!(
-                        "{counted} have an entry that counts, {at_least}{listed} are on its list"
-                    )
-                }
-                None => format!("the rule sees {counted}"),
-            };
-            let own = match met.limit {
-                limit if limit == rule.limit.count => String::new(),
-                limit => format!(", whose element of the set allows {limit},"),
-            };
-            let perhaps = if met.is_sure { "" } else { "perhaps: " };
-            let whose =
-                if met.net.prefix_len() == 0 { "all".to_owned() } else { met.net.to_string() };
-            let to = met.port.map_or(String::new(), |port| format!(" to port {port}"));
-            Some(format!("{perhaps}{rule}: {whose}{to}{own} holds {held} sockets, {sees}"))
-        })
-        .collect();
-    Limits { words, is_lacking }
 }
 
 fn to_text(found: &Found) -> String {
