@@ -447,3 +447,49 @@ fn events_are_read_for_what_they_tell() {
     let expected = counts(&[("agree", 1), ("entry-closed", 1), ("entry-missing", 1)]);
     assert_eq!(said.classes(), expected, "{}", said.err);
 }
+
+/// A text that ends inside its last line, anywhere behind the server's end: what is left of the line is no other
+/// connection.
+#[test]
+fn a_text_that_is_cut_inside_its_last_line_claims_nothing_of_it() {
+    let socket = |port: u16| format!("ESTAB 0 0 192.0.2.1:8080 198.51.100.7:{port}\n");
+    let entry = |port: u16| {
+        format!(
+            "tcp 6 9999 ESTABLISHED src=198.51.100.7 dst=192.0.2.1 sport={port} dport=8080 src=192.0.2.1 \
+             dst=198.51.100.7 sport=8080 dport={port} [ASSURED] mark=0 use=1\n"
+        )
+    };
+    let listener = "LISTEN 0 128 0.0.0.0:8080 0.0.0.0:*\n";
+    let sockets = format!("{listener}{}{}", socket(41001), socket(41002));
+    let entries = entry(41001) + &entry(41002);
+    let directory = tempfile::tempdir().expect("a directory");
+    let made = |name: &str, text: &str| {
+        let path = directory.path().join(name);
+        std::fs::write(&path, text).expect(name);
+        path
+    };
+    let whole = (made("sockets", &sockets), made("entries", &entries));
+    let classes = |said: Said| (said.code, said.classes());
+    assert_eq!(
+        classes(audit(&whole.0, &whole.1, &["--format", "json", "--all"])),
+        (0, counts(&[("agree", 2)]))
+    );
+    let last = socket(41002).len();
+    for cut in 1..last - "ESTAB 0 0 192.0.2.1:8080 ".len() {
+        let text = made("cut", &sockets[..sockets.len() - cut]);
+        let said = audit(&text, &whole.1, &["--format", "json", "--all"]);
+        let agree = if cut == 1 { 2 } else { 1 };
+        let text = &sockets[sockets.len() - last..sockets.len() - cut];
+        assert_eq!((said.code, said.classes()), (0, counts(&[("agree", agree)])), "{text}");
+        let is_said = said.out.contains(r#""id":"saved-text""#);
+        assert!(cut == 1 || is_said, "{text}: {}", said.out);
+    }
+    let last = entry(41002).len();
+    for cut in 1..last - "tcp 6 9999 ESTABLISHED src=198.51.100.7".len() {
+        let text = made("cut", &entries[..entries.len() - cut]);
+        let said = audit(&whole.0, &text, &["--format", "json", "--all"]);
+        let text = &entries[entries.len() - last..entries.len() - cut];
+        let agree = if text.contains(" dport=41002") { 2 } else { 1 };
+        assert_eq!((said.code, said.classes()), (0, counts(&[("agree", agree)])), "{text}");
+    }
+}

@@ -14,7 +14,7 @@ use super::checks;
 use super::classes::Class;
 use super::cover::Coverage;
 use super::families::{self, Reached};
-use super::finding::Verdict;
+use super::finding::{Finding, Verdict};
 use super::fronts::Front;
 use super::layers::{Inputs, Layers};
 use super::look::Seen;
@@ -224,6 +224,14 @@ impl Report {
             netns: seen.netns,
             kernel: seen.kernel,
         }
+    }
+
+    /// The same, where a text cannot tell this, or was not read for so much.
+    #[must_use]
+    pub fn of_text(mut self, notes: &[String]) -> Self {
+        let note = |note: &String| Finding::warn("saved-text", note.clone(), "");
+        self.layers.limiter.extend(notes.iter().map(note));
+        self
     }
 
     /// Whether the tables disagree anywhere, or a limit does not hold.

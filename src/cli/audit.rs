@@ -39,17 +39,17 @@ pub(super) fn run(args: &Audit) -> Result<Exit> {
     };
     if let (Some(sockets), Some(entries)) = (&args.sockets, &args.conntrack) {
         let Host { seen, scope, notes } = read(sockets, entries, args.socket_state, &policy)?;
-        for note in notes {
+        for note in &notes {
             eprintln!("ctkeep: {note}");
         }
-        return show(args, &Report::of(seen, &scope, &policy, request));
+        return show(args, &Report::of(seen, &scope, &policy, request).of_text(&notes));
     }
     if let Some(path) = &args.report {
         let Host { seen, scope, notes } = read_report(path, &policy)?;
-        for note in notes {
+        for note in &notes {
             eprintln!("ctkeep: {note}");
         }
-        return show(args, &Report::of(seen, &scope, &policy, request));
+        return show(args, &Report::of(seen, &scope, &policy, request).of_text(&notes));
     }
     let mut exit = Exit::Done;
     for namespace in args.scope.namespaces()? {
@@ -96,12 +96,11 @@ fn read(sockets: &Path, entries: &Path, filter: Option<State>, policy: &Policy) 
         Error::usage(flag, format!("{}:{line} {}", path.display(), refusal.what))
     };
     let saved = Saved::read(&first, &second, filter).map_err(refused)?;
-    for (path, parsed) in [(sockets, &saved.sockets.parsed), (entries, &saved.entries.parsed)] {
-        if let Some(summary) = parsed.summary(&path.display().to_string()) {
-            eprintln!("ctkeep: {summary}");
-        }
-    }
-    saved.join(policy).map_err(refused)
+    let parsed = [(sockets, &saved.sockets.parsed), (entries, &saved.entries.parsed)];
+    let summaries = parsed.map(|(path, parsed)| parsed.summary(&path.display().to_string()));
+    let host = saved.join(policy).map_err(refused)?;
+    let notes = summaries.into_iter().flatten().chain(host.notes).collect();
+    Ok(Host { notes, ..host })
 }
 
 /// What `ctkeep report` has written.

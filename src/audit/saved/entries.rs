@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 use super::conntrack::{Item, Kind, is_complete, is_continued_by, is_start, item};
 use super::filter::Filter;
 use super::lines::{Line, Text};
-use super::{Mistake, Parsed};
+use super::{CUT_SHORT, Mistake, Parsed};
 use crate::conntrack::{Entry, EntryKey};
 use crate::flow::FourTuple;
 
@@ -50,7 +50,17 @@ pub(super) fn entries(text: &Text) -> Entries {
     let records = records(&text.lines, &mut entries);
     let end = records.last().map(|line| line.number);
     for line in records {
-        let (kind, entry) = match item(&line.text) {
+        // The last port of a text that was cut off may go on.
+        let is_open = text.open_end.is_some()
+            && Some(line.number) == end
+            && line.text.split_whitespace().next_back().is_some_and(|it| it.starts_with("dport="));
+        let read = item(&line.text).and_then(|item| match item {
+            Item::Tcp(_, entry) if is_open && entry.is_translated() => {
+                Err(Mistake::new(CUT_SHORT, "the end of the reply tuple may be missing"))
+            }
+            item => Ok(item),
+        });
+        let (kind, entry) = match read {
             Ok(Item::Tcp(kind, entry)) => (kind, *entry),
             Ok(Item::Other(name)) => {
                 entries.parsed.pass(protocol(&name));

@@ -103,8 +103,18 @@ impl Saved {
     fn leave_out(&self, views: &mut Views) -> Vec<String> {
         let (sockets, entries) = (&self.sockets, &self.entries);
         let mut notes = Vec::new();
+        let is_doubtful =
+            |view: &View| sockets.doubtful == Some(view.connection) && view.entry.is_none();
+        let is_cut = remove(views, is_doubtful) > 0;
+        if is_cut {
+            notes.push(
+                "the text of the sockets ends in the middle of a line: the last socket, whose peer may \
+                 go on, is left out"
+                    .to_owned(),
+            );
+        }
         let alone = views.iter().filter(|view| view.socket.is_none()).count();
-        let is_unread = sockets.is_partial() || alone <= sockets.unread;
+        let is_unread = is_cut || sockets.is_partial() || alone <= sockets.unread;
         match remove(views, |view| view.socket.is_none() && is_unread) {
             0 => {}
             count => notes.push(format!(

@@ -26,6 +26,8 @@ pub(super) struct Text {
     pub commands: Vec<String>,
     /// A compressed file, a picture: more control characters than a text has.
     pub is_binary: bool,
+    /// The number of the last line, where no line end follows it: it may have been cut off.
+    pub open_end: Option<usize>,
 }
 
 /// What a frame around pasted lines begins with.
@@ -44,6 +46,9 @@ impl Text {
         let plain = anstream::adapter::strip_str(&decoded).to_string();
         let plain = plain.replace("\r\n", "\n").replace(['\r', '\u{b}', '\u{c}'], "\n");
         let mut text = Self { is_binary: is_binary && !bytes.is_empty(), ..Self::default() };
+        if !plain.is_empty() && !plain.ends_with('\n') {
+            text.open_end = Some(plain.split('\n').count());
+        }
         for (index, raw) in plain.split('\n').enumerate() {
             let raw = raw.replace(['\u{a0}', '\u{202f}'], " ");
             let raw = raw.replace(['\u{feff}', '\u{200b}', '\u{ad}'], "");

@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 
+use super::address::is_endpoint;
 use super::lines::{Line, Text};
 use super::ss::Row;
 use super::{CUT_SHORT, EARLIER, Mistake, Parsed, Read, netstat, ss, users};
@@ -29,6 +30,8 @@ pub struct Sockets {
     pub unread: usize,
     /// Connections that a line of Multipath TCP shows; their TCP lines may be there or not.
     pub multipath: HashSet<Connection>,
+    /// The peer's end of this one ends the text, without the end of a line: its address and port may go on.
+    pub doubtful: Option<Connection>,
     /// A filter has left sockets out, or the text was cut off.
     is_part: bool,
 }
@@ -37,6 +40,8 @@ pub struct Sockets {
 struct Record {
     line: Line,
     pieces: usize,
+    /// The number of its last line.
+    last: usize,
     /// How many headings stand before it: each run of the tool prints one.
     look: usize,
 }
@@ -56,6 +61,11 @@ pub(super) fn sockets(text: &Text, filter: Option<State>) -> Sockets {
         match read(&record.line.text, is_wide) {
             Ok(Some(row)) => {
                 sockets.is_part |= row.state.is_none();
+                let is_last = text.open_end == Some(record.last);
+                let ends_in_peer = row.remote.port() != 0 && ends_in_an_address(&record.line.text);
+                sockets.doubtful = Some(Connection::new(row.local, row.remote))
+                    .filter(|_| is_last && ends_in_peer)
+                    .or(sockets.doubtful);
                 match row.state.or(filter) {
                     Some(state) => {
                         looks.push(record.look);
@@ -75,6 +85,9 @@ pub(super) fn sockets(text: &Text, filter: Option<State>) -> Sockets {
                 }
             }
             Err(mistake) => {
+                let is_open = text.open_end == Some(record.last) && last == Some(number);
+                let kind = if is_open { CUT_SHORT } else { mistake.kind };
+                let mistake = Mistake { kind, ..mistake };
                 let is_socket = is_whole(&words(&record.line.text)) || mistake.kind == CUT_SHORT;
                 sockets.unread += usize::from(is_socket);
                 sockets.parsed.mistaken(number, mistake);
@@ -206,13 +219,14 @@ fn records(lines: &[Line], parsed: &mut Parsed) -> Vec<Record> {
                     && !in_details
                     && !ss::has_state(&words) =>
             {
-                join(record, &line.text);
+                join(record, line);
             }
             _ if is_start(&words) => {
                 in_details = false;
-                records.push(Record { line: line.clone(), pieces: 1, look });
+                let last = line.number;
+                records.push(Record { line: line.clone(), pieces: 1, last, look });
             }
-            Some(record) if users::is_continued_by(&line.text) => join(record, &line.text),
+            Some(record) if users::is_continued_by(&line.text) => join(record, line),
             _ if is_detail => in_details = true,
             _ => stray = Some(line),
         }
@@ -223,10 +237,16 @@ fn records(lines: &[Line], parsed: &mut Parsed) -> Vec<Record> {
     records
 }
 
-fn join(record: &mut Record, text: &str) {
+fn join(record: &mut Record, line: &Line) {
     record.line.text.push(' ');
-    record.line.text.push_str(text);
+    record.line.text.push_str(&line.text);
     record.pieces += 1;
+    record.last = line.number;
+}
+
+/// Whether nothing stands behind the peer's end.
+fn ends_in_an_address(text: &str) -> bool {
+    text.split_whitespace().next_back().is_some_and(is_endpoint)
 }
 
 /// What `-i`, `-m` or `-o` add in lines of their own.
