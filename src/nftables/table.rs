@@ -13,7 +13,7 @@ use nix::errno::Errno;
 use super::key::{self, Field};
 use super::uapi::*;
 use super::{COMMENT, Expr, Hook};
-use crate::error::{Op, Result};
+use crate::error::{Cause, Op, Result};
 use crate::netlink::attribute::{emitted, nested, nla, text, word};
 use crate::netlink::{Conversation, KernelSocket, Request, Transport};
 
@@ -93,6 +93,12 @@ impl Table<KernelSocket> {
             Err(error) if matches!(error.errno(), Some(Errno::EOPNOTSUPP | Errno::EINVAL)) => {
                 this.owned = false;
                 this.build(op, layout, 0)?;
+            }
+            // Without CAP_NET_ADMIN it could not be seen.
+            Err(error) if error.is_missing_privilege() && this.can_be_seen().unwrap_or(false) => {
+                let word =
+                    format!("another process owns table {name}: is a second ctkeep running?");
+                return Err(op.failed(Cause::Kernel { errno: Errno::EPERM, word: Some(word) }));
             }
             result => result?,
         }
@@ -247,6 +253,10 @@ impl<T: Transport> Table<T> {
         if self.owned {
             return Ok(true);
         }
+        self.can_be_seen()
+    }
+
+    fn can_be_seen(&mut self) -> Result<bool> {
         let op = Op::new("look for nftables table");
         let mut get = message(op, NFT_MSG_GETTABLE, 0, &[text(NFTA_TABLE_NAME, &self.name)]);
         get.joined = false;

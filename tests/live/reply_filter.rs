@@ -4,6 +4,8 @@
 use std::thread;
 use std::time::Duration;
 
+use ctkeep::nftables::{Table, TableSpec};
+
 use crate::lab::rules::{CONNLIMIT, CONNLIMIT6, INPUT, chain, input, syn_proxy};
 use crate::lab::{Daemon, Lab, RawConn, wait_for};
 
@@ -255,11 +257,12 @@ fn a_table_name_that_another_process_owns_is_said_and_left_alone() {
     lab.connlimit(80, 3);
     let _server = lab.serve("[::]:80");
     let path = lab.server.path();
-    // Two daemons for two containers of one host have tables of two names; this one is forced.
-    let first = lab.daemon(PROGRAM, &["--device", "same"]);
+    let table = || Table::create("same", &TableSpec::default()).expect("a table");
+    let first = lab.server.within(table);
     let (code, _, err) =
         lab.ctkeep(PROGRAM, &["run", "--netns", &path, "--recount", "ingress", "--device", "same"]);
     assert_ne!(code, 0, "{err}");
+    assert!(err.contains("another process owns table same"), "{err}");
     assert!(lab.server.output("nft list tables").contains("inet same"));
     drop(first);
 }
