@@ -193,17 +193,17 @@ fn apply_chunk<T: Transport, R: Recount>(
                         }
                     }),
                     Recipe::Fresh => {
-                        let [delete, insert] = fresh_steps(&action, seal, policy.lease);
+                        let [delete, replace] = fresh_steps(&action, seal, policy.lease);
                         // Where nothing is to be deleted the nudge meets no entry either.
                         tables.conntrack.change(&[delete])?;
                         let nudged = recounter.nudge(entry, way.route, now);
-                        let inserted = tables.conntrack.change(&[insert])?;
-                        outcome.result = inserted.into_iter().next().unwrap_or(Ok(()));
+                        outcome.result = put_back(tables, replace)?;
                         nudged
                     }
                 };
                 outcome.recount = Some(nudged.map(|()| way.route));
-                if outcome.result.is_ok() {
+                // What met no entry and is not sealed has been put back as it is to stay.
+                if outcome.result.is_ok() && (way.recipe == Recipe::Replace || seal) {
                     shown.push((index, way, seal));
                 }
             }
@@ -220,6 +220,20 @@ fn apply_chunk<T: Transport, R: Recount>(
     }
     outcomes.append(&mut chunk);
     Ok(())
+}
+
+/// Puts an entry in whose place there is none, as a rule: that takes one message. Else what has begun there
+/// is replaced.
+fn put_back<T: Transport>(tables: &mut Tables<T>, replace: Change) -> Result<Result<()>> {
+    let mut change = |change| -> Result<Result<()>> {
+        Ok(tables.conntrack.change(&[change])?.into_iter().next().unwrap_or(Ok(())))
+    };
+    if let Change::Replace { new, .. } = replace
+        && change(Change::Insert(new))?.is_ok()
+    {
+        return Ok(Ok(()));
+    }
+    change(replace)
 }
 
 /// Makes the entries of connections that were shown to their limits ordinary ones; one that a limit
