@@ -288,7 +288,8 @@ fn listed(source: &Source, asked: &[Answered]) -> Option<Listed> {
     let touches = |net: &IpNet| net.contains(&source.net) || source.net.contains(net);
     let answers = asked.iter().map(|answered| &answered.answer);
     let nearest = answers.filter(|answer| touches(&answer.net)).min_by_key(|answer| answer.more)?;
-    Some(Listed { count: nearest.listed()?, is_full: nearest.is_full() })
+    let (_, limit) = nearest.limit?;
+    Some(Listed { count: nearest.listed()?, is_full: nearest.is_full(), limit })
 }
 
 /// Zones in which a connection has entries beside the one that is looked at.

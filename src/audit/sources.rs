@@ -50,6 +50,8 @@ pub struct Listed {
     pub count: u32,
     /// It lets no further one in.
     pub is_full: bool,
+    /// How many it allows.
+    pub limit: u32,
 }
 
 /// How sources are put together and what they are measured by.

@@ -34,7 +34,8 @@ pub fn look(netns: &str, policy: &Policy, asks: bool, clock: SystemTime) -> Resu
     let loads = loads(seen.snapshot.views.iter(), &mut plays);
     let answers = seen.asked.iter().flatten().map(|answered| &answered.answer);
     let listed = answers.filter_map(|answer| {
-        Some((answer.net, Listed { count: answer.listed()?, is_full: answer.is_full() }))
+        let (_, limit) = answer.limit?;
+        Some((answer.net, Listed { count: answer.listed()?, is_full: answer.is_full(), limit }))
     });
     let listed = listed.collect();
     let is_mine = |view: &crate::reconcile::snapshot::View| !view.is_outgoing();

@@ -43,7 +43,7 @@ fn audit(lab: &Lab, args: &[&str]) -> (i32, Value, Value) {
 fn host(rules: &str) -> Option<(Lab, Server, Peer)> {
     let lab = Lab::new()?;
     lab.server.feed("iptables-restore", &format!("*filter\n{rules}COMMIT\n"));
-    let server = lab.serve("0.0.0.0:80");
+    let server = lab.serve("0.0.0.0:80 0.0.0.0:81");
     let peer = lab.peer(CLIENT);
     Some((lab, server, peer))
 }
@@ -80,6 +80,12 @@ fn who_exceeds_a_rule_that_only_notes_is_not_over_it() {
         (false, format!("{OPENS} -j MARK --set-mark 9\n{LOG}")),
         (false, format!(":X - [0:0]\n-A X -j LOG\n{OPENS} -j X\n")),
         (false, format!("{OPENS} -j RETURN\n-A INPUT -j ACCEPT\n")),
+        (
+            false,
+            "COMMIT\n*nat\n-A PREROUTING -p tcp --dport 80 -m connlimit --connlimit-above 3 -j REDIRECT \
+             --to-ports 81\n"
+                .to_owned(),
+        ),
         (true, format!("{OPENS} -j MARK --set-mark 9\n-A INPUT -m mark --mark 9 -j DROP\n")),
         (true, format!(":X - [0:0]\n-A X -j LOG\n-A X -j DROP\n{OPENS} -j X\n")),
     ] {
@@ -95,6 +101,8 @@ fn who_exceeds_a_rule_that_only_notes_is_not_over_it() {
         let noted = verdicts(&findings, "limit-notes").len();
         let full = limit["full"].as_array().unwrap().len();
         let said = (code, noted, full, over.contains(&"bad".to_owned()));
+        let judged = verdicts(&findings, "limit-without-syn");
+        assert_eq!(judged, [""; 0], "{rules}: none judges every packet: {findings:#}");
         if refuses {
             assert_eq!((noted, full, over.len()), (0, 1, 1), "{rules}: {findings:#}");
         } else {
@@ -117,6 +125,11 @@ fn a_limit_for_what_is_established_is_never_a_sound_one() {
         (ALL, "limit-shadowed", "bad"),
         (OTHERS, "limit-without-syn", "warn"),
         ("", "limit-without-syn", "warn"),
+        (
+            "-A INPUT -p tcp --dport 80 -m state --state RELATED -m connlimit --connlimit-above 3 -j DROP\n",
+            "limit-unjudged",
+            "ok",
+        ),
     ] {
         let Some((lab, _server, peer)) = host(&format!("{before}{LIMIT}")) else { return };
         let (_, findings, _) = audit(&lab, &[]);

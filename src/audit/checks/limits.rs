@@ -87,6 +87,14 @@ fn one_limit(rule: &LimitRule) -> Finding {
             format!("move {} before the rule that accepts", rule.place()),
         );
     }
+    if !rule.matches.may_open() && !rule.matches.is_for_all() {
+        return Finding::ok(
+            "limit-unjudged",
+            format!(
+                "{rule} sees no packet by which a client opens a connection: who is at it is not known"
+            ),
+        );
+    }
     let is_established_gone = rule.before.contains(&EarlierAccept::Established);
     if rule.matches.is_established() && is_established_gone {
         return Finding::bad(
@@ -126,9 +134,6 @@ fn one_limit(rule: &LimitRule) -> Finding {
         return Finding::ok("limit-forwarded", format!("{rule}, for forwarded connections{rest}"));
     }
     let nudged = match () {
-        () if !rule.matches.may_open() => {
-            "no packet comes to it by which a client opens a connection"
-        }
         () if rule.before.contains(&EarlierAccept::Loopback) => "loopback is accepted before it",
         () if !rule.matches.interfaces.is_empty() => "it is bound to an interface",
         () if !rule.matches.sources.is_empty() || rule.matches.is_narrowed() => {
@@ -150,7 +155,8 @@ fn others(rule: &LimitRule) -> &'static str {
 
 /// A limit that refuses nobody.
 pub fn noted(rule: &LimitRule) -> Finding {
-    let what = format!("{rule} only logs, counts or marks what exceeds it: it is let in");
+    let what =
+        format!("{rule} refuses nobody: no rule stops what passes it (a log, a count, a mark)");
     Finding::ok("limit-notes", what)
 }
 

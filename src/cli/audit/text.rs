@@ -89,7 +89,8 @@ fn limits(report: &Report, no_header: bool) -> Option<String> {
 fn about(rule: &LimitFigures, is_asked: bool) -> String {
     let mut lines = vec![rule.what.clone()];
     let place = format!("{} ({})", rule.what, rule.rule);
-    for finding in rule.findings.iter().filter(|finding| finding.verdict != Verdict::Ok) {
+    let is_told = |it: &&Finding| it.verdict != Verdict::Ok || it.id == "limit-unjudged";
+    for finding in rule.findings.iter().filter(is_told) {
         // Who is over it is said below.
         if finding.id != "source-over-limit" {
             let what = finding.what.replacen(&place, "", 1);
@@ -105,7 +106,7 @@ fn about(rule: &LimitFigures, is_asked: bool) -> String {
     lines.extend(at_it(&rule.full, rule.limit));
     // One that refuses nobody neither holds nor fails to.
     let is_noted = rule.findings.iter().any(|finding| finding.id == "limit-notes");
-    lines.extend(is_noted.then(|| "refuses nobody: it only logs, counts or marks".to_owned()));
+    lines.extend(is_noted.then(|| "refuses nobody: no rule stops what passes it".to_owned()));
     lines.push(match rule.holds {
         _ if is_noted => return with_advice(&lines.join("\n"), ""),
         Some(true) => "holds now: yes, for the sources asked about".to_owned(),
@@ -177,8 +178,12 @@ fn sources(report: &Report, top: Option<usize>, no_header: bool) -> Option<Strin
         if report.is_asked {
             row.push(match source.listed {
                 None => "-".to_owned(),
-                Some(Listed { count, is_full: true }) => format!("{count} full"),
-                Some(Listed { count, is_full: false }) => count.to_string(),
+                Some(Listed { count, is_full, limit }) => {
+                    // Another limit than the one in the column before it may be the one that answered.
+                    let is_other = source.limit.is_some_and(|it| it != limit);
+                    let of = if is_other { format!(" of {limit}") } else { String::new() };
+                    format!("{count}{of}{}", if is_full { " full" } else { "" })
+                }
             });
         }
         row

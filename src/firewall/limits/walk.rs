@@ -8,7 +8,7 @@ use crate::firewall::play::{CONNTRACK, DEPTH, LimitAt, Player};
 use crate::firewall::rule::Threshold;
 use crate::firewall::set::{Element, Set};
 use crate::firewall::value::Operand;
-use crate::firewall::{Base, Chain, Family, Hook, Match, Outcome, Rule, Step, Test};
+use crate::firewall::{Base, Chain, Family, Hook, Match, Outcome, Rule, STATE_NEW, Step, Test};
 
 /// So many rules are walked for each base chain: rule sets of thousands of services fan out.
 const STEPS: usize = 200_000;
@@ -30,7 +30,9 @@ impl Limiter {
             Family::Ip6 => Some(false),
             _ => None,
         };
-        walk.chain(at, chain, &Match { ipv4, ..Match::default() });
+        // Rules that translate see the first packet of each connection alone (`nf_nat_inet_fn()`).
+        let states = base.is_nat.then_some(STATE_NEW);
+        walk.chain(at, chain, &Match { ipv4, states, ..Match::default() });
     }
 
     /// The same limit by another way is another row, but where only its ports differ.
