@@ -493,3 +493,24 @@ fn a_text_that_is_cut_inside_its_last_line_claims_nothing_of_it() {
         assert_eq!((said.code, said.classes()), (0, counts(&[("agree", agree)])), "{text}");
     }
 }
+
+/// Of a text with `...` in it nobody knows what was left out.
+#[test]
+fn a_text_that_was_shortened_by_hand_lacks_nothing_for_certain() {
+    for mark in ["...", "\u{2026}", "  [snip]"] {
+        let shorten = |name: &str, keep: usize| {
+            let text = read(name);
+            let lines: Vec<_> = text.lines().collect();
+            let end = lines.len() - 1;
+            format!("{}\n{mark}\n{}\n", lines[..keep].join("\n"), lines[end])
+        };
+        let sockets = of_text(shorten("ss-plain.txt", 2), "ct-plain.txt");
+        assert!(!sockets.classes().contains_key("socket-missing"), "{mark}: {}", sockets.out);
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("entries");
+        std::fs::write(&path, shorten("ct-plain.txt", 2)).expect("a file");
+        let args = ["--format", "json", "--all"];
+        let entries = audit(&file("ss-plain.txt"), &path, &args);
+        assert!(!entries.classes().contains_key("entry-missing"), "{mark}: {}", entries.out);
+    }
+}

@@ -99,8 +99,9 @@ pub(super) fn entries(text: &Text) -> Entries {
         }
     }
     entries.filters = text.commands.iter().filter_map(|command| Filter::of(command)).collect();
-    entries.is_part =
-        entries.parsed.is_cut_off(end) || entries.filters.iter().any(|filter| filter.leaves_out);
+    entries.is_part = text.is_shortened
+        || entries.parsed.is_cut_off(end)
+        || entries.filters.iter().any(|filter| filter.leaves_out);
     entries.outdated = again.outdated();
     entries.parsed.mistakes.sort_by_key(|(line, _)| *line);
     entries.values = values.into_iter().flatten().collect();

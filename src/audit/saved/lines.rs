@@ -28,11 +28,15 @@ pub(super) struct Text {
     pub is_binary: bool,
     /// The number of the last line, where no line end follows it: it may have been cut off.
     pub open_end: Option<usize>,
+    /// A line stands for others that were left out: `...`
+    pub is_shortened: bool,
 }
 
 /// What a frame around pasted lines begins with.
 const FENCES: [&str; 10] =
     ["```", "~~~", "<pre", "</pre", "<code", "</code", "[code", "[/code", "{code", "{noformat"];
+/// What people write for lines that they leave out.
+const LEFT_OUT: [&str; 7] = ["...", "\u{2026}", "[...]", "[\u{2026}]", "(...)", "[snip]", "<snip>"];
 /// Programs whose output is read.
 const PROGRAMS: [&str; 4] = ["ss", "netstat", "conntrack", "cat"];
 
@@ -57,6 +61,10 @@ impl Text {
             let indent = raw.chars().count() - content.chars().count();
             let content = printable(content.trim_end());
             if content.is_empty() || FENCES.iter().any(|fence| starts_with(&content, fence)) {
+                continue;
+            }
+            if LEFT_OUT.contains(&content.as_str()) {
+                text.is_shortened = true;
                 continue;
             }
             match command(&content) {

@@ -94,7 +94,7 @@ pub(super) fn sockets(text: &Text, filter: Option<State>) -> Sockets {
             }
         }
     }
-    sockets.is_part |= sockets.parsed.is_cut_off(last);
+    sockets.is_part |= text.is_shortened || sockets.parsed.is_cut_off(last);
     sockets.keep_last(&looks);
     sockets.parsed.mistakes.sort_by_key(|(line, _)| *line);
     sockets
