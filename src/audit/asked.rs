@@ -1,10 +1,12 @@
 //! What the limits say when they are asked: how many connections of a source their lists hold.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::net::IpAddr;
 use std::time::Instant;
 
 use ipnet::IpNet;
 
+use super::layers::whose;
 use super::look::Seen;
 use super::sources::{Group, Load, Met, Plays, loads};
 use crate::conntrack::Zone;
@@ -229,7 +231,11 @@ pub fn ask_for_sources(
             Some((load, views)) => Some(still_held(&mut tables, load, views)?),
             None => None,
         };
-        answers.push(Answered { rule, held, is_at_limit: load.is_full(), answer });
+        let (of, counted) = deciding.unwrap_or((load, views));
+        let whose = seen.limiter.rules.get(of.rule).map_or(of.net, |rule| whose(rule, of));
+        let clients = counted.iter().map(|view| view.client().addr()).collect();
+        let is_at_limit = load.is_full();
+        answers.push(Answered { rule, whose, clients, held, is_at_limit, answer });
     }
     seen.asked = Some(answers);
     Ok(())
@@ -253,6 +259,10 @@ pub enum Holds {
 pub struct Answered {
     /// Index of the limit that decides; where none does, of the one that was asked for.
     pub rule: usize,
+    /// Whose connections it counts together, as well as that can be named.
+    pub whose: IpNet,
+    /// The clients whose open connections it counts together.
+    pub clients: HashSet<IpAddr>,
     /// Sockets that this limit counts, for sure and at most, before and after the question; `None` where
     /// that is not known.
     pub held: Option<(usize, usize)>,
@@ -286,7 +296,7 @@ fn still_held(tables: &mut Tables, load: &Load, views: &[View]) -> Result<(usize
             .filter_map(|view| view.socket)
             .filter(|socket| socket.takes_a_slot())
             .map(|socket| socket.cookie)
-            .collect::<std::collections::HashSet<_>>()
+            .collect::<HashSet<_>>()
     };
     let (before, after) = (cookies(&mut views.iter().copied()), cookies(&mut after.views.iter()));
     let still = before.intersection(&after).count();

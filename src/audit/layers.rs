@@ -12,7 +12,7 @@ use super::figures::{Figures, Table, Tcp};
 use super::finding::{Finding, Verdict, worst};
 use super::processes::{Holder, Owner, Owners, place};
 use super::sources::Load;
-use crate::firewall::limits::{EarlierAccept, Key, LimitRule, Limiter};
+use crate::firewall::limits::{EarlierAccept, Key, LimitRule, Limiter, SetUse};
 use crate::reconcile::snapshot::Views;
 use crate::sockdiag::{Socket, State};
 
@@ -54,7 +54,9 @@ impl Layer<Limits> {
     pub(super) fn asked(&mut self, all: &[Answered]) {
         for answered in all {
             let Some(rule) = self.figures.rules.get_mut(answered.rule) else { continue };
-            let lacking = checks::sockets::lacking(answered, &rule.rule);
+            // A list that was asked by several sources is named once.
+            let lacking = checks::sockets::lacking(answered, &rule.rule)
+                .filter(|lacking| !rule.findings.contains(lacking));
             rule.findings.extend(lacking.clone());
             rule.verdict = worst(&rule.findings);
             self.extend(lacking);
@@ -207,6 +209,7 @@ impl LimitFigures {
             limit: load.limit,
             over: load.is_over(),
         });
+        let is_crowded = rule.set.as_ref().is_some_and(SetUse::is_full);
         Self {
             rule: rule.place(),
             what: rule.words(),
@@ -219,7 +222,8 @@ impl LimitFigures {
             may_pass: passing(false),
             sources_over: over.len(),
             full: full.collect(),
-            holds: lacks.then_some(false),
+            // One whose set has no room limits nobody that is not in it.
+            holds: (lacks || is_crowded).then_some(false),
             verdict: worst(&findings),
             findings,
         }
@@ -227,7 +231,7 @@ impl LimitFigures {
 }
 
 /// Whose connections a limit counts together, as well as it can be named.
-fn whose(rule: &LimitRule, load: &Load) -> IpNet {
+pub fn whose(rule: &LimitRule, load: &Load) -> IpNet {
     let is_by_source = rule.source_prefix().is_some() || rule.limit.key == Key::All;
     load.client.filter(|_| !is_by_source).map_or(load.net, IpNet::from)
 }

@@ -286,8 +286,13 @@ fn is_global_ipv6(connection: Connection) -> bool {
 fn listed(source: &Source, asked: &[Answered]) -> Option<Listed> {
     // The rule's networks and the report's may be of different size.
     let touches = |net: &IpNet| net.contains(&source.net) || source.net.contains(net);
-    let answers = asked.iter().map(|answered| &answered.answer);
-    let nearest = answers.filter(|answer| touches(&answer.net)).min_by_key(|answer| answer.more)?;
+    // A list by something else than the source may be that of others.
+    let is_its = |one: &&Answered| match one.answer.net.prefix_len() {
+        0 => one.clients.iter().any(|client| source.net.contains(client)),
+        _ => touches(&one.answer.net),
+    };
+    let answers = asked.iter().filter(is_its).map(|answered| &answered.answer);
+    let nearest = answers.min_by_key(|answer| answer.more)?;
     let (_, limit) = nearest.limit?;
     Some(Listed { count: nearest.listed()?, is_full: nearest.is_full(), limit })
 }

@@ -331,3 +331,73 @@ fn what_two_ports_lead_to_is_not_measured_by_one_of_them() {
     lab.server.run(&format!("conntrack -D -p tcp -s {CLIENT}"));
     assert_eq!(over(), (sockets.into(), LIMIT.into(), Value::Null));
 }
+
+/// A source that is asked for two limits says of each list once what it lacks.
+#[test]
+fn a_list_that_lacks_connections_is_named_once() {
+    let wider = OPENS.replace("above 3", "above 5");
+    let Some((lab, _server, peer)) = host(&format!("{wider} -j DROP\n{OPENS} -j DROP\n")) else {
+        return;
+    };
+    let _held = peer.hold(80, LIMIT);
+    lab.server.run("conntrack -F");
+    let (code, findings, _) = audit(&lab, &["--ask"]);
+    assert_eq!(
+        (code, verdicts(&findings, "limit-lacking")),
+        (1, vec!["bad".to_owned()]),
+        "{findings:#}"
+    );
+    assert_eq!(peer.admitted(80, 1), 1, "the truth");
+}
+
+/// A limit for each pair of source and destination: what the list of one client holds is said of no other.
+#[test]
+fn what_the_list_of_another_client_holds_is_not_said_of_a_source() {
+    let Some(lab) = Lab::new() else { return };
+    lab.server.feed(
+        "nft -f -",
+        "table inet f {\n set c { type ipv4_addr . ipv4_addr; flags dynamic; size 64; }\n\
+         chain i { type filter hook input priority 0; ct state established accept\n\
+         tcp dport 80 add @c { ip saddr . ip daddr ct count over 3 } drop\n }\n}\n",
+    );
+    let _server = lab.serve("0.0.0.0:80");
+    let (peer, other) = (lab.peer(CLIENT), lab.peer("198.51.100.8"));
+    let _held = [peer.hold(80, LIMIT), other.hold(80, LIMIT)];
+    lab.server.run(&format!("conntrack -D -p tcp -s {CLIENT}"));
+    let (code, report) = json(&lab, &["audit", "--ask"]);
+    let of = |client: &str| {
+        let all = report["sources"].as_array().unwrap().iter();
+        let one = all.clone().find(|it| it["source"] == format!("{client}/32")).unwrap();
+        (one["listed"].clone(), one["full"].clone())
+    };
+    assert_eq!(of(CLIENT), (0.into(), false.into()), "{:#}", report["sources"]);
+    assert_eq!(of("198.51.100.8"), (LIMIT.into(), true.into()), "the control");
+    let findings = report["layers"]["limiter"]["findings"].as_array().unwrap();
+    let lacking = findings.iter().find(|it| it["id"] == "limit-lacking").unwrap();
+    let named = lacking["what"].as_str().unwrap().starts_with(&format!("{CLIENT}/32: 3 sockets"));
+    assert!(code == 1 && named, "{lacking:#}");
+    assert_eq!((peer.admitted(80, 1), other.admitted(80, 1)), (1, 0), "the truth");
+}
+
+/// A limit whose set has no room for another source holds for those alone that are in it.
+#[test]
+fn a_limit_without_room_does_not_hold() {
+    let Some(lab) = Lab::new() else { return };
+    let rules = |size: usize| {
+        format!(
+            "flush ruleset\ntable inet f {{\n set c {{ type ipv4_addr; flags dynamic; size {size}; }}\n\
+             chain i {{ type filter hook input priority 0; ct state established accept\n\
+             tcp dport 80 add @c {{ ip saddr ct count over 3 }} drop\n }}\n}}\n"
+        )
+    };
+    let _server = lab.serve("0.0.0.0:80");
+    let (peer, other) = (lab.peer(CLIENT), lab.peer("198.51.100.8"));
+    for (size, holds) in [(64, true), (1, false)] {
+        lab.server.feed("nft -f -", &rules(size));
+        let held = [peer.hold(80, LIMIT), other.hold(80, LIMIT)];
+        let (code, _, limit) = audit(&lab, &["--ask"]);
+        assert_eq!((code, &limit["holds"]), (i32::from(!holds), &holds.into()), "{limit:#}");
+        assert_eq!(other.admitted(80, 1), usize::from(!holds), "the truth, of {size}");
+        drop(held);
+    }
+}

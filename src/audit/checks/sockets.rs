@@ -101,8 +101,7 @@ fn whose(source: IpNet) -> String {
 pub fn lacking(answered: &Answered, rule: &str) -> Option<Finding> {
     let Answered { answer, held, .. } = answered;
     let listed = answer.listed()?;
-    let whose =
-        if answer.net.prefix_len() == 0 { "all".to_owned() } else { answer.net.to_string() };
+    let whose = whose(answered.whose);
     let to = answer.port.map_or(String::new(), |port| format!(" to port {port}"));
     let more = answer.more.unwrap_or(0);
     let what = |held: usize| {

@@ -1,8 +1,9 @@
 //! What `explain` says of the limits of a connection.
 
 use crate::audit::asked::Answer;
+use crate::audit::layers::whose;
 use crate::audit::sources::{Met, Plays, loads};
-use crate::firewall::limits::Limiter;
+use crate::firewall::limits::{Key, Limiter};
 use crate::reconcile::snapshot::{View, Views};
 
 /// The limits of one connection, in words.
@@ -49,8 +50,11 @@ pub(super) fn limits(
                 limit => format!(", whose element of the set allows {limit},"),
             };
             let perhaps = if met.is_sure { "" } else { "perhaps: " };
-            let whose =
-                if met.net.prefix_len() == 0 { "all".to_owned() } else { met.net.to_string() };
+            let whose = match load.map_or(met.net, |load| whose(rule, load)) {
+                net if net.prefix_len() > 0 => net.to_string(),
+                _ if rule.limit.key == Key::All => "all".to_owned(),
+                _ => "what it counts together".to_owned(),
+            };
             let to = met.port.map_or(String::new(), |port| format!(" to port {port}"));
             Some(format!("{perhaps}{rule}: {whose}{to}{own} holds {held} sockets, {sees}"))
         })
