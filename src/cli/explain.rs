@@ -150,6 +150,7 @@ pub(super) fn run(args: &Explain) -> Result<Exit> {
     }
     Ok(match found.verdict {
         Verdict::Act(..) => Exit::Disagreement,
+        Verdict::Leave(_) if found.limits.is_lacking => Exit::Disagreement,
         Verdict::Leave(_) => Exit::Done,
     })
 }

@@ -242,13 +242,15 @@ fn what_a_list_has_lost_is_seen_and_what_was_recounted_too() {
     assert!(what.contains("3 sockets, the list of ip filter INPUT rule 1 has 1"), "{what}");
     let remote = conns[0].client.to_string();
     let explain = ["explain", "192.0.2.1:80", &remote, "--ask"];
-    let (_, out, err) = lab.ctkeep(PROGRAM, &explain);
+    let (code, out, err) = lab.ctkeep(PROGRAM, &explain);
+    assert_eq!(code, 1, "{out}{err}");
     let said = "asked       2 more would be let in: 1 of 3 on the list of ip filter INPUT rule 1";
     assert!(out.contains(said), "{out}{err}");
     let (code, out, err) = lab.ctkeep(PROGRAM, &["recount"]);
     assert_eq!(code, 0, "{out}{err}");
     let (code, report) = audit(&lab);
     assert_eq!((code, &report["sources"][0]["listed"]), (0, &3.into()), "{report:#}");
+    assert_eq!(lab.ctkeep(PROGRAM, &explain).0, 0);
     assert_eq!(peer.open_promptly(80, 5).len(), 0);
 }
 
