@@ -171,6 +171,14 @@ impl<T: Transport> Conntrack<T> {
         }
         Ok(results)
     }
+
+    /// Makes one change.
+    ///
+    /// # Errors
+    /// As [`Conntrack::change`].
+    pub fn change_one(&mut self, change: Change) -> Result<Result<()>> {
+        Ok(self.change(&[change])?.into_iter().next().unwrap_or(Ok(())))
+    }
 }
 
 /// Turns the kernel's bare refusals into what to do about them.

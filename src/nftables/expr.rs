@@ -60,13 +60,8 @@ pub enum Expr {
     },
     /// Keep only these bits of what was loaded.
     Mask(Vec<u8>),
-    /// Keep only these bits of what was loaded, and turn those over.
-    Change {
-        /// Bits that stay.
-        keep: Vec<u8>,
-        /// Bits that become their opposite, as they are then.
-        flip: Vec<u8>,
-    },
+    /// Turn these bits of what was loaded over.
+    Flip(Vec<u8>),
     /// Write what was loaded into the TCP header, at an even offset, and mend the checksum.
     /// `@th,offset,length set`
     StoreTcp {
@@ -207,7 +202,7 @@ impl Expr {
                 ("payload", data)
             }
             Self::Mask(mask) => ("bitwise", bitwise(mask, &vec![0; mask.len()])),
-            Self::Change { keep, flip } => ("bitwise", bitwise(keep, flip)),
+            Self::Flip(flip) => ("bitwise", bitwise(&vec![u8::MAX; flip.len()], flip)),
             Self::StoreTcp { offset, length } => {
                 let mut data = store(*offset, *length);
                 data.push(word(NFTA_PAYLOAD_CSUM_TYPE, NFT_PAYLOAD_CSUM_INET));

@@ -146,7 +146,7 @@ fn is(flags: u8) -> Vec<Expr> {
 fn turn_over(flags: u8) -> [Expr; 3] {
     [
         Expr::transport(FLAGS, 2),
-        Expr::Change { keep: vec![u8::MAX; 2], flip: vec![flags, 0] },
+        Expr::Flip(vec![flags, 0]),
         Expr::StoreTcpAlone { offset: FLAGS, length: 2 },
     ]
 }

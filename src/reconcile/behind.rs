@@ -66,8 +66,7 @@ pub(super) fn show_alone<T: Transport, R: Recount>(
             recounter.await_sweep();
             tables.conntrack.change(&[Change::Delete { key: entry.key(), id: None }])?;
             let asked = recounter.show(&entry, now);
-            let inserted = tables.conntrack.change(&[insert])?;
-            outcome.result = inserted.into_iter().next().unwrap_or(Ok(()));
+            outcome.result = tables.conntrack.change_one(insert)?;
             passes = !is_refused(&asked?, before);
             tries -= 1;
         }
@@ -80,8 +79,7 @@ pub(super) fn show_alone<T: Transport, R: Recount>(
             let sealed = recounter.seal(&entry, now);
             let last = last_step(&outcome.action, policy.lease, sealed.is_ok());
             outcome.seal = Some(sealed);
-            let last = tables.conntrack.change(&[last])?;
-            outcome.result = last.into_iter().next().unwrap_or(Ok(()));
+            outcome.result = tables.conntrack.change_one(last)?;
         }
     }
     Ok(())

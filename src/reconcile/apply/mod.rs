@@ -225,15 +225,12 @@ fn apply_chunk<T: Transport, R: Recount>(
 /// Puts an entry in whose place there is none, as a rule: that takes one message. Else what has begun there
 /// is replaced.
 fn put_back<T: Transport>(tables: &mut Tables<T>, replace: Change) -> Result<Result<()>> {
-    let mut change = |change| -> Result<Result<()>> {
-        Ok(tables.conntrack.change(&[change])?.into_iter().next().unwrap_or(Ok(())))
-    };
     if let Change::Replace { new, .. } = replace
-        && change(Change::Insert(new))?.is_ok()
+        && tables.conntrack.change_one(Change::Insert(new))?.is_ok()
     {
         return Ok(Ok(()));
     }
-    change(replace)
+    tables.conntrack.change_one(replace)
 }
 
 /// Makes the entries of connections that were shown to their limits ordinary ones; one that a limit
@@ -262,8 +259,7 @@ fn settle<T: Transport, R: Recount>(
             let Action { template: entry, .. } = outcome.action;
             let new = unassured(&outcome.action, *seal, policy.lease);
             let replace = Change::Replace { old: entry.key(), id: None, new };
-            let replaced = tables.conntrack.change(&[replace])?;
-            outcome.result = replaced.into_iter().next().unwrap_or(Ok(()));
+            outcome.result = tables.conntrack.change_one(replace)?;
             outcome.recount = Some(recounter.nudge(&entry, way.route, now).map(|()| way.route));
             tries += 1;
             if !is_assured(tables, &entry)? {
@@ -280,8 +276,7 @@ fn settle<T: Transport, R: Recount>(
         let last = last_step(action, policy.lease, sealed);
         if is_spoilt {
             // Before the next nudge has the list throw it out: once a jiffy it is swept.
-            let results = tables.conntrack.change(&[last])?;
-            outcome.result = results.into_iter().next().unwrap_or(Ok(()));
+            outcome.result = tables.conntrack.change_one(last)?;
         } else {
             last_steps.push((*index, last));
         }
