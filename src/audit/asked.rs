@@ -8,7 +8,7 @@ use ipnet::IpNet;
 
 use super::layers::whose;
 use super::look::Seen;
-use super::sources::{Group, Load, Met, Plays, loads};
+use super::sources::{Group, Listed, Load, Met, Plays, loads};
 use crate::conntrack::Zone;
 use crate::containers;
 use crate::error::{Cause, Error, Op, Result};
@@ -59,6 +59,18 @@ impl Answer {
     /// Whether no further connection would be let in.
     pub fn is_full(&self) -> bool {
         self.more == Some(0)
+    }
+
+    /// Whether the list has fewer than so many connections, and lets more in.
+    pub fn lacks(&self, held: usize) -> bool {
+        let listed = self.listed().map(|listed| usize::try_from(listed).unwrap_or(usize::MAX));
+        !self.is_full() && listed.is_some_and(|listed| listed < held)
+    }
+
+    /// What a report says of it; `None` where it was no limit that answered.
+    pub fn as_listed(&self) -> Option<Listed> {
+        let (_, limit) = self.limit?;
+        Some(Listed { count: self.listed()?, is_full: self.is_full(), limit })
     }
 }
 
@@ -275,12 +287,11 @@ pub struct Answered {
 impl Answered {
     /// Whether the limit holds for this source.
     pub fn holds(&self) -> Holds {
-        let Some(listed) = self.answer.listed() else { return Holds::Unanswered };
-        let listed = usize::try_from(listed).unwrap_or(usize::MAX);
         match self.held {
+            _ if self.answer.listed().is_none() => Holds::Unanswered,
             _ if self.answer.is_full() => Holds::Yes,
-            Some((sure, _)) if listed < sure => Holds::No,
-            Some((_, most)) if most <= listed => Holds::Yes,
+            Some((sure, _)) if self.answer.lacks(sure) => Holds::No,
+            Some((_, most)) if !self.answer.lacks(most) => Holds::Yes,
             _ => Holds::Perhaps,
         }
     }

@@ -292,9 +292,7 @@ fn listed(source: &Source, asked: &[Answered]) -> Option<Listed> {
         _ => touches(&one.answer.net),
     };
     let answers = asked.iter().filter(is_its).map(|answered| &answered.answer);
-    let nearest = answers.min_by_key(|answer| answer.more)?;
-    let (_, limit) = nearest.limit?;
-    Some(Listed { count: nearest.listed()?, is_full: nearest.is_full(), limit })
+    answers.min_by_key(|answer| answer.more)?.as_listed()
 }
 
 /// Zones in which a connection has entries beside the one that is looked at.

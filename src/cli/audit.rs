@@ -37,15 +37,14 @@ pub(super) fn run(args: &Audit) -> Result<Exit> {
         mask6: args.mask6,
         now,
     };
-    if let (Some(sockets), Some(entries)) = (&args.sockets, &args.conntrack) {
-        let Host { seen, scope, notes } = read(sockets, entries, args.socket_state, &policy)?;
-        for note in &notes {
-            eprintln!("ctkeep: {note}");
+    let saved = match (&args.sockets, &args.conntrack, &args.report) {
+        (Some(sockets), Some(entries), _) => {
+            Some(read(sockets, entries, args.socket_state, &policy)?)
         }
-        return show(args, &Report::of(seen, &scope, &policy, request).of_text(&notes));
-    }
-    if let Some(path) = &args.report {
-        let Host { seen, scope, notes } = read_report(path, &policy)?;
+        (_, _, Some(path)) => Some(read_report(path, &policy)?),
+        _ => None,
+    };
+    if let Some(Host { seen, scope, notes }) = saved {
         for note in &notes {
             eprintln!("ctkeep: {note}");
         }

@@ -13,16 +13,7 @@ pub fn are_several(rules: &Ruleset, ipv4: bool) -> bool {
     let of_it = |chain: &&Chain| chain.family.covers(ipv4) && translates(rules, chain);
     let chains = rules.chains.iter().filter(of_it);
     let steps = chains.flat_map(|chain| &chain.rules).flat_map(|rule| &rule.steps);
-    let named = steps.map(|step| match step {
-        Step::Test(test) => usize::from(names(&Match::of(test), &|_| true)),
-        Step::Map(_, set) if set.unread.is_some() => 2,
-        Step::Map(values, set) => {
-            let each = set.keyed().iter().map(|element| Match::of_element(values, element));
-            each.filter(|of| names(of, &|_| true)).count()
-        }
-        _ => 0,
-    });
-    named.sum::<usize>() > 1
+    steps.flat_map(|step| named(step, &|_| true)).nth(1).is_some()
 }
 
 /// A rule of a table that translates addresses, for some port.
@@ -30,9 +21,21 @@ pub fn any(rules: &Ruleset) -> Option<String> {
     first(rules, &|_| true)
 }
 
-/// Whether a test names ports, and such ones.
-fn names(of: &Match, wanted: &dyn Fn(&Match) -> bool) -> bool {
-    !of.never && !of.ports.is_all() && wanted(of)
+/// What names ports in a step, and such ones; a map that could not be read may name any number.
+fn named<'s>(
+    step: &'s Step,
+    wanted: &'s dyn Fn(&Match) -> bool,
+) -> Box<dyn Iterator<Item = ()> + 's> {
+    let names = move |of: Match| (!of.never && !of.ports.is_all() && wanted(&of)).then_some(());
+    match step {
+        Step::Test(test) => Box::new(names(Match::of(test)).into_iter()),
+        Step::Map(_, set) if set.unread.is_some() => Box::new(std::iter::repeat(())),
+        Step::Map(values, set) => {
+            let each = set.keyed().iter().map(|element| Match::of_element(values, element));
+            Box::new(each.filter_map(names))
+        }
+        _ => Box::new(std::iter::empty()),
+    }
 }
 
 /// Whether addresses are translated in the table of this chain.
@@ -43,15 +46,7 @@ fn translates(rules: &Ruleset, chain: &Chain) -> bool {
 }
 
 fn first(rules: &Ruleset, wanted: &dyn Fn(&Match) -> bool) -> Option<String> {
-    let names = |of: &Match| names(of, wanted);
-    let leads = |step: &Step| match step {
-        Step::Test(test) => names(&Match::of(test)),
-        Step::Map(values, set) => {
-            set.unread.is_some()
-                || set.keyed().iter().any(|element| names(&Match::of_element(values, element)))
-        }
-        _ => false,
-    };
+    let leads = |step: &Step| named(step, wanted).next().is_some();
     let chains = rules.chains.iter().enumerate().filter(|(_, chain)| translates(rules, chain));
     chains.into_iter().find_map(|(number, chain)| {
         let rule = chain.rules.iter().position(|rule| rule.steps.iter().any(leads))?;

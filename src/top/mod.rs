@@ -17,7 +17,7 @@ use self::rows::{Seen, Shown};
 use crate::audit::asked::ask_for_sources;
 use crate::audit::look::Seen as Audited;
 use crate::audit::processes::Owner;
-use crate::audit::sources::{Listed, loads};
+use crate::audit::sources::loads;
 use crate::error::Result;
 use crate::reconcile::policy::Policy;
 
@@ -33,11 +33,7 @@ pub fn look(netns: &str, policy: &Policy, asks: bool, clock: SystemTime) -> Resu
     let mut plays = seen.plays();
     let loads = loads(seen.snapshot.views.iter(), &mut plays);
     let answers = seen.asked.iter().flatten().map(|answered| &answered.answer);
-    let listed = answers.filter_map(|answer| {
-        let (_, limit) = answer.limit?;
-        Some((answer.net, Listed { count: answer.listed()?, is_full: answer.is_full(), limit }))
-    });
-    let listed = listed.collect();
+    let listed = answers.filter_map(|answer| Some((answer.net, answer.as_listed()?))).collect();
     let is_mine = |view: &crate::reconcile::snapshot::View| !view.is_outgoing();
     let connections = seen.snapshot.views.iter().filter(is_mine).map(|view| Shown {
         holder: view.socket.and_then(|socket| seen.owners.holder(&socket).cloned()),

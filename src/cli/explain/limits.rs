@@ -2,7 +2,7 @@
 
 use crate::audit::asked::Answer;
 use crate::audit::layers::whose;
-use crate::audit::sources::{Met, Plays, loads};
+use crate::audit::sources::{Listed, Met, Plays, loads};
 use crate::firewall::limits::{Key, Limiter};
 use crate::reconcile::snapshot::{View, Views};
 
@@ -34,13 +34,13 @@ pub(super) fn limits(
             let (rule, load) = (limiter.rules.get(met.rule)?, load(met));
             let (held, counted) = load.map_or((0, 0), |load| (load.held, load.counted));
             let answer = answer.filter(|answer| answer.group == met.group);
-            let sees = match answer.and_then(|answer| Some((answer.listed()?, answer.is_full()))) {
-                Some((listed, is_full)) => {
-                    let sure = load.map_or(0, |load| load.held_for_sure);
-                    is_lacking |= !is_full && usize::try_from(listed).unwrap_or(usize::MAX) < sure;
+            let sure = load.map_or(0, |load| load.held_for_sure);
+            is_lacking |= answer.is_some_and(|answer| answer.lacks(sure));
+            let sees = match answer.and_then(Answer::as_listed) {
+                Some(Listed { count, is_full, .. }) => {
                     let at_least = if is_full { "at least " } else { "" };
                     format!(
-                        "{counted} have an entry that counts, {at_least}{listed} are on its list"
+                        "{counted} have an entry that counts, {at_least}{count} are on its list"
                     )
                 }
                 None => format!("the rule sees {counted}"),
