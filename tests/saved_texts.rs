@@ -380,6 +380,39 @@ fn connections_outlive_their_listener_in_the_report() {
     assert_eq!(of_text(dialled, "ct-plain.txt").report()["summary"]["sockets"]["established"], 0);
 }
 
+/// A source that holds as much as the named limit allows, and of which nothing is counted.
+#[test]
+fn a_named_limit_that_counts_nothing_does_not_hold() {
+    let socket =
+        |client: u8, port: u16| format!("ESTAB 0 0 192.0.2.1:8080 198.51.100.{client}:{port}\n");
+    let entry = |client: u8, port: u16, state: &str| {
+        format!(
+            "tcp 6 300 {state} src=198.51.100.{client} dst=192.0.2.1 sport={port} dport=8080 \
+             src=192.0.2.1 dst=198.51.100.{client} sport=8080 dport={port} [ASSURED] mark=0 use=1\n"
+        )
+    };
+    let all = || (7..9).flat_map(|client| (0..3).map(move |at| (client, 40_000 + at)));
+    let listener = "LISTEN 0 128 0.0.0.0:8080 0.0.0.0:*\n".to_owned();
+    let sockets = listener + &all().map(|(client, port)| socket(client, port)).collect::<String>();
+    // Of another state, so that no filter is suspected.
+    let more = entry(9, 40_009, "TIME_WAIT");
+    for (of, code, verdict) in [(7..9, 0, "ok"), (8..9, 1, "bad")] {
+        let entries = all().filter(|(client, _)| of.contains(client));
+        let entries: String =
+            entries.map(|(client, port)| entry(client, port, "ESTABLISHED")).collect();
+        let directory = tempfile::tempdir().expect("a directory");
+        let [one, other] = ["sockets", "entries"].map(|name| directory.path().join(name));
+        std::fs::write(&one, &sockets).expect("a file");
+        std::fs::write(&other, entries + &more).expect("a file");
+        let said = audit(&one, &other, &["--limit", "3"]);
+        let row = said.out.lines().find(|line| line.starts_with("--limit")).expect("a row");
+        let got = row.split_whitespace().nth(1).expect("a verdict");
+        assert_eq!((said.code, got), (code, verdict), "{}", said.out);
+        let named = said.out.contains("198.51.100.7/32: 3 sockets, limit 3, the rule sees 0");
+        assert_eq!(named, code == 1, "{}", said.out);
+    }
+}
+
 #[test]
 fn entries_of_an_idle_service_are_found() {
     let only = of("ss-listeners-only.txt", "ct-ghosts.txt", &["--limit", "3"]);

@@ -297,6 +297,19 @@ impl Answered {
     }
 }
 
+/// What the limit that lets in least of this source said.
+pub fn listed(source: IpNet, asked: &[Answered]) -> Option<Listed> {
+    // The rule's networks and the report's may be of different size.
+    let touches = |net: &IpNet| net.contains(&source) || source.contains(net);
+    // A list by something else than the source may be that of others.
+    let is_its = |one: &&Answered| match one.answer.net.prefix_len() {
+        0 => one.clients.iter().any(|client| source.contains(client)),
+        _ => touches(&one.answer.net),
+    };
+    let answers = asked.iter().filter(is_its).map(|answered| &answered.answer);
+    answers.min_by_key(|answer| answer.more)?.as_listed()
+}
+
 /// Connections come and go while a limit is asked: so many are held both before and after.
 fn still_held(tables: &mut Tables, load: &Load, views: &[View]) -> Result<(usize, usize)> {
     let lookups: Vec<_> =

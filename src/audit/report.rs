@@ -2,24 +2,24 @@
 
 mod json;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use ipnet::IpNet;
 
-use super::asked::Answered;
+use super::asked::listed;
 use super::checks;
 use super::classes::Class;
 use super::cover::Coverage;
 use super::families::{self, Reached};
-use super::finding::{Finding, Verdict};
+use super::finding::{Finding, Verdict, worst};
 use super::fronts::Front;
 use super::layers::{Inputs, Layers};
 use super::look::Seen;
 use super::processes::Holder;
-use super::sources::{Listed, Measure, Source, loads, sources};
+use super::sources::{Measure, Source, loads, sources};
 use crate::conntrack::TcpState;
 use crate::firewall::Hook;
 use crate::firewall::limits::LimitRule;
@@ -64,7 +64,8 @@ pub struct ReportedConnection {
 pub struct Report {
     netns: String,
     kernel: String,
-    limit: Option<u32>,
+    /// As the administrator named it, with the verdict on it.
+    limit: Option<(u32, Verdict)>,
     mask: u8,
     mask6: u8,
     now: SystemTime,
@@ -143,14 +144,16 @@ impl Report {
             .collect();
         let mut sources = sources(snapshot.views.iter(), measure, &loads, &told.ages);
         let asked = seen.asked.as_deref().unwrap_or_default();
-        sources.iter_mut().for_each(|source| source.listed = listed(source, asked));
+        sources.iter_mut().for_each(|source| source.listed = listed(source.net, asked));
         layers.limiter.asked(asked);
-        if let Some(limit) = request.limit {
-            let over = sources.iter().find(|source| source.over_limit == Some(true));
-            layers.limiter.extend(over.map(|source| {
-                checks::sockets::over(source.net, source.held, limit, source.counted)
-            }));
-        }
+        let of_named = request.limit.map_or(Vec::new(), |limit| {
+            let lost = connections.iter().filter(|connection| {
+                connection.class.is_disagreement() && connection.view.socket.is_some()
+            });
+            let lost = lost.map(|it| measure.net(it.view.client().addr())).collect();
+            against_named(limit, &sources, &lost)
+        });
+        layers.limiter.extend(of_named.iter().cloned());
         // A limit, for whatever port, makes conntrack see all packets of its family.
         let families = [true, false].map(|ipv4| limiter.rules.iter().any(|it| it.is_of(ipv4)));
         let (seen_by_it, unseen): (Vec<_>, Vec<_>) = connections
@@ -209,7 +212,7 @@ impl Report {
         };
         layers.limiter.extend(families::one_sided(limiter, &seen.rules, &listeners, &reached));
         Self {
-            limit: request.limit,
+            limit: request.limit.map(|limit| (limit, worst(&of_named))),
             mask: measure.mask,
             mask6: measure.mask6,
             now: request.now,
@@ -251,9 +254,11 @@ impl Report {
         classes
     }
 
-    /// The limit that the administrator named, and the prefix lengths of what it counts together.
-    pub fn named_limit(&self) -> Option<(u32, [u8; 2])> {
-        Some((self.limit?, [self.mask, self.mask6]))
+    /// The limit that the administrator named, the prefix lengths of what it counts together, and
+    /// whether it holds.
+    pub fn named_limit(&self) -> Option<(u32, [u8; 2], Verdict)> {
+        let (limit, verdict) = self.limit?;
+        Some((limit, [self.mask, self.mask6], verdict))
     }
 
     /// Sockets by state.
@@ -270,6 +275,23 @@ impl Report {
     }
 }
 
+/// Who holds more than the limit that the administrator named, and of whom it cannot count what is open:
+/// the worst of each. `lost` are the sources with sockets whose entry is missing or not counted.
+fn against_named(limit: u32, sources: &[Source], lost: &HashSet<IpNet>) -> Vec<Finding> {
+    let over = sources.iter().find(|source| source.over_limit == Some(true));
+    let over = over.map(|it| checks::sockets::over(it.net, it.held, limit, it.counted));
+    // Of those that are over it, that says how many are counted.
+    let uncounted = sources.iter().filter(|source| {
+        source.over_limit != Some(true)
+            && source.counted < source.held
+            && lost.contains(&source.net)
+    });
+    let uncounted = uncounted.max_by_key(|source| source.held - source.counted);
+    let uncounted =
+        uncounted.map(|it| checks::sockets::uncounted(it.net, it.held, true, limit, it.counted));
+    over.into_iter().chain(uncounted).collect()
+}
+
 /// The local port of a connection, and whether it is of IPv4.
 fn family(connection: Connection) -> (u16, bool) {
     (connection.local.port(), connection.local.addr().is_ipv4())
@@ -280,19 +302,6 @@ fn is_global_ipv6(connection: Connection) -> bool {
         IpAddr::V6(addr) => !addr.is_loopback() && !addr.is_unicast_link_local(),
         IpAddr::V4(_) => false,
     }
-}
-
-/// What the limit that lets in least of this source said.
-fn listed(source: &Source, asked: &[Answered]) -> Option<Listed> {
-    // The rule's networks and the report's may be of different size.
-    let touches = |net: &IpNet| net.contains(&source.net) || source.net.contains(net);
-    // A list by something else than the source may be that of others.
-    let is_its = |one: &&Answered| match one.answer.net.prefix_len() {
-        0 => one.clients.iter().any(|client| source.net.contains(client)),
-        _ => touches(&one.answer.net),
-    };
-    let answers = asked.iter().filter(is_its).map(|answered| &answered.answer);
-    answers.min_by_key(|answer| answer.more)?.as_listed()
 }
 
 /// Zones in which a connection has entries beside the one that is looked at.

@@ -78,7 +78,7 @@ const COLUMNS: [Column; 10] = [
     ("RECV-Q", 7, |row| bytes(row.recv_queue)),
     ("SEND-Q", 7, |row| bytes(row.send_queue)),
     ("REPAIRS", 7, |row| row.repairs.map_or("-".to_owned(), |n| n.to_string())),
-    ("LISTED", 6, |row| row.listed.map_or("-".to_owned(), |n| n.to_string())),
+    ("LISTED", 6, listed),
 ];
 /// For the name, at least.
 const NAME: usize = 18;
@@ -282,6 +282,15 @@ fn limit(row: &Row) -> String {
         Some(true) => format!("!{limit}"),
         None => format!("?{limit}"),
         Some(false) => limit.to_string(),
+    }
+}
+
+/// `9`, and `9/10` where another limit answered than that of the column LIMIT.
+fn listed(row: &Row) -> String {
+    match (row.listed, row.listed_limit) {
+        (None, _) => "-".to_owned(),
+        (Some(count), Some(limit)) if row.limit != Some(limit) => format!("{count}/{limit}"),
+        (Some(count), _) => count.to_string(),
     }
 }
 

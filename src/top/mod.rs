@@ -32,8 +32,6 @@ pub fn look(netns: &str, policy: &Policy, asks: bool, clock: SystemTime) -> Resu
     }
     let mut plays = seen.plays();
     let loads = loads(seen.snapshot.views.iter(), &mut plays);
-    let answers = seen.asked.iter().flatten().map(|answered| &answered.answer);
-    let listed = answers.filter_map(|answer| Some((answer.net, answer.as_listed()?))).collect();
     let is_mine = |view: &crate::reconcile::snapshot::View| !view.is_outgoing();
     let connections = seen.snapshot.views.iter().filter(is_mine).map(|view| Shown {
         holder: view.socket.and_then(|socket| seen.owners.holder(&socket).cloned()),
@@ -52,7 +50,7 @@ pub fn look(netns: &str, policy: &Policy, asks: bool, clock: SystemTime) -> Resu
         past: Vec::new(),
         limiter: seen.limiter,
         loads,
-        listed,
+        asked: seen.asked.unwrap_or_default(),
         is_guarded: told.containers.is_some() || told.level.is_some(),
         half_closed: told.half_closed,
         repairs: told.repairs,

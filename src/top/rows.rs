@@ -5,12 +5,12 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 
-use ipnet::IpNet;
 use serde::Serialize;
 
 use super::filter::Filter;
+use crate::audit::asked::{Answered, listed};
 use crate::audit::processes::Holder;
-use crate::audit::sources::{Listed, Load, Measure, sources};
+use crate::audit::sources::{Load, Measure, sources};
 use crate::firewall::limits::Limiter;
 use crate::flow::{Connection, Endpoint};
 use crate::history::record::Source;
@@ -149,8 +149,8 @@ pub struct Seen {
     pub limiter: Limiter,
     /// What each of them bears.
     pub loads: Vec<Load>,
-    /// What limits said, where they were asked, by network.
-    pub listed: Vec<(IpNet, Listed)>,
+    /// What limits said, where they were asked.
+    pub asked: Vec<Answered>,
     /// Seconds that sockets are known to be half-closed, by cookie.
     pub half_closed: HashMap<u64, u64>,
     /// Repairs of the last minute, by peer.
@@ -178,6 +178,9 @@ pub struct Row {
     pub over_limit: Option<bool>,
     /// How many the limit's own list holds, where it was asked.
     pub listed: Option<u32>,
+    /// How many that limit allows; another one than that of `limit` may be the first to refuse.
+    #[serde(skip)]
+    pub listed_limit: Option<u32>,
     /// Open sockets that the peer has half-closed.
     pub half_closed: usize,
     /// Sockets that wait to be accepted.
@@ -353,10 +356,9 @@ impl Seen {
         row.container = most(holders().filter_map(|it| it.container.clone()));
         if let Some((limit, over)) = limits.get(&row.name) {
             (row.limit, row.over_limit) = (*limit, *over);
-            let net: Option<IpNet> = row.name.parse().ok();
-            let touches = |of: &IpNet| net.is_some_and(|net| net.contains(of) || of.contains(&net));
-            let listed = self.listed.iter().find(|(of, _)| touches(of));
-            row.listed = listed.map(|(_, listed)| listed.count);
+            let said = row.name.parse().ok().and_then(|net| listed(net, &self.asked));
+            row.listed = said.map(|it| it.count);
+            row.listed_limit = said.map(|it| it.limit);
         }
         row
     }
@@ -411,8 +413,12 @@ fn most(names: impl Iterator<Item = String>) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use ipnet::IpNet;
+
     use super::super::fixture::{connection, seen};
     use super::*;
+    use crate::audit::asked::Answer;
+    use crate::firewall::play::LimitAt;
 
     #[test]
     fn rows_add_up_by_whatever_they_are_folded() {
@@ -448,5 +454,28 @@ mod tests {
             (Some(40), 1, Some(3))
         );
         assert_eq!(rows[1].repairs, Some(0));
+    }
+
+    #[test]
+    fn what_a_list_of_others_holds_is_not_said_of_a_source() {
+        let mut seen = seen();
+        let [one, other]: [IpAddr; 2] =
+            ["198.51.100.7", "198.51.100.8"].map(|addr| addr.parse().unwrap());
+        // By something else than the source: counted together are the connections of one client.
+        let all: IpNet = "0.0.0.0/0".parse().unwrap();
+        let group = (LimitAt { chain: 0, rule: 0, step: 0 }, None, Some(one));
+        let limit = Some((0, 40));
+        let answer =
+            Answer { group, net: all, port: None, more: Some(31), limit, decides: String::new() };
+        let clients = [one].into();
+        let asked =
+            Answered { rule: 0, whose: all, clients, held: None, is_at_limit: false, answer };
+        seen.asked = vec![asked];
+        let rows = seen.rows(Fold::Source, &Filter::default(), Sort::Open, false);
+        let of = |addr: IpAddr| {
+            let row = rows.iter().find(|row| row.name == format!("{addr}/32")).unwrap();
+            (row.listed, row.listed_limit)
+        };
+        assert_eq!((of(one), of(other)), ((Some(9), Some(40)), (None, None)));
     }
 }

@@ -83,7 +83,7 @@ impl Report {
             generated_at: humantime::format_rfc3339_seconds(self.now).to_string(),
             kernel: &self.kernel,
             netns: &self.netns,
-            limit: self.limit,
+            limit: self.limit.map(|(limit, _)| limit),
             mask: self.mask,
             mask6: self.mask6,
             summary: json!({
@@ -121,6 +121,7 @@ fn source(source: &Source) -> Value {
         "over_limit": source.over_limit,
         "listed": source.listed.map(|listed| listed.count),
         "full": source.listed.map(|listed| listed.is_full),
+        "listed_limit": source.listed.map(|listed| listed.limit),
     })
 }
 

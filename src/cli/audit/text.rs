@@ -52,7 +52,7 @@ pub fn text(report: &Report, all: bool, top: Option<usize>, no_header: bool) -> 
 fn limits(report: &Report, no_header: bool) -> Option<String> {
     let rules = &report.layers.limiter.figures.rules;
     let mut rows: Vec<Vec<String>> = Vec::new();
-    if let Some((limit, [mask, mask6])) = report.named_limit() {
+    if let Some((limit, [mask, mask6], verdict)) = report.named_limit() {
         let full = report.sources.iter().filter(|source| source.held > 0);
         let full = full.filter(|source| size(limit) <= source.held).map(|source| Full {
             port: None,
@@ -63,8 +63,6 @@ fn limits(report: &Report, no_header: bool) -> Option<String> {
             over: source.over_limit,
         });
         let full: Vec<_> = full.collect();
-        let is_over = full.iter().any(|source| source.over == Some(true));
-        let verdict = if is_over { Verdict::Bad } else { Verdict::Ok };
         let what = format!("at most {limit} from each /{mask} (IPv6: /{mask6}), as you named it");
         let mut lines = vec![what];
         lines.extend(at_it(&full, limit));
