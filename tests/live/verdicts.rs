@@ -229,6 +229,32 @@ fn one_limit_of_two_ports_behind_a_white_list_is_one() {
     assert_eq!(limit["full"][0]["held"], LIMIT, "{limit:#}");
 }
 
+/// Clients whose packets a rule keeps from conntrack pass a limit, which is said of it.
+#[test]
+fn who_goes_untracked_passes_a_limit() {
+    const RAW: [&str; 2] = ["-s 198.51.100.7", "-s 198.51.100.7 -m mark --mark 7"];
+    let lists = ["passes", "may_pass"];
+    for (raw, list, admitted) in [(RAW[0], lists[0], 2), (RAW[1], lists[1], 0)] {
+        let Some((lab, _server, peer)) = host(&format!("{OPENS} -j DROP\n")) else { return };
+        let (_, _, limit) = audit(&lab, &[]);
+        assert_eq!(lists.map(|it| limit[it].as_array().unwrap().len()), [0, 0], "the control");
+        lab.server
+            .feed("iptables-restore", &format!("*raw\n-A PREROUTING {raw} -j NOTRACK\nCOMMIT\n"));
+        let _held = peer.hold(80, LIMIT);
+        // An untracked SYN is on the list for two of the kernel's ticks.
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        assert_eq!(peer.admitted(80, 2), admitted, "the truth, {raw}");
+        let (_, _, limit) = audit(&lab, &[]);
+        let said = limit[list].as_array().unwrap();
+        let is_named = said.len() == 1
+            && said[0]
+                .as_str()
+                .unwrap()
+                .starts_with("what goes untracked to any port, from 198.51.100.7/32");
+        assert!(is_named, "{raw}: {limit:#}");
+    }
+}
+
 /// The list is empty, though the entries are there.
 #[test]
 fn explain_does_not_say_that_the_rule_sees_what_its_list_lacks() {

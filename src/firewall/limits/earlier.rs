@@ -22,6 +22,13 @@ pub enum EarlierAccept {
         /// All of them pass.
         is_sure: bool,
     },
+    /// Packets that conntrack does not see: a limit has no entry to count.
+    Untracked {
+        /// Which, as its words tell.
+        of: Box<Match>,
+        /// All of them go untracked.
+        is_sure: bool,
+    },
 }
 
 impl EarlierAccept {
@@ -49,7 +56,7 @@ impl EarlierAccept {
 
     /// Whether all that it names passes.
     pub fn is_sure(&self) -> bool {
-        !matches!(self, Self::Some { is_sure: false, .. })
+        !matches!(self, Self::Some { is_sure: false, .. } | Self::Untracked { is_sure: false, .. })
     }
 
     /// Its name in JSON, where it has one: other packets are there in words alone.
@@ -58,7 +65,7 @@ impl EarlierAccept {
             Self::Loopback => Some("loopback"),
             Self::Established => Some("established"),
             Self::Ports(_) => Some("ports"),
-            Self::Some { .. } => None,
+            Self::Some { .. } | Self::Untracked { .. } => None,
         }
     }
 }
@@ -73,6 +80,7 @@ impl fmt::Display for EarlierAccept {
             Self::Some { of, within: Some(count), .. } => {
                 write!(f, "what goes{of} within {count} connections")
             }
+            Self::Untracked { of, .. } => write!(f, "what goes untracked{of}"),
         }
     }
 }
@@ -124,4 +132,13 @@ pub(super) fn earlier(all: &[Earlier], matches: &Match) -> Vec<EarlierAccept> {
         }
     }
     before
+}
+
+/// What a limit does not see of the packets that it would be for, where they go untracked.
+pub(super) fn untracked(all: &Match, matches: &Match) -> Option<EarlierAccept> {
+    if all.and(matches).never {
+        return None;
+    }
+    let is_sure = !all.is_narrowed() && !all.is_rated;
+    Some(EarlierAccept::Untracked { of: Box::new(all.told()), is_sure })
 }

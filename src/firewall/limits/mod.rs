@@ -100,6 +100,8 @@ pub struct Limiter {
     pub dormant: Vec<LimitRule>,
     /// Ports whose packets are not tracked, each with the place of the rule.
     pub untracked: Vec<(Ports, String)>,
+    /// What else is not tracked: packets of some clients, or to some destinations.
+    pub untracked_of_some: Vec<Match>,
     /// Ports answered by SYNPROXY.
     pub synproxied: Vec<Ports>,
     /// Rules that count, remember or log SYNs to ports that a limit is for, and so what ctkeep sends in

@@ -1,6 +1,6 @@
 //! Walks from a base chain down, to the limits and to what passes before them. Pure.
 
-use super::earlier::{Earlier, EarlierAccept, earlier};
+use super::earlier::{Earlier, EarlierAccept, earlier, untracked};
 use super::key::key;
 use super::witness::{Sight, Witness, rate};
 use super::{Limit, LimitRule, Limiter, SetUse};
@@ -272,8 +272,13 @@ impl<'r> Walk<'_, 'r, '_> {
 
     fn notrack(&mut self, chain: &Chain, rule: &Rule, matches: &Match) {
         let is_early = self.base.hook == Hook::Prerouting && self.base.priority < CONNTRACK;
-        if is_early && matches.may_open() && matches.is_for_everybody() && !matches.is_rated {
+        if !is_early || !matches.may_open() || matches.never {
+            return;
+        }
+        if matches.is_for_everybody() && !matches.is_rated {
             self.found.untracked.push((matches.ports.clone(), chain.place(rule)));
+        } else {
+            self.found.untracked_of_some.push(matches.clone());
         }
     }
 
@@ -362,6 +367,9 @@ impl<'r> Walk<'_, 'r, '_> {
         if matches.without_syn {
             return;
         }
+        let untracked =
+            self.found.untracked_of_some.iter().filter_map(|it| untracked(it, &matches));
+        let before = earlier(&self.before, &matches).into_iter().chain(untracked).collect();
         let found = LimitRule {
             family: chain.family,
             table: chain.table.clone(),
@@ -373,7 +381,7 @@ impl<'r> Walk<'_, 'r, '_> {
             hook: self.base.hook,
             priority: self.base.priority,
             limit,
-            before: earlier(&self.before, &matches),
+            before,
             matches,
             outcome: rule.outcome().clone(),
             tells: self.tells(chain, rule, at.step),
