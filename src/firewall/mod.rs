@@ -46,18 +46,19 @@ pub struct Ruleset {
 impl Ruleset {
     /// Reads the rules of the network namespace that the calling thread is in.
     pub fn read() -> Self {
-        let mut all = Self::default();
-        match nft::read() {
-            Ok(chains) => all.chains = chains,
-            Err(error) => all.unread.push(format!("nftables rules: {error}")),
-        }
+        let mut unread = Vec::new();
+        let nft = nft::read().unwrap_or_else(|error| {
+            unread.push(format!("nftables rules: {error}"));
+            Vec::new()
+        });
+        let mut legacy = Vec::new();
         for family in [Family::Ip, Family::Ip6] {
             match save_program::read(family, &[]) {
-                Ok(text) => all.chains.extend(text.iter().flat_map(|t| parse_saved(t, family))),
-                Err(what) => all.unread.push(what),
+                Ok(text) => legacy.extend(text.iter().flat_map(|t| parse_saved(t, family))),
+                Err(what) => unread.push(what),
             }
         }
-        all
+        Self { chains: joined(nft, legacy), unread }
     }
 
     /// A rule by the numbers of its chain and of itself: `ip filter INPUT rule 3`.
@@ -65,4 +66,17 @@ impl Ruleset {
         let chain = self.chains.get(chain)?;
         Some(chain.place(chain.rules.get(rule)?))
     }
+}
+
+/// The chains of nf_tables and those of iptables-legacy. Where both have a table of one name, as beside
+/// iptables-nft, the other's is called `filter (legacy)`: a jump ends in its own table, and a rule has a
+/// name of its own.
+fn joined(nft: Vec<Chain>, mut legacy: Vec<Chain>) -> Vec<Chain> {
+    for chain in &mut legacy {
+        let has_its_name = |it: &Chain| (it.family, &it.table) == (chain.family, &chain.table);
+        if nft.iter().any(has_its_name) {
+            chain.table.push_str(" (legacy)");
+        }
+    }
+    nft.into_iter().chain(legacy).collect()
 }

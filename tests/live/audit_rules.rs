@@ -57,6 +57,30 @@ fn connlimit_with_syn_and_a_mask() {
     }
 }
 
+/// A jump ends in the table of the rule, and a rule has a name of its own, where iptables-legacy and iptables-nft
+/// have rules at once.
+#[test]
+fn tables_of_one_name_are_two() {
+    let rules = |above: u32| {
+        format!(
+            "*filter\n:INPUT ACCEPT [0:0]\n:web - [0:0]\n-A INPUT -p tcp --dport 80 -j web\n\
+             -A web -p tcp --syn -m connlimit --connlimit-above {above} -j DROP\nCOMMIT\n"
+        )
+    };
+    let loads = [(IPTABLES, rules(40)), (LEGACY, rules(50))];
+    let loads = loads.each_ref().map(|(tool, rules)| (*tool, rules.as_str()));
+    let Some(limiter) = found_in_all(&loads) else { return };
+    let mut all: Vec<_> = limiter.rules.iter().map(ToString::to_string).collect();
+    all.sort();
+    assert_eq!(
+        all,
+        [
+            "at most 40 from each /32 to port 80 (ip filter web rule 1)",
+            "at most 50 from each /32 to port 80 (ip filter (legacy) web rule 1)",
+        ]
+    );
+}
+
 #[test]
 fn connlimit_of_ipv6() {
     let rules = "*filter\n:INPUT ACCEPT [0:0]\n\

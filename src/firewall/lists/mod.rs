@@ -17,7 +17,9 @@ use self::legacy::Saved;
 use self::nft::{Identity, Numbers};
 use super::limits::{LimitRule, Limiter};
 use super::tracking::{Tracking, bears_on_tracking};
-use super::{Chain, Family, Hook, Match, Outcome, Rule, Ruleset, Step, nft_chains, parse_saved};
+use super::{
+    Chain, Family, Hook, Match, Outcome, Rule, Ruleset, Step, joined, nft_chains, parse_saved,
+};
 use crate::error::{Cause, Op, Result};
 use crate::netlink::{Conversation, KernelSocket, Transport};
 
@@ -209,17 +211,25 @@ impl Lists {
         }
         let of_nft = self.nft.iter().map(|(rule, _)| rule.clone());
         let of_legacy = self.legacy.iter().flat_map(|(_, _, rules)| rules.iter().cloned());
-        let all = of_nft.chain(at(of_legacy.collect(), self.chains[0].len()));
-        let rules = Ruleset {
-            chains: self.chains.iter().flatten().cloned().collect(),
-            unread: self.unread.clone(),
-        };
-        Limited { rules, limits: all.filter(wanted).collect() }
+        let chains = self.joined();
+        let mut of_legacy = at(of_legacy.collect(), self.chains[0].len());
+        for rule in &mut of_legacy {
+            if let Some(chain) = chains.get(rule.at.chain) {
+                rule.table.clone_from(&chain.table);
+            }
+        }
+        let limits = of_nft.chain(of_legacy).filter(wanted).collect();
+        Limited { rules: Ruleset { chains, unread: self.unread.clone() }, limits }
     }
 
     /// What the rules say of conntrack; `None` where they say nothing.
     pub fn tracking(&self) -> Option<Tracking> {
-        Tracking::of(self.chains.iter().flatten().cloned(), |_| self.limits().cloned().collect())
+        Tracking::of(self.joined(), |_| self.limits().cloned().collect())
+    }
+
+    fn joined(&self) -> Vec<Chain> {
+        let [nft, legacy] = self.chains.clone();
+        joined(nft, legacy)
     }
 
     /// All limits.
