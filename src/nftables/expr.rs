@@ -137,20 +137,16 @@ impl Expr {
         Self::Load { header: Header::Transport, offset, length, register: 0 }
     }
 
-    /// Go on only if these bits of a byte (or of two) of the transport header have this value.
+    /// Go on only if these bits of a byte of the transport header have this value.
     ///
     /// nft from 1.1 on lists a test of bits as one of the field that begins with the lowest of them and has
     /// as many. The value of bits that are not neighbours does not fit into that, and `nft -f` refuses the
     /// whole file. So each group of neighbours has its test; 0 fits into any.
-    pub fn transport_bits(offset: u32, length: u32, mask: u16, value: u16) -> Vec<Self> {
-        let bytes = |word: u16| {
-            let bytes = word.to_be_bytes();
-            if length == 1 { bytes.into_iter().skip(1).collect() } else { bytes.to_vec() }
-        };
+    pub fn transport_bits(offset: u32, mask: u8, value: u8) -> Vec<Self> {
         let groups = if value == 0 { vec![mask] } else { neighbours(mask) };
-        let test = |group: u16| {
-            let (mask, value) = (bytes(group), bytes(value & group));
-            [Self::transport(offset, length), Self::Mask(mask), Self::Equals(value)]
+        let test = |group: u8| {
+            let (mask, value) = (vec![group], vec![value & group]);
+            [Self::transport(offset, 1), Self::Mask(mask), Self::Equals(value)]
         };
         groups.into_iter().flat_map(test).collect()
     }
@@ -250,7 +246,7 @@ impl Expr {
 }
 
 /// The groups of bits that are set side by side, the lowest first.
-fn neighbours(mut bits: u16) -> Vec<u16> {
+fn neighbours(mut bits: u8) -> Vec<u8> {
     let mut groups = Vec::new();
     while bits != 0 {
         let lowest = bits & bits.wrapping_neg();
@@ -330,17 +326,13 @@ mod tests {
 
     #[test]
     fn bits_that_are_no_neighbours_are_tested_one_group_after_the_other() {
-        assert_eq!(neighbours(0x0e37), [0x0007, 0x0030, 0x0e00]);
-        assert_eq!(neighbours(0x8000), [0x8000]);
-        assert_eq!(neighbours(u16::MAX), [u16::MAX]);
-        let syn = Expr::transport_bits(13, 1, 0x17, 0x02);
+        assert_eq!(neighbours(0x37), [0x07, 0x30]);
+        assert_eq!(neighbours(0x80), [0x80]);
+        assert_eq!(neighbours(u8::MAX), [u8::MAX]);
+        let syn = Expr::transport_bits(13, 0x17, 0x02);
         let byte = || Expr::transport(13, 1);
         let is = |mask: u8, value: u8| [byte(), Expr::Mask(vec![mask]), Expr::Equals(vec![value])];
         assert_eq!(syn, [is(0x07, 0x02), is(0x10, 0)].concat());
-        assert_eq!(Expr::transport_bits(13, 1, 0x05, 0), is(0x05, 0));
-        assert_eq!(
-            Expr::transport_bits(12, 2, 0x0e00, 0x0200),
-            [Expr::transport(12, 2), Expr::Mask(vec![0x0e, 0]), Expr::Equals(vec![0x02, 0])]
-        );
+        assert_eq!(Expr::transport_bits(13, 0x05, 0), is(0x05, 0));
     }
 }

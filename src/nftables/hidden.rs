@@ -129,7 +129,7 @@ pub(crate) fn without_urgent_data(found: &[Expr]) -> Vec<Expr> {
 
 /// Packets with nothing to hide, and no pointer that would have them taken for hidden ones, leave.
 pub(crate) fn ordinary() -> Vec<Expr> {
-    [Expr::transport_bits(FLAGS, 1, (FIN | RST).into(), 0), never_hidden()].concat()
+    [Expr::transport_bits(FLAGS, FIN | RST, 0), never_hidden()].concat()
 }
 
 /// Packets that are not hidden leave.
@@ -138,7 +138,7 @@ pub(crate) fn never_hidden() -> Vec<Expr> {
 }
 
 fn is(flags: u8) -> Vec<Expr> {
-    Expr::transport_bits(FLAGS, 1, READ.into(), flags.into())
+    Expr::transport_bits(FLAGS, READ, flags)
 }
 
 /// Turns flags over, which are as the rule says. With the byte behind them: nft 1.1 knows the flags by

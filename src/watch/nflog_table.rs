@@ -413,7 +413,7 @@ fn port() -> Expr {
 }
 
 fn flags(mask: u8, value: u8) -> Vec<Expr> {
-    Expr::transport_bits(TCP_FLAGS, 1, mask.into(), value.into())
+    Expr::transport_bits(TCP_FLAGS, mask, value)
 }
 
 fn no_flag(mask: u8) -> Vec<Expr> {
