@@ -26,7 +26,7 @@ const LAYERS: [&[&str]; 11] = [
 /// Values and decisions: no clock, no I/O, no log. Of a folder all that is in it.
 const PURE: [&str; 55] = [
     "flow.rs",
-    "audit/checks",
+    "audit/judge",
     "audit/cover.rs",
     "audit/families.rs",
     "audit/layers.rs",
@@ -35,7 +35,7 @@ const PURE: [&str; 55] = [
     "audit/survey.rs",
     "conntrack/decode.rs",
     "conntrack/entry.rs",
-    "doctor/checks.rs",
+    "doctor/judge.rs",
     "firewall/ask.rs",
     "firewall/iptables_save.rs",
     "firewall/limits",

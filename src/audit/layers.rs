@@ -7,9 +7,9 @@ use ipnet::IpNet;
 use serde::Serialize;
 
 use super::asked::{Answered, Holds};
-use super::checks;
 use super::figures::{Figures, Table, Tcp};
 use super::finding::{Finding, Verdict, worst};
+use super::judge;
 use super::processes::{Holder, Owner, Owners, place};
 use super::sources::Load;
 use crate::firewall::limits::{EarlierAccept, Key, LimitRule, Limiter, SetUse};
@@ -55,7 +55,7 @@ impl Layer<Limits> {
         for answered in all {
             let Some(rule) = self.figures.rules.get_mut(answered.rule) else { continue };
             // A list that was asked by several sources is named once.
-            let lacking = checks::sockets::lacking(answered, &rule.rule)
+            let lacking = judge::sockets::lacking(answered, &rule.rule)
                 .filter(|lacking| !rule.findings.contains(lacking));
             rule.findings.extend(lacking.clone());
             rule.verdict = worst(&rule.findings);
@@ -169,16 +169,15 @@ pub struct Full {
 impl LimitFigures {
     fn of(rule: &LimitRule, loads: &[&Load]) -> Self {
         let over: Vec<_> = loads.iter().filter(|load| load.is_over() == Some(true)).collect();
-        let mut findings = checks::limits::limit(rule);
+        let mut findings = judge::limits::limit(rule);
         findings.extend(over.first().map(|worst| {
-            checks::sockets::over(whose(rule, worst), worst.held, worst.limit, worst.counted)
+            judge::sockets::over(whose(rule, worst), worst.held, worst.limit, worst.counted)
         }));
         let unsure = loads.iter().find(|load| load.is_over().is_none()).filter(|_| over.is_empty());
-        findings.extend(
-            unsure.map(|load| {
-                checks::sockets::perhaps_over(whose(rule, load), load.held, load.limit)
-            }),
-        );
+        findings
+            .extend(unsure.map(|load| {
+                judge::sockets::perhaps_over(whose(rule, load), load.held, load.limit)
+            }));
         // Of those that are over it, that says how many the rule sees.
         let uncounted = |load: &&&Load, is_sure| {
             load.is_over() == Some(false) && load.is_uncounted() == is_sure
@@ -193,10 +192,10 @@ impl LimitFigures {
                 Some(_) => (load.held_for_sure, true),
                 None => (load.held, false),
             };
-            checks::sockets::uncounted(whose(rule, load), held, is_sure, load.limit, load.counted)
+            judge::sockets::uncounted(whose(rule, load), held, is_sure, load.limit, load.counted)
         }));
         let noted = loads.iter().find(|load| load.is_noted).filter(|_| !rule.notes);
-        findings.extend(noted.map(|_| checks::limits::noted(rule)));
+        findings.extend(noted.map(|_| judge::limits::noted(rule)));
         let passing = |is_sure| {
             let all = rule.before.iter().filter(move |before| before.is_sure() == is_sure);
             all.map(EarlierAccept::to_string).collect()
@@ -374,12 +373,12 @@ impl Layers {
         let syn_recv = u64::try_from(syn_recv).unwrap_or(u64::MAX);
         Self {
             conntrack: inputs.figures.map(|figures| {
-                Layer::new(checks::figures::conntrack(&figures.table), figures.table.clone())
+                Layer::new(judge::figures::conntrack(&figures.table), figures.table.clone())
             }),
             limiter: limits(inputs),
             syn: inputs.figures.map(|figures| {
-                let mut findings = checks::figures::syn(&figures.tcp, syn_recv);
-                findings.push(checks::figures::listen_drops(&figures.tcp));
+                let mut findings = judge::figures::syn(&figures.tcp, syn_recv);
+                findings.push(judge::figures::listen_drops(&figures.tcp));
                 Layer::new(findings, Handshakes { syn_recv, tcp: figures.tcp.clone() })
             }),
             listen: inputs.listeners.iter().map(|socket| queue(socket, inputs.owners)).collect(),
@@ -393,7 +392,7 @@ fn limits(inputs: Inputs<'_>) -> Layer<Limits> {
     let mut ports: Vec<u16> = inputs.listeners.iter().map(|socket| socket.local.port()).collect();
     ports.sort_unstable();
     ports.dedup();
-    let mut findings = checks::limits::limiter(limiter, &ports);
+    let mut findings = judge::limits::limiter(limiter, &ports);
     if inputs.is_limit_named {
         findings.retain(|finding| !matches!(finding.id, "no-limit" | "rules-unread"));
     }
@@ -410,7 +409,7 @@ fn limits(inputs: Inputs<'_>) -> Layer<Limits> {
 }
 
 fn queue(socket: &Socket, owners: &Owners) -> Queue {
-    let finding = checks::figures::queue(socket.recv_queue, socket.send_queue);
+    let finding = judge::figures::queue(socket.recv_queue, socket.send_queue);
     let holder = owners.holder(socket);
     Queue {
         local: socket.local.to_string(),
@@ -475,8 +474,8 @@ fn application(kind: Kind, holder: Option<&Holder>, sockets: &[Socket]) -> Appli
     let close_wait = of(State::CloseWait);
     let open = close_wait + of(State::Established);
     let finding = match kind {
-        Kind::Kernel => checks::sockets::closing(sockets.len()),
-        _ => checks::sockets::application(open, close_wait, unread),
+        Kind::Kernel => judge::sockets::closing(sockets.len()),
+        _ => judge::sockets::application(open, close_wait, unread),
     };
     Application {
         kind,

@@ -2,13 +2,13 @@
 
 pub mod arrivals;
 pub mod asked;
-pub mod checks;
 pub mod classes;
 pub mod cover;
 pub mod families;
 pub mod figures;
 pub mod finding;
 pub mod fronts;
+pub mod judge;
 pub mod layers;
 pub mod look;
 pub mod processes;

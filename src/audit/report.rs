@@ -10,12 +10,12 @@ use std::time::SystemTime;
 use ipnet::IpNet;
 
 use super::asked::listed;
-use super::checks;
 use super::classes::Class;
 use super::cover::Coverage;
 use super::families::{self, Reached};
 use super::finding::{Finding, Verdict, worst};
 use super::fronts::Front;
+use super::judge;
 use super::layers::{Inputs, Layers};
 use super::look::Seen;
 use super::processes::Holder;
@@ -165,7 +165,7 @@ impl Report {
                 let is_ipv4 = view.connection.local.addr().is_ipv4();
                 (if is_ipv4 { ipv4 } else { ipv6 }) && plays.of(view).tracked != Some(false)
             });
-        layers.limiter.extend(checks::limits::unseen(
+        layers.limiter.extend(judge::limits::unseen(
             limiter,
             &seen.rules,
             seen.namespaces,
@@ -182,22 +182,22 @@ impl Report {
             request.limit.is_some() || limiter.rules.iter().any(|it| by_source(it) && covers(it))
         };
         let fronts = seen.fronts.iter().copied().filter(has_limit);
-        layers.limiter.extend(fronts.map(checks::sockets::clients_as_one));
+        layers.limiter.extend(fronts.map(judge::sockets::clients_as_one));
         // A saved text may leave the listeners out.
         if seen.figures.is_some() {
             let open = |view: &View| view.socket.is_some_and(|socket| socket.takes_a_slot());
             let open = snapshot.views.iter().filter(open).map(|view| view.connection.local.port());
-            layers.limiter.extend(checks::sockets::listener_gone(&seen.listeners, open));
+            layers.limiter.extend(judge::sockets::listener_gone(&seen.listeners, open));
             let unheard = policy.unheard(&seen.listeners, scope, &seen.rules);
-            layers.limiter.extend(checks::limits::unheard(&unheard));
+            layers.limiter.extend(judge::limits::unheard(&unheard));
         }
         for (views, is_seen) in [(seen_by_it, true), (unseen, false)] {
             let all = views.iter().map(|view| family(view.connection));
-            layers.limiter.extend(checks::sockets::untracked(all, is_seen));
+            layers.limiter.extend(judge::sockets::untracked(all, is_seen));
         }
         if let (Some(outgoing), Some(layer)) = (seen.outgoing, layers.conntrack.as_mut()) {
             let timeout = layer.figures.timeout_close_wait;
-            layer.extend(checks::sockets::outgoing(outgoing, told.outgoing, timeout));
+            layer.extend(judge::sockets::outgoing(outgoing, told.outgoing, timeout));
         }
         let reached = Reached {
             // Of saved tables what is open shows it.
@@ -279,7 +279,7 @@ impl Report {
 /// the worst of each. `lost` are the sources with sockets whose entry is missing or not counted.
 fn against_named(limit: u32, sources: &[Source], lost: &HashSet<IpNet>) -> Vec<Finding> {
     let over = sources.iter().find(|source| source.over_limit == Some(true));
-    let over = over.map(|it| checks::sockets::over(it.net, it.held, limit, it.counted));
+    let over = over.map(|it| judge::sockets::over(it.net, it.held, limit, it.counted));
     // Of those that are over it, that says how many are counted.
     let uncounted = sources.iter().filter(|source| {
         source.over_limit != Some(true)
@@ -288,7 +288,7 @@ fn against_named(limit: u32, sources: &[Source], lost: &HashSet<IpNet>) -> Vec<F
     });
     let uncounted = uncounted.max_by_key(|source| source.held - source.counted);
     let uncounted =
-        uncounted.map(|it| checks::sockets::uncounted(it.net, it.held, true, limit, it.counted));
+        uncounted.map(|it| judge::sockets::uncounted(it.net, it.held, true, limit, it.counted));
     over.into_iter().chain(uncounted).collect()
 }
 

@@ -1,7 +1,7 @@
 //! Is this host set up so that limits work? One finding for each thing that must be right.
 
 mod asked;
-pub mod checks;
+pub mod judge;
 mod trial;
 pub mod unit;
 
@@ -14,9 +14,9 @@ use netlink_sys::protocols::NETLINK_NETFILTER;
 
 use self::trial::Trial;
 use self::unit::Unit;
-use crate::audit::checks::sockets;
 use crate::audit::figures::Figures;
 use crate::audit::finding::{Finding, Verdict};
+use crate::audit::judge::sockets;
 use crate::audit::layers::{Application, Layers, Queue};
 use crate::audit::look::Seen;
 use crate::audit::report::{Report, Request};
@@ -68,9 +68,9 @@ pub fn examine(policy: &Policy, ask: bool, now: Instant, clock: SystemTime) -> D
     findings.extend(found(Report::of(seen, &scope, policy, request)));
     let trial = try_recount(now);
     findings.extend(recount(&trial, &limiter));
-    findings.extend(checks::devices(&links().unwrap_or_default(), &limiter));
+    findings.extend(judge::devices(&links().unwrap_or_default(), &limiter));
     findings.push(receive_buffer());
-    findings.extend(Unit::read().iter().flat_map(checks::unit));
+    findings.extend(Unit::read().iter().flat_map(judge::unit));
     findings.push(daemon());
     findings.push(shield(!limiter.rules.is_empty()));
     let is_unavailable = findings

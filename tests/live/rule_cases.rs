@@ -12,8 +12,8 @@ use std::fs;
 
 use crate::lab::Namespace;
 use crate::played::{entry, flow, socket};
-use ctkeep::audit::checks;
 use ctkeep::audit::finding::Verdict;
+use ctkeep::audit::judge;
 use ctkeep::audit::sources::{Load, Measure, Plays, Source, loads, sources};
 use ctkeep::conntrack::TcpState;
 use ctkeep::firewall::limits::{LimitRule, Limiter};
@@ -85,7 +85,7 @@ impl Case {
     /// Verdict by the finding's name; the worst one of several.
     fn findings(&self, ports: &[u16]) -> HashMap<&'static str, Verdict> {
         let mut all = HashMap::new();
-        for finding in checks::limits::limiter(&self.limiter, ports) {
+        for finding in judge::limits::limiter(&self.limiter, ports) {
             let known = all.entry(finding.id).or_insert(finding.verdict);
             *known = (*known).max(finding.verdict);
         }
@@ -255,7 +255,7 @@ fn a_forwarded_limit_is_for_the_published_port() {
 /// What each rule that sees nudges is said to do with them, in a word of the finding.
 fn witnesses(file: &str) -> Option<Vec<(Verdict, String)>> {
     let case = Case::load(file)?;
-    let found = checks::limits::limiter(&case.limiter, &[80]);
+    let found = judge::limits::limiter(&case.limiter, &[80]);
     let found = found.into_iter().filter(|finding| finding.id == "rule-sees-nudges");
     Some(found.map(|finding| (finding.verdict, finding.what)).collect())
 }
@@ -432,7 +432,7 @@ fn an_untracked_port_is_bad_where_a_limit_is_for_it() {
         );
         let chains = ctkeep::firewall::parse_saved(&text, ctkeep::firewall::Family::Ip);
         let limiter = Limiter::of(&Ruleset { chains, unread: Vec::new() });
-        let all = checks::limits::limiter(&limiter, &[80, 81]);
+        let all = judge::limits::limiter(&limiter, &[80, 81]);
         let all = all.into_iter().filter(|finding| finding.id == "port-untracked");
         all.map(|finding| finding.verdict).collect::<Vec<_>>()
     };
