@@ -29,7 +29,7 @@ const PURE: [&str; 55] = [
     "audit/judge",
     "audit/cover.rs",
     "audit/families.rs",
-    "audit/layers.rs",
+    "audit/layers",
     "audit/report/json.rs",
     "audit/saved",
     "audit/survey.rs",

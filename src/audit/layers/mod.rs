@@ -1,23 +1,21 @@
 //! What a connection passes on its way in, layer by layer, each with figures and a verdict. Pure.
 
+mod limits;
+
 use std::collections::BTreeMap;
 use std::fmt;
 
-use ipnet::IpNet;
 use serde::Serialize;
 
-use super::asked::{Answered, Holds};
+pub use self::limits::{Full, LimitFigures, Limits, whose};
 use super::figures::{Figures, Table, Tcp};
 use super::finding::{Finding, Verdict, worst};
 use super::judge;
 use super::processes::{Holder, Owner, Owners, place};
 use super::sources::Load;
-use crate::firewall::limits::{EarlierAccept, Key, LimitRule, Limiter, SetUse};
+use crate::firewall::limits::Limiter;
 use crate::reconcile::snapshot::Views;
 use crate::sockdiag::{Socket, State};
-
-/// What is found about the sources of a limit.
-const OF_SOURCES: [&str; 3] = ["source-over-limit", "limit-uncounted", "limit-notes"];
 
 /// The layers, in the order that a packet meets them. The first and the third are `None` for saved
 /// tables: the host that they come from is not at hand.
@@ -49,44 +47,6 @@ pub struct Layer<F> {
     pub figures: F,
 }
 
-impl Layer<Limits> {
-    /// Takes what limits said when they were asked.
-    pub(super) fn asked(&mut self, all: &[Answered]) {
-        for answered in all {
-            let Some(rule) = self.figures.rules.get_mut(answered.rule) else { continue };
-            // A list that was asked by several sources is named once.
-            let lacking = judge::sockets::lacking(answered, &rule.rule)
-                .filter(|lacking| !rule.findings.contains(lacking));
-            rule.findings.extend(lacking.clone());
-            rule.verdict = worst(&rule.findings);
-            self.extend(lacking);
-        }
-        for (index, rule) in self.figures.rules.iter_mut().enumerate() {
-            let of_rule = || all.iter().filter(|answered| answered.rule == index);
-            let any = |wanted| of_rule().any(|answered| answered.holds() == wanted);
-            let is_open = of_rule().any(|answered| match answered.holds() {
-                Holds::Perhaps => true,
-                Holds::Unanswered => answered.is_at_limit,
-                Holds::Yes | Holds::No => false,
-            });
-            if any(Holds::No) {
-                rule.holds = Some(false);
-            } else if any(Holds::Yes) && !is_open && rule.holds.is_none() {
-                rule.holds = Some(true);
-            }
-        }
-        // What could not be told is known now.
-        let is_unsure =
-            |one: &Finding| OF_SOURCES.contains(&one.id) && one.verdict == Verdict::Warn;
-        for rule in self.figures.rules.iter_mut().filter(|rule| rule.holds == Some(true)) {
-            let told: Vec<_> = rule.findings.extract_if(.., |one| is_unsure(one)).collect();
-            rule.verdict = worst(&rule.findings);
-            self.findings.retain(|one| !told.contains(one));
-        }
-        self.extend([]);
-    }
-}
-
 impl<F> Layer<F> {
     /// Takes more findings.
     pub(super) fn extend(&mut self, findings: impl IntoIterator<Item = Finding>) {
@@ -105,134 +65,6 @@ fn judged(findings: &[Finding]) -> (Verdict, Option<String>) {
     let verdict = worst(findings);
     let advised = |finding: &&Finding| finding.verdict == verdict && !finding.advice.is_empty();
     (verdict, findings.iter().find(advised).map(|finding| finding.advice.clone()))
-}
-
-/// Figures of the limiter layer.
-#[derive(Clone, Debug, Serialize)]
-pub struct Limits {
-    /// The limits that were found.
-    pub rules: Vec<LimitFigures>,
-}
-
-/// One limit, and who is at it.
-#[derive(Clone, Debug, Serialize)]
-pub struct LimitFigures {
-    /// Where it stands.
-    pub rule: String,
-    /// What it is for, by what it counts, in words.
-    pub what: String,
-    /// Ports that it is for.
-    pub ports: String,
-    /// Connections.
-    pub limit: u32,
-    /// Prefix length of what is counted together; `null` where it is not by source.
-    pub mask: Option<u8>,
-    /// By what it counts, in words.
-    pub counts: String,
-    /// What passes before it, by its kind.
-    pub before: Vec<&'static str>,
-    /// What surely passes before it, in words.
-    pub passes: Vec<String>,
-    /// What may.
-    pub may_pass: Vec<String>,
-    /// How many sources hold more than it allows.
-    pub sources_over: usize,
-    /// Those that hold as much as it allows, or more, or may.
-    pub full: Vec<Full>,
-    /// Whether it holds, as what it was asked shows, or entries that it lacks; `null` where neither does.
-    pub holds: Option<bool>,
-    /// The worst of what was found about it.
-    pub verdict: Verdict,
-    /// All of that; the layer has them too.
-    #[serde(skip)]
-    pub findings: Vec<Finding>,
-}
-
-/// A source that holds as much as a limit allows, or more.
-#[derive(Clone, Debug, Serialize)]
-pub struct Full {
-    /// Whose connections are counted together; all addresses where it is not by source, and they
-    /// are of several clients or of all.
-    pub source: String,
-    /// To which port, where each is counted on its own.
-    pub port: Option<u16>,
-    /// Its sockets that the limit counts, or may count.
-    pub held: usize,
-    /// Entries that it can count.
-    pub counted: usize,
-    /// How many it allows.
-    pub limit: u32,
-    /// More than it allows are held; `null` where that cannot be told.
-    pub over: Option<bool>,
-}
-
-impl LimitFigures {
-    fn of(rule: &LimitRule, loads: &[&Load]) -> Self {
-        let over: Vec<_> = loads.iter().filter(|load| load.is_over() == Some(true)).collect();
-        let mut findings = judge::limits::limit(rule);
-        findings.extend(over.first().map(|worst| {
-            judge::sockets::over(whose(rule, worst), worst.held, worst.limit, worst.counted)
-        }));
-        let unsure = loads.iter().find(|load| load.is_over().is_none()).filter(|_| over.is_empty());
-        findings
-            .extend(unsure.map(|load| {
-                judge::sockets::perhaps_over(whose(rule, load), load.held, load.limit)
-            }));
-        // Of those that are over it, that says how many the rule sees.
-        let uncounted = |load: &&&Load, is_sure| {
-            load.is_over() == Some(false) && load.is_uncounted() == is_sure
-        };
-        let lost = |is_sure| {
-            let all = loads.iter().filter(|load| uncounted(load, is_sure));
-            all.max_by_key(|load| load.held.saturating_sub(load.counted))
-        };
-        let lacks = loads.iter().any(|load| load.is_uncounted() == Some(true));
-        findings.extend(lost(Some(true)).or_else(|| lost(None)).map(|load| {
-            let (held, is_sure) = match load.is_uncounted() {
-                Some(_) => (load.held_for_sure, true),
-                None => (load.held, false),
-            };
-            judge::sockets::uncounted(whose(rule, load), held, is_sure, load.limit, load.counted)
-        }));
-        let noted = loads.iter().find(|load| load.is_noted).filter(|_| !rule.notes);
-        findings.extend(noted.map(|_| judge::limits::noted(rule)));
-        let passing = |is_sure| {
-            let all = rule.before.iter().filter(move |before| before.is_sure() == is_sure);
-            all.map(EarlierAccept::to_string).collect()
-        };
-        let full = loads.iter().filter(|load| load.is_full()).map(|load| Full {
-            source: whose(rule, load).to_string(),
-            port: load.port,
-            held: load.held,
-            counted: load.counted,
-            limit: load.limit,
-            over: load.is_over(),
-        });
-        let is_crowded = rule.set.as_ref().is_some_and(SetUse::is_full);
-        Self {
-            rule: rule.place(),
-            what: rule.words(),
-            ports: rule.matches.ports.to_string(),
-            limit: rule.limit.count,
-            mask: rule.source_prefix(),
-            counts: rule.limit.key.to_string(),
-            before: rule.before.iter().filter_map(EarlierAccept::name).collect(),
-            passes: passing(true),
-            may_pass: passing(false),
-            sources_over: over.len(),
-            full: full.collect(),
-            // One whose set has no room limits nobody that is not in it.
-            holds: (lacks || is_crowded).then_some(false),
-            verdict: worst(&findings),
-            findings,
-        }
-    }
-}
-
-/// Whose connections a limit counts together, as well as it can be named.
-pub fn whose(rule: &LimitRule, load: &Load) -> IpNet {
-    let is_by_source = rule.source_prefix().is_some() || rule.limit.key == Key::All;
-    load.client.filter(|_| !is_by_source).map_or(load.net, IpNet::from)
 }
 
 /// Figures of the handshake layer.
@@ -375,7 +207,7 @@ impl Layers {
             conntrack: inputs.figures.map(|figures| {
                 Layer::new(judge::figures::conntrack(&figures.table), figures.table.clone())
             }),
-            limiter: limits(inputs),
+            limiter: limits::of(inputs),
             syn: inputs.figures.map(|figures| {
                 let mut findings = judge::figures::syn(&figures.tcp, syn_recv);
                 findings.push(judge::figures::listen_drops(&figures.tcp));
@@ -385,27 +217,6 @@ impl Layers {
             application: applications(inputs),
         }
     }
-}
-
-fn limits(inputs: Inputs<'_>) -> Layer<Limits> {
-    let Inputs { limiter, loads, .. } = inputs;
-    let mut ports: Vec<u16> = inputs.listeners.iter().map(|socket| socket.local.port()).collect();
-    ports.sort_unstable();
-    ports.dedup();
-    let mut findings = judge::limits::limiter(limiter, &ports);
-    if inputs.is_limit_named {
-        findings.retain(|finding| !matches!(finding.id, "no-limit" | "rules-unread"));
-    }
-    let of = |index| loads.iter().filter(|load| load.rule == index).collect::<Vec<_>>();
-    let rules = limiter.rules.iter().enumerate();
-    let rules: Vec<_> = rules.map(|(index, rule)| LimitFigures::of(rule, &of(index))).collect();
-    let told = rules.iter().flat_map(|rule| &rule.findings);
-    for finding in told.filter(|finding| OF_SOURCES.contains(&finding.id)) {
-        if !findings.contains(finding) {
-            findings.push(finding.clone());
-        }
-    }
-    Layer::new(findings, Limits { rules })
 }
 
 fn queue(socket: &Socket, owners: &Owners) -> Queue {
