@@ -2,6 +2,7 @@
 
 mod earlier;
 mod key;
+mod told;
 mod unjudged;
 mod walk;
 mod witness;

@@ -2,6 +2,7 @@
 
 use super::earlier::{Earlier, EarlierAccept, earlier, untracked};
 use super::key::key;
+use super::told::{notes, remembers, tells};
 use super::witness::{Sight, Witness, rate};
 use super::{Limit, LimitRule, Limiter, SetUse};
 use crate::firewall::play::{CONNTRACK, DEPTH, LimitAt, Player};
@@ -304,56 +305,6 @@ impl<'r> Walk<'_, 'r, '_> {
         last
     }
 
-    /// Whether what passes the limit at this step is told of, by the rule itself or by the chain that
-    /// it leads to.
-    fn tells(&self, chain: &Chain, rule: &Rule, limit: usize) -> bool {
-        let is_note = |step: &Step| match step {
-            Step::Log | Step::Note(_) => true,
-            Step::Add(adding) => adding.limit.is_none(),
-            _ => false,
-        };
-        let over = rule.steps.get(limit).is_some_and(|step| match step {
-            Step::Count(counting) => counting.limit.over,
-            Step::Add(adding) => adding.limit.is_some_and(|limit| limit.over),
-            _ => false,
-        });
-        if !over {
-            return false;
-        }
-        match rule.outcome() {
-            // Without a verdict it is there to mark, to log, to write down.
-            Outcome::Continue => true,
-            Outcome::Jump(name) | Outcome::Goto(name) => {
-                let target = self.player.target(chain, name);
-                let chain = target.and_then(|at| self.player.ruleset().chains.get(at));
-                let plain = |rule: &Rule| {
-                    let ends =
-                        matches!(rule.outcome(), Outcome::Drop | Outcome::Reject | Outcome::Reset);
-                    ends && !rule.steps.iter().any(is_note)
-                };
-                !chain.is_some_and(|chain| chain.rules.iter().all(plain))
-            }
-            _ => rule.steps.iter().skip(limit + 1).any(is_note),
-        }
-    }
-
-    /// Whether what passes the limit at this step is written to a set, by the rule itself or by the chain
-    /// that it leads to.
-    fn remembers(&self, chain: &Chain, rule: &Rule, limit: usize) -> bool {
-        let remembers = |step: &Step| match step {
-            Step::Note(_) => true,
-            Step::Add(adding) => adding.limit.is_none(),
-            _ => false,
-        };
-        let target = match rule.outcome() {
-            Outcome::Jump(name) | Outcome::Goto(name) => self.player.target(chain, name),
-            _ => None,
-        };
-        let target = target.and_then(|at| self.player.ruleset().chains.get(at));
-        let behind = target.into_iter().flat_map(|chain| &chain.rules).flat_map(|it| &it.steps);
-        rule.steps.iter().skip(limit + 1).chain(behind).any(remembers)
-    }
-
     fn limit(
         &mut self,
         chain: &Chain,
@@ -384,9 +335,9 @@ impl<'r> Walk<'_, 'r, '_> {
             before,
             matches,
             outcome: rule.outcome().clone(),
-            tells: self.tells(chain, rule, at.step),
+            tells: tells(self.player, chain, rule, at.step),
             notes: notes(rule, at.step),
-            remembers: self.remembers(chain, rule, at.step),
+            remembers: remembers(self.player, chain, rule, at.step),
         };
         if self.found.rules.len() < LIMITS {
             self.found.add(found);
@@ -397,13 +348,6 @@ impl<'r> Walk<'_, 'r, '_> {
             self.found.unread.push(rest);
         }
     }
-}
-
-/// Whether what passes the limit at this step is logged or counted, and no more.
-fn notes(rule: &Rule, limit: usize) -> bool {
-    let is_note = |step: &Step| matches!(step, Step::Log | Step::Test(_));
-    rule.steps.iter().skip(limit + 1).all(is_note)
-        && !matches!(rule.steps.get(limit), Some(Step::Map(..)))
 }
 
 #[cfg(test)]
