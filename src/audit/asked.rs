@@ -158,7 +158,9 @@ impl<'r> Asker<'r> {
     fn deciding(&mut self, view: &View, met: &[Met], trace: &Trace) -> (Option<Met>, String) {
         let rule_of = |met: &Met| self.limiter.rules.get(met.rule);
         let rules: Vec<_> = met.iter().filter_map(rule_of).collect();
-        if let Some(limit) = limit_of(trace, &rules) {
+        // What exceeds such a limit has places behind it, too.
+        let decides = |rule: &&LimitRule| !self.plays.is_passed(view, rule.at);
+        if let Some(limit) = limit_of(trace, &rules).filter(decides) {
             let is_it = |met: &&Met| rule_of(met).is_some_and(|rule| std::ptr::eq(rule, limit));
             return (met.iter().find(is_it).cloned(), limit.place());
         }
@@ -167,7 +169,10 @@ impl<'r> Asker<'r> {
         }
         // iptables-legacy reports nothing.
         match met {
-            [met] if self.plays.only_limits_stop(view) => {
+            [met]
+                if self.plays.only_limits_stop(view)
+                    && rule_of(met).as_ref().is_none_or(decides) =>
+            {
                 (Some(met.clone()), rule_of(met).map_or(String::new(), LimitRule::place))
             }
             _ => (None, "a rule that the kernel does not report (iptables-legacy)".to_owned()),

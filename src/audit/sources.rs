@@ -344,8 +344,12 @@ impl<'r> Plays<'r> {
         if rule.remembers {
             return false;
         }
-        let exceeds = |other: &Hit| Some(other.at == hit.at || other.limit.count == 0);
-        rule.notes || self.player.play(&self.syn(view), &mut { exceeds }).admitted == Some(true)
+        rule.notes || self.is_passed(view, hit.at)
+    }
+
+    /// Whether a connection gets in though it exceeds this limit: others say how many do.
+    pub fn is_passed(&self, view: &View, limit: LimitAt) -> bool {
+        self.player.passes(&self.syn(view), limit) == Some(true)
     }
 
     /// The limits that this connection meets.

@@ -64,6 +64,11 @@ impl<'r> Groups<'r> {
         members
     }
 
+    /// Whether a connection gets in though it exceeds this limit: that it does shows nothing of its list.
+    pub fn is_passed(&self, limit: &LimitRule, syn: &Syn) -> bool {
+        self.player.passes(syn, limit.at) == Some(true)
+    }
+
     fn member(&self, hit: &Hit, syn: &Syn) -> Option<Member<'r>> {
         let rules = || self.limits.iter().filter(|rule| rule.at == hit.at);
         // Each path to a limit that asks for other packets is one of its own.

@@ -376,6 +376,32 @@ fn a_list_that_lacks_connections_is_named_once() {
     assert_eq!(peer.admitted(80, 1), 1, "the truth");
 }
 
+/// What exceeds one limit has the places of another: the room that is left is not that of the first, which
+/// lacks nothing.
+#[test]
+fn room_behind_a_limit_is_not_taken_for_its_own() {
+    let within = "-A INPUT -p tcp --syn --dport 80 -m connlimit --connlimit-upto 2";
+    let above = OPENS.replace("above 3", "above 4");
+    let behind = ":X - [0:0]\n-A X -m connlimit --connlimit-upto 4 -j RETURN\n-A X -j DROP\n";
+    for rules in [
+        format!("{within} -j ACCEPT\n{above} -j DROP\n"),
+        format!("{behind}{} -j X\n", OPENS.replace("above 3", "above 2")),
+    ] {
+        let Some((lab, _server, peer)) = host(&rules) else { return };
+        let _held = peer.hold(80, LIMIT);
+        let (code, findings, limit) = audit(&lab, &["--ask"]);
+        assert_eq!(verdicts(&findings, "limit-lacking"), [""; 0], "{rules}: {findings:#}");
+        assert_eq!((code, &limit["holds"]), (0, &Value::Null), "{rules}: {limit:#}");
+        assert_eq!(
+            peer.admitted(80, 9),
+            3,
+            "{rules}: the truth: two within the first, four behind it"
+        );
+        let (_, recounted, _) = lab.ctkeep(CTKEEP, &["recount"]);
+        assert!(!recounted.contains("not counted"), "{rules}: {recounted}");
+    }
+}
+
 /// A limit for each pair of source and destination: what the list of one client holds is said of no other.
 #[test]
 fn what_the_list_of_another_client_holds_is_not_said_of_a_source() {

@@ -230,6 +230,12 @@ impl<'r> Player<'r> {
         self.run(syn, &self.bases, exceeded)
     }
 
+    /// Whether a SYN gets in that exceeds this limit and no other: then it is not the limit that says how many
+    /// get in. `None` where that cannot be told.
+    pub fn passes(&self, syn: &Syn, exceeded: LimitAt) -> Option<bool> {
+        self.play(syn, &mut |hit| Some(hit.at == exceeded || hit.limit.count == 0)).admitted
+    }
+
     fn run(
         &self,
         syn: &Syn,

@@ -212,6 +212,10 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
                 let (held, sure) = self.together(member.rule, group, source, sockets, groups)?;
                 if held.len() >= member.limit {
                     let Member { rule, limit, .. } = *member;
+                    if groups.is_passed(rule, &syn) {
+                        answers.push(unknown(rule, "other rules let in what exceeds it"));
+                        continue;
+                    }
                     reached.push(Reached { rule, limit, held, sure });
                 }
             }

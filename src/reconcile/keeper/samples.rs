@@ -82,6 +82,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             members.iter().find(is_it),
             // The limit may know it by the address before its translation.
             members.iter().any(|member| member.rule.tells)
+                || groups.is_passed(rule, &syn)
                 || entry.is_some_and(|entry| entry.orig.src.addr() != source),
         ) else {
             return Ok(());
