@@ -112,8 +112,8 @@ pub struct Drained {
     pub unreadable: u64,
     /// The source cannot report all, for now.
     pub full: bool,
-    /// A connection has begun to close; said once a second.
-    pub closing: bool,
+    /// Connections that have begun to close, of those that are told.
+    pub closing: Vec<Suspect>,
     /// Sources of half-closed connections, and peers of ports whose SYNs are wanted, that open another.
     pub opening: Vec<IpAddr>,
 }

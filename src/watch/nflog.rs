@@ -239,14 +239,13 @@ impl Watch {
             let Packet { flow, interface, seq, at, prefix } = packet;
             is_gap |= seq.is_some() && next.is_some() && seq != *next;
             *next = seq.map(|seq| seq.wrapping_add(1));
-            drained.closing |= prefix == Prefix::Closing;
             if prefix == Prefix::Opens {
                 drained.opening.extend(flow.map(|flow| flow.src.addr()));
             }
-            if matches!(prefix, Prefix::Hurry | Prefix::Closing | Prefix::Opens) {
+            if matches!(prefix, Prefix::Hurry | Prefix::Opens) {
                 return Ok(());
             }
-            drained.logged += 1;
+            drained.logged += u64::from(prefix != Prefix::Closing);
             drained.full |= prefix == Prefix::Full;
             if let Some(flow) = flow {
                 let is_translated = prefix == Prefix::Translated;
@@ -258,7 +257,7 @@ impl Watch {
                 } else {
                     (Connection::of_receiver(flow), interface)
                 };
-                take(Suspect {
+                let suspect = Suspect {
                     connection,
                     interface,
                     is_translated,
@@ -266,8 +265,12 @@ impl Watch {
                     is_answered,
                     destroyed: None,
                     at,
-                });
-            } else {
+                };
+                match prefix {
+                    Prefix::Closing => drained.closing.push(suspect),
+                    _ => take(suspect),
+                }
+            } else if prefix != Prefix::Closing {
                 // Any client can send one; it says nothing of other packets.
                 drained.unreadable += 1;
             }

@@ -65,13 +65,16 @@ const SYN_SOURCES: u32 = 32_768;
 /// The protocol: there is one element.
 pub(super) const MISSED_KEY: [u8; 1] = [IPPROTO_TCP];
 
-/// A first FIN, a FIN that found its set full, an RST beyond [`RESETS`]: once a second, not each.
+/// A FIN that found its set full, an RST beyond [`RESETS`]: once a second, not each.
 const ONCE_A_SECOND: Expr = Expr::Limit { rate: 1, burst: 1 };
 /// The word that goes with it.
 pub(super) const FULL: &str = "full";
-/// The word that goes with a first FIN: something begins to close. Once a second is enough to know
-/// that a look at the sockets is worth its price.
+/// The word that goes with a first FIN: something begins to close, and a look at the sockets is worth its
+/// price.
 pub(super) const CLOSING_WORD: &str = "closing";
+/// First FINs a second that are logged. Each leads to a look at its connection, as TCP may not have taken it:
+/// behind a hole, say. Some 10 us each.
+const FIRST_FINS: Expr = Expr::Limit { rate: 50, burst: 50 };
 /// The word that goes with a SYN that only sends off what waits.
 pub(super) const HURRY: &str = "hurry";
 /// The word that goes with a SYN of a source that has half-closed connections, or to a port of
@@ -331,7 +334,7 @@ fn closing_label() -> [Expr; 3] {
 
 /// Something begins to close.
 fn announced(group: u16) -> Vec<Vec<Expr>> {
-    vec![rule(&[&fin(), &[ONCE_A_SECOND, log(group, Some(CLOSING_WORD), 1)]])]
+    vec![rule(&[&fin(), &[FIRST_FINS, log(group, Some(CLOSING_WORD), QUEUE)]])]
 }
 
 /// Who has room for the label has it then, and leaves.

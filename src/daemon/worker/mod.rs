@@ -256,8 +256,8 @@ impl<'p> Worker<'p> {
         if drained.overrun || drained.malformed > 0 {
             self.keeper.events_lost(now);
         }
-        if drained.closing {
-            self.keeper.closing();
+        if !drained.closing.is_empty() {
+            self.keeper.closing(&drained.closing);
         }
         self.keeper.opening(drained.opening.iter().copied());
         if drained.full {
@@ -375,7 +375,13 @@ fn know_timeouts(keeper: &mut Keeper) {
         states.iter().map(|state| kernel_timeout(*state)).chain(unanswered).flatten().min()
     };
     keeper.forgets = Forgets {
-        open: shortest(&[TcpState::SynRecv, TcpState::Established]),
+        // A FIN that TCP does not take, because of a hole before it, closes the entry alone.
+        open: shortest(&[
+            TcpState::SynRecv,
+            TcpState::Established,
+            TcpState::FinWait,
+            TcpState::CloseWait,
+        ]),
         // A sealed one is ESTABLISHED.
         half_closed: shortest(&[TcpState::FinWait, TcpState::CloseWait, TcpState::Established]),
     };

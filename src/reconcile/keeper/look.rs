@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::{Keeper, Trigger, Witness};
 use crate::error::Result;
+use crate::flow::Connection;
 use crate::netlink::Transport;
 use crate::reconcile::apply::Outcome;
 use crate::reconcile::confirm::confirm;
@@ -15,6 +16,7 @@ use crate::reconcile::snapshot::{Snapshot, View};
 use crate::reconcile::timers::Timer;
 use crate::recount::Recount;
 use crate::sockdiag::{Cookie, Lookup, State};
+use crate::watch::Suspect;
 
 /// Connections that are looked at before events have their turn: some 3 ms.
 const LOOKS: usize = 256;
@@ -23,8 +25,8 @@ const LOOKS: usize = 256;
 /// misses 3 %, and of a flush nothing.
 const SAMPLE: usize = 32;
 
-/// Sweeps that ask for half-closed sockets after a FIN: the event source reports one FIN a second,
-/// and perhaps before TCP has seen it.
+/// Sweeps that ask for half-closed sockets after a FIN: the event source does not report each, and
+/// perhaps before TCP has seen it.
 pub(super) const DUMPS: u32 = 2;
 
 /// Sweeps without such a question at most: a connection that is closed from this side has two of
@@ -56,9 +58,30 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         self.ends_are_told = are_told;
     }
 
-    /// A connection has begun to close: the next sweeps ask for half-closed sockets.
-    pub fn closing(&mut self) {
+    /// Connections have begun to close, of which these are known: the next sweep looks at them, as TCP may not
+    /// have taken their FINs, and the next sweeps ask for half-closed sockets.
+    pub fn closing(&mut self, known: &[Suspect]) {
         self.dumps = DUMPS;
+        self.begun_to_close.extend(known.iter().map(|suspect| (suspect.connection, *suspect)));
+    }
+
+    /// What has begun to close since the last sweep, as its sockets see it.
+    fn take_begun_to_close(&mut self) -> Result<Vec<Lookup>> {
+        let lookup = |it: &Suspect| Lookup { connection: it.connection, interface: it.interface };
+        let mut lookups: HashSet<_> = self.begun_to_close.values().map(lookup).collect();
+        // The event says nothing of translation, which the entry does.
+        let of_wire = |(connection, suspect): (&Connection, &Suspect)| {
+            (*connection, Suspect { is_translated: true, ..*suspect })
+        };
+        let begun = self.begun_to_close.iter().map(of_wire).collect();
+        let (scope, policy) = (&mut self.scope, &self.settings.policy);
+        let seen = self.tables.as_their_sockets_see_them(begun, &self.ledger, scope, policy)?;
+        let translated =
+            seen.values().filter(|it| !self.begun_to_close.contains_key(&it.connection));
+        lookups.extend(translated.map(lookup));
+        lookups.retain(|it| self.scope.contains(policy, it.connection));
+        self.begun_to_close.clear();
+        Ok(lookups.into_iter().collect())
     }
 
     /// These sources have opened connections: the next sweep looks at what else they have.
@@ -121,7 +144,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
     /// The next sweep looks at every watched connection.
     pub fn suspect_all(&mut self) {
         self.suspects_all = true;
-        self.closing();
+        self.closing(&[]);
     }
 
     /// What a shallow sweep looks at, and the first part of it.
@@ -151,6 +174,8 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             witness.seen(&self.scope.ports, None);
         }
         self.looks.extend(self.ledger.sample(SAMPLE));
+        let begun = self.take_begun_to_close()?;
+        self.looks.extend(begun);
         self.look_on(now, witness)
     }
 

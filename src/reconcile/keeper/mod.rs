@@ -16,7 +16,7 @@ mod suspects;
 mod sweep;
 mod withheld;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -36,9 +36,11 @@ use super::timers::{Timer, Timers};
 use super::uncounted::Uncounted;
 use crate::conntrack::{Change, TcpState, Zone};
 use crate::error::Result;
+use crate::flow::Connection;
 use crate::netlink::{KernelSocket, Transport};
 use crate::recount::{Recount, Recounter};
 use crate::sockdiag::{Cookie, Lookup, Socket, State, States};
+use crate::watch::Suspect;
 
 pub use checks::AsRead;
 pub use deep::Shown;
@@ -165,6 +167,8 @@ pub struct Keeper<T: Transport = KernelSocket, R: Recount = Recounter> {
     ends_are_told: bool,
     /// So many of the next sweeps ask for half-closed sockets.
     dumps: u32,
+    /// What has begun to close since the last sweep.
+    begun_to_close: HashMap<Connection, Suspect>,
     /// One asks at the latest then.
     next_dump: Instant,
     /// None asks sooner only because connections begin to close.
@@ -251,6 +255,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             longest_unseen: Duration::ZERO,
             ends_are_told: false,
             dumps: look::DUMPS,
+            begun_to_close: HashMap::new(),
             next_dump: now,
             soonest_question: now,
             has_asked: false,
@@ -348,7 +353,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
 
     /// Sockets have come that no event has told of: the next sweep lists them, by this time.
     pub fn sweep_by(&mut self, time: Instant) {
-        self.closing();
+        self.closing(&[]);
         self.timers.hasten(Timer::Shallow, time);
     }
 

@@ -92,3 +92,26 @@ fn a_handshake_that_ends_when_its_entry_has_gone_keeps_its_place() {
         scene.held.extend(begun);
     });
 }
+
+/// A FIN behind a hole closes the entry and not the socket, and with what administrators set it is forgotten
+/// before a deep sweep.
+#[test]
+fn a_fin_that_tcp_does_not_take_frees_no_slot() {
+    const FORGETS: u64 = 2;
+    let forgets = |lab: &Lab| {
+        for timeout in ["close_wait", "fin_wait", "last_ack"] {
+            let setting = format!("net/netfilter/nf_conntrack_tcp_timeout_{timeout}");
+            lab.server.sysctl(&setting, &FORGETS.to_string());
+        }
+    };
+    for source in [ATTACKER, ATTACKER6] {
+        let counts = contrast(source, forgets, GROWN, ROUNDS, |scene| {
+            let begun = (0..scene.limit).map(|_| scene.attacker.syn_only(PORT)).collect();
+            let new = scene.attacker.complete(begun, Duration::from_millis(50));
+            new.iter().for_each(|conn| conn.fin_at(100));
+            scene.held.extend(new);
+            thread::sleep(Duration::from_millis(FORGETS * 1000 + 300));
+        });
+        assert_bounded("a FIN behind a hole", &counts, GROWN);
+    }
+}
