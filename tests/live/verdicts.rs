@@ -402,6 +402,31 @@ fn room_behind_a_limit_is_not_taken_for_its_own() {
     }
 }
 
+/// connlimit keeps a list for each zone of conntrack; `ct count` does not.
+#[test]
+fn connlimit_counts_each_zone_apart() {
+    let connlimit = OPENS.replace("above 3", "above 3 --connlimit-mask 24");
+    let count = "table ip f {\n chain i { type filter hook input priority 10; tcp dport 80 ct state new \
+                 ct count over 3 drop\n }\n}\n";
+    for is_native in [false, true] {
+        let rules = if is_native { String::new() } else { format!("{connlimit} -j DROP\n") };
+        let Some((lab, _server, peer)) = host(&rules) else { return };
+        if is_native {
+            lab.server.feed("nft -f -", count);
+        }
+        lab.server.feed(
+            "iptables-restore -n",
+            "*raw\n-A PREROUTING -s 198.51.100.8 -j CT --zone 5\n-A OUTPUT -d 198.51.100.8 -j CT --zone 5\nCOMMIT\n",
+        );
+        let other = lab.peer("198.51.100.8");
+        let _held = (peer.hold(80, 2), other.hold(80, if is_native { 1 } else { 2 }));
+        let (code, findings, limit) = audit(&lab, &[]);
+        let full = limit["full"].as_array().unwrap().len();
+        assert_eq!((code, full), (0, usize::from(is_native)), "{findings:#} {limit:#}");
+        assert_eq!(peer.admitted(80, 2), usize::from(!is_native), "the truth");
+    }
+}
+
 /// A limit for each pair of source and destination: what the list of one client holds is said of no other.
 #[test]
 fn what_the_list_of_another_client_holds_is_not_said_of_a_source() {

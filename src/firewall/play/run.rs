@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::{CONNTRACK, Certainty, Counts, DEPTH, Hit, LimitAt, NAT_DST, Played, Player, set_of};
 use crate::firewall::Family;
 use crate::firewall::packet::{Interface, Packet};
-use crate::firewall::rule::{Adding, Chain, Counting, Outcome, Rule, Step, Test};
+use crate::firewall::rule::{Adding, Chain, Counting, Outcome, Rule, Step, Test, Threshold};
 use crate::firewall::set::{self, Found, Set};
 use crate::firewall::value::{Answer, Bits, Field, Operand};
 use crate::nftables::Hook;
@@ -197,7 +197,16 @@ impl<'r> Run<'_, 'r, '_, '_> {
                     answer.not_if(!is)
                 }
                 Step::Test(test) => self.test(test),
-                Step::Count(counting) => self.count(at, counting, reach.and(passed)),
+                Step::Count(Counting { limit, by }) => {
+                    let group = self.group(by);
+                    // xt's, which always has a key, keeps a list for each zone (`connlimit_mt()`).
+                    let of_zone = |key: Vec<u8>| {
+                        let zone = self.packet.zone?;
+                        Some([&key[..], &zone.to_be_bytes()].concat())
+                    };
+                    let group = if by.is_empty() { group } else { group.and_then(of_zone) };
+                    self.meet(at, *limit, group, reach.and(passed))
+                }
                 Step::Add(adding) => self.add(at, adding, reach.and(passed)),
                 Step::Remove(set) => {
                     self.added.push(Arc::clone(set));
@@ -305,11 +314,25 @@ impl<'r> Run<'_, 'r, '_, '_> {
         set.and_then(|set| self.player.lists.get(&Arc::as_ptr(set))).copied().unwrap_or(at)
     }
 
-    /// The limit's answer: whether the rule goes on.
-    fn count(&mut self, at: LimitAt, counting: &Counting, reach: Answer) -> Answer {
-        let Counting { limit, by } = counting;
+    /// What is counted together with the packet; `None` where that is unknown.
+    fn group(&self, by: &[Operand]) -> Option<Vec<u8>> {
         let values: Vec<Bits> = by.iter().map(|value| value.of(&self.packet)).collect();
-        let group = if by.is_empty() { Some(Vec::new()) } else { set::key(&values) };
+        if by.is_empty() { Some(Vec::new()) } else { set::key(&values) }
+    }
+
+    fn count(&mut self, at: LimitAt, counting: &Counting, reach: Answer) -> Answer {
+        let group = self.group(&counting.by);
+        self.meet(at, counting.limit, group, reach)
+    }
+
+    /// The limit's answer: whether the rule goes on.
+    fn meet(
+        &mut self,
+        at: LimitAt,
+        limit: Threshold,
+        group: Option<Vec<u8>>,
+        reach: Answer,
+    ) -> Answer {
         let tracked = match self.packet.is_tracked {
             Some(true) => Answer::Yes,
             None => Answer::Unknown,
@@ -319,7 +342,7 @@ impl<'r> Run<'_, 'r, '_, '_> {
         let sure = if tracked == Answer::No { reach } else { reach.and(tracked) };
         let Some(certainty) = Certainty::of(sure) else { return Answer::No };
         let list = self.list(at);
-        let hit = Hit { at, list, limit: *limit, group, certainty, counts };
+        let hit = Hit { at, list, limit, group, certainty, counts };
         let exceeded = (self.exceeded)(&hit);
         self.played.hits.push(hit);
         let exceeded = exceeded.map_or(Answer::Unknown, Answer::from);
