@@ -5,7 +5,7 @@ use std::fmt;
 use serde::Serialize;
 
 /// Every identifier there is; docs/doctor.md has a section for each.
-pub const IDENTIFIERS: [&str; 57] = [
+pub const IDENTIFIERS: [&str; 58] = [
     "kernel",
     "privilege-net-admin",
     "privilege-net-raw",
@@ -24,6 +24,7 @@ pub const IDENTIFIERS: [&str; 57] = [
     "no-limit",
     "limit",
     "limit-shadowed",
+    "limit-translated",
     "limit-without-syn",
     "limit-forwarded",
     "limit-unseen",

@@ -402,6 +402,25 @@ fn room_behind_a_limit_is_not_taken_for_its_own() {
     }
 }
 
+/// A limit for a port that rules lead elsewhere before it sees none of what clients open to it.
+#[test]
+fn a_limit_for_the_port_before_a_translation_is_not_said_to_be_sound() {
+    const REDIRECT: &str =
+        "COMMIT\n*nat\n-A PREROUTING -p tcp --dport 80 -j REDIRECT --to-ports 81\n";
+    for (port, is_seen) in [("80", false), ("81", true)] {
+        let limit = OPENS.replace("dport 80", &format!("dport {port}"));
+        let Some((lab, _server, peer)) = host(&format!("{limit} -j DROP\n{REDIRECT}")) else {
+            return;
+        };
+        let _held = peer.hold(80, if is_seen { LIMIT } else { LIMIT + 2 });
+        let (code, findings, limit) = audit(&lab, &[]);
+        let said = (code, verdicts(&findings, "limit-translated").len(), limit["verdict"].clone());
+        let wanted = if is_seen { (0, 0, "ok".into()) } else { (0, 1, "warn".into()) };
+        assert_eq!(said, wanted, "{port}: {findings:#}");
+        assert_eq!(peer.admitted(80, 1), usize::from(!is_seen), "{port}: the truth");
+    }
+}
+
 /// connlimit keeps a list for each zone of conntrack; `ct count` does not.
 #[test]
 fn connlimit_counts_each_zone_apart() {

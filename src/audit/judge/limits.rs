@@ -3,6 +3,7 @@
 use crate::audit::finding::Finding;
 use crate::firewall::limits::{EarlierAccept, LimitRule, Limiter, Sight, Unjudged, Where, Witness};
 use crate::firewall::{Hook, Ports, Ruleset, published};
+use crate::flow::Endpoint;
 
 /// The rules; `ports` are those that are looked after.
 pub fn limiter(limiter: &Limiter, ports: &[u16]) -> Vec<Finding> {
@@ -72,6 +73,21 @@ pub fn limit(rule: &LimitRule) -> Vec<Finding> {
         )
     }));
     all
+}
+
+/// None of the connections to a port that the limit names comes to it.
+pub fn translated(rule: &LimitRule, port: u16, local: Endpoint, connections: usize) -> Finding {
+    let all =
+        if connections == 1 { "the one open connection" } else { "any of the open connections" };
+    Finding::warn(
+        "limit-translated",
+        format!("{rule} does not see {all} to port {port}: rules lead them to {local} first"),
+        format!(
+            "limit port {} where they pass (FORWARD, where that is in a container), or what clients asked \
+             for: --ctorigdstport {port} (nft: ct original proto-dst {port})",
+            local.port()
+        ),
+    )
 }
 
 fn one_limit(rule: &LimitRule) -> Finding {

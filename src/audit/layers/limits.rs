@@ -9,9 +9,11 @@ use crate::audit::finding::{Finding, Verdict, worst};
 use crate::audit::judge;
 use crate::audit::sources::Load;
 use crate::firewall::limits::{EarlierAccept, Key, LimitRule, SetUse};
+use crate::reconcile::snapshot::{View, Views};
 
 /// What is found about the sources of a limit.
-const OF_SOURCES: [&str; 3] = ["source-over-limit", "limit-uncounted", "limit-notes"];
+const OF_SOURCES: [&str; 4] =
+    ["source-over-limit", "limit-uncounted", "limit-notes", "limit-translated"];
 
 /// Figures of the limiter layer.
 #[derive(Clone, Debug, Serialize)]
@@ -133,6 +135,34 @@ impl LimitFigures {
             findings,
         }
     }
+
+    fn take(&mut self, finding: Option<Finding>) {
+        self.findings.extend(finding);
+        self.verdict = worst(&self.findings);
+    }
+}
+
+/// What is open to the ports of a limit that meets none of it, since rules lead it elsewhere first.
+fn passed_by(rule: &LimitRule, views: &Views) -> Option<Finding> {
+    if rule.is_before_nat() || rule.matches.ports.is_all() {
+        return None;
+    }
+    let asked = |view: &View| {
+        let entry = view.entry.filter(|entry| entry.reply == view.connection.sent())?;
+        let (asked, local) = (entry.orig.dst, view.connection.local);
+        let is_for = |(net, inside): &(IpNet, bool)| net.contains(&asked.addr()) == *inside;
+        let is_it = view.socket.is_some_and(|socket| socket.takes_a_slot())
+            && !view.is_outgoing()
+            && asked != local
+            && rule.covers(view.client().addr(), asked.port())
+            && rule.matches.destinations.iter().all(is_for)
+            && !rule.matches.ports.contains(local.port());
+        is_it.then_some((asked, local))
+    };
+    let mut all = views.iter().filter_map(|view| asked(&view));
+    let (first, local) = all.next()?;
+    let others = all.filter(|(asked, _)| asked.port() == first.port()).count();
+    Some(judge::limits::translated(rule, first.port(), local, others + 1))
 }
 
 /// Whose connections a limit counts together, as well as it can be named.
@@ -190,7 +220,13 @@ pub(super) fn of(inputs: Inputs<'_>) -> Layer<Limits> {
     }
     let of = |index| loads.iter().filter(|load| load.rule == index).collect::<Vec<_>>();
     let rules = limiter.rules.iter().enumerate();
-    let rules: Vec<_> = rules.map(|(index, rule)| LimitFigures::of(rule, &of(index))).collect();
+    let figures = |(index, rule)| {
+        let loads = of(index);
+        let mut figures = LimitFigures::of(rule, &loads);
+        figures.take(loads.is_empty().then(|| passed_by(rule, inputs.views)).flatten());
+        figures
+    };
+    let rules: Vec<_> = rules.map(figures).collect();
     let told = rules.iter().flat_map(|rule| &rule.findings);
     for finding in told.filter(|finding| OF_SOURCES.contains(&finding.id)) {
         if !findings.contains(finding) {
