@@ -20,6 +20,7 @@ pub mod published;
 pub mod rule;
 mod save_program;
 pub mod set;
+pub mod timeouts;
 pub mod tracking;
 pub mod value;
 mod xt;

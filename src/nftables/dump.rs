@@ -118,8 +118,11 @@ pub(crate) fn sets<T: Transport>(conversation: &mut Conversation<T>) -> Result<V
     list(conversation, "dump of nft sets", NFT_MSG_GETSET, set)
 }
 
-/// All named objects.
-pub(crate) fn objects<T: Transport>(conversation: &mut Conversation<T>) -> Result<Vec<RawObject>> {
+/// All named objects, or those of one kind (`NFT_OBJECT_*`).
+pub(crate) fn objects<T: Transport>(
+    conversation: &mut Conversation<T>,
+    kind: Option<u32>,
+) -> Result<Vec<RawObject>> {
     let object = |family, attributes: Attributes<'_>| {
         Some(RawObject {
             family,
@@ -129,7 +132,8 @@ pub(crate) fn objects<T: Transport>(conversation: &mut Conversation<T>) -> Resul
             data: attributes.value(NFTA_OBJ_DATA).unwrap_or_default().to_vec(),
         })
     };
-    list(conversation, "dump of nft objects", NFT_MSG_GETOBJ, object)
+    let wanted = kind.map(|kind| nla(NFTA_OBJ_TYPE, &kind.to_be_bytes()));
+    listed_by(conversation, "dump of nft objects", NFT_MSG_GETOBJ, wanted.as_slice(), object)
 }
 
 /// The elements of a set, each a nest.
@@ -182,7 +186,17 @@ fn list<T: Transport, V>(
     message: u16,
     decode: impl Fn(u8, Attributes<'_>) -> Option<V>,
 ) -> Result<Vec<V>> {
-    conversation.dump(&get(verb, message, 0, &[]), |all: &mut Vec<V>, frame| {
+    listed_by(conversation, verb, message, &[], decode)
+}
+
+fn listed_by<T: Transport, V>(
+    conversation: &mut Conversation<T>,
+    verb: &'static str,
+    message: u16,
+    wanted: &[DefaultNla],
+    decode: impl Fn(u8, Attributes<'_>) -> Option<V>,
+) -> Result<Vec<V>> {
+    conversation.dump(&get(verb, message, 0, wanted), |all: &mut Vec<V>, frame| {
         let attributes = Attributes(frame.payload.get(NFGENMSG_LEN..).unwrap_or_default());
         all.extend(frame.payload.first().and_then(|family| decode(*family, attributes)));
         Ok(())

@@ -209,7 +209,13 @@ pub(crate) const NFTA_OBJREF_SET_NAME: u16 = 0x4;
 pub(crate) const NFT_OBJECT_QUOTA: u32 = 2;
 pub(crate) const NFT_OBJECT_LIMIT: u32 = 4;
 pub(crate) const NFT_OBJECT_CONNLIMIT: u32 = 5;
+pub(crate) const NFT_OBJECT_CT_TIMEOUT: u32 = 7;
 pub(crate) const NFT_OBJECT_SYNPROXY: u32 = 10;
+pub(crate) const NFTA_CT_TIMEOUT_L4PROTO: u16 = 2;
+pub(crate) const NFTA_CT_TIMEOUT_DATA: u16 = 3;
+/// `enum ctattr_timeout_tcp`: up to `CLOSE` the numbers are those of the states.
+pub(crate) const CTA_TIMEOUT_TCP_RETRANS: u16 = 10;
+pub(crate) const CTA_TIMEOUT_TCP_UNACK: u16 = 11;
 
 pub(crate) const NFTA_FIB_DREG: u16 = 1;
 pub(crate) const NFTA_FIB_RESULT: u16 = 2;

@@ -26,7 +26,7 @@ use super::{Live, OnExit};
 use crate::audit::survey::{Survey, SweepResult};
 use crate::conntrack::TcpState;
 use crate::error::{Error, Result};
-use crate::firewall::Ruleset;
+use crate::firewall::{Ruleset, timeouts};
 use crate::host::counters::Cookies;
 use crate::host::{random, sysctl};
 use crate::metrics::{GuardMetrics, instant_of};
@@ -372,7 +372,10 @@ fn know_timeouts(keeper: &mut Keeper) {
         .map(|which| sysctl::conntrack(&format!("nf_conntrack_tcp_timeout_{which}")));
     let unanswered = unanswered.map(|timeout| timeout.map(Duration::from_secs));
     let shortest = |states: &[TcpState]| {
-        states.iter().map(|state| kernel_timeout(*state)).chain(unanswered).flatten().min()
+        // Rules that cannot be read are said where limits are looked for.
+        let by_rules = timeouts::shortest(states).ok().flatten();
+        let by_kernel = states.iter().map(|state| kernel_timeout(*state)).chain(unanswered);
+        by_kernel.chain([by_rules]).flatten().min()
     };
     keeper.forgets = Forgets {
         // A FIN that TCP does not take, because of a hole before it, closes the entry alone.

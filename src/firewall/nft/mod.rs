@@ -47,7 +47,7 @@ pub fn chains<T: Transport>(conversation: &mut Conversation<T>) -> Result<Vec<Ch
         places.insert((chain.family, chain.table.clone(), chain.name.clone()), at);
     }
     let declared = dump::sets(conversation)?;
-    let objects = dump::objects(conversation)?;
+    let objects = dump::objects(conversation, None)?;
     let rules = dump::rules(conversation)?;
     let mut read: HashMap<(u8, String, String), Arc<Set>> = HashMap::new();
     for rule in rules {

@@ -115,3 +115,28 @@ fn a_fin_that_tcp_does_not_take_frees_no_slot() {
         assert_bounded("a FIN behind a hole", &counts, GROWN);
     }
 }
+
+/// A policy of the rules (`ct timeout`) goes before the kernel's settings.
+#[test]
+fn a_policy_that_forgets_idle_connections_opens_no_limit() {
+    let policy = |lab: &Lab| {
+        lab.server.feed(
+            "nft -f -",
+            "table ip hasty {\n\
+             ct timeout short { protocol tcp; l3proto ip; policy = { established: 2, close_wait: 2 }\n }\n\
+             chain names { type filter hook prerouting priority 0; ct timeout set \"short\"\n }\n}\n",
+        );
+    };
+    let counts = contrast(ATTACKER, policy, GROWN, ROUNDS, |scene| {
+        let begun = (0..scene.limit).map(|_| scene.attacker.syn_only(PORT)).collect();
+        let new = scene.attacker.complete(begun, Duration::from_millis(50));
+        scene.held.extend(new);
+        thread::sleep(Duration::from_millis(2300));
+        if scene.daemon.is_some() {
+            // As above.
+            let is_back = |conn| scene.lab.entry(conn).is_some();
+            lab::holds_within(REPAIRED, || scene.held.iter().all(is_back));
+        }
+    });
+    assert_bounded("idle, by a policy", &counts, GROWN);
+}
