@@ -95,6 +95,43 @@ pub(super) fn is_continued_by(text: &str) -> bool {
     }
 }
 
+/// What a word begins with, or is, that a line may be broken in.
+const WORDS: [&str; 21] = [
+    "src=",
+    "dst=",
+    "sport=",
+    "dport=",
+    "type=",
+    "code=",
+    "id=",
+    "packets=",
+    "bytes=",
+    "mark=",
+    "use=",
+    "zone=",
+    "zone-orig=",
+    "zone-reply=",
+    "secctx=",
+    "helper=",
+    "labels=",
+    "[ASSURED]",
+    "[UNREPLIED]",
+    "[OFFLOAD]",
+    "[HW_OFFLOAD]",
+];
+
+/// Whether a line that goes on with this one was broken within a word, as terminals do.
+pub(super) fn is_broken_word(before: &str, after: &str) -> bool {
+    let ends = (before.split_whitespace().next_back(), after.split_whitespace().next());
+    let (Some(last), Some(first)) = ends else { return false };
+    let is_rest = first.chars().all(|c| c.is_ascii_hexdigit() || c == '.' || c == ':');
+    if is_rest && last.contains('=') && !last.starts_with('[') {
+        return true;
+    }
+    let word = format!("{last}{first}");
+    state(&word).is_some() || WORDS.iter().any(|it| word.starts_with(it) && last.len() < it.len())
+}
+
 /// `[ipv4 2] tcp 6 117 CLOSE_WAIT src=... dst=... sport=... dport=... src=... [ASSURED] mark=0`
 pub(super) fn item(text: &str) -> Read<Item> {
     let (kind, words) = words(text);

@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use super::conntrack::{Item, Kind, is_complete, is_continued_by, is_start, item};
+use super::conntrack::{Item, Kind, is_broken_word, is_complete, is_continued_by, is_start, item};
 use super::filter::Filter;
 use super::lines::{Line, Text};
 use super::{CUT_SHORT, Mistake, Parsed};
@@ -50,12 +50,13 @@ pub(super) fn entries(text: &Text) -> Entries {
     let records = records(&text.lines, &mut entries);
     let end = records.last().map(|line| line.number);
     for line in records {
-        // The last port of a text that was cut off may go on.
-        let is_open = text.open_end.is_some()
-            && Some(line.number) == end
-            && line.text.split_whitespace().next_back().is_some_and(|it| it.starts_with("dport="));
+        // The last port of a line that was cut off goes on, that of a text that was may.
+        let ends_in_port =
+            line.text.split_whitespace().next_back().is_some_and(|it| it.starts_with("dport="));
+        let is_open = text.open_end.is_some() && Some(line.number) == end;
+        let is_cut = |entry: &Entry| ends_in_port && (is_open || lacks_digits(entry));
         let read = item(&line.text).and_then(|item| match item {
-            Item::Tcp(_, entry) if is_open && entry.is_translated() => {
+            Item::Tcp(_, entry) if entry.is_translated() && is_cut(&entry) => {
                 Err(Mistake::new(CUT_SHORT, "the end of the reply tuple may be missing"))
             }
             item => Ok(item),
@@ -108,6 +109,12 @@ pub(super) fn entries(text: &Text) -> Entries {
     let is_history = !is_list && !mentioned.is_empty() && !entries.is_empty_table;
     entries.mentioned = is_history.then_some(mentioned);
     entries
+}
+
+/// Whether the reply's last port is that of the client without its last digits.
+fn lacks_digits(entry: &Entry) -> bool {
+    let (client, last) = (entry.orig.src, entry.reply.dst);
+    client.addr() == last.addr() && client.port().to_string().starts_with(&last.port().to_string())
 }
 
 /// Entries that are listed more than once: a text with several looks (a log, `watch`).
@@ -183,9 +190,14 @@ fn records(lines: &[Line], entries: &mut Entries) -> Vec<Line> {
         }
         match records.last_mut() {
             Some((record, pieces))
-                if *pieces < PIECES && (!is_complete(&record.text) || is_continued_by(text)) =>
+                if *pieces < PIECES
+                    && (!is_complete(&record.text)
+                        || is_continued_by(text)
+                        || is_broken_word(&record.text, text)) =>
             {
-                record.text.push(' ');
+                if !is_broken_word(&record.text, text) {
+                    record.text.push(' ');
+                }
                 record.text.push_str(text);
                 *pieces += 1;
             }
@@ -212,6 +224,45 @@ mod tests {
             "{head} src=198.51.100.7 dst=192.0.2.1 sport={port} dport=8080 \
              src=192.0.2.1 dst=198.51.100.7 sport=8080 dport={port} [ASSURED]\n"
         )
+    }
+
+    #[test]
+    fn lines_that_a_terminal_has_broken_are_put_together_whatever_its_width() {
+        let text = "ipv4     2 tcp      6 431999 ESTABLISHED src=198.51.100.7 dst=192.0.2.1 sport=46569 \
+            dport=80 packets=12 bytes=3456 src=192.0.2.1 dst=198.51.100.7 sport=8080 dport=46569 packets=1 \
+            bytes=52 [ASSURED] mark=0 zone=3 use=1\n\
+            ipv6     10 tcp      6 59 CLOSE_WAIT src=2001:db8:1::7 dst=2001:db8::1 sport=45507 dport=80 \
+            src=2001:db8::1 dst=2001:db8:1::7 sport=80 dport=45507 [ASSURED] mark=0 use=1\n\
+            conntrack v1.4.8 (conntrack-tools): 2 flow entries have been shown.\n";
+        let whole = read(text);
+        assert_eq!(whole.values.len(), 2);
+        for width in 70..text.len() {
+            for is_trimmed in [false, true] {
+                let mut broken = String::new();
+                for line in text.lines() {
+                    for piece in line.as_bytes().chunks(width) {
+                        let piece = std::str::from_utf8(piece).unwrap();
+                        broken.push_str(if is_trimmed { piece.trim_end() } else { piece });
+                        broken.push('\n');
+                    }
+                }
+                assert_eq!(read(&broken).values, whole.values, "{width}:\n{broken}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_line_that_is_cut_in_its_last_port_is_no_translated_entry() {
+        let whole = line("tcp 6 100 ESTABLISHED", 46569);
+        let at = whole.find("dport=46569").unwrap();
+        for digits in 1..5 {
+            let cut = format!("{}\n", &whole[..at + "dport=".len() + digits]);
+            let read = read(&format!("{cut}{cut}"));
+            assert_eq!(read.values, [], "{cut}");
+            assert!(read.parsed.mistakes.iter().all(|(_, it)| it.kind == CUT_SHORT));
+        }
+        let is_event = whole.replace(" [ASSURED]", "");
+        assert_eq!(read(&is_event).values.len(), 1, "the control: whole, as events end");
     }
 
     #[test]
