@@ -1,4 +1,4 @@
-//! Carries a plan out, and remembers what came of it.
+//! Carries a plan out, remembers what came of it, and schedules the second look.
 
 use std::time::{Duration, Instant};
 
