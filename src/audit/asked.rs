@@ -7,8 +7,10 @@ use std::time::Instant;
 use ipnet::IpNet;
 
 use super::layers::whose;
+use super::loads::{Load, loads};
 use super::look::Seen;
-use super::sources::{Group, Listed, Load, Met, Plays, loads};
+use super::plays::{Group, Met, Plays};
+use super::sources::Listed;
 use crate::conntrack::Zone;
 use crate::containers;
 use crate::error::{Cause, Error, Op, Result};

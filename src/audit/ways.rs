@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 
-use super::sources::Plays;
+use super::plays::Plays;
 use crate::error::Result;
 use crate::flow::Connection;
 use crate::reconcile::bridged::calls_rules;

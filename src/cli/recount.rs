@@ -13,7 +13,7 @@ use super::output::{self, Rows};
 use super::reconcile::{Done, action_json, keeper, make_sure};
 use crate::audit::arrivals::arrivals;
 use crate::audit::asked::Asker;
-use crate::audit::sources::Plays;
+use crate::audit::plays::Plays;
 use crate::containers;
 use crate::error::Result;
 use crate::firewall::limits::{LimitRule, Limiter};

@@ -13,7 +13,7 @@ use ipnet::IpNet;
 
 use super::threads::be_patient;
 use crate::audit::arrivals::arrivals;
-use crate::audit::sources::Plays;
+use crate::audit::plays::Plays;
 use crate::audit::survey::SourceCounts;
 use crate::firewall::Ruleset;
 use crate::firewall::limits::Limiter;

@@ -4,8 +4,8 @@ use std::time::Instant;
 
 use crate::audit::asked::{DEVICE, question_about};
 use crate::audit::finding::Finding;
+use crate::audit::loads::loads;
 use crate::audit::look::Seen;
-use crate::audit::sources::loads;
 use crate::error::Result;
 use crate::recount::{Mode, Recounter, Through};
 
@@ -41,7 +41,7 @@ fn try_ask(seen: &Seen, now: Instant) -> Result<Finding> {
             continue;
         };
         let mut of_load = views().filter(|view| view.socket.is_some());
-        let is_it = |met: &crate::audit::sources::Met| met.group == load.group;
+        let is_it = |met: &crate::audit::plays::Met| met.group == load.group;
         let Some(view) = of_load.find(|view| plays.met(view).iter().any(is_it)) else { continue };
         let Some(question) = question_about(&view, &plays) else { continue };
         let (source, place) = (view.client().addr(), rule.place());

@@ -4,8 +4,8 @@ use std::cmp::Reverse;
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
+use crate::audit::loads::Load;
 use crate::audit::processes::Holder;
-use crate::audit::sources::Load;
 use crate::sockdiag::{Cookie, Silence, Socket, State, States};
 
 /// Bytes of a command's name that the kernel keeps (`TASK_COMM_LEN` without the end).

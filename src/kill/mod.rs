@@ -7,9 +7,9 @@ pub mod choose;
 use std::collections::HashMap;
 
 use self::choose::{Age, Candidate, Choice, Which};
+use crate::audit::loads::{Load, overloads};
 use crate::audit::look::Seen;
 use crate::audit::processes::{Owner, Owners};
-use crate::audit::sources::{Load, overloads};
 use crate::containers;
 use crate::error::{Error, Result};
 use crate::host::instance;

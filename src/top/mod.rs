@@ -15,9 +15,9 @@ use std::time::{Instant, SystemTime};
 
 use self::rows::{Seen, Shown};
 use crate::audit::asked::ask_for_sources;
+use crate::audit::loads::loads;
 use crate::audit::look::Seen as Audited;
 use crate::audit::processes::Owner;
-use crate::audit::sources::loads;
 use crate::error::Result;
 use crate::reconcile::policy::Policy;
 

@@ -9,8 +9,9 @@ use serde::Serialize;
 
 use super::filter::Filter;
 use crate::audit::asked::{Answered, listed};
+use crate::audit::loads::Load;
 use crate::audit::processes::Holder;
-use crate::audit::sources::{Load, Measure, sources};
+use crate::audit::sources::{Measure, sources};
 use crate::firewall::limits::Limiter;
 use crate::flow::{Connection, Endpoint};
 use crate::history::record::Source;

@@ -7,7 +7,7 @@ use super::{Inputs, Layer};
 use crate::audit::asked::{Answered, Holds};
 use crate::audit::finding::{Finding, Verdict, worst};
 use crate::audit::judge;
-use crate::audit::sources::Load;
+use crate::audit::loads::Load;
 use crate::firewall::limits::{EarlierAccept, Key, LimitRule, SetUse};
 use crate::reconcile::snapshot::{View, Views};
 

@@ -2,7 +2,9 @@
 
 use crate::audit::asked::Answer;
 use crate::audit::layers::whose;
-use crate::audit::sources::{Listed, Met, Plays, loads};
+use crate::audit::loads::loads;
+use crate::audit::plays::{Met, Plays};
+use crate::audit::sources::Listed;
 use crate::firewall::limits::{Key, Limiter};
 use crate::reconcile::snapshot::{View, Views};
 

@@ -1,0 +1,215 @@
+//! The SYNs of connections, played through the rules: which limits count each, and together with what.
+
+use std::collections::{HashMap, HashSet};
+use std::net::IpAddr;
+use std::rc::Rc;
+
+use ipnet::IpNet;
+
+use super::arrivals::{self, Arrivals};
+use crate::firewall::limits::{Key, LimitRule, Limiter};
+use crate::firewall::packet::Syn;
+use crate::firewall::play::{Certainty, Counts, Hit, LimitAt, Played, Player};
+use crate::firewall::tracking::translates_what_comes_in;
+use crate::firewall::{Ruleset, published};
+use crate::flow::Endpoint;
+use crate::reconcile::evidence::{Arrival, Evidence};
+use crate::reconcile::snapshot::View;
+
+/// The SYNs of connections, played through the rules: those of one source to one endpoint once.
+#[derive(Debug)]
+pub struct Plays<'r> {
+    pub(super) limiter: &'r Limiter,
+    player: Player<'r>,
+    arrivals: Option<&'r Arrivals>,
+    behind: Option<&'r HashSet<IpAddr>>,
+    siblings: Option<&'r Evidence>,
+    /// Of IPv4, of IPv6.
+    may_translate: [bool; 2],
+    /// Several ports may lead to one endpoint, likewise.
+    are_several: [bool; 2],
+    played: HashMap<(IpAddr, Option<Endpoint>, Endpoint), Rc<Played>>,
+}
+
+impl<'r> Plays<'r> {
+    /// Plays through these rules, in which `limiter` was found.
+    pub fn new(limiter: &'r Limiter, rules: &'r Ruleset) -> Self {
+        let translates = |ipv4| {
+            let mut of_it = rules.chains.iter().filter(|chain| chain.family.covers(ipv4));
+            of_it.any(translates_what_comes_in)
+        };
+        Self {
+            limiter,
+            player: Player::new(rules),
+            arrivals: None,
+            behind: None,
+            siblings: None,
+            may_translate: [true, false].map(translates),
+            are_several: [true, false].map(|ipv4| published::are_several(rules, ipv4)),
+            played: HashMap::new(),
+        }
+    }
+
+    /// The same, where this is known of their siblings: a connection without an entry asked for what they
+    /// asked for.
+    #[must_use]
+    pub fn beside(self, siblings: &'r Evidence) -> Self {
+        Self { siblings: Some(siblings), ..self }
+    }
+
+    /// The same, where it is known by which devices clients come in.
+    #[must_use]
+    pub fn arriving(self, arrivals: &'r Arrivals) -> Self {
+        Self { arrivals: Some(arrivals), ..self }
+    }
+
+    /// The same, where these addresses are of other namespaces, to which packets are forwarded.
+    #[must_use]
+    pub fn behind(self, behind: &'r HashSet<IpAddr>) -> Self {
+        Self { behind: Some(behind), ..self }
+    }
+
+    /// The smallest limit that surely counts a connection, and the network whose connections it counts
+    /// together.
+    pub fn limit_of(&mut self, view: &View) -> Option<(u32, IpNet)> {
+        let played = self.of(view);
+        let is_sure = |hit: &&Hit| hit.counts == Counts::Yes && hit.certainty > Certainty::Perhaps;
+        let hit = played.hits.iter().filter(is_sure).min_by_key(|hit| hit.limit.count)?;
+        Some((hit.limit.count, self.net(self.rule(hit, view)?, view)))
+    }
+
+    /// The SYN that opened, or would open, a connection.
+    fn syn(&self, view: &View) -> Syn {
+        let (source, destination) = (view.client().addr(), view.connection.local);
+        let has_entry = view.entry.is_some_and(|entry| entry.reply == view.connection.sent());
+        let [ipv4, ipv6] = self.are_several;
+        let are_several = if destination.addr().is_ipv4() { ipv4 } else { ipv6 };
+        // What its siblings asked for it need not have asked for.
+        let is_sure = |asked: &Endpoint| has_entry || !are_several || *asked == destination;
+        let asked = self.asked(view).filter(is_sure);
+        let is_forwarded = self.behind.is_some_and(|behind| behind.contains(&destination.addr()));
+        let syn = Syn { asked, is_forwarded, ..Syn::new(source, destination) };
+        match self.arrivals.and_then(|arrivals| arrivals.get(&arrivals::of(view))) {
+            Some(interface) => Syn { interface: interface.clone(), ..syn },
+            None => syn,
+        }
+    }
+
+    /// What the client of a connection asked for, as rules before destination NAT see it; `None` where
+    /// rules may have translated it and neither its entry nor its siblings show from what.
+    pub fn asked(&self, view: &View) -> Option<Endpoint> {
+        let entry = view.entry.filter(|entry| entry.reply == view.connection.sent());
+        if let Some(entry) = entry {
+            return Some(entry.orig.dst);
+        }
+        if self.siblings.is_some_and(|it| it.direct.contains(&view.connection)) {
+            return Some(view.connection.local);
+        }
+        let siblings = self.siblings.and_then(|it| it.arrival(view, &Default::default()));
+        let [ipv4, ipv6] = self.may_translate;
+        let may_translate = if view.connection.local.addr().is_ipv4() { ipv4 } else { ipv6 };
+        match siblings {
+            Some(Arrival::Translated(asked, _)) => Some(asked),
+            // A port of this host may be one that rules lead to, as well as one of a container.
+            Some(Arrival::Various) | None if may_translate => None,
+            _ => Some(view.connection.local),
+        }
+    }
+
+    /// What the SYN of this connection met, or would meet today.
+    pub fn of(&mut self, view: &View) -> Rc<Played> {
+        let (syn, player) = (self.syn(view), &self.player);
+        let key = (syn.source, syn.asked, syn.destination);
+        let played = self.played.entry(key).or_insert_with(|| Rc::new(player.limits(&syn)));
+        played.clone()
+    }
+
+    /// Whether a limit counts this connection, or may.
+    pub fn is_limited(&mut self, view: &View) -> bool {
+        let played = self.of(view);
+        played.tracked != Some(false) && !played.hits.is_empty()
+    }
+
+    /// Whether no rule but a limit that is exceeded stops the SYN of this connection.
+    pub fn only_limits_stop(&self, view: &View) -> bool {
+        let admitted =
+            |is_exceeded| self.player.play(&self.syn(view), &mut |_| is_exceeded).admitted;
+        admitted(Some(false)) == Some(true) && admitted(Some(true)) == Some(false)
+    }
+
+    /// Whether a connection that exceeds this limit gets in all the same.
+    pub(super) fn is_noted(&self, hit: &Hit, rule: &LimitRule, view: &View) -> bool {
+        if rule.remembers {
+            return false;
+        }
+        rule.notes || self.is_passed(view, hit.at)
+    }
+
+    /// Whether a connection gets in though it exceeds this limit: others say how many do.
+    pub fn is_passed(&self, view: &View, limit: LimitAt) -> bool {
+        self.player.passes(&self.syn(view), limit) == Some(true)
+    }
+
+    /// The limits that this connection meets.
+    pub fn met(&mut self, view: &View) -> Vec<Met> {
+        let played = self.of(view);
+        let met = |hit: &Hit| {
+            let rule = self.rule(hit, view)?;
+            let net = self.net(rule, view);
+            let (limit, is_sure) = (hit.limit.count, hit.certainty > Certainty::Perhaps);
+            let (group, port) = (group(hit, view), self.port(rule, view));
+            Some(Met { group, rule, net, port, limit, is_sure })
+        };
+        played.hits.iter().filter_map(met).collect()
+    }
+
+    /// Whose connections a limit counts together with this one.
+    pub(super) fn net(&self, rule: usize, view: &View) -> IpNet {
+        let prefix = self.limiter.rules.get(rule).and_then(LimitRule::source_prefix);
+        network(view.client().addr(), prefix.unwrap_or(0))
+    }
+
+    /// The port, where a limit counts each on its own.
+    pub(super) fn port(&self, rule: usize, view: &View) -> Option<u16> {
+        let key = &self.limiter.rules.get(rule)?.limit.key;
+        matches!(key, Key::SourceAndPort(_)).then(|| view.connection.local.port())
+    }
+
+    /// The limit, among those that were found, in which a connection is counted.
+    pub(super) fn rule(&self, hit: &Hit, view: &View) -> Option<usize> {
+        let (peer, port) = (view.client().addr(), view.connection.local.port());
+        let rules = || self.limiter.rules.iter().enumerate().filter(|(_, it)| it.at == hit.at);
+        let found = rules().find(|(_, rule)| rule.covers(peer, port)).or_else(|| rules().next());
+        found.map(|(index, _)| index)
+    }
+}
+
+/// A limit that a connection meets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Met {
+    /// What it counts together.
+    pub group: Group,
+    /// Index of the rule.
+    pub rule: usize,
+    /// Whose connections it counts together.
+    pub net: IpNet,
+    /// To which port, where each is counted on its own.
+    pub port: Option<u16>,
+    /// How many it allows, the element's own where it has one.
+    pub limit: u32,
+    /// Whether it counts the connection for sure.
+    pub is_sure: bool,
+}
+
+/// What one list counts together: the list, its key where that is known, else the source.
+pub type Group = (LimitAt, Option<Vec<u8>>, Option<IpAddr>);
+
+pub(super) fn group(hit: &Hit, view: &View) -> Group {
+    // Where it cannot be told what is counted together, it is at least one source.
+    let apart = hit.group.is_none().then(|| view.client().addr());
+    (hit.list, hit.group.clone(), apart)
+}
+
+pub(super) fn network(addr: IpAddr, bits: u8) -> IpNet {
+    IpNet::new(addr, bits).unwrap_or_else(|_| IpNet::from(addr)).trunc()
+}
