@@ -94,7 +94,8 @@ pub(super) fn sockets(text: &Text, filter: Option<State>) -> Sockets {
             }
         }
     }
-    sockets.is_part |= text.is_shortened || sockets.parsed.is_cut_off(last);
+    sockets.is_part |=
+        text.is_shortened || sockets.parsed.is_cut_off(last) || ends_in_details(text);
     sockets.keep_last(&looks);
     sockets.parsed.mistakes.sort_by_key(|(line, _)| *line);
     sockets
@@ -256,6 +257,21 @@ fn is_detail(line: &Line, record: Option<&Record>, in_details: bool) -> bool {
         || line.text.contains("rto:") && line.text.contains("cwnd:")
 }
 
+/// Whether the text ends in the middle of what `-i` or `-m` add: its last line has no end, and ends in another
+/// word than all others of the kind.
+fn ends_in_details(text: &Text) -> bool {
+    let is_detail = |line: &&Line| line.indent > 0 && !is_start(&words(&line.text));
+    let name = |line: &Line| {
+        let word = line.text.split_whitespace().next_back()?;
+        Some(word.split(':').next()?.to_owned())
+    };
+    let Some(last) = text.lines.last().filter(|last| text.open_end == Some(last.number)) else {
+        return false;
+    };
+    let mut others = text.lines.iter().rev().skip(1).filter(is_detail).peekable();
+    is_detail(&last) && others.peek().is_some() && others.all(|other| name(other) != name(last))
+}
+
 /// A heading, also one that a mailer has broken.
 fn is_heading(words: &[&str]) -> bool {
     const NAMES: [&str; 21] = [
@@ -389,6 +405,26 @@ mod tests {
         }
         let named = sockets(&Text::of(rows.as_bytes()), Some(State::Established));
         assert!(named.values.iter().all(|socket| socket.state == State::Established));
+    }
+
+    #[test]
+    fn a_text_that_ends_inside_of_details_is_a_part() {
+        let row = |port: u16| {
+            format!(
+                "ESTAB 0 0 192.0.2.1:80 198.51.100.7:{port} users:((\"a\",pid=5,fd=9)) ino:7 sk:1 cgroup:/ <->\n\
+                 \t ts sack bbr wscale:7,7 rto:201 rtt:0.05/0.02 cwnd:10 minrtt:0.014 snd_wnd:64512"
+            )
+        };
+        let listener =
+            "LISTEN 0 512 0.0.0.0:80 0.0.0.0:* ino:8 sk:2 cgroup:/ <->\n\t bbr cwnd:10\n";
+        let text = format!("{listener}{}\n{}", row(4000), row(4001));
+        let is_part = |text: &str| sockets(&Text::of(text.as_bytes()), None).is_part;
+        assert!(!is_part(&text), "whole, but for the end of its last line");
+        for end in ["minrtt:0.0", "rtt:0.05/0", "wsca", "rto"] {
+            let at = text.rfind(end).unwrap() + end.len();
+            assert!(is_part(&text[..at]), "{end}");
+            assert!(!is_part(&format!("{}\n", &text[..at])), "{end}: the control, with its end");
+        }
     }
 
     #[test]
