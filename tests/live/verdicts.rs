@@ -421,6 +421,28 @@ fn a_limit_for_the_port_before_a_translation_is_not_said_to_be_sound() {
     }
 }
 
+/// An accept in a chain that has sent some packets back before does not take those from a limit.
+#[test]
+fn what_a_chain_sends_back_before_it_accepts_comes_to_the_limit() {
+    let accept = ":U - [0:0]\n-A INPUT -j U\n-A U {back} -j RETURN\n-A U -p tcp -j ACCEPT\n";
+    for (back, is_limited) in [
+        (format!("-s {CLIENT}"), true),
+        ("-p tcp --dport 80".to_owned(), true),
+        ("-m mark ! --mark 9".to_owned(), true),
+        ("-p tcp --dport 81".to_owned(), false),
+    ] {
+        let rules = format!("{}{OPENS} -j DROP\n", accept.replace("{back}", &back));
+        let Some((lab, _server, peer)) = host(&rules) else { return };
+        let _held = peer.hold(80, LIMIT);
+        let (code, findings, _) = audit(&lab, &[]);
+        let said = verdicts(&findings, "limit-shadowed");
+        let wanted: &[&str] = if is_limited { &[] } else { &["bad"] };
+        assert_eq!(said, wanted, "{back}: {findings:#}");
+        assert_eq!(code, i32::from(!is_limited), "{back}: {findings:#}");
+        assert_eq!(peer.admitted(80, 1), usize::from(!is_limited), "{back}: the truth");
+    }
+}
+
 /// connlimit keeps a list for each zone of conntrack; `ct count` does not.
 #[test]
 fn connlimit_counts_each_zone_apart() {

@@ -24,8 +24,15 @@ impl Limiter {
     pub(super) fn walk(&mut self, player: &Player<'_>, at: usize) {
         let Some(chain) = player.ruleset().chains.get(at) else { return };
         let Some(base) = &chain.base else { return };
-        let mut walk =
-            Walk { player, base, found: self, before: Vec::new(), path: Vec::new(), steps: STEPS };
+        let mut walk = Walk {
+            player,
+            base,
+            found: self,
+            before: Vec::new(),
+            returned: Vec::new(),
+            path: Vec::new(),
+            steps: STEPS,
+        };
         let ipv4 = match chain.family {
             Family::Ip => Some(true),
             Family::Ip6 => Some(false),
@@ -71,6 +78,8 @@ struct Walk<'p, 'r, 'f> {
     found: &'f mut Limiter,
     /// Rules met so far that take packets off the path.
     before: Vec<Earlier>,
+    /// What the chains of the path have sent back so far, each to the chain that called it.
+    returned: Vec<Match>,
     /// Chains between the base chain and the rule, with both ends.
     path: Vec<&'r Chain>,
     steps: usize,
@@ -88,6 +97,7 @@ impl<'r> Walk<'_, 'r, '_> {
             return;
         }
         self.path.push(chain);
+        let returned = self.returned.len();
         let mut back = Vec::new();
         for (index, rule) in chain.rules.iter().enumerate() {
             let Some(steps) = self.steps.checked_sub(1) else { break };
@@ -97,6 +107,7 @@ impl<'r> Walk<'_, 'r, '_> {
                 break;
             }
         }
+        self.returned.truncate(returned);
         // What goes back to the calling chain is on the path again.
         back.into_iter().rev().for_each(|at| {
             if at < self.before.len() {
@@ -232,11 +243,18 @@ impl<'r> Walk<'_, 'r, '_> {
                 if limited.is_some_and(|limit| limit.over) {
                     return;
                 }
+                let within = limited.map(|limit| limit.count);
+                // What has been sent back does not come here.
+                let left = self.returned.iter().fold(matches.clone(), |all, it| all.without(it));
+                if left.ports.is_empty() {
+                    return;
+                }
                 if *outcome == Outcome::Return && self.path.len() > 1 {
                     back.push(self.before.len());
+                    let is_rated = matches.is_rated || within.is_some();
+                    self.returned.push(Match { is_rated, ..matches.clone() });
                 }
-                let within = limited.map(|limit| limit.count);
-                self.before.push(Earlier { matches: matches.clone(), within });
+                self.before.push(Earlier { matches: left, within });
             }
             Outcome::Synproxy if !matches.without_syn => {
                 self.found.synproxied.push(matches.ports.clone());

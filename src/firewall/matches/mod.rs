@@ -131,6 +131,23 @@ impl Match {
             && self.others.iter().all(|what| other.others.contains(what))
     }
 
+    /// Packets that pass it and not the other, of those that open connections.
+    #[must_use]
+    pub fn without(&self, other: &Self) -> Self {
+        if self.and(other).never || !other.may_open() {
+            return self.clone();
+        }
+        let mut left = self.clone();
+        let any_port = Self { ports: Ports::default(), ..other.clone() };
+        let any_source = Self { sources: Vec::new(), ..other.clone() };
+        match other.sources.as_slice() {
+            _ if any_port.covers(self) => left.ports = left.ports.and(&other.ports.not()),
+            [(net, true)] if any_source.covers(self) => left.sources.push((*net, false)),
+            _ => left.others.push("not sent back before".to_owned()),
+        }
+        left
+    }
+
     /// Whether something else narrows it further.
     pub fn is_narrowed(&self) -> bool {
         !self.others.is_empty() || self.or_translated
