@@ -429,12 +429,15 @@ fn what_a_chain_sends_back_before_it_accepts_comes_to_the_limit() {
         (format!("-s {CLIENT}"), true),
         ("-p tcp --dport 80".to_owned(), true),
         ("-m mark ! --mark 9".to_owned(), true),
+        ("-m mark ! --mark 9 -j RETURN\n-A U -m mark ! --mark 8".to_owned(), true),
         ("-p tcp --dport 81".to_owned(), false),
     ] {
         let rules = format!("{}{OPENS} -j DROP\n", accept.replace("{back}", &back));
         let Some((lab, _server, peer)) = host(&rules) else { return };
         let _held = peer.hold(80, LIMIT);
-        let (code, findings, _) = audit(&lab, &[]);
+        let (code, findings, limit) = audit(&lab, &[]);
+        let passes = limit["may_pass"].to_string();
+        assert!(!passes.contains("before and not sent back"), "{back}: once: {passes}");
         let said = verdicts(&findings, "limit-shadowed");
         let wanted: &[&str] = if is_limited { &[] } else { &["bad"] };
         assert_eq!(said, wanted, "{back}: {findings:#}");

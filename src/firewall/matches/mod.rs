@@ -47,6 +47,9 @@ pub struct Match {
     pub never: bool,
 }
 
+/// What a chain leaves to its rules behind one that sends some packets back.
+const SENT_BACK: &str = "not sent back before";
+
 impl Match {
     /// Packets that pass both.
     #[must_use]
@@ -143,7 +146,8 @@ impl Match {
         match other.sources.as_slice() {
             _ if any_port.covers(self) => left.ports = left.ports.and(&other.ports.not()),
             [(net, true)] if any_source.covers(self) => left.sources.push((*net, false)),
-            _ => left.others.push("not sent back before".to_owned()),
+            _ if left.others.iter().any(|what| what == SENT_BACK) => {}
+            _ => left.others.push(SENT_BACK.to_owned()),
         }
         left
     }
