@@ -446,6 +446,29 @@ fn what_a_chain_sends_back_before_it_accepts_comes_to_the_limit() {
     }
 }
 
+/// Whom a chain sends back by what cannot be known from outside, before it accepts the others, a limit may count:
+/// it is asked.
+#[test]
+fn who_may_be_sent_back_before_an_accept_may_be_limited() {
+    let rules = |back: &str| {
+        format!(
+            ":U - [0:0]\n-A INPUT -j U\n-A U {back} -j RETURN\n-A U -j ACCEPT\n{OPENS} -j DROP\n"
+        )
+    };
+    for back in ["-m mark --mark 0", "-m limit --limit 100/s --limit-burst 100"] {
+        let Some((lab, _server, peer)) = host(&rules(back)) else { return };
+        let _held = peer.hold(80, LIMIT);
+        let (code, _, limit) = audit(&lab, &[]);
+        assert_eq!((code, limit["full"].as_array().unwrap().len()), (0, 1), "{back}: {limit:#}");
+        assert_eq!(peer.admitted(80, 1), 0, "{back}: the truth");
+        lab.server.feed("iptables-restore", "*filter\nCOMMIT\n");
+        lab.server.feed("iptables-restore", &format!("*filter\n{}COMMIT\n", rules(back)));
+        let (_, findings, _) = audit(&lab, &["--ask"]);
+        assert_eq!(verdicts(&findings, "limit-lacking"), ["warn"], "{back}: {findings:#}");
+        assert_eq!(peer.admitted(80, 1), 1, "{back}: the truth, after a reload");
+    }
+}
+
 /// connlimit keeps a list for each zone of conntrack; `ct count` does not.
 #[test]
 fn connlimit_counts_each_zone_apart() {

@@ -19,15 +19,25 @@ struct Left {
     back: Answer,
     /// Every packet that came to some rule was dropped there.
     is_dead_end: bool,
+    /// Every packet that came to some rule left there.
+    is_gone: bool,
 }
 
 impl Left {
-    const NOWHERE: Self = Self { base: Answer::No, back: Answer::No, is_dead_end: false };
+    const NOWHERE: Self =
+        Self { base: Answer::No, back: Answer::No, is_dead_end: false, is_gone: false };
+
+    /// Out of the base chain, of the packets that came to a rule. Others may have gone back before.
+    fn out(&mut self, surely: Answer) {
+        self.is_gone |= surely == Answer::Yes;
+        let of_all = if self.back == Answer::No { surely } else { surely.and(Answer::Unknown) };
+        self.base = self.base.max(of_all);
+    }
 
     /// How surely a packet is still there.
     fn here(self) -> Answer {
         match self.base.max(self.back) {
-            _ if self.is_dead_end => Answer::No,
+            _ if self.is_dead_end || self.is_gone => Answer::No,
             Answer::No => Answer::Yes,
             Answer::Yes => Answer::No,
             other => other,
@@ -133,7 +143,7 @@ impl<'r> Run<'_, 'r, '_, '_> {
     ) {
         match outcome {
             Outcome::Continue => {}
-            Outcome::Accept => left.base = left.base.max(surely),
+            Outcome::Accept => left.out(surely),
             Outcome::Return => left.back = left.back.max(surely),
             Outcome::Drop | Outcome::Reject | Outcome::Reset => {
                 self.die(reach.and(surely));
@@ -141,17 +151,17 @@ impl<'r> Run<'_, 'r, '_, '_> {
             }
             Outcome::Queue => {
                 self.die(Answer::Unknown);
-                left.base = left.base.max(surely);
+                left.out(surely);
             }
             Outcome::Synproxy => {
-                left.base = left.base.max(surely);
+                left.out(surely);
                 self.synproxy(surely);
             }
             Outcome::Jump(name) | Outcome::Goto(name) => {
                 let Some(at) = self.player.target(chain, name) else { return };
                 let Some(next) = self.player.ruleset.chains.get(at) else { return };
                 let inside = self.chain(at, next, reach.and(surely), depth + 1);
-                left.base = left.base.max(inside.base.and(surely));
+                left.out(inside.base.and(surely));
                 // Who was sent back before that end goes on here.
                 let is_end = inside.is_dead_end && inside.back == Answer::No;
                 left.is_dead_end |= is_end && surely == Answer::Yes;
