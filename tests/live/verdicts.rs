@@ -446,6 +446,29 @@ fn what_a_chain_sends_back_before_it_accepts_comes_to_the_limit() {
     }
 }
 
+/// What a chain hands to another one by `goto` comes back to the chain that called it, if at all.
+#[test]
+fn what_goes_on_elsewhere_before_a_chain_accepts_may_come_to_the_limit() {
+    for (there, is_limited) in [
+        ("-A V -p tcp --dport 81 -j DROP\n", true),
+        (&format!("-A V -s {CLIENT} -j RETURN\n-A V -j ACCEPT\n")[..], true),
+        ("-A V -j ACCEPT\n", false),
+    ] {
+        let rules = format!(
+            ":U - [0:0]\n:V - [0:0]\n-A INPUT -j U\n-A U -s 198.51.100.0/24 -g V\n-A U -p tcp -j ACCEPT\n\
+             {there}{OPENS} -j DROP\n"
+        );
+        let Some((lab, _server, peer)) = host(&rules) else { return };
+        let _held = peer.hold(80, LIMIT);
+        let (code, findings, _) = audit(&lab, &[]);
+        let said = verdicts(&findings, "limit-shadowed");
+        let wanted: &[&str] = if is_limited { &[] } else { &["bad"] };
+        assert_eq!(said, wanted, "{there}: {findings:#}");
+        assert_eq!(code, i32::from(!is_limited), "{there}: {findings:#}");
+        assert_eq!(peer.admitted(80, 1), usize::from(!is_limited), "{there}: the truth");
+    }
+}
+
 /// Whom a chain sends back by what cannot be known from outside, before it accepts the others, a limit may count:
 /// it is asked.
 #[test]

@@ -85,6 +85,21 @@ struct Walk<'p, 'r, 'f> {
     steps: usize,
 }
 
+/// Whether no packet leaves a chain by its end or is sent back: it ends in a verdict on all.
+fn keeps_all(chain: &Chain) -> bool {
+    let is_end = |rule: &Rule| match rule.steps.as_slice() {
+        [Step::Verdict(outcome)] => {
+            matches!(outcome, Outcome::Accept | Outcome::Drop | Outcome::Reject | Outcome::Reset)
+        }
+        _ => false,
+    };
+    let returns = |rule: &Rule| {
+        let is_back = |step: &Step| matches!(step, Step::Verdict(Outcome::Return) | Step::Map(..));
+        rule.steps.iter().any(is_back)
+    };
+    chain.rules.last().is_some_and(is_end) && !chain.rules.iter().any(returns)
+}
+
 fn limit(threshold: Threshold, by: &[Operand], dynamic: bool) -> Limit {
     let Threshold { count, over } = threshold;
     Limit { count, over, key: key(by), is_keyless: by.is_empty(), dynamic }
@@ -236,6 +251,11 @@ impl<'r> Walk<'_, 'r, '_> {
                     && let Some(next) = self.player.ruleset().chains.get(at)
                 {
                     self.chain(at, next, matches);
+                    // What comes back from there goes on in the chain that called this one.
+                    let is_goto = matches!(outcome, Outcome::Goto(_));
+                    if is_goto && self.path.len() > 1 && !keeps_all(next) {
+                        self.returned.push(matches.clone());
+                    }
                 }
             }
             Outcome::Accept | Outcome::Return | Outcome::Queue => {
