@@ -11,7 +11,7 @@ use crate::flow::Connection;
 use crate::netlink::Transport;
 use crate::reconcile::apply::Outcome;
 use crate::reconcile::confirm::confirm;
-use crate::reconcile::plan::{ActionKind, plan_for};
+use crate::reconcile::plan::{ActionKind, Reason, plan_for};
 use crate::reconcile::snapshot::{Snapshot, View};
 use crate::reconcile::timers::Timer;
 use crate::recount::Recount;
@@ -284,6 +284,9 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         let wanted =
             wanted.min(self.longest_unseen).min(self.blind(self.forgets.half_closed)).max(SOON);
         for Outcome { action, result, .. } in outcomes {
+            if action.reason == Reason::CookieSent && result.is_ok() {
+                self.ledger.keep_handshake(action.view.connection, now + policy.lease);
+            }
             match action.view.socket {
                 Some(socket) if result.is_err() => self.ledger.look_at(&socket, now + SOON),
                 Some(socket) if self.ledger.holds(&socket) => {

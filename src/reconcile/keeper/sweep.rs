@@ -114,6 +114,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
     ) -> Result<Sweep> {
         let held = self.ledger.held().flat_map(|held| [held.orig, held.lookup.connection.sent()]);
         let narrowed = self.recounter.as_mut().map(|it| it.narrow_hidden(held, now));
+        self.ledger.forget_handshakes(now);
         let (table, maximum, transition) = self.weigh(now)?;
         let hidden = narrowed.and_then(Result::err);
         let sweep = Sweep { depth, began, is_beside, snapshot, table, maximum, transition, hidden };

@@ -35,6 +35,8 @@ pub struct Ledger {
     idle: Option<Idle>,
     /// While SYN cookies are sent: the connections of [`Ledger::may_have_a_cookie`].
     cookies: Option<HashSet<Connection>>,
+    /// Handshakes whose closed entries were revived for their cookies, each until its lease has gone by.
+    kept_handshakes: HashMap<Connection, Instant>,
     /// The looks of [`Known::look`].
     agenda: Agenda,
     /// Dumps of sockets so far.
@@ -75,10 +77,22 @@ impl Ledger {
 
     /// Whether the server may have sent a SYN cookie for this connection a moment ago: then its handshake
     /// can end without a socket. An ACK that the server has answered by an RST does not end it, though
-    /// conntrack has taken it for the end.
+    /// conntrack has taken it for the end; and what was revived looks as if it had ended.
     pub fn may_have_a_cookie(&self, connection: Connection, is_assured: bool) -> bool {
-        let cookies = self.cookies.as_ref();
-        cookies.is_some_and(|answered| !is_assured || answered.contains(&connection))
+        let was_revived = || self.kept_handshakes.contains_key(&connection);
+        self.cookies
+            .as_ref()
+            .is_some_and(|answered| !is_assured || answered.contains(&connection) || was_revived())
+    }
+
+    /// The closed entry of a handshake was revived, until `end`.
+    pub fn keep_handshake(&mut self, connection: Connection, end: Instant) {
+        self.kept_handshakes.insert(connection, end);
+    }
+
+    /// Forgets the handshakes whose time is over.
+    pub fn forget_handshakes(&mut self, now: Instant) {
+        self.kept_handshakes.retain(|_, end| *end > now);
     }
 
     /// Takes note that the server has sent SYN cookies, with the connections of which it has answered an
