@@ -91,6 +91,25 @@ fn no_rst_frees_a_slot_while_cookies_are_sent() {
     }
 }
 
+/// What ends by an RST can be opened once more by the ACK that ended its handshake: its SYN cookie is good for
+/// minutes, and the limit sees no SYN.
+#[test]
+fn a_cookie_that_is_good_still_opens_no_connection_past_the_limit() {
+    for source in [ATTACKER, ATTACKER6] {
+        let always = |lab: &Lab| lab.server.sysctl("net/ipv4/tcp_syncookies", "2");
+        let counts = contrast(source, always, 24, 8, |scene| {
+            let begun = (0..scene.limit).map(|_| scene.attacker.syn_only(PORT)).collect();
+            let new = scene.attacker.complete(begun, Duration::from_millis(50));
+            new.iter().for_each(|conn| conn.rst(0));
+            thread::sleep(Duration::from_millis(20).max(scene.pause));
+            new.iter().for_each(RawConn::ack);
+            scene.held.extend(new);
+            thread::sleep(Duration::from_millis(20));
+        });
+        assert_bounded("a cookie once more", &counts, 24);
+    }
+}
+
 /// The RST closes the entry, a SYN on the same tuple begins another, and since TCP has just answered one
 /// of those, no packet of the server makes it one that has had an answer; then an RST closes that.
 #[test]
