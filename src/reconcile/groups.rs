@@ -6,7 +6,7 @@ use std::rc::Rc;
 use crate::firewall::limits::LimitRule;
 use crate::firewall::lists::Limited;
 use crate::firewall::packet::Syn;
-use crate::firewall::play::{Certainty, Hit, LimitAt, Player};
+use crate::firewall::play::{Certainty, Counts, Hit, LimitAt, Player};
 
 /// So many SYNs are played at most, some microseconds each: of what is more, nothing is known.
 const SYNS: usize = 8192;
@@ -64,9 +64,12 @@ impl<'r> Groups<'r> {
         members
     }
 
-    /// Whether a connection gets in though it exceeds this limit: that it does shows nothing of its list.
+    /// Whether a connection gets in though it exceeds this limit: that it does shows nothing of its list. One
+    /// whose set has no room for the source is exceeded by nobody.
     pub fn is_passed(&self, limit: &LimitRule, syn: &Syn) -> bool {
-        self.player.passes(syn, limit.at) == Some(true)
+        let has_room = |hit: &Hit| hit.at == limit.at && hit.counts != Counts::NoRoom;
+        self.player.limits(syn).hits.iter().any(has_room)
+            && self.player.passes(syn, limit.at) == Some(true)
     }
 
     fn member(&self, hit: &Hit, syn: &Syn) -> Option<Member<'r>> {

@@ -251,7 +251,8 @@ fn of_contract(sources: &Value) -> Value {
     for source in sources.as_array_mut().expect("a list") {
         let source = source.as_object_mut().expect("an object");
         source.retain(|key, _| {
-            !["limit", "oldest_half_close_seconds", "listed", "full"].contains(&key.as_str())
+            !["limit", "oldest_half_close_seconds", "listed", "full", "listed_limit"]
+                .contains(&key.as_str())
         });
     }
     sources
