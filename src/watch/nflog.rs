@@ -239,15 +239,7 @@ impl Watch {
             let Packet { flow, interface, seq, at, prefix } = packet;
             is_gap |= seq.is_some() && next.is_some() && seq != *next;
             *next = seq.map(|seq| seq.wrapping_add(1));
-            if prefix == Prefix::Opens {
-                drained.opening.extend(flow.map(|flow| flow.src.addr()));
-            }
-            if matches!(prefix, Prefix::Hurry | Prefix::Opens) {
-                return Ok(());
-            }
-            drained.logged += u64::from(prefix != Prefix::Closing);
-            drained.full |= prefix == Prefix::Full;
-            if let Some(flow) = flow {
+            let suspect = |flow| {
                 let is_translated = prefix == Prefix::Translated;
                 let is_spoofed = prefix == Prefix::Spoofed;
                 // Its way is that of the server's own packets, and the device is not the socket's.
@@ -257,7 +249,7 @@ impl Watch {
                 } else {
                     (Connection::of_receiver(flow), interface)
                 };
-                let suspect = Suspect {
+                Suspect {
                     connection,
                     interface,
                     is_translated,
@@ -265,12 +257,25 @@ impl Watch {
                     is_answered,
                     destroyed: None,
                     at,
-                };
-                match prefix {
-                    Prefix::Closing => drained.closing.push(suspect),
-                    _ => take(suspect),
                 }
-            } else if prefix != Prefix::Closing {
+            };
+            match prefix {
+                Prefix::Hurry => return Ok(()),
+                Prefix::Opens => {
+                    drained.opening.extend(flow.map(|flow| flow.src.addr()));
+                    return Ok(());
+                }
+                Prefix::Closing => {
+                    drained.closing.extend(flow.map(suspect));
+                    return Ok(());
+                }
+                _ => {}
+            }
+            drained.logged += 1;
+            drained.full |= prefix == Prefix::Full;
+            if let Some(flow) = flow {
+                take(suspect(flow));
+            } else {
                 // Any client can send one; it says nothing of other packets.
                 drained.unreadable += 1;
             }

@@ -98,11 +98,11 @@ fn what_half_closes_while_tables_are_read_stays_watched() {
         5000,
     ));
     world.host.borrow_mut().entries.push(entry(new, TcpState::CloseWait, 20));
-    world.keeper.closing(&[]);
+    world.keeper.closing();
     world.until(|world| world.keeper.held().count() == 1, SECOND * 2);
     world.fin(4000);
     world.set(4000, TcpState::CloseWait, 3600);
-    world.keeper.closing(&[]);
+    world.keeper.closing();
     world.until(|world| world.keeper.ledger().watched() == 2, SECOND * 2);
     world.has_read(whole).unwrap();
     world.end_deep();

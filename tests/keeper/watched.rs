@@ -109,7 +109,7 @@ fn half_closed_sockets_are_asked_for_where_one_has_closed_and_else_every_ten_swe
     assert!(dumps(&mut world, SECOND * 9) >= 9, "ends are not told");
     world.keeper.rely_on_ends(true);
     assert!(dumps(&mut world, SECOND * 10) <= 1);
-    world.keeper.closing(&[]);
+    world.keeper.closing();
     assert_eq!(dumps(&mut world, SECOND * 4), 2);
     world.keeper.rely_on_events(SECOND * 5);
     assert!(dumps(&mut world, SECOND * 4) >= 4, "by the clock without the packet log");
@@ -123,7 +123,7 @@ fn questions_for_half_closed_sockets_take_a_hundredth_of_a_core() {
     let begun = world.now;
     while world.now < begun + SECOND * 60 {
         // Something closes all the time.
-        world.keeper.closing(&[]);
+        world.keeper.closing();
         if let Some(sweep) = world.turn().0.unwrap() {
             world.now += SECOND / 25;
             world.keeper.took(&sweep, world.now, SECOND / 25);
@@ -157,8 +157,7 @@ fn a_connection_whose_fin_tcp_has_not_taken_is_looked_at_by_the_next_sweep() {
     let is_extended = |world: &World| world.host.borrow().entries[0].timeout > Some(SECOND * 8);
     world.pass(SECOND * 3);
     assert!(!is_extended(&world), "the control");
-    let told: Vec<_> = suspects_of(4000, 0).into_values().collect();
-    world.keeper.closing(&told);
+    world.keeper.have_begun_to_close(suspects_of(4000, 0).into_values());
     world.until(is_extended, SECOND);
 }
 

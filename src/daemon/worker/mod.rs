@@ -26,7 +26,8 @@ use super::{Live, OnExit};
 use crate::audit::survey::{Survey, SweepResult};
 use crate::conntrack::TcpState;
 use crate::error::{Error, Result};
-use crate::firewall::{Ruleset, timeouts};
+use crate::firewall::Ruleset;
+use crate::firewall::timeouts::Policies;
 use crate::host::counters::Cookies;
 use crate::host::{random, sysctl};
 use crate::metrics::{GuardMetrics, instant_of};
@@ -257,7 +258,7 @@ impl<'p> Worker<'p> {
             self.keeper.events_lost(now);
         }
         if !drained.closing.is_empty() {
-            self.keeper.closing(&drained.closing);
+            self.keeper.have_begun_to_close(drained.closing.iter().copied());
         }
         self.keeper.opening(drained.opening.iter().copied());
         if drained.full {
@@ -371,11 +372,11 @@ fn know_timeouts(keeper: &mut Keeper) {
     let unanswered = ["unacknowledged", "max_retrans"]
         .map(|which| sysctl::conntrack(&format!("nf_conntrack_tcp_timeout_{which}")));
     let unanswered = unanswered.map(|timeout| timeout.map(Duration::from_secs));
+    // Rules that cannot be read are said where limits are looked for.
+    let by_rules = Policies::read().unwrap_or_default();
     let shortest = |states: &[TcpState]| {
-        // Rules that cannot be read are said where limits are looked for.
-        let by_rules = timeouts::shortest(states).ok().flatten();
         let by_kernel = states.iter().map(|state| kernel_timeout(*state)).chain(unanswered);
-        by_kernel.chain([by_rules]).flatten().min()
+        by_kernel.chain([by_rules.shortest(states)]).flatten().min()
     };
     keeper.forgets = Forgets {
         // A FIN that TCP does not take, because of a hole before it, closes the entry alone.

@@ -58,11 +58,15 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         self.ends_are_told = are_told;
     }
 
-    /// Connections have begun to close, of which these are known: the next sweep looks at them, as TCP may not
-    /// have taken their FINs, and the next sweeps ask for half-closed sockets.
-    pub fn closing(&mut self, known: &[Suspect]) {
+    /// A connection has begun to close: the next sweeps ask for half-closed sockets.
+    pub fn closing(&mut self) {
         self.dumps = DUMPS;
-        self.begun_to_close.extend(known.iter().map(|suspect| (suspect.connection, *suspect)));
+    }
+
+    /// These have: the next sweep looks at them besides, as TCP may not have taken their FINs.
+    pub fn have_begun_to_close(&mut self, suspects: impl IntoIterator<Item = Suspect>) {
+        self.closing();
+        self.begun_to_close.extend(suspects.into_iter().map(|it| (it.connection, it)));
     }
 
     /// What has begun to close since the last sweep, as its sockets see it.
@@ -144,7 +148,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
     /// The next sweep looks at every watched connection.
     pub fn suspect_all(&mut self) {
         self.suspects_all = true;
-        self.closing(&[]);
+        self.closing();
     }
 
     /// What a shallow sweep looks at, and the first part of it.

@@ -353,7 +353,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
 
     /// Sockets have come that no event has told of: the next sweep lists them, by this time.
     pub fn sweep_by(&mut self, time: Instant) {
-        self.closing(&[]);
+        self.closing();
         self.timers.hasten(Timer::Shallow, time);
     }
 

@@ -168,7 +168,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             self.scope.ports = ports;
             // At the others nothing was heard of.
             self.miss_packets();
-            self.closing(&[]);
+            self.closing();
         }
         Ok(listening)
     }
