@@ -433,17 +433,23 @@ fn what_a_chain_sends_back_before_it_accepts_comes_to_the_limit() {
         ("-p tcp --dport 81".to_owned(), false),
     ] {
         let rules = format!("{}{OPENS} -j DROP\n", accept.replace("{back}", &back));
-        let Some((lab, _server, peer)) = host(&rules) else { return };
-        let _held = peer.hold(80, LIMIT);
-        let (code, findings, limit) = audit(&lab, &[]);
+        let Some(limit) = assert_shadowed(&rules, !is_limited, &back) else { return };
         let passes = limit["may_pass"].to_string();
         assert!(!passes.contains("before and not sent back"), "{back}: once: {passes}");
-        let said = verdicts(&findings, "limit-shadowed");
-        let wanted: &[&str] = if is_limited { &[] } else { &["bad"] };
-        assert_eq!(said, wanted, "{back}: {findings:#}");
-        assert_eq!(code, i32::from(!is_limited), "{back}: {findings:#}");
-        assert_eq!(peer.admitted(80, 1), usize::from(!is_limited), "{back}: the truth");
     }
+}
+
+/// Whether the limit of these rules is said to be shadowed, and is; its figures.
+fn assert_shadowed(rules: &str, is_shadowed: bool, what: &str) -> Option<Value> {
+    let (lab, _server, peer) = host(rules)?;
+    let _held = peer.hold(80, LIMIT);
+    let (code, findings, limit) = audit(&lab, &[]);
+    let said = verdicts(&findings, "limit-shadowed");
+    let wanted: &[&str] = if is_shadowed { &["bad"] } else { &[] };
+    assert_eq!(said, wanted, "{what}: {findings:#}");
+    assert_eq!(code, i32::from(is_shadowed), "{what}: {findings:#}");
+    assert_eq!(peer.admitted(80, 1), usize::from(is_shadowed), "{what}: the truth");
+    Some(limit)
 }
 
 /// What a chain hands to another one by `goto` comes back to the chain that called it, if at all.
@@ -458,14 +464,9 @@ fn what_goes_on_elsewhere_before_a_chain_accepts_may_come_to_the_limit() {
             ":U - [0:0]\n:V - [0:0]\n-A INPUT -j U\n-A U -s 198.51.100.0/24 -g V\n-A U -p tcp -j ACCEPT\n\
              {there}{OPENS} -j DROP\n"
         );
-        let Some((lab, _server, peer)) = host(&rules) else { return };
-        let _held = peer.hold(80, LIMIT);
-        let (code, findings, _) = audit(&lab, &[]);
-        let said = verdicts(&findings, "limit-shadowed");
-        let wanted: &[&str] = if is_limited { &[] } else { &["bad"] };
-        assert_eq!(said, wanted, "{there}: {findings:#}");
-        assert_eq!(code, i32::from(!is_limited), "{there}: {findings:#}");
-        assert_eq!(peer.admitted(80, 1), usize::from(!is_limited), "{there}: the truth");
+        if assert_shadowed(&rules, !is_limited, there).is_none() {
+            return;
+        }
     }
 }
 

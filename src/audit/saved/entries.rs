@@ -188,14 +188,14 @@ fn records(lines: &[Line], entries: &mut Entries) -> Vec<Line> {
             entries.failure = entries.failure.take().or(failed.map(|why| (line.number, why)));
             continue;
         }
+        let is_broken =
+            records.last().is_some_and(|(record, _)| is_broken_word(&record.text, text));
         match records.last_mut() {
             Some((record, pieces))
                 if *pieces < PIECES
-                    && (!is_complete(&record.text)
-                        || is_continued_by(text)
-                        || is_broken_word(&record.text, text)) =>
+                    && (!is_complete(&record.text) || is_continued_by(text) || is_broken) =>
             {
-                if !is_broken_word(&record.text, text) {
+                if !is_broken {
                     record.text.push(' ');
                 }
                 record.text.push_str(text);

@@ -99,7 +99,7 @@ pub(super) fn earlier(all: &[Earlier], matches: &Match) -> Vec<EarlierAccept> {
         if earlier.and(matches).never && !earlier.is_established() {
             continue;
         }
-        let is_sure = !earlier.is_narrowed() && !earlier.is_rated;
+        let is_sure = is_of_all(earlier);
         let kind = if within.is_some() || !is_sure {
             if earlier.is_established() {
                 // Packets that open a translated connection may pass, too.
@@ -139,6 +139,10 @@ pub(super) fn untracked(all: &Match, matches: &Match) -> Option<EarlierAccept> {
     if all.and(matches).never {
         return None;
     }
-    let is_sure = !all.is_narrowed() && !all.is_rated;
-    Some(EarlierAccept::Untracked { of: Box::new(all.told()), is_sure })
+    Some(EarlierAccept::Untracked { of: Box::new(all.told()), is_sure: is_of_all(all) })
+}
+
+/// Whether it is so of all packets that its words name.
+fn is_of_all(matches: &Match) -> bool {
+    !matches.is_narrowed() && !matches.is_rated
 }

@@ -7,11 +7,7 @@ use crate::firewall::{Chain, Outcome, Rule, Step};
 /// Whether what passes the limit at this step is told of, by the rule itself or by the chain that
 /// it leads to.
 pub(super) fn tells(player: &Player<'_>, chain: &Chain, rule: &Rule, limit: usize) -> bool {
-    let is_note = |step: &Step| match step {
-        Step::Log | Step::Note(_) => true,
-        Step::Add(adding) => adding.limit.is_none(),
-        _ => false,
-    };
+    let is_note = |step: &Step| *step == Step::Log || is_written(step);
     let over = rule.steps.get(limit).is_some_and(|step| match step {
         Step::Count(counting) => counting.limit.over,
         Step::Add(adding) => adding.limit.is_some_and(|limit| limit.over),
@@ -23,15 +19,13 @@ pub(super) fn tells(player: &Player<'_>, chain: &Chain, rule: &Rule, limit: usiz
     match rule.outcome() {
         // Without a verdict it is there to mark, to log, to write down.
         Outcome::Continue => true,
-        Outcome::Jump(name) | Outcome::Goto(name) => {
-            let target = player.target(chain, name);
-            let chain = target.and_then(|at| player.ruleset().chains.get(at));
+        Outcome::Jump(_) | Outcome::Goto(_) => {
             let plain = |rule: &Rule| {
                 let ends =
                     matches!(rule.outcome(), Outcome::Drop | Outcome::Reject | Outcome::Reset);
                 ends && !rule.steps.iter().any(is_note)
             };
-            !chain.is_some_and(|chain| chain.rules.iter().all(plain))
+            !led_to(player, chain, rule).is_some_and(|chain| chain.rules.iter().all(plain))
         }
         _ => rule.steps.iter().skip(limit + 1).any(is_note),
     }
@@ -40,18 +34,24 @@ pub(super) fn tells(player: &Player<'_>, chain: &Chain, rule: &Rule, limit: usiz
 /// Whether what passes the limit at this step is written to a set, by the rule itself or by the chain
 /// that it leads to.
 pub(super) fn remembers(player: &Player<'_>, chain: &Chain, rule: &Rule, limit: usize) -> bool {
-    let remembers = |step: &Step| match step {
+    let rules = led_to(player, chain, rule).into_iter().flat_map(|chain| &chain.rules);
+    let behind = rules.flat_map(|it| &it.steps);
+    rule.steps.iter().skip(limit + 1).chain(behind).any(is_written)
+}
+
+/// Whether a step writes the packet to a set or a list, which is no limit's.
+fn is_written(step: &Step) -> bool {
+    match step {
         Step::Note(_) => true,
         Step::Add(adding) => adding.limit.is_none(),
         _ => false,
-    };
-    let target = match rule.outcome() {
-        Outcome::Jump(name) | Outcome::Goto(name) => player.target(chain, name),
-        _ => None,
-    };
-    let target = target.and_then(|at| player.ruleset().chains.get(at));
-    let behind = target.into_iter().flat_map(|chain| &chain.rules).flat_map(|it| &it.steps);
-    rule.steps.iter().skip(limit + 1).chain(behind).any(remembers)
+    }
+}
+
+/// The chain that a rule leads to.
+fn led_to<'r>(player: &Player<'r>, chain: &Chain, rule: &Rule) -> Option<&'r Chain> {
+    let (Outcome::Jump(name) | Outcome::Goto(name)) = rule.outcome() else { return None };
+    player.ruleset().chains.get(player.target(chain, name)?)
 }
 
 /// Whether what passes the limit at this step is logged or counted, and no more.
