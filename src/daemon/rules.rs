@@ -126,6 +126,11 @@ impl Rules {
         self.lists.is_clear().then(|| self.lists.limits().cloned().collect())
     }
 
+    /// Whether a rule gives connections a policy of timeouts by its name (`CT --timeout`).
+    pub(super) fn name_policies(&self) -> bool {
+        self.lists.name_policies()
+    }
+
     fn is_of_these(&self, hook: Hook) -> bool {
         match hook {
             Hook::Prerouting | Hook::Input => true,

@@ -63,6 +63,13 @@ pub(super) fn target(name: &str, info: &[u8], ipv4: bool) -> Vec<Step> {
     named_target(if is_notrack { "NOTRACK" } else { name }).into_iter().collect()
 }
 
+/// Whether a target gives connections a policy of timeouts by its name (`CT --timeout`).
+pub(super) fn names_policy(name: &str, info: &[u8]) -> bool {
+    // struct xt_ct_target_info_v1 { flags, zone, ct_events, exp_events, helper[16], timeout[32], ct };
+    // without the timeout, as in revision 0, it is too short.
+    name == "CT" && info.get(28..60).is_some_and(|timeout| !timeout.starts_with(&[0]))
+}
+
 /// A target by its name alone; `None` for one that lets the packet go on as it is.
 pub(super) fn named_target(name: &str) -> Option<Step> {
     let outcome = match name {
@@ -258,4 +265,21 @@ fn half(info: &[u8], at: usize) -> Option<u16> {
 
 fn word(info: &[u8], at: usize) -> Option<u32> {
     info.get(at..at + 4)?.try_into().ok().map(u32::from_ne_bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_policy_is_named_by_ct_of_the_later_revisions_alone() {
+        let mut info = vec![0; 72];
+        assert!(!names_policy("CT", &info));
+        info[12] = b'h';
+        assert!(!names_policy("CT", &info), "that is a helper");
+        info[28] = b's';
+        assert!(names_policy("CT", &info));
+        assert!(!names_policy("TEE", &info));
+        assert!(!names_policy("CT", &info[..40]), "revision 0 has the kernel's pointer there");
+    }
 }

@@ -27,6 +27,7 @@ use crate::audit::survey::{Survey, SweepResult};
 use crate::conntrack::TcpState;
 use crate::error::{Error, Result};
 use crate::firewall::Ruleset;
+use crate::firewall::lists::Lists;
 use crate::firewall::timeouts::Policies;
 use crate::host::counters::Cookies;
 use crate::host::{random, sysctl};
@@ -48,6 +49,8 @@ pub(super) struct Worker<'p> {
     pub(super) desk: Desk<'p>,
     /// The rules whose limits count these sockets, where they are followed.
     rules: Option<Rules>,
+    /// Rules give connections policies of timeouts by their names (`CT --timeout`).
+    name_policies: bool,
     /// Other namespaces whose connections are in this table.
     members: Option<&'p Members>,
     /// Reads whole tables for deep sweeps.
@@ -77,7 +80,6 @@ impl<'p> Worker<'p> {
         }
         let (settings, defence) = (live.keeper(foundation.dry_run), foundation.defence);
         let mut keeper = Keeper::new(tables, recounter, settings, defence, now, random::bits)?;
-        know_timeouts(&mut keeper);
         // Before the first dump, so that nothing happens unseen between the two.
         let desk = Desk::open(control, live, &keeper.scope().ports, share)?;
         desk.share.recount_available(is_available);
@@ -91,10 +93,17 @@ impl<'p> Worker<'p> {
         } else {
             None
         };
-        match &rules {
-            Some(rules) => know_rules(&mut keeper, rules),
-            None => keeper.tables.follow_tracking(&Ruleset::read()),
-        }
+        let name_policies = match &rules {
+            Some(rules) => {
+                know_rules(&mut keeper, rules);
+                rules.name_policies()
+            }
+            None => {
+                keeper.tables.follow_tracking(&Ruleset::read());
+                Lists::read(None).is_ok_and(|lists| lists.name_policies())
+            }
+        };
+        know_timeouts(&mut keeper, name_policies);
         let (claim, sweep_failing) = (None, false);
         let overloads = Overloads::new(desk.live.clone(), desk.foundation.dry_run, now);
         let outgoing = OutgoingConnections::new(&desk.live, desk.foundation.dry_run, now);
@@ -102,6 +111,7 @@ impl<'p> Worker<'p> {
             keeper,
             desk,
             rules,
+            name_policies,
             members,
             reader,
             deep_cost: Duration::ZERO,
@@ -195,6 +205,7 @@ impl<'p> Worker<'p> {
         if looked.is_some() {
             self.desk.rules_changed();
             know_rules(&mut self.keeper, rules);
+            self.name_policies = rules.name_policies();
             if rules.take_doubt() && !self.desk.foundation.dry_run {
                 self.keeper.doubt_limits(Instant::now())?;
             }
@@ -280,7 +291,7 @@ impl<'p> Worker<'p> {
             rely_on_events(&mut self.keeper, &self.desk);
         }
         if sweep.depth == Depth::Deep {
-            know_timeouts(&mut self.keeper);
+            know_timeouts(&mut self.keeper, self.name_policies);
             self.survey(sweep);
         }
         self.desk.follow_opened(&self.keeper.tables.sockets.mptcp_ports());
@@ -365,18 +376,25 @@ fn rely_on_events(keeper: &mut Keeper, desk: &Desk<'_>) {
     keeper.rely_on_syns(desk.quiet());
 }
 
-/// Has the keeper know how soon the kernel forgets.
-fn know_timeouts(keeper: &mut Keeper) {
+/// Has the keeper know how soon the kernel forgets, by its settings and by the policies that rules give; of
+/// iptables these have names.
+fn know_timeouts(keeper: &mut Keeper, name_policies: bool) {
     keeper.idle_timeout = kernel_timeout(TcpState::Established);
     // Where data is not acknowledged, or comes again and again, in whatever state.
     let unanswered = ["unacknowledged", "max_retrans"]
         .map(|which| sysctl::conntrack(&format!("nf_conntrack_tcp_timeout_{which}")));
     let unanswered = unanswered.map(|timeout| timeout.map(Duration::from_secs));
     // Rules that cannot be read are said where limits are looked for.
-    let by_rules = Policies::read().unwrap_or_default();
+    let of_nft = Policies::of_nft().unwrap_or_default();
+    let named = if name_policies { Policies::named() } else { Ok(Policies::default()) };
+    let named = named.unwrap_or_else(|error| {
+        tracing::warn!(%error, "timeouts that rules give by name could not be read");
+        Policies::default()
+    });
+    let by_rules = [of_nft, named];
     let shortest = |states: &[TcpState]| {
         let by_kernel = states.iter().map(|state| kernel_timeout(*state)).chain(unanswered);
-        by_kernel.chain([by_rules.shortest(states)]).flatten().min()
+        by_kernel.chain(by_rules.iter().map(|it| it.shortest(states))).flatten().min()
     };
     keeper.forgets = Forgets {
         // A FIN that TCP does not take, because of a hole before it, closes the entry alone.

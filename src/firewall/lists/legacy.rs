@@ -53,6 +53,14 @@ impl Saved {
         &self.text
     }
 
+    /// Whether a rule gives connections a policy of timeouts by its name.
+    pub(super) fn names_policy(&self) -> bool {
+        // The target is the last, behind comments.
+        let targets = self.text.lines().filter_map(|line| line.rsplit_once(" -j "));
+        let mut of_ct = targets.filter_map(|(_, target)| target.strip_prefix("CT "));
+        of_ct.any(|options| options.split(' ').any(|word| word == "--timeout"))
+    }
+
     /// Whether a table shows that it is not the one that it was: by other rules, or by a counter
     /// that fell. Without either it may be another one all the same.
     pub(super) fn is_replaced(&self, before: &Self, table: &str) -> bool {
@@ -115,6 +123,21 @@ mod tests {
         assert!(replaced(&BEFORE.replace("[3:180]", "[0:0]"), "filter"));
         assert!(replaced(&BEFORE.replace("[12:3456]", "[0:0]"), "filter"));
         assert!(replaced("*mangle\nCOMMIT\n", "filter"));
+    }
+
+    #[test]
+    fn a_policy_is_named_by_an_option_of_the_target_alone() {
+        let names = |rule: &str| {
+            let text =
+                format!("*raw\n:PREROUTING ACCEPT [0:0]\n[1:40] -A PREROUTING {rule}\nCOMMIT\n");
+            Saved::parse(&text).names_policy()
+        };
+        assert!(names("-p tcp -m tcp --dport 80 -j CT --timeout short"));
+        assert!(names("-j CT --timeout short --ctevents new --zone 5"));
+        assert!(!names("-j CT --zone 5"));
+        assert!(!names("-m set --match-set known src -j SET --add-set known src --timeout 9"));
+        assert!(!names("-m comment --comment \"x -j CT --timeout y\" -j CT --notrack"));
+        assert!(!Saved::parse(BEFORE).names_policy());
     }
 
     #[test]

@@ -45,6 +45,8 @@ pub struct Lists {
     /// Of nf_tables and of iptables-legacy: whether a limit could not be read, or a rule may reset a
     /// connection that is open.
     is_unclear: [bool; 2],
+    /// Of both: a rule gives connections a policy of timeouts by its name (`CT --timeout`).
+    name_policies: [bool; 2],
     unread: Vec<String>,
 }
 
@@ -166,11 +168,13 @@ impl Lists {
     /// [`Lists::unread`].
     pub fn read(known: Option<&Self>) -> Result<Self> {
         let mut this = match known {
-            Some(Self { nft, chains: [chains, _], is_unclear: [nft_unclear, _], .. }) => {
-                let chains = [chains.clone(), Vec::new()];
-                let is_unclear = [*nft_unclear, false];
-                Self { nft: nft.clone(), chains, is_unclear, ..Self::default() }
-            }
+            Some(known) => Self {
+                nft: known.nft.clone(),
+                chains: [known.chains[0].clone(), Vec::new()],
+                is_unclear: [known.is_unclear[0], false],
+                name_policies: [known.name_policies[0], false],
+                ..Self::default()
+            },
             None => open_and_read_nft()?,
         };
         for family in [Family::Ip, Family::Ip6] {
@@ -181,6 +185,7 @@ impl Lists {
                     let ruleset = Ruleset { chains, unread: Vec::new() };
                     let (limits, is_unclear) = limits(&ruleset);
                     this.is_unclear[1] |= is_unclear;
+                    this.name_policies[1] |= saved.names_policy();
                     this.legacy.push((family, saved, at(limits, this.chains[1].len())));
                     this.chains[1].extend(ruleset.chains);
                 }
@@ -192,6 +197,7 @@ impl Lists {
             // These were not kept.
             let nft = open_and_read_nft()?;
             (this.nft, this.is_unclear[0]) = (nft.nft, nft.is_unclear[0]);
+            this.name_policies[0] = nft.name_policies[0];
             let [chains, _] = nft.chains;
             this.chains[0] = chains;
         }
@@ -242,6 +248,11 @@ impl Lists {
     /// packet that is no SYN.
     pub fn is_clear(&self) -> bool {
         self.unread.is_empty() && !self.is_unclear.contains(&true)
+    }
+
+    /// Whether a rule gives connections a policy of timeouts by its name (`CT --timeout`).
+    pub fn name_policies(&self) -> bool {
+        self.name_policies.contains(&true)
     }
 
     /// What could not be read, and why.
@@ -301,8 +312,9 @@ fn read_nft<T: Transport>(conversation: &mut Conversation<T>) -> Result<Lists> {
             let (limits, is_unclear) = limits(&ruleset);
             let nft = limits.into_iter().map(known).collect();
             let is_unclear = [is_unclear, false];
+            let name_policies = [numbers.names_policy(), false];
             let chains = [ruleset.chains, Vec::new()];
-            return Ok(Lists { nft, chains, is_unclear, ..Lists::default() });
+            return Ok(Lists { nft, chains, is_unclear, name_policies, ..Lists::default() });
         }
     }
     Err(Op::new("read nft rules").failed(Cause::Interrupted { attempts: ATTEMPTS }))

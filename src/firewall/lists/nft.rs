@@ -7,9 +7,10 @@ use nix::errno::Errno;
 
 use super::{RuleKey, SetKey, Since};
 use crate::error::{Op, Result};
-use crate::firewall::Family;
 use crate::firewall::limits::LimitRule;
+use crate::firewall::{Family, xt};
 use crate::netlink::{Attributes, Conversation, Request, Transport};
+use crate::nftables::uapi::{NFTA_TARGET_INFO, NFTA_TARGET_NAME};
 
 const NFNL_SUBSYS_NFTABLES: u16 = 10;
 const NFT_MSG_GETTABLE: u16 = 1;
@@ -67,6 +68,7 @@ pub(super) struct Numbers {
     generation: u32,
     /// By family, table, chain and place in it.
     identities: HashMap<(Family, String, String, usize), Identity>,
+    names_policy: bool,
 }
 
 impl Numbers {
@@ -84,12 +86,14 @@ impl Numbers {
         let request = get("dump of nft rules", NFT_MSG_GETRULE);
         let mut places: HashMap<(u8, String, String), usize> = HashMap::new();
         let mut identities = HashMap::new();
+        let mut names_policy = false;
         let rules = conversation.dump(&request, |all: &mut Vec<Rule>, frame| {
             all.extend(Rule::decode(frame.payload));
             Ok(())
         })?;
         for rule in rules {
-            let Rule { family, table, chain, number, sets: named } = rule;
+            let Rule { family, table, chain, number, sets: named, names_policy: names } = rule;
+            names_policy |= names;
             let place = places.entry((family, table.clone(), chain.clone())).or_default();
             *place += 1;
             let Some(named) = named else { continue };
@@ -106,12 +110,17 @@ impl Numbers {
             let identity = Identity { table: own, rule, sets: known };
             identities.insert((Family::from_kernel(family), table, chain, *place), identity);
         }
-        Ok(Self { generation, identities })
+        Ok(Self { generation, identities, names_policy })
     }
 
     /// The generation that they were read in.
     pub(super) fn generation(&self) -> u32 {
         self.generation
+    }
+
+    /// Whether a rule of iptables-nft names a policy of timeouts.
+    pub(super) fn names_policy(&self) -> bool {
+        self.names_policy
     }
 
     /// What the list of a limit is known by.
@@ -129,22 +138,29 @@ struct Rule {
     number: u64,
     /// Sets that it names; `None` for a rule without a limit and without sets.
     sets: Option<Vec<String>>,
+    /// It names a policy of timeouts.
+    names_policy: bool,
 }
 
 impl Rule {
     fn decode(message: &[u8]) -> Option<Self> {
         let attributes = Attributes(message.get(NFGENMSG_LEN..)?);
         let mut sets: Option<Vec<String>> = None;
+        let mut names_policy = false;
         let expressions = attributes.nest(NFTA_RULE_EXPRESSIONS)?;
         for (_, expression) in expressions.iter() {
             let expression = Attributes(expression);
+            let data = expression.nest(NFTA_EXPR_DATA);
             let named = match expression.value(NFTA_EXPR_NAME) {
                 Some(b"connlimit\0" | b"match\0") => None,
                 Some(b"lookup\0") => Some(NFTA_LOOKUP_SET),
                 Some(b"dynset\0") => Some(NFTA_DYNSET_SET_NAME),
+                Some(b"target\0") => {
+                    names_policy |= data.is_some_and(is_of_policy);
+                    continue;
+                }
                 _ => continue,
             };
-            let data = expression.nest(NFTA_EXPR_DATA);
             let set = named.and_then(|attribute| data?.text(attribute));
             sets.get_or_insert_default().extend(set);
         }
@@ -154,8 +170,15 @@ impl Rule {
             chain: attributes.text(NFTA_RULE_CHAIN)?,
             number: number(attributes, NFTA_RULE_HANDLE)?,
             sets,
+            names_policy,
         })
     }
+}
+
+/// Whether a target of xt names a policy of timeouts.
+fn is_of_policy(target: Attributes<'_>) -> bool {
+    let name = target.text(NFTA_TARGET_NAME).unwrap_or_default();
+    xt::names_policy(&name, target.value(NFTA_TARGET_INFO).unwrap_or_default())
 }
 
 /// The generation of the rules: each transaction makes a new one. 0 where there is no nf_tables.

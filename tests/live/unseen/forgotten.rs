@@ -3,6 +3,13 @@
 use std::thread;
 use std::time::Duration;
 
+use ctkeep::Op;
+use ctkeep::firewall::lists::Lists;
+use ctkeep::netlink::attribute::{emitted, nested, nla, text, word};
+use ctkeep::netlink::{Conversation, KernelSocket, Request};
+use netlink_packet_core::NLM_F_CREATE;
+use netlink_sys::protocols::NETLINK_NETFILTER;
+
 use super::{ATTACKER, ATTACKER6, PORT, Scene, assert_bounded, contrast};
 use crate::lab::{self, Lab, RawConn};
 
@@ -116,27 +123,95 @@ fn a_fin_that_tcp_does_not_take_frees_no_slot() {
     }
 }
 
-/// A policy of the rules (`ct timeout`) goes before the kernel's settings.
-#[test]
-fn a_policy_that_forgets_idle_connections_opens_no_limit() {
-    let policy = |lab: &Lab| {
-        lab.server.feed(
-            "nft -f -",
-            "table ip hasty {\n\
-             ct timeout short { protocol tcp; l3proto ip; policy = { established: 2, close_wait: 2 }\n }\n\
-             chain names { type filter hook prerouting priority 0; ct timeout set \"short\"\n }\n}\n",
-        );
-    };
+/// A policy of the rules goes before the kernel's settings. All rounds are over before the second deep sweep,
+/// which would put back what is forgotten until then: unread, a policy gains 15 at least.
+fn assert_kept_by_policy(what: &str, policy: impl Fn(&Lab) + Sync) {
+    const ROUNDS: usize = 6;
+    const REPAIRED: Duration = Duration::from_secs(2);
     let counts = contrast(ATTACKER, policy, GROWN, ROUNDS, |scene| {
         let begun = (0..scene.limit).map(|_| scene.attacker.syn_only(PORT)).collect();
         let new = scene.attacker.complete(begun, Duration::from_millis(50));
         scene.held.extend(new);
         thread::sleep(Duration::from_millis(2300));
         if scene.daemon.is_some() {
-            // As above.
             let is_back = |conn| scene.lab.entry(conn).is_some();
             lab::holds_within(REPAIRED, || scene.held.iter().all(is_back));
         }
     });
-    assert_bounded("idle, by a policy", &counts, GROWN);
+    assert_bounded(what, &counts, GROWN);
+}
+
+#[test]
+fn a_policy_that_forgets_idle_connections_opens_no_limit() {
+    assert_kept_by_policy("idle, by a policy", |lab| {
+        lab.server.feed(
+            "nft -f -",
+            "table ip hasty {\n\
+             ct timeout short { protocol tcp; l3proto ip; policy = { established: 2, close_wait: 2 }\n }\n\
+             chain names { type filter hook prerouting priority 0; ct timeout set \"short\"\n }\n}\n",
+        );
+    });
+}
+
+/// The same by `CT --timeout`, whose policies are those of nfnetlink_cttimeout.
+#[test]
+fn a_policy_that_iptables_names_opens_no_limit() {
+    const RULE: &str = "-t raw -A PREROUTING -p tcp --dport 80 -j CT --timeout short";
+    let Some(lab) = Lab::new() else { return };
+    if let Err(error) = lab.server.within(add_policy) {
+        return lab::skip_rare(&error.to_string());
+    }
+    for iptables in ["iptables", "iptables-legacy"] {
+        assert_kept_by_policy(&format!("idle, by a policy that {iptables} names"), |lab| {
+            lab.server.within(add_policy).expect("a policy");
+            lab.server.run(&format!("{iptables} {RULE}"));
+        });
+    }
+}
+
+/// Where no rule names one, nobody asks for policies: the question would make the kernel load a module.
+#[test]
+fn a_policy_is_asked_for_where_a_rule_names_one() {
+    const ZONE: &str = "-t raw -A PREROUTING -p tcp --dport 80 -j CT --zone 5";
+    let Some(lab) = Lab::new() else { return };
+    if let Err(error) = lab.server.within(add_policy) {
+        return lab::skip_rare(&error.to_string());
+    }
+    let names = |known: Option<&Lists>| {
+        let lists = lab.server.within(|| Lists::read(known)).expect("rules");
+        (lists.name_policies(), lists)
+    };
+    for iptables in ["iptables", "iptables-legacy"] {
+        lab.server.run(&format!("{iptables} {ZONE}"));
+        assert!(!names(None).0, "{iptables}: that is a zone");
+        lab.server.run(&format!("{iptables} {ZONE} --timeout short"));
+        let (is_named, known) = names(None);
+        assert!(is_named, "{iptables}");
+        assert!(names(Some(&known)).0, "{iptables}: nothing was heard of since");
+        lab.server.run(&format!("{iptables} -t raw -F"));
+        assert!(!names(None).0, "{iptables}");
+    }
+}
+
+/// `nfct add timeout short inet tcp established 2 close_wait 2`
+fn add_policy() -> ctkeep::Result<()> {
+    const CTA_TIMEOUT_NAME: u16 = 1;
+    const CTA_TIMEOUT_L3PROTO: u16 = 2;
+    const CTA_TIMEOUT_L4PROTO: u16 = 3;
+    const CTA_TIMEOUT_DATA: u16 = 4;
+    const CTA_TIMEOUT_TCP_ESTABLISHED: u16 = 3;
+    const CTA_TIMEOUT_TCP_CLOSE_WAIT: u16 = 5;
+    // NFNL_SUBSYS_CTNETLINK_TIMEOUT << 8 | IPCTNL_MSG_TIMEOUT_NEW
+    const NEW: u16 = 8 << 8;
+    let op = Op::new("add a policy of timeouts");
+    let timeouts = [word(CTA_TIMEOUT_TCP_ESTABLISHED, 2), word(CTA_TIMEOUT_TCP_CLOSE_WAIT, 2)];
+    let policy = [
+        text(CTA_TIMEOUT_NAME, "short"),
+        nla(CTA_TIMEOUT_L3PROTO, &2_u16.to_be_bytes()),
+        nla(CTA_TIMEOUT_L4PROTO, &[6]),
+        nested(CTA_TIMEOUT_DATA, &timeouts),
+    ];
+    let body = [vec![0; 4], emitted(&policy)].concat();
+    let request = Request { op, kind: NEW, flags: NLM_F_CREATE, body, joined: false };
+    Conversation::new(KernelSocket::open(op, NETLINK_NETFILTER)?).execute(&request)
 }
