@@ -5,7 +5,7 @@ use std::fmt;
 use serde::Serialize;
 
 /// Every identifier there is; docs/doctor.md has a section for each.
-pub const IDENTIFIERS: [&str; 58] = [
+pub const IDENTIFIERS: [&str; 59] = [
     "kernel",
     "privilege-net-admin",
     "privilege-net-raw",
@@ -42,6 +42,7 @@ pub const IDENTIFIERS: [&str; 58] = [
     "tables-disagree",
     "source-over-limit",
     "limit-uncounted",
+    "limit-met-twice",
     "limit-lacking",
     "saved-text",
     "clients-as-one",

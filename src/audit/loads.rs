@@ -32,6 +32,8 @@ pub struct Load {
     pub held_for_sure: usize,
     /// Entries that the rule can count.
     pub counted: usize,
+    /// How often one connection meets the list, at most: the kernel may count it so often.
+    pub times: usize,
     /// No rule refuses what exceeds it: it is logged, counted or marked. Known of one that is full.
     pub is_noted: bool,
 }
@@ -39,7 +41,12 @@ pub struct Load {
 impl Load {
     /// Whether the limit has no place left, as far as can be told.
     pub fn is_full(&self) -> bool {
-        self.held > 0 && self.held >= size(self.limit) && !self.is_noted
+        self.held > 0 && self.held_at_most() >= size(self.limit) && !self.is_noted
+    }
+
+    /// How many its list may have of what is open.
+    fn held_at_most(&self) -> usize {
+        self.held.saturating_mul(self.times)
     }
 
     /// Whether conntrack has fewer entries that the limit can count than it has to count of what is
@@ -62,7 +69,7 @@ impl Load {
             Some(false)
         } else if self.held_for_sure > size(self.limit) {
             Some(true)
-        } else if self.held > size(self.limit) {
+        } else if self.held_at_most() > size(self.limit) {
             None
         } else {
             Some(false)
@@ -109,13 +116,20 @@ fn gather(
         let played = plays.of(&view);
         // A list without room, and one that loses what is not tracked, measure no source.
         let hits = || played.hits.iter().filter(|hit| hit.counts == Counts::Yes);
-        for (at, hit) in hits().enumerate() {
-            let Some(index) = plays.rule(hit, &view) else { continue };
-            // By two rules of one list a socket is no second socket.
-            let is_same = |other: &&Hit| (other.list, &other.group) == (hit.list, &hit.group);
+        for (at, first) in hits().enumerate() {
+            // By two rules of one list a socket is no second socket, though it may be counted twice.
+            let is_same = |other: &&Hit| (other.list, &other.group) == (first.list, &first.group);
             if hits().take(at).any(|other| is_same(&other)) {
                 continue;
             }
+            // Of a rule that logs and one that drops, the latter limits.
+            let found = |hit| plays.rule(hit, &view).map(|index| (hit, index));
+            let limits =
+                |(_, at): &(_, usize)| plays.limiter.rules.get(*at).is_some_and(|it| !it.notes);
+            let same = || hits().filter(is_same).filter_map(found);
+            let Some((hit, index)) = same().find(limits).or_else(|| same().next()) else {
+                continue;
+            };
             let certainty = hits().filter(is_same).map(|hit| hit.certainty).max();
             let (peer, group) = (view.client().addr(), group(hit, &view));
             let is_sure = certainty > Some(Certainty::Perhaps) && hit.group.is_some();
@@ -132,6 +146,7 @@ fn gather(
                 held: 0,
                 held_for_sure: 0,
                 counted: 0,
+                times: 1,
                 is_noted: plays.limiter.rules.get(index).is_some_and(|rule| rule.notes),
             });
             load.client = load.client.filter(|client| *client == peer);
@@ -144,6 +159,7 @@ fn gather(
                 load.is_noted = plays.is_noted(hit, rule, &view);
             }
             load.held_for_sure += usize::from(is_open && is_sure);
+            load.times = load.times.max(hits().filter(is_same).count());
             load.counted += usize::from(is_counted);
         }
     }

@@ -158,7 +158,9 @@ impl<'r> Plays<'r> {
             let net = self.net(rule, view);
             let (limit, is_sure) = (hit.limit.count, hit.certainty > Certainty::Perhaps);
             let (group, port) = (group(hit, view), self.port(rule, view));
-            Some(Met { group, rule, net, port, limit, is_sure })
+            let is_same = |other: &&Hit| (other.list, &other.group) == (hit.list, &hit.group);
+            let is_twice = played.hits.iter().filter(is_same).count() > 1;
+            Some(Met { group, rule, net, port, limit, is_sure, is_twice })
         };
         played.hits.iter().filter_map(met).collect()
     }
@@ -199,6 +201,8 @@ pub struct Met {
     pub limit: u32,
     /// Whether it counts the connection for sure.
     pub is_sure: bool,
+    /// Whether the connection meets its list more than once, and may be counted as often.
+    pub is_twice: bool,
 }
 
 /// What one list counts together: the list, its key where that is known, else the source.

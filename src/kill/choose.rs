@@ -209,6 +209,7 @@ mod tests {
             held,
             held_for_sure: held,
             counted: held,
+            times: 1,
             is_noted: false,
         };
         let of = |cookies: &[u64]| cookies.iter().map(|it| socket(*it, State::CloseWait)).collect();

@@ -72,6 +72,7 @@ mod states;
 mod stock;
 mod streams;
 mod top;
+mod twice;
 mod unaccepted;
 mod unseen;
 mod verdicts;

@@ -66,6 +66,21 @@ pub fn perhaps_over(source: IpNet, held: usize, limit: u32) -> Finding {
     )
 }
 
+/// A limit whose list one connection meets several times: kernels that look for what is on a list once a jiffy
+/// (5.19 and later, and what was backported) count it each time.
+pub fn met_twice(source: IpNet, held: usize, limit: u32, times: usize) -> Finding {
+    let whose = whose(source);
+    let least = usize::try_from(limit).unwrap_or(usize::MAX) / times;
+    Finding::warn(
+        "limit-met-twice",
+        format!(
+            "{whose}: {held} sockets, limit {limit}, but each connection meets its list {times} times, and \
+             most kernels count it as often: no more than {least} get in then"
+        ),
+        "let one rule alone count, and jump from it to a chain that logs and refuses",
+    )
+}
+
 /// A source, not beyond its limit, of which conntrack has fewer entries that a limiter can count than
 /// the limit has to count of it: for sure, or perhaps.
 pub fn uncounted(source: IpNet, held: usize, is_sure: bool, limit: u32, counted: usize) -> Finding {

@@ -12,8 +12,8 @@ use crate::firewall::limits::{EarlierAccept, Key, LimitRule, SetUse};
 use crate::reconcile::snapshot::{View, Views};
 
 /// What is found about the sources of a limit.
-const OF_SOURCES: [&str; 4] =
-    ["source-over-limit", "limit-uncounted", "limit-notes", "limit-translated"];
+const OF_SOURCES: [&str; 5] =
+    ["source-over-limit", "limit-uncounted", "limit-met-twice", "limit-notes", "limit-translated"];
 
 /// Figures of the limiter layer.
 #[derive(Clone, Debug, Serialize)]
@@ -81,11 +81,16 @@ impl LimitFigures {
         findings.extend(over.first().map(|worst| {
             judge::sockets::over(whose(rule, worst), worst.held, worst.limit, worst.counted)
         }));
-        let unsure = loads.iter().find(|load| load.is_over().is_none()).filter(|_| over.is_empty());
+        let unsure = loads.iter().find(|load| load.is_over().is_none() && load.times == 1);
+        let unsure = unsure.filter(|_| over.is_empty());
         findings
             .extend(unsure.map(|load| {
                 judge::sockets::perhaps_over(whose(rule, load), load.held, load.limit)
             }));
+        let twice = loads.iter().filter(|load| load.times > 1 && !load.is_noted);
+        findings.extend(twice.max_by_key(|load| load.held).map(|load| {
+            judge::sockets::met_twice(whose(rule, load), load.held, load.limit, load.times)
+        }));
         // Of those that are over it, that says how many the rule sees.
         let uncounted = |load: &&&Load, is_sure| {
             load.is_over() == Some(false) && load.is_uncounted() == is_sure
