@@ -547,3 +547,44 @@ fn a_text_that_was_shortened_by_hand_lacks_nothing_for_certain() {
         assert!(!entries.classes().contains_key("entry-missing"), "{mark}: {}", entries.out);
     }
 }
+
+/// A text of which every line is cut inside the peer's port, as `cut -c` leaves it: no port is another's.
+#[test]
+fn a_text_that_is_cut_at_one_column_claims_nothing_of_what_stands_there() {
+    let whole = read("ss-plain.txt");
+    let end = whole.lines().nth(2).expect("a socket").len();
+    for width in end - 4..=end {
+        let lines: Vec<_> = whole.lines().map(|line| &line[..line.len().min(width)]).collect();
+        let said = of_text(lines.join("\n") + "\n", "ct-plain.txt");
+        let classes = said.classes();
+        let told = said.err.contains("end where the longest line of the text does");
+        if width == end {
+            let agree = counts(&[("agree", 2), ("entry-closed", 1)]);
+            assert_eq!((classes, told), (agree, false), "{}", said.err);
+        } else {
+            assert_eq!((classes, told, said.code), (counts(&[]), true, 0), "{width}: {}", said.err);
+        }
+    }
+    // The control: a socket of a short port that no entry goes on from lacks its entry.
+    let short = whole.replace(":41003", ":5200").replace("Process", "");
+    let expected = counts(&[("agree", 3), ("entry-missing", 1)]);
+    assert_eq!(of_text(short, "ct-plain.txt").classes(), expected);
+}
+
+/// More sockets lack an entry than lines could not be read: which of them do is not claimed.
+#[test]
+fn what_may_stand_in_lines_that_were_not_read_is_said() {
+    let socket = |port: u16| format!("ESTAB 0 0 192.0.2.1:8080 198.51.100.7:{port}\n");
+    let more: String = (42001..42004).map(socket).collect();
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("entries");
+    let entry = read("ct-plain.txt").lines().next().expect("an entry").replace("41001", "42001");
+    let broken = entry.replace("dport=8080 src", "dport=eighty src") + "\n";
+    std::fs::write(&path, broken + &read("ct-plain.txt")).expect("a file");
+    let sockets = directory.path().join("sockets");
+    std::fs::write(&sockets, read("ss-plain.txt") + &more).expect("a file");
+    let said = audit(&sockets, &path, &["--format=json", "--all"]);
+    assert_eq!(said.classes().get("entry-missing"), Some(&3), "{}", said.err);
+    let told = "of 3 sockets without an entry 1 may be in lines that could not be read";
+    assert!(said.err.contains(told), "{}", said.err);
+}

@@ -9,7 +9,7 @@ use super::refusal::{File, Refusal};
 use crate::audit::look::Seen;
 use crate::audit::processes::Owners;
 use crate::conntrack::Entry;
-use crate::flow::{Connection, FourTuple};
+use crate::flow::{Connection, Endpoint, FourTuple};
 use crate::reconcile::policy::{Policy, Scope};
 use crate::reconcile::snapshot::{Direction, View, Views};
 use crate::reconcile::whole::join;
@@ -113,6 +113,19 @@ impl Saved {
                     .to_owned(),
             );
         }
+        let cut = cut_off(views, &sockets.at_edge);
+        let is_cut = match remove(views, |view| {
+            view.entry.is_none() && cut.contains(&view.connection)
+        }) {
+            0 => is_cut,
+            count => {
+                notes.push(format!(
+                    "{count} sockets end where the longest line of the text does, and an entry has a port \
+                     that goes on there: they may be cut, and are left out"
+                ));
+                true
+            }
+        };
         let alone = views.iter().filter(|view| view.socket.is_none()).count();
         let is_unread = is_cut || sockets.is_partial() || alone <= sockets.unread;
         match remove(views, |view| view.socket.is_none() && is_unread) {
@@ -121,6 +134,9 @@ impl Saved {
                 "the text holds a part of the sockets (a filter, grep, a line that could not be \
                  read): {count} entries without a socket are left out"
             )),
+        }
+        if !is_unread {
+            notes.extend(perhaps_unread("entries without a socket", alone, sockets.unread));
         }
         let is_of_multipath = |view: &View| sockets.multipath.contains(&view.connection);
         match remove(views, |view| view.socket.is_none() && is_of_multipath(view)) {
@@ -150,6 +166,9 @@ impl Saved {
                 "the text holds a part of the entries (a filter, grep, a line that could not be \
                  read): {count} sockets without an entry are left out"
             )),
+        }
+        if !is_unread {
+            notes.extend(perhaps_unread("sockets without an entry", missing, entries.unread));
         }
         if let Some(mentioned) = &entries.mentioned {
             let before = views.len();
@@ -208,6 +227,31 @@ impl Saved {
         served.extend(several.filter(|port| !dialled.contains(port)));
         served
     }
+}
+
+/// More lack what is in the other text than lines of it could not be read: some of them lack it surely.
+fn perhaps_unread(what: &str, count: usize, unread: usize) -> Option<String> {
+    (unread > 0 && count > unread).then(|| {
+        format!(
+            "of {count} {what} {unread} may be in lines that could not be read; the others are not"
+        )
+    })
+}
+
+/// Those of these connections whose port may be cut: an entry without a socket has one that begins with it.
+fn cut_off(views: &Views, at_edge: &HashSet<Connection>) -> HashSet<Connection> {
+    let mut ports: HashMap<(Endpoint, IpAddr), Vec<String>> = HashMap::new();
+    for Connection { local, remote } in
+        views.iter().filter(|view| view.socket.is_none()).map(|view| view.connection)
+    {
+        ports.entry((local, remote.addr())).or_default().push(remote.port().to_string());
+    }
+    let goes_on = |connection: &&Connection| {
+        let begins = connection.remote.port().to_string();
+        let ports = ports.get(&(connection.local, connection.remote.addr()));
+        ports.is_some_and(|ports| ports.iter().any(|port| port.starts_with(&begins)))
+    };
+    at_edge.iter().filter(goes_on).copied().collect()
 }
 
 /// Removes what is meant; how many that are.

@@ -17,6 +17,13 @@ pub(super) struct Line {
     pub text: String,
 }
 
+impl Line {
+    /// The column that it ends at.
+    pub(super) fn end(&self) -> usize {
+        self.indent + self.text.chars().count()
+    }
+}
+
 /// A text, line by line.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Text {

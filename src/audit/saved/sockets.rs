@@ -32,6 +32,9 @@ pub struct Sockets {
     pub multipath: HashSet<Connection>,
     /// The peer's end of this one ends the text, without the end of a line: its address and port may go on.
     pub doubtful: Option<Connection>,
+    /// The peer's end of these ends where the longest line does: `cut -c`, or a narrow terminal, may have cut
+    /// their port.
+    pub at_edge: HashSet<Connection>,
     /// A filter has left sockets out, or the text was cut off.
     is_part: bool,
 }
@@ -53,6 +56,7 @@ pub(super) fn sockets(text: &Text, filter: Option<State>) -> Sockets {
     let mut sockets = Sockets { is_part, ..Sockets::default() };
     let filter = filter.or_else(|| text.commands.iter().find_map(|command| filtered(command)));
     let is_wide = text.lines.iter().any(|line| netstat::is_wide(&words(&line.text)));
+    let edge = text.lines.iter().map(Line::end).max();
     let mut looks = Vec::new();
     let records = records(&text.lines, &mut sockets.parsed);
     let last = records.last().map(|record| record.line.number);
@@ -63,9 +67,12 @@ pub(super) fn sockets(text: &Text, filter: Option<State>) -> Sockets {
                 sockets.is_part |= row.state.is_none();
                 let is_last = text.open_end == Some(record.last);
                 let ends_in_peer = row.remote.port() != 0 && ends_in_an_address(&record.line.text);
-                sockets.doubtful = Some(Connection::new(row.local, row.remote))
-                    .filter(|_| is_last && ends_in_peer)
-                    .or(sockets.doubtful);
+                let connection = Connection::new(row.local, row.remote);
+                if ends_in_peer && record.pieces == 1 && Some(record.line.end()) == edge {
+                    sockets.at_edge.insert(connection);
+                }
+                sockets.doubtful =
+                    Some(connection).filter(|_| is_last && ends_in_peer).or(sockets.doubtful);
                 match row.state.or(filter) {
                     Some(state) => {
                         looks.push(record.look);
