@@ -55,7 +55,8 @@ pub fn one_sided(
     ports.into_iter().filter_map(find).collect()
 }
 
-fn stranger(ipv4: bool) -> IpAddr {
+/// A client that no rule knows.
+pub(super) fn stranger(ipv4: bool) -> IpAddr {
     if ipv4 { STRANGER } else { STRANGER6 }
 }
 

@@ -36,6 +36,8 @@ pub struct Load {
     pub times: usize,
     /// No rule refuses what exceeds it: it is logged, counted or marked. Known of one that is full.
     pub is_noted: bool,
+    /// What exceeds it may get in by a rule behind it, such as a rate. Known of one that is full.
+    pub may_pass: bool,
 }
 
 impl Load {
@@ -148,6 +150,7 @@ fn gather(
                 counted: 0,
                 times: 1,
                 is_noted: plays.limiter.rules.get(index).is_some_and(|rule| rule.notes),
+                may_pass: false,
             });
             load.client = load.client.filter(|client| *client == peer);
             load.held += usize::from(is_open);
@@ -156,7 +159,8 @@ fn gather(
                 && load.held == size(hit.limit.count).max(1)
                 && let Some(rule) = plays.limiter.rules.get(index)
             {
-                load.is_noted = plays.is_noted(hit, rule, &view);
+                let noted = plays.is_noted(hit, rule, &view);
+                (load.is_noted, load.may_pass) = (noted == Some(true), noted.is_none());
             }
             load.held_for_sure += usize::from(is_open && is_sure);
             load.times = load.times.max(hits().filter(is_same).count());

@@ -8,6 +8,7 @@ pub mod families;
 pub mod figures;
 pub mod finding;
 pub mod fronts;
+pub mod inert;
 pub mod judge;
 pub mod layers;
 pub mod loads;

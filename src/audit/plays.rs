@@ -137,12 +137,13 @@ impl<'r> Plays<'r> {
         admitted(Some(false)) == Some(true) && admitted(Some(true)) == Some(false)
     }
 
-    /// Whether a connection that exceeds this limit gets in all the same.
-    pub(super) fn is_noted(&self, hit: &Hit, rule: &LimitRule, view: &View) -> bool {
-        if rule.remembers {
-            return false;
+    /// Whether a connection that exceeds this limit gets in all the same; `None` where it may.
+    pub(super) fn is_noted(&self, hit: &Hit, rule: &LimitRule, view: &View) -> Option<bool> {
+        match rule {
+            rule if rule.remembers => Some(false),
+            rule if rule.notes => Some(true),
+            _ => self.player.passes(&self.syn(view), hit.at),
         }
-        rule.notes || self.is_passed(view, hit.at)
     }
 
     /// Whether a connection gets in though it exceeds this limit: others say how many do.

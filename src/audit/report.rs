@@ -114,6 +114,7 @@ impl Report {
         let loads = loads(snapshot.views.iter(), &mut plays);
         let mut layers = Layers::of(Inputs {
             figures: seen.figures.as_ref(),
+            rules: &seen.rules,
             limiter,
             loads: &loads,
             is_limit_named: request.limit.is_some(),
@@ -280,7 +281,7 @@ impl Report {
 /// the worst of each. `lost` are the sources with sockets whose entry is missing or not counted.
 fn against_named(limit: u32, sources: &[Source], lost: &HashSet<IpNet>) -> Vec<Finding> {
     let over = sources.iter().find(|source| source.over_limit == Some(true));
-    let over = over.map(|it| judge::sockets::over(it.net, it.held, limit, it.counted));
+    let over = over.map(|it| judge::sockets::over(it.net, it.held, limit, it.counted, false));
     // Of those that are over it, that says how many are counted.
     let uncounted = sources.iter().filter(|source| {
         source.over_limit != Some(true)

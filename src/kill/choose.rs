@@ -211,6 +211,7 @@ mod tests {
             counted: held,
             times: 1,
             is_noted: false,
+            may_pass: false,
         };
         let of = |cookies: &[u64]| cookies.iter().map(|it| socket(*it, State::CloseWait)).collect();
         let which = Which { states: States::open(), over_limit: true, ..ALL };

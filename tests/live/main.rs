@@ -33,6 +33,7 @@ mod fronts;
 mod full;
 mod history;
 mod honest;
+mod inert;
 mod keys;
 mod kill;
 mod known;

@@ -176,6 +176,15 @@ pub fn noted(rule: &LimitRule) -> Finding {
     Finding::ok("limit-notes", what)
 }
 
+/// One that accepts up to a number, and no other says how many get in: who writes that means to refuse the rest.
+pub fn inert(rule: &LimitRule) -> Finding {
+    Finding::bad(
+        "limit-notes",
+        format!("{rule} refuses nobody: what exceeds it is let in behind it"),
+        format!("drop behind {} what it is for", rule.place()),
+    )
+}
+
 /// A limit that ctkeep does not look at.
 fn unjudged(unjudged: &Unjudged) -> Finding {
     const ID: &str = "limit-unjudged";

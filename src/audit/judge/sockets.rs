@@ -42,12 +42,15 @@ pub fn closing(sockets: usize) -> Finding {
 }
 
 /// A source that holds more than its limit; `counted` are the entries that a limiter can count.
-pub fn over(source: IpNet, held: usize, limit: u32, counted: usize) -> Finding {
+/// `may_pass`: what exceeds the limit may get in by a rule behind it.
+pub fn over(source: IpNet, held: usize, limit: u32, counted: usize, may_pass: bool) -> Finding {
     let whose = whose(source);
-    let advice = if counted >= held {
-        "all are counted: it comes down as the server closes them, or by ctkeep kill --over-limit"
-    } else {
-        RECOUNTS
+    let advice = match counted >= held {
+        true if may_pass => "more may get in: a rule behind the limit lets some in that exceed it",
+        true => {
+            "all are counted: it comes down as the server closes them, or by ctkeep kill --over-limit"
+        }
+        false => RECOUNTS,
     };
     Finding::bad(
         "source-over-limit",

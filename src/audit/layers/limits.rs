@@ -6,9 +6,11 @@ use serde::Serialize;
 use super::{Inputs, Layer};
 use crate::audit::asked::{Answered, Holds};
 use crate::audit::finding::{Finding, Verdict, worst};
+use crate::audit::inert::is_inert;
 use crate::audit::judge;
 use crate::audit::loads::Load;
 use crate::firewall::limits::{EarlierAccept, Key, LimitRule, SetUse};
+use crate::firewall::play::Player;
 use crate::reconcile::snapshot::{View, Views};
 
 /// What is found about the sources of a limit.
@@ -75,11 +77,12 @@ pub struct Full {
 }
 
 impl LimitFigures {
-    fn of(rule: &LimitRule, loads: &[&Load]) -> Self {
+    fn of(rule: &LimitRule, loads: &[&Load], is_inert: bool) -> Self {
         let over: Vec<_> = loads.iter().filter(|load| load.is_over() == Some(true)).collect();
         let mut findings = judge::limits::limit(rule);
         findings.extend(over.first().map(|worst| {
-            judge::sockets::over(whose(rule, worst), worst.held, worst.limit, worst.counted)
+            let Load { held, limit, counted, may_pass, .. } = worst;
+            judge::sockets::over(whose(rule, worst), *held, *limit, *counted, *may_pass)
         }));
         let unsure = loads.iter().find(|load| load.is_over().is_none() && load.times == 1);
         let unsure = unsure.filter(|_| over.is_empty());
@@ -108,7 +111,10 @@ impl LimitFigures {
             judge::sockets::uncounted(whose(rule, load), held, is_sure, load.limit, load.counted)
         }));
         let noted = loads.iter().find(|load| load.is_noted).filter(|_| !rule.notes);
-        findings.extend(noted.map(|_| judge::limits::noted(rule)));
+        findings.extend(match noted {
+            _ if is_inert => Some(judge::limits::inert(rule)),
+            noted => noted.map(|_| judge::limits::noted(rule)),
+        });
         let passing = |is_sure| {
             let all = rule.before.iter().filter(move |before| before.is_sure() == is_sure);
             all.map(EarlierAccept::to_string).collect()
@@ -225,9 +231,10 @@ pub(super) fn of(inputs: Inputs<'_>) -> Layer<Limits> {
     }
     let of = |index| loads.iter().filter(|load| load.rule == index).collect::<Vec<_>>();
     let rules = limiter.rules.iter().enumerate();
+    let player = Player::new(inputs.rules);
     let figures = |(index, rule)| {
         let loads = of(index);
-        let mut figures = LimitFigures::of(rule, &loads);
+        let mut figures = LimitFigures::of(rule, &loads, is_inert(rule, &player, inputs.listeners));
         figures.take(loads.is_empty().then(|| passed_by(rule, inputs.views)).flatten());
         figures
     };

@@ -13,6 +13,7 @@ use super::finding::{Finding, Verdict, worst};
 use super::judge;
 use super::loads::Load;
 use super::processes::{Holder, Owner, Owners, place};
+use crate::firewall::Ruleset;
 use crate::firewall::limits::Limiter;
 use crate::reconcile::snapshot::Views;
 use crate::sockdiag::{Socket, State};
@@ -147,6 +148,8 @@ pub struct Inputs<'a> {
     /// Settings and counters, where the host is at hand.
     pub figures: Option<&'a Figures>,
     /// The rules.
+    pub rules: &'a Ruleset,
+    /// The limits in them.
     pub limiter: &'a Limiter,
     /// What they have to bear.
     pub loads: &'a [Load],

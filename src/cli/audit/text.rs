@@ -103,10 +103,14 @@ fn about(rule: &LimitFigures, is_asked: bool) -> String {
     lines.extend(list("may pass before it", &rule.may_pass));
     lines.extend(at_it(&rule.full, rule.limit));
     // One that refuses nobody neither holds nor fails to.
-    let is_noted = rule.findings.iter().any(|finding| finding.id == "limit-notes");
-    lines.extend(is_noted.then(|| "refuses nobody: no rule stops what passes it".to_owned()));
+    let noted = rule.findings.iter().find(|finding| finding.id == "limit-notes");
+    if let Some(noted) = noted {
+        if noted.verdict == Verdict::Ok {
+            lines.push("refuses nobody: no rule stops what passes it".to_owned());
+        }
+        return with_advice(&lines.join("\n"), &noted.advice);
+    }
     lines.push(match rule.holds {
-        _ if is_noted => return with_advice(&lines.join("\n"), ""),
         Some(true) => "holds now: yes, for the sources asked about".to_owned(),
         Some(false) => "holds now: no".to_owned(),
         None if is_asked => "holds now: no answer".to_owned(),
