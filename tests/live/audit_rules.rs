@@ -338,6 +338,32 @@ fn exempted_sources_are_no_business_of_the_limit() {
     }
 }
 
+/// What a `goto` of the base chain leads elsewhere does not come back: its end is the policy's.
+#[test]
+fn what_a_goto_of_the_base_chain_leads_elsewhere_passes_before_the_limit() {
+    for (policy, rule, passes) in [
+        (
+            "accept",
+            "tcp dport 22 accept",
+            vec![("what goes to any port, from 192.0.2.0/24", false)],
+        ),
+        ("accept", "", vec![("what goes to any port, from 192.0.2.0/24", true)]),
+        ("drop", "tcp dport 22 accept", vec![]),
+        ("accept", "drop", vec![]),
+    ] {
+        let rules = format!(
+            "table inet f {{\n chain g {{\n {rule}\n }}\n\
+             chain i {{ type filter hook input priority 0; policy {policy};\n\
+             ip saddr 192.0.2.0/24 goto g\n tcp dport 80 ct state new ct count over 3 drop\n }}\n}}\n"
+        );
+        let Some(limiter) = found(NFT, &rules) else { return };
+        let before = one(&limiter).before.iter().map(|it| (it.to_string(), it.is_sure()));
+        let before: Vec<_> = before.collect();
+        let before: Vec<_> = before.iter().map(|(what, sure)| (what.as_str(), *sure)).collect();
+        assert_eq!(before, passes, "{policy}, {rule}");
+    }
+}
+
 #[test]
 fn a_limit_behind_an_accept_of_its_port_never_counts() {
     let rules = "*filter\n:INPUT DROP [0:0]\n-A INPUT -p tcp --dport 80 -j ACCEPT\n\

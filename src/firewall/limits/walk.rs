@@ -253,8 +253,12 @@ impl<'r> Walk<'_, 'r, '_> {
                     self.chain(at, next, matches);
                     // What comes back from there goes on in the chain that called this one.
                     let is_goto = matches!(outcome, Outcome::Goto(_));
-                    if is_goto && self.path.len() > 1 && !keeps_all(next) {
-                        self.returned.push(matches.clone());
+                    if is_goto && !keeps_all(next) {
+                        if self.path.len() > 1 {
+                            self.returned.push(matches.clone());
+                        } else {
+                            self.ended(next, matches, limited);
+                        }
                     }
                 }
             }
@@ -285,6 +289,19 @@ impl<'r> Walk<'_, 'r, '_> {
             | Outcome::Reject
             | Outcome::Reset => {}
         }
+    }
+
+    /// The base chain ends for what a `goto` leads elsewhere: its policy decides.
+    fn ended(&mut self, next: &Chain, matches: &Match, limited: Option<Threshold>) {
+        let is_counted = limited.is_some_and(|limit| limit.over);
+        let left = self.returned.iter().fold(matches.clone(), |all, it| all.without(it));
+        if self.base.drops || is_counted || left.ports.is_empty() {
+            return;
+        }
+        // That chain may take some of it.
+        let is_rated = left.is_rated || !next.rules.is_empty();
+        let within = limited.map(|limit| limit.count);
+        self.before.push(Earlier { matches: Match { is_rated, ..left }, within });
     }
 
     /// A rule that sees SYNs.
