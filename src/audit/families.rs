@@ -49,7 +49,7 @@ pub fn one_sided(
         let local = listens(&open, port, missing, reached)?;
         let syn = Syn::new(stranger(missing), local);
         // Rules that let no stranger of the family in need no limit for it.
-        let gets_in = player.play(&syn, &mut |_| Some(false)).admitted != Some(false);
+        let gets_in = player.play(&syn, &mut |_| Some(false)).admitted() != Some(false);
         gets_in.then(|| finding(limit, port, missing))
     };
     ports.into_iter().filter_map(find).collect()

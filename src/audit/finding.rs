@@ -5,7 +5,7 @@ use std::fmt;
 use serde::Serialize;
 
 /// Every identifier there is; docs/doctor.md has a section for each.
-pub const IDENTIFIERS: [&str; 59] = [
+pub const IDENTIFIERS: [&str; 60] = [
     "kernel",
     "privilege-net-admin",
     "privilege-net-raw",
@@ -29,6 +29,7 @@ pub const IDENTIFIERS: [&str; 59] = [
     "limit-forwarded",
     "limit-unseen",
     "limit-notes",
+    "limit-rated",
     "limit-unjudged",
     "limit-for-all",
     "limit-one-family",

@@ -7,7 +7,8 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use super::plays::{Group, Plays, group};
-use crate::firewall::play::{Certainty, Counts, Hit};
+use crate::firewall::play::{Certainty, Counts, Hit, Played};
+use crate::firewall::value::Answer;
 use crate::reconcile::snapshot::View;
 use crate::sockdiag::Socket;
 
@@ -34,27 +35,39 @@ pub struct Load {
     pub counted: usize,
     /// How often one connection meets the list, at most: the kernel may count it so often.
     pub times: usize,
-    /// No rule refuses what exceeds it: it is logged, counted or marked. Known of one that is full.
-    pub is_noted: bool,
-    /// What exceeds it may get in by a rule behind it, such as a rate. Known of one that is full.
-    pub may_pass: bool,
+    /// Its rule refuses nobody: it logs, counts or marks.
+    pub only_notes: bool,
+    /// Of the open sockets that it counts for sure those whose client it surely refuses beyond it. Known where it
+    /// has no place left, as the next is.
+    pub refused: usize,
+    /// Of the open sockets those whose client gets in all the same.
+    pub passing: usize,
 }
 
 impl Load {
-    /// Whether the limit has no place left, as far as can be told.
-    pub fn is_full(&self) -> bool {
-        self.held > 0 && self.held_at_most() >= size(self.limit) && !self.is_noted
+    /// Whether no rule refuses what exceeds it, as far as this is known.
+    pub fn is_noted(&self) -> bool {
+        self.only_notes || self.passing > 0 && self.passing == self.held
     }
 
-    /// How many its list may have of what is open.
-    fn held_at_most(&self) -> usize {
-        self.held.saturating_mul(self.times)
+    /// Whether the limit has no place left, as far as can be told.
+    pub fn is_full(&self) -> bool {
+        self.has_no_place() && !self.is_noted()
+    }
+
+    /// Whether it is full, and a rule behind it, such as a rate, may let in more.
+    pub fn may_pass(&self) -> bool {
+        self.is_full() && self.refused < self.held - self.passing
+    }
+
+    fn has_no_place(&self) -> bool {
+        self.held > 0 && self.held.saturating_mul(self.times) >= size(self.limit)
     }
 
     /// Whether conntrack has fewer entries that the limit can count than it has to count of what is
     /// open; `None` where that cannot be told.
     pub fn is_uncounted(&self) -> Option<bool> {
-        if self.is_noted {
+        if self.is_noted() {
             Some(false)
         } else if self.counted < self.held_for_sure {
             Some(true)
@@ -65,30 +78,31 @@ impl Load {
         }
     }
 
-    /// Whether more is held than the limit allows; `None` where that cannot be told.
+    /// Whether more is held than the limit allows, by clients that it refuses; `None` where that cannot be
+    /// told. Who gets in all the same takes places of others.
     pub fn is_over(&self) -> Option<bool> {
-        if self.is_noted {
+        // Its list may have so many of them.
+        let most = self.held.saturating_sub(self.passing).saturating_mul(self.times);
+        if self.is_noted() || most <= size(self.limit) {
             Some(false)
-        } else if self.held_for_sure > size(self.limit) {
+        } else if self.refused > size(self.limit) {
             Some(true)
-        } else if self.held_at_most() > size(self.limit) {
-            None
         } else {
-            Some(false)
+            None
         }
     }
 }
 
 /// What each limit has to bear, group by group: connections that it counts together.
-pub fn loads(views: impl IntoIterator<Item = View>, plays: &mut Plays<'_>) -> Vec<Load> {
+pub fn loads(views: impl IntoIterator<Item = View> + Clone, plays: &mut Plays<'_>) -> Vec<Load> {
     let mut all: Vec<_> = gather(views, plays, |_, _| {}).into_values().collect();
     all.sort_by_key(|load| (load.rule, Reverse(load.held_for_sure), Reverse(load.held), load.net));
     all
 }
 
-/// What bears more than its limit allows, with the sockets that are counted together for sure.
+/// What bears more than its limit allows, with the sockets that it counts and whose clients it refuses, for sure.
 pub fn overloads(
-    views: impl IntoIterator<Item = View>,
+    views: impl IntoIterator<Item = View> + Clone,
     plays: &mut Plays<'_>,
 ) -> Vec<(Load, Vec<Socket>)> {
     let mut sockets: HashMap<Group, Vec<Socket>> = HashMap::new();
@@ -99,10 +113,10 @@ pub fn overloads(
     over.map(|(group, load)| (load, sockets.remove(&group).unwrap_or_default())).collect()
 }
 
-/// The groups of connections that limits count together; `note` is told each socket that is counted
-/// for sure.
+/// The groups of connections that limits count together; `note` is told each socket that is counted and whose
+/// client is refused for sure, of those that have no place left.
 fn gather(
-    views: impl IntoIterator<Item = View>,
+    views: impl IntoIterator<Item = View> + Clone,
     plays: &mut Plays<'_>,
     mut note: impl FnMut(&Group, &View),
 ) -> HashMap<Group, Load> {
@@ -110,64 +124,90 @@ fn gather(
     if plays.limiter.rules.is_empty() {
         return groups;
     }
-    for view in views.into_iter().filter(|view| !view.is_outgoing()) {
+    let incoming = |view: &View| !view.is_outgoing();
+    for view in views.clone().into_iter().filter(incoming) {
         let (is_open, is_counted) = (is_open(&view), view.is_counted());
         if !is_open && !is_counted {
             continue;
         }
         let played = plays.of(&view);
-        // A list without room, and one that loses what is not tracked, measure no source.
-        let hits = || played.hits.iter().filter(|hit| hit.counts == Counts::Yes);
-        for (at, first) in hits().enumerate() {
-            // By two rules of one list a socket is no second socket, though it may be counted twice.
-            let is_same = |other: &&Hit| (other.list, &other.group) == (first.list, &first.group);
-            if hits().take(at).any(|other| is_same(&other)) {
-                continue;
-            }
-            // Of a rule that logs and one that drops, the latter limits.
-            let found = |hit| plays.rule(hit, &view).map(|index| (hit, index));
-            let limits =
-                |(_, at): &(_, usize)| plays.limiter.rules.get(*at).is_some_and(|it| !it.notes);
-            let same = || hits().filter(is_same).filter_map(found);
-            let Some((hit, index)) = same().find(limits).or_else(|| same().next()) else {
-                continue;
-            };
-            let certainty = hits().filter(is_same).map(|hit| hit.certainty).max();
-            let (peer, group) = (view.client().addr(), group(hit, &view));
-            let is_sure = certainty > Some(Certainty::Perhaps) && hit.group.is_some();
-            if is_open && is_sure {
-                note(&group, &view);
-            }
+        for Meeting { group, hit, rule, is_sure, times } in meetings(&played, plays, &view) {
+            let peer = view.client().addr();
             let load = groups.entry(group.clone()).or_insert_with(|| Load {
                 group,
-                rule: index,
-                net: plays.net(index, &view),
+                rule,
+                net: plays.net(rule, &view),
                 client: Some(peer),
-                port: plays.port(index, &view),
+                port: plays.port(rule, &view),
                 limit: hit.limit.count,
                 held: 0,
                 held_for_sure: 0,
                 counted: 0,
                 times: 1,
-                is_noted: plays.limiter.rules.get(index).is_some_and(|rule| rule.notes),
-                may_pass: false,
+                only_notes: plays.limiter.rules.get(rule).is_some_and(|rule| rule.notes),
+                refused: 0,
+                passing: 0,
             });
             load.client = load.client.filter(|client| *client == peer);
             load.held += usize::from(is_open);
-            // Asked once, where it matters.
-            if is_open
-                && load.held == size(hit.limit.count).max(1)
-                && let Some(rule) = plays.limiter.rules.get(index)
-            {
-                let noted = plays.is_noted(hit, rule, &view);
-                (load.is_noted, load.may_pass) = (noted == Some(true), noted.is_none());
-            }
             load.held_for_sure += usize::from(is_open && is_sure);
-            load.times = load.times.max(hits().filter(is_same).count());
+            load.times = load.times.max(times);
             load.counted += usize::from(is_counted);
         }
     }
+    if groups.values().any(Load::is_full) {
+        for view in views.into_iter().filter(incoming).filter(is_open) {
+            let played = plays.of(&view);
+            for Meeting { group, hit, rule, is_sure, .. } in meetings(&played, plays, &view) {
+                let Some(load) = groups.get_mut(&group).filter(|load| load.has_no_place()) else {
+                    continue;
+                };
+                match plays.refuses(hit, rule, &view) {
+                    Answer::Yes if is_sure => {
+                        load.refused += 1;
+                        note(&group, &view);
+                    }
+                    Answer::No => load.passing += 1,
+                    _ => {}
+                }
+            }
+        }
+    }
     groups
+}
+
+/// A limit that counts a connection, or may.
+struct Meeting<'p> {
+    group: Group,
+    hit: &'p Hit,
+    /// Index of the rule.
+    rule: usize,
+    is_sure: bool,
+    /// How often the connection meets the list.
+    times: usize,
+}
+
+fn meetings<'p>(played: &'p Played, plays: &Plays<'_>, view: &View) -> Vec<Meeting<'p>> {
+    // A list without room, and one that loses what is not tracked, measure no source.
+    let hits = || played.hits.iter().filter(|hit| hit.counts == Counts::Yes);
+    let one = |(at, first): (usize, &'p Hit)| {
+        // By two rules of one list a socket is no second socket, though it may be counted twice.
+        let is_same = |other: &&Hit| (other.list, &other.group) == (first.list, &first.group);
+        if hits().take(at).any(|other| is_same(&other)) {
+            return None;
+        }
+        // Of a rule that logs and one that drops, the latter limits.
+        let found = |hit| plays.rule(hit, view).map(|index| (hit, index));
+        let limits =
+            |(_, at): &(_, usize)| plays.limiter.rules.get(*at).is_some_and(|it| !it.notes);
+        let same = || hits().filter(is_same).filter_map(found);
+        let (hit, rule) = same().find(limits).or_else(|| same().next())?;
+        let certainty = hits().filter(is_same).map(|hit| hit.certainty).max();
+        let is_sure = certainty > Some(Certainty::Perhaps) && hit.group.is_some();
+        let times = hits().filter(is_same).count();
+        Some(Meeting { group: group(hit, view), hit, rule, is_sure, times })
+    };
+    hits().enumerate().filter_map(one).collect()
 }
 
 pub(super) fn is_open(view: &View) -> bool {

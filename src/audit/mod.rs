@@ -2,13 +2,14 @@
 
 pub mod arrivals;
 pub mod asked;
+pub mod beyond;
 pub mod classes;
 pub mod cover;
 pub mod families;
 pub mod figures;
 pub mod finding;
 pub mod fronts;
-pub mod inert;
+
 pub mod judge;
 pub mod layers;
 pub mod loads;

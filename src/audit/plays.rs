@@ -11,6 +11,7 @@ use crate::firewall::limits::{Key, LimitRule, Limiter};
 use crate::firewall::packet::Syn;
 use crate::firewall::play::{Certainty, Counts, Hit, LimitAt, Played, Player};
 use crate::firewall::tracking::translates_what_comes_in;
+use crate::firewall::value::Answer;
 use crate::firewall::{Ruleset, published};
 use crate::flow::Endpoint;
 use crate::reconcile::evidence::{Arrival, Evidence};
@@ -29,6 +30,8 @@ pub struct Plays<'r> {
     /// Several ports may lead to one endpoint, likewise.
     are_several: [bool; 2],
     played: HashMap<(IpAddr, Option<Endpoint>, Endpoint), Rc<Played>>,
+    /// How surely a limit refuses what exceeds it, likewise.
+    refused: HashMap<(IpAddr, Option<Endpoint>, Endpoint, LimitAt), Answer>,
 }
 
 impl<'r> Plays<'r> {
@@ -47,6 +50,7 @@ impl<'r> Plays<'r> {
             may_translate: [true, false].map(translates),
             are_several: [true, false].map(|ipv4| published::are_several(rules, ipv4)),
             played: HashMap::new(),
+            refused: HashMap::new(),
         }
     }
 
@@ -133,22 +137,26 @@ impl<'r> Plays<'r> {
     /// Whether no rule but a limit that is exceeded stops the SYN of this connection.
     pub fn only_limits_stop(&self, view: &View) -> bool {
         let admitted =
-            |is_exceeded| self.player.play(&self.syn(view), &mut |_| is_exceeded).admitted;
+            |is_exceeded| self.player.play(&self.syn(view), &mut |_| is_exceeded).admitted();
         admitted(Some(false)) == Some(true) && admitted(Some(true)) == Some(false)
     }
 
-    /// Whether a connection that exceeds this limit gets in all the same; `None` where it may.
-    pub(super) fn is_noted(&self, hit: &Hit, rule: &LimitRule, view: &View) -> Option<bool> {
-        match rule {
-            rule if rule.remembers => Some(false),
-            rule if rule.notes => Some(true),
-            _ => self.player.passes(&self.syn(view), hit.at),
+    /// How surely this limit refuses the client of a connection that exceeds it.
+    pub(super) fn refuses(&mut self, hit: &Hit, rule: usize, view: &View) -> Answer {
+        match self.limiter.rules.get(rule) {
+            // Another rule bans by that.
+            Some(rule) if rule.remembers => return Answer::Yes,
+            Some(rule) if rule.notes => return Answer::No,
+            _ => {}
         }
+        let (syn, player) = (self.syn(view), &self.player);
+        let key = (syn.source, syn.asked, syn.destination, hit.at);
+        *self.refused.entry(key).or_insert_with(|| player.exceeding(&syn, hit.at).refused)
     }
 
     /// Whether a connection gets in though it exceeds this limit: others say how many do.
     pub fn is_passed(&self, view: &View, limit: LimitAt) -> bool {
-        self.player.passes(&self.syn(view), limit) == Some(true)
+        self.player.exceeding(&self.syn(view), limit).admitted() == Some(true)
     }
 
     /// The limits that this connection meets.

@@ -281,7 +281,7 @@ impl Report {
 /// the worst of each. `lost` are the sources with sockets whose entry is missing or not counted.
 fn against_named(limit: u32, sources: &[Source], lost: &HashSet<IpNet>) -> Vec<Finding> {
     let over = sources.iter().find(|source| source.over_limit == Some(true));
-    let over = over.map(|it| judge::sockets::over(it.net, it.held, limit, it.counted, false));
+    let over = over.map(|it| judge::sockets::over(it.net, it.held, limit, it.counted));
     // Of those that are over it, that says how many are counted.
     let uncounted = sources.iter().filter(|source| {
         source.over_limit != Some(true)

@@ -132,7 +132,7 @@ fn apply(all: &mut [Source], measure: Measure<'_>, loads: &[Load]) {
     let mut nearest: HashMap<IpNet, (i64, u32, Option<bool>)> = HashMap::new();
     for load in loads {
         let Some(rule) = measure.limiter.rules.get(load.rule) else { continue };
-        if rule.source_prefix().is_none() || load.is_noted {
+        if rule.source_prefix().is_none() || load.is_noted() {
             continue;
         }
         let left = i64::from(load.limit) - i64::try_from(load.held).unwrap_or(i64::MAX);

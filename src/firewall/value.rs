@@ -5,9 +5,10 @@ use serde::{Deserialize, Serialize};
 use super::packet::Packet;
 
 /// Whether a packet meets what a rule asks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Default, Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Answer {
     /// It does not.
+    #[default]
     No,
     /// Some packets of the connection's source do: a rate.
     Sometimes,

@@ -129,7 +129,7 @@ fn excess(meant: &[Candidate], overloads: &[(Load, Vec<Socket>)]) -> HashSet<Coo
             .map(|socket| socket.cookie)
             .filter(|cookie| of_load.contains(cookie))
             .partition(|cookie| excess.contains(cookie));
-        let too_many = load.held_for_sure.saturating_sub(limit).saturating_sub(chosen.len());
+        let too_many = load.refused.saturating_sub(limit).saturating_sub(chosen.len());
         excess.extend(free.into_iter().take(too_many));
     }
     excess
@@ -210,8 +210,9 @@ mod tests {
             held_for_sure: held,
             counted: held,
             times: 1,
-            is_noted: false,
-            may_pass: false,
+            only_notes: false,
+            refused: held,
+            passing: 0,
         };
         let of = |cookies: &[u64]| cookies.iter().map(|it| socket(*it, State::CloseWait)).collect();
         let which = Which { states: States::open(), over_limit: true, ..ALL };

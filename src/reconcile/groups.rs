@@ -69,7 +69,7 @@ impl<'r> Groups<'r> {
     pub fn is_passed(&self, limit: &LimitRule, syn: &Syn) -> bool {
         let has_room = |hit: &Hit| hit.at == limit.at && hit.counts != Counts::NoRoom;
         self.player.limits(syn).hits.iter().any(has_room)
-            && self.player.passes(syn, limit.at) == Some(true)
+            && self.player.exceeding(syn, limit.at).admitted() == Some(true)
     }
 
     fn member(&self, hit: &Hit, syn: &Syn) -> Option<Member<'r>> {

@@ -19,6 +19,7 @@ mod attack_search;
 mod audit_report;
 mod audit_rules;
 mod behind;
+mod beyond;
 mod bound;
 mod bridge;
 mod browser;
@@ -33,7 +34,7 @@ mod fronts;
 mod full;
 mod history;
 mod honest;
-mod inert;
+
 mod keys;
 mod kill;
 mod known;

@@ -253,7 +253,7 @@ fn played(player: &Player<'_>, attempt: &Try, lists: &mut Lists) -> (Option<bool
     lists.new.clear();
     lists.is_unsure = false;
     let play = player.play(&syn, &mut |hit| lists.is_full(hit));
-    (play.admitted, play.hits)
+    (play.admitted(), play.hits)
 }
 
 /// What was read of the rules, and what came of it: let in, refused, not told.

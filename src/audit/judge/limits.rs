@@ -185,6 +185,15 @@ pub fn inert(rule: &LimitRule) -> Finding {
     )
 }
 
+/// A limit of which a rate decides whether it refuses.
+pub fn rated(rule: &LimitRule) -> Finding {
+    Finding::warn(
+        "limit-rated",
+        format!("{rule}: a rate beside it decides who is refused, so some get in that exceed it"),
+        "refuse what exceeds the limit without a rate: put the rate in a rule of its own",
+    )
+}
+
 /// A limit that ctkeep does not look at.
 fn unjudged(unjudged: &Unjudged) -> Finding {
     const ID: &str = "limit-unjudged";

@@ -42,15 +42,12 @@ pub fn closing(sockets: usize) -> Finding {
 }
 
 /// A source that holds more than its limit; `counted` are the entries that a limiter can count.
-/// `may_pass`: what exceeds the limit may get in by a rule behind it.
-pub fn over(source: IpNet, held: usize, limit: u32, counted: usize, may_pass: bool) -> Finding {
+pub fn over(source: IpNet, held: usize, limit: u32, counted: usize) -> Finding {
     let whose = whose(source);
-    let advice = match counted >= held {
-        true if may_pass => "more may get in: a rule behind the limit lets some in that exceed it",
-        true => {
-            "all are counted: it comes down as the server closes them, or by ctkeep kill --over-limit"
-        }
-        false => RECOUNTS,
+    let advice = if counted >= held {
+        "all are counted: it comes down as the server closes them, or by ctkeep kill --over-limit"
+    } else {
+        RECOUNTS
     };
     Finding::bad(
         "source-over-limit",
@@ -64,7 +61,9 @@ pub fn perhaps_over(source: IpNet, held: usize, limit: u32) -> Finding {
     let whose = whose(source);
     Finding::warn(
         "source-over-limit",
-        format!("{whose}: {held} sockets, limit {limit}, if it is for all of them"),
+        format!(
+            "{whose}: {held} sockets, limit {limit}, if it is for all of them and refuses them"
+        ),
         "ctkeep audit --ask says what its list holds",
     )
 }

@@ -5,8 +5,8 @@ use serde::Serialize;
 
 use super::{Inputs, Layer};
 use crate::audit::asked::{Answered, Holds};
+use crate::audit::beyond::Beyond;
 use crate::audit::finding::{Finding, Verdict, worst};
-use crate::audit::inert::is_inert;
 use crate::audit::judge;
 use crate::audit::loads::Load;
 use crate::firewall::limits::{EarlierAccept, Key, LimitRule, SetUse};
@@ -14,8 +14,14 @@ use crate::firewall::play::Player;
 use crate::reconcile::snapshot::{View, Views};
 
 /// What is found about the sources of a limit.
-const OF_SOURCES: [&str; 5] =
-    ["source-over-limit", "limit-uncounted", "limit-met-twice", "limit-notes", "limit-translated"];
+const OF_SOURCES: [&str; 6] = [
+    "source-over-limit",
+    "limit-uncounted",
+    "limit-met-twice",
+    "limit-notes",
+    "limit-rated",
+    "limit-translated",
+];
 
 /// Figures of the limiter layer.
 #[derive(Clone, Debug, Serialize)]
@@ -45,6 +51,8 @@ pub struct LimitFigures {
     pub passes: Vec<String>,
     /// What may.
     pub may_pass: Vec<String>,
+    /// Who gets in though it is exceeded, or may, in words.
+    pub beyond: Vec<String>,
     /// How many sources hold more than it allows.
     pub sources_over: usize,
     /// Those that hold as much as it allows, or more, or may.
@@ -77,12 +85,11 @@ pub struct Full {
 }
 
 impl LimitFigures {
-    fn of(rule: &LimitRule, loads: &[&Load], is_inert: bool) -> Self {
+    fn of(rule: &LimitRule, loads: &[&Load], beyond: &Beyond) -> Self {
         let over: Vec<_> = loads.iter().filter(|load| load.is_over() == Some(true)).collect();
         let mut findings = judge::limits::limit(rule);
         findings.extend(over.first().map(|worst| {
-            let Load { held, limit, counted, may_pass, .. } = worst;
-            judge::sockets::over(whose(rule, worst), *held, *limit, *counted, *may_pass)
+            judge::sockets::over(whose(rule, worst), worst.held, worst.limit, worst.counted)
         }));
         let unsure = loads.iter().find(|load| load.is_over().is_none() && load.times == 1);
         let unsure = unsure.filter(|_| over.is_empty());
@@ -90,7 +97,7 @@ impl LimitFigures {
             .extend(unsure.map(|load| {
                 judge::sockets::perhaps_over(whose(rule, load), load.held, load.limit)
             }));
-        let twice = loads.iter().filter(|load| load.times > 1 && !load.is_noted);
+        let twice = loads.iter().filter(|load| load.times > 1 && !load.is_noted());
         findings.extend(twice.max_by_key(|load| load.held).map(|load| {
             judge::sockets::met_twice(whose(rule, load), load.held, load.limit, load.times)
         }));
@@ -110,11 +117,20 @@ impl LimitFigures {
             };
             judge::sockets::uncounted(whose(rule, load), held, is_sure, load.limit, load.counted)
         }));
-        let noted = loads.iter().find(|load| load.is_noted).filter(|_| !rule.notes);
-        findings.extend(match noted {
-            _ if is_inert => Some(judge::limits::inert(rule)),
-            noted => noted.map(|_| judge::limits::noted(rule)),
-        });
+        if !rule.notes {
+            let refuses_nobody = beyond.refuses_nobody().unwrap_or_else(|| {
+                let mut tried =
+                    loads.iter().filter(|load| load.is_noted() || load.is_full()).peekable();
+                tried.peek().is_some() && tried.all(|load| load.is_noted())
+            });
+            findings.extend(match refuses_nobody {
+                true if beyond.open.is_empty() || rule.limit.over => {
+                    Some(judge::limits::noted(rule))
+                }
+                true => Some(judge::limits::inert(rule)),
+                false => (!beyond.rated.is_empty()).then(|| judge::limits::rated(rule)),
+            });
+        }
         let passing = |is_sure| {
             let all = rule.before.iter().filter(move |before| before.is_sure() == is_sure);
             all.map(EarlierAccept::to_string).collect()
@@ -138,6 +154,7 @@ impl LimitFigures {
             before: rule.before.iter().filter_map(EarlierAccept::name).collect(),
             passes: passing(true),
             may_pass: passing(false),
+            beyond: beyond.words(),
             sources_over: over.len(),
             full: full.collect(),
             // One whose set has no room limits nobody that is not in it.
@@ -234,7 +251,8 @@ pub(super) fn of(inputs: Inputs<'_>) -> Layer<Limits> {
     let player = Player::new(inputs.rules);
     let figures = |(index, rule)| {
         let loads = of(index);
-        let mut figures = LimitFigures::of(rule, &loads, is_inert(rule, &player, inputs.listeners));
+        let mut figures =
+            LimitFigures::of(rule, &loads, &Beyond::of(rule, &player, inputs.listeners));
         figures.take(loads.is_empty().then(|| passed_by(rule, inputs.views)).flatten());
         figures
     };

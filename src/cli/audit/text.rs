@@ -101,6 +101,7 @@ fn about(rule: &LimitFigures, is_asked: bool) -> String {
     };
     lines.extend(list("passes before it", &rule.passes));
     lines.extend(list("may pass before it", &rule.may_pass));
+    lines.extend(list("gets in beyond it", &rule.beyond));
     lines.extend(at_it(&rule.full, rule.limit));
     // One that refuses nobody neither holds nor fails to.
     let noted = rule.findings.iter().find(|finding| finding.id == "limit-notes");

@@ -20,11 +20,12 @@ pub(super) fn tells(player: &Player<'_>, chain: &Chain, rule: &Rule, limit: usiz
         // Without a verdict it is there to mark, to log, to write down.
         Outcome::Continue => true,
         Outcome::Jump(_) | Outcome::Goto(_) => {
-            let plain = |rule: &Rule| {
-                let ends =
-                    matches!(rule.outcome(), Outcome::Drop | Outcome::Reject | Outcome::Reset);
-                ends && !rule.steps.iter().any(is_note)
+            let is_end = |outcome: &Outcome| {
+                let refuses = matches!(outcome, Outcome::Drop | Outcome::Reject | Outcome::Reset);
+                // Some are let go on.
+                refuses || matches!(outcome, Outcome::Accept | Outcome::Return)
             };
+            let plain = |rule: &Rule| is_end(rule.outcome()) && !rule.steps.iter().any(is_note);
             !led_to(player, chain, rule).is_some_and(|chain| chain.rules.iter().all(plain))
         }
         _ => rule.steps.iter().skip(limit + 1).any(is_note),

@@ -96,8 +96,8 @@ pub struct Played {
     /// list or by two jumps, counts it twice (`__nf_conncount_add()` looks for what it has once a
     /// jiffy).
     pub hits: Vec<Hit>,
-    /// Whether it gets in.
-    pub admitted: Option<bool>,
+    /// How surely a rule refuses it.
+    pub refused: Answer,
     /// Whether conntrack keeps an entry of it.
     pub tracked: Option<bool>,
     /// The zone that its entry is in, where that can be told.
@@ -106,6 +106,17 @@ pub struct Played {
     pub notrack: Option<(usize, usize)>,
     /// SYNPROXY answers it.
     pub is_synproxied: bool,
+}
+
+impl Played {
+    /// Whether it gets in; `None` where that cannot be told, or a rate decides.
+    pub fn admitted(&self) -> Option<bool> {
+        match self.refused {
+            Answer::No => Some(true),
+            Answer::Yes => Some(false),
+            Answer::Sometimes | Answer::Unknown => None,
+        }
+    }
 }
 
 /// A rule set made ready to be played.
@@ -222,24 +233,31 @@ impl<'r> Player<'r> {
     /// The limits that may count this connection, and how surely each does, while none of them is
     /// exceeded. Chains that have nothing to say about that are left out.
     pub fn limits(&self, syn: &Syn) -> Played {
-        self.run(syn, &self.telling, &mut |hit| Some(hit.limit.count == 0))
+        self.run(syn, &self.telling, None, &mut |hit| Some(hit.limit.count == 0))
     }
 
     /// The whole way of a SYN; `exceeded` knows whether a limit has no place for it.
     pub fn play(&self, syn: &Syn, exceeded: &mut dyn FnMut(&Hit) -> Option<bool>) -> Played {
-        self.run(syn, &self.bases, exceeded)
+        self.run(syn, &self.bases, None, exceeded)
     }
 
-    /// Whether a SYN gets in that exceeds this limit and no other: then it is not the limit that says how many
-    /// get in. `None` where that cannot be told.
-    pub fn passes(&self, syn: &Syn, exceeded: LimitAt) -> Option<bool> {
-        self.play(syn, &mut |hit| Some(hit.at == exceeded || hit.limit.count == 0)).admitted
+    /// How a SYN fares that comes to this limit and exceeds it, and no other: where it gets in, the limit is not
+    /// what says how many do. What a rate takes away in another rule before does not come to it.
+    pub fn exceeding(&self, syn: &Syn, limit: LimitAt) -> Played {
+        let exceeds = &mut |hit: &Hit| Some(hit.at == limit || hit.limit.count == 0);
+        let played = self.run(syn, &self.bases, Some(limit), exceeds);
+        match played.hits.iter().any(|hit| hit.at == limit) {
+            true => played,
+            // By a jump for as much as a rate.
+            false => self.play(syn, exceeds),
+        }
     }
 
     fn run(
         &self,
         syn: &Syn,
         bases: &[usize],
+        comes_to: Option<LimitAt>,
         exceeded: &mut dyn FnMut(&Hit) -> Option<bool>,
     ) -> Played {
         let mut run = Run {
@@ -251,6 +269,7 @@ impl<'r> Player<'r> {
             is_proxys: false,
             is_stolen: false,
             steps: STEPS,
+            comes_to,
             exceeded,
         };
         run.way(bases);
@@ -259,11 +278,7 @@ impl<'r> Player<'r> {
             (run.is_stolen, run.is_proxys) = (false, true);
             run.way(bases);
         }
-        run.played.admitted = match run.dead {
-            Answer::No => Some(true),
-            Answer::Yes => Some(false),
-            _ => None,
-        };
+        run.played.refused = run.dead;
         run.played.tracked = run.packet.is_tracked;
         run.played.zone = run.packet.zone;
         run.played

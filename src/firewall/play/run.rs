@@ -59,6 +59,8 @@ pub(super) struct Run<'p, 'r, 's, 'e> {
     /// SYNPROXY has just taken it.
     pub(super) is_stolen: bool,
     pub(super) steps: usize,
+    /// The limit that it is taken to come to: no rate in another rule before is for it.
+    pub(super) comes_to: Option<LimitAt>,
     pub(super) exceeded: &'e mut dyn FnMut(&Hit) -> Option<bool>,
 }
 
@@ -206,7 +208,7 @@ impl<'r> Run<'_, 'r, '_, '_> {
                     }
                     answer.not_if(!is)
                 }
-                Step::Test(test) => self.test(test),
+                Step::Test(test) => self.test(at, test),
                 Step::Count(Counting { limit, by }) => {
                     let group = self.group(by);
                     // xt's, which always has a key, keeps a list for each zone (`connlimit_mt()`).
@@ -291,7 +293,7 @@ impl<'r> Run<'_, 'r, '_, '_> {
         if is_changed { Answer::Unknown } else { answer }
     }
 
-    fn test(&self, test: &Test) -> Answer {
+    fn test(&self, at: LimitAt, test: &Test) -> Answer {
         match test {
             Test::Within { value, from, to, is } => {
                 let (Some(low), Some(high)) = (from.value(), to.value()) else {
@@ -312,10 +314,16 @@ impl<'r> Run<'_, 'r, '_, '_> {
                 answer.not_if(!is)
             }
             Test::In { values, set, is } => set.find(values, &self.packet).answer.not_if(!is),
-            Test::Rate(_) => Answer::Sometimes,
             Test::Unclear(_) => Answer::Unknown,
+            Test::Rate(_) => self.rate(at),
             Test::Never => Answer::No,
         }
+    }
+
+    /// Whether a rate is for it.
+    fn rate(&self, at: LimitAt) -> Answer {
+        let is_before = |to: LimitAt| (to.chain, to.rule) != (at.chain, at.rule);
+        if self.comes_to.is_some_and(is_before) { Answer::No } else { Answer::Sometimes }
     }
 
     fn list(&self, at: LimitAt) -> LimitAt {
@@ -354,6 +362,7 @@ impl<'r> Run<'_, 'r, '_, '_> {
         let list = self.list(at);
         let hit = Hit { at, list, limit, group, certainty, counts };
         let exceeded = (self.exceeded)(&hit);
+        self.comes_to = self.comes_to.filter(|to| *to != at);
         self.played.hits.push(hit);
         let exceeded = exceeded.map_or(Answer::Unknown, Answer::from);
         exceeded.not_if(!limit.over)
@@ -370,7 +379,7 @@ impl<'r> Run<'_, 'r, '_, '_> {
         };
         let own = found.element.and_then(|element| element.limit);
         self.added.push(Arc::clone(set));
-        let rate = if *is_sometimes { Answer::Sometimes } else { Answer::Yes };
+        let rate = if *is_sometimes { self.rate(at) } else { Answer::Yes };
         let Some(limit) = own.or(*limit) else { return room.and(rate) };
         let counting = Counting { limit, by: by.clone() };
         if room == Answer::No {

@@ -1,0 +1,89 @@
+//! How those fare who exceed a limit: refused, let in all the same, or by a rate. Pure.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use super::families::stranger;
+use crate::firewall::limits::LimitRule;
+use crate::firewall::packet::Syn;
+use crate::firewall::play::Player;
+use crate::firewall::value::Answer;
+use crate::flow::Endpoint;
+use crate::sockdiag::Socket;
+
+/// How clients fare that no rule knows, and that exceed a limit: at ports that are listened at.
+#[derive(Clone, Debug, Default)]
+pub struct Beyond {
+    /// They get in all the same.
+    pub open: BTreeSet<u16>,
+    /// A rate lets in some.
+    pub rated: BTreeSet<u16>,
+    /// It cannot be told: a mark, a set that is not known.
+    pub unclear: BTreeSet<u16>,
+    /// They are refused.
+    pub refused: BTreeSet<u16>,
+}
+
+impl Beyond {
+    /// Plays them. Where another limit counts who exceeds this one nothing is known of the port.
+    pub fn of(rule: &LimitRule, player: &Player<'_>, listeners: &[Socket]) -> Self {
+        let mut this = Self::default();
+        // Another rule bans by what it writes to a set.
+        if rule.remembers {
+            return this;
+        }
+        for syn in listeners.iter().filter_map(|socket| syn(rule, socket.local)) {
+            let played = player.exceeding(&syn, rule.at);
+            if played.hits.is_empty() || played.hits.iter().any(|hit| hit.at != rule.at) {
+                continue;
+            }
+            let ports = match played.refused {
+                Answer::No => &mut this.open,
+                Answer::Sometimes => &mut this.rated,
+                Answer::Unknown => &mut this.unclear,
+                Answer::Yes => &mut this.refused,
+            };
+            ports.insert(syn.destination.port());
+        }
+        this
+    }
+
+    /// Whether nobody is refused, as far as they were played; `None` where none was.
+    pub fn refuses_nobody(&self) -> Option<bool> {
+        let is_any = |ports: &[&BTreeSet<u16>]| ports.iter().any(|ports| !ports.is_empty());
+        let others = is_any(&[&self.rated, &self.unclear, &self.refused]);
+        (others || is_any(&[&self.open])).then_some(!others)
+    }
+
+    /// Who gets in though the limit is exceeded, or may, in words.
+    pub fn words(&self) -> Vec<String> {
+        let mut words = Vec::new();
+        if self.refuses_nobody() == Some(false) && !self.open.is_empty() {
+            let ports: Vec<_> = self.open.iter().map(u16::to_string).collect();
+            words.push(format!("what goes to port {}", ports.join(", ")));
+        }
+        if !self.rated.is_empty() {
+            words.push("as much as a rate beside it lets in".to_owned());
+        }
+        if !self.unclear.is_empty() {
+            words.push("perhaps some, by what a rule behind it looks at".to_owned());
+        }
+        words
+    }
+}
+
+/// The SYN of a client that the limit counts.
+fn syn(rule: &LimitRule, local: Endpoint) -> Option<Syn> {
+    let families = [true, false].into_iter().filter(|ipv4| rule.is_of(*ipv4));
+    let of_family = |ipv4: bool| {
+        let named = rule.matches.sources.iter().filter(|(_, inside)| *inside);
+        let mut named = named.map(|(net, _)| net.addr()).filter(|addr| addr.is_ipv4() == ipv4);
+        let source: IpAddr = named.next().unwrap_or_else(|| stranger(ipv4));
+        let is_served = local.addr().is_ipv4() == ipv4 || local.addr().is_unspecified();
+        let is_it = is_served && rule.covers(source, local.port());
+        let any = if ipv4 { [0; 4].into() } else { IpAddr::from([0_u16; 8]) };
+        let to = if local.addr().is_ipv4() == ipv4 { local.addr() } else { any };
+        is_it.then(|| Syn::new(source, Endpoint::new(to, local.port())))
+    };
+    families.filter(|_| !local.addr().is_loopback()).find_map(of_family)
+}

@@ -1,0 +1,149 @@
+//! Limits that accept up to a number: whether what exceeds it gets in all the same is said before anybody does.
+
+// A test that meets the unexpected ends by a panic.
+#![allow(clippy::unwrap_used, clippy::indexing_slicing)]
+
+use serde_json::Value;
+
+use crate::lab::rules::{chain, input};
+use crate::lab::{Lab, Peer, Server};
+
+const CTKEEP: &str = env!("CARGO_BIN_EXE_ctkeep");
+const CLIENT: &str = "198.51.100.7";
+const UPTO: &str = "INPUT -p tcp --syn --dport 80 -m connlimit --connlimit-upto 3 -j ACCEPT";
+const RATE: &str = "INPUT -p tcp --syn --dport 80 -m limit --limit 50/s -j ACCEPT";
+const DROP: &str = "INPUT -p tcp --syn --dport 80 -j DROP";
+
+/// The exit code, and the findings of that name.
+fn audit(lab: &Lab, id: &str) -> (i32, Vec<Value>) {
+    let (code, out, err) = lab.ctkeep(CTKEEP, &["audit", "--format", "json"]);
+    let report: Value = serde_json::from_str(&out).unwrap_or_else(|e| panic!("{e}: {out}{err}"));
+    let findings = report["layers"]["limiter"]["findings"].as_array().unwrap();
+    (code, findings.iter().filter(|it| it["id"] == id).cloned().collect())
+}
+
+fn host(tool: &str, rules: &str) -> Option<(Lab, Server, Peer)> {
+    let lab = Lab::new()?;
+    lab.server.feed(tool, rules);
+    let server = lab.serve("0.0.0.0:80");
+    let peer = lab.peer(CLIENT);
+    Some((lab, server, peer))
+}
+
+#[test]
+fn a_limit_that_lets_in_what_exceeds_it_is_said_to() {
+    let native = chain(
+        "input priority 0",
+        "tcp dport 80 ct state new add @web { ip saddr ct count 3 } accept",
+    );
+    for (tool, rules) in [("iptables-restore", input(&[UPTO])), ("nft -f -", native)] {
+        let Some((lab, _server, peer)) = host(tool, &rules) else { return };
+        for held in [0, 5] {
+            let held = peer.hold(80, held);
+            let (code, found) = audit(&lab, "limit-notes");
+            let [found] = found.as_slice() else { panic!("{rules}: {found:?}") };
+            assert_eq!(
+                (code, &found["verdict"]),
+                (1, &"bad".into()),
+                "{} held: {found}",
+                held.len()
+            );
+        }
+        assert_eq!(peer.admitted(80, 5), 5, "{rules}: the truth");
+    }
+}
+
+/// The controls: refused behind it, beyond four more, or but for a rate.
+#[test]
+fn one_behind_which_a_rule_refuses_is_a_limit() {
+    let tier = "INPUT -p tcp --syn --dport 80 -m connlimit --connlimit-above 4 -j DROP";
+    for (rules, admitted) in
+        [(vec![UPTO, DROP], 3), (vec![UPTO, tier], 7), (vec![UPTO, RATE, DROP], 5)]
+    {
+        let Some((lab, _server, peer)) = host("iptables-restore", &input(&rules)) else { return };
+        assert_eq!(audit(&lab, "limit-notes").1, [Value::Null; 0], "{rules:?}");
+        let _held = peer.hold(80, admitted);
+        let more = usize::from(admitted == 5);
+        assert_eq!(peer.admitted(80, 1), more, "{rules:?}: the truth");
+        let (code, over) = audit(&lab, "source-over-limit");
+        let over: Vec<_> = over.iter().map(|it| it["verdict"].as_str().unwrap()).collect();
+        assert_eq!((code, over), (0, if more > 0 { vec!["warn"] } else { vec![] }), "{rules:?}");
+    }
+}
+
+/// A rate that refuses few of those that exceed a limit is no all-clear, at its number and beyond.
+#[test]
+fn a_rate_that_decides_who_is_refused_is_said() {
+    let rated = "INPUT -p tcp --syn --dport 80 -m connlimit --connlimit-above 3 \
+                 -m limit --limit 1/hour --limit-burst 1 -j DROP";
+    let Some((lab, _server, peer)) = host("iptables-restore", &input(&[rated])) else { return };
+    assert_eq!(audit(&lab, "limit-rated").1.len(), 1, "of nobody");
+    let _held = peer.hold(80, 3);
+    assert_eq!(peer.admitted(80, 1), 0, "the one of this hour");
+    let _more = peer.hold(80, 3);
+    let (code, found) = audit(&lab, "limit-rated");
+    assert_eq!((code, &found[0]["verdict"]), (0, &"warn".into()), "{found:?}");
+}
+
+/// Of connections that one limit counts together some are of a client that gets in all the same: it is not the
+/// limit of the others.
+#[test]
+fn a_client_that_is_let_in_beyond_a_limit_hides_nobody_that_is_not() {
+    let text = "*filter\n:LIM - [0:0]\n-A LIM -s 198.51.100.9 -j RETURN\n-A LIM -j DROP\n\
+        -A INPUT -p tcp --syn --dport 80 -m connlimit --connlimit-above 3 --connlimit-mask 24 -j LIM\n\
+        COMMIT\n";
+    let Some((lab, _server, peer)) = host("iptables-restore", text) else { return };
+    let trusted = lab.peer("198.51.100.9");
+    let _trusted = trusted.hold(80, 8);
+    let (code, over) = audit(&lab, "source-over-limit");
+    assert_eq!((code, over.len()), (0, 0), "the trusted one alone: {over:?}");
+    // What a reload makes anew has nobody on its list.
+    let _more: Vec<_> = (0..2)
+        .map(|_| {
+            lab.server.feed("iptables-restore", text);
+            peer.hold(80, 3)
+        })
+        .collect();
+    let (code, over) = audit(&lab, "source-over-limit");
+    let what = over.first().map_or("", |it| it["what"].as_str().unwrap());
+    assert_eq!(
+        (code, what.split(',').next()),
+        (1, Some("198.51.100.0/24: 14 sockets")),
+        "{over:?}"
+    );
+    assert_eq!(audit(&lab, "limit-notes").1, [Value::Null; 0]);
+    let (_, killed, _) = lab.ctkeep(CTKEEP, &["kill", "--over-limit"]);
+    let of = |client: &str| killed.lines().filter(|line| line.contains(client)).count();
+    assert_eq!((of("198.51.100.7:"), of("198.51.100.9:")), (3, 0), "{killed}");
+    assert_eq!((peer.admitted(80, 1), trusted.admitted(80, 1)), (0, 1), "the truth");
+}
+
+/// A mark that is asked for behind the limit cannot be known: nobody is over it for certain, and none is closed.
+#[test]
+fn what_a_rule_behind_the_limit_looks_at_makes_it_uncertain() {
+    for (is_known, rule) in [
+        (true, "tcp dport 80 ct state new add @web { ip saddr ct count over 3 } drop"),
+        (
+            false,
+            "tcp dport 80 ct state new add @web { ip saddr ct count over 3 } meta mark & 16 == 16 drop",
+        ),
+    ] {
+        let text = chain("input priority 0", rule);
+        let Some((lab, _server, peer)) = host("nft -f -", &text) else { return };
+        let _held = peer.hold(80, 3);
+        // The list is made anew.
+        lab.server.run("nft flush ruleset");
+        lab.server.feed("nft -f -", &text);
+        let _more = peer.hold(80, 2);
+        let (code, over) = audit(&lab, "source-over-limit");
+        let verdict = if is_known { "bad" } else { "warn" };
+        assert_eq!(
+            (code == 1, &over[0]["verdict"]),
+            (is_known, &verdict.into()),
+            "{rule}: {over:?}"
+        );
+        let (_, killed, _) = lab.ctkeep(CTKEEP, &["kill", "--over-limit"]);
+        assert_eq!(killed.contains(CLIENT), is_known, "{rule}: {killed}");
+        assert_eq!(peer.admitted(80, 2), if is_known { 1 } else { 2 }, "{rule}: the truth");
+    }
+}
