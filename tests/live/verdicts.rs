@@ -140,6 +140,42 @@ fn a_limit_for_what_is_established_is_never_a_sound_one() {
     }
 }
 
+/// A limit that accepts up to a number lets in all packets of these connections: what is said of it must not
+/// have them dropped.
+#[test]
+fn a_limit_that_accepts_every_packet_within_it_is_not_told_to_look_at_syns_alone() {
+    const ESTABLISHED: &str = "-A INPUT -m conntrack --ctstate ESTABLISHED -j ACCEPT\n";
+    let rules = |before: &str, syn: &str| {
+        format!(
+            "{before}-A INPUT -p tcp --dport 80 {syn}-m connlimit --connlimit-upto 3 -j ACCEPT\n\
+             -A INPUT -p tcp --dport 80 -j DROP\n"
+        )
+    };
+    // Whether the server gets what the client says.
+    let talks = |peer: &Peer| {
+        let mut conn = peer.connect(80).unwrap();
+        conn.send(b"hello");
+        conn.await_ack()
+    };
+    let Some((lab, _server, peer)) = host(&rules("", "")) else { return };
+    assert!(talks(&peer), "the truth");
+    let (_, findings, limit) = audit(&lab, &[]);
+    assert_eq!(verdicts(&findings, "limit-without-syn"), ["warn"], "{limit:#}");
+    let said = findings.as_array().unwrap().iter().find(|it| it["id"] == "limit-without-syn");
+    let advice = said.unwrap()["advice"].as_str().unwrap();
+    let first = "first accept, in a rule before it, what is established: -m conntrack --ctstate \
+                 ESTABLISHED -j ACCEPT";
+    assert!(advice.starts_with(first), "{advice}");
+    // Half of it, which was all of it once; and all of it.
+    for (before, is_heard) in [("", false), (ESTABLISHED, true)] {
+        let text = format!("*filter\n{}COMMIT\n", rules(before, "--syn "));
+        lab.server.feed("iptables-restore", &text);
+        assert_eq!(talks(&peer), is_heard, "{text}: the truth");
+    }
+    let (code, findings, limit) = audit(&lab, &[]);
+    assert_eq!((code, verdicts(&findings, "limit-without-syn").len()), (0, 0), "{limit:#}");
+}
+
 /// Limits of what goes out, of bridges, and in chains that nothing leads to.
 #[test]
 fn a_limit_that_is_not_judged_is_named() {

@@ -135,7 +135,7 @@ fn one_limit(rule: &LimitRule) -> Finding {
         return Finding::warn(
             "limit-without-syn",
             format!("{what}{}", others(rule)),
-            "add --syn (nft: ct state new) to the rule",
+            let_open_alone(rule),
         );
     }
     if rule.limit.is_keyless {
@@ -158,6 +158,24 @@ fn one_limit(rule: &LimitRule) -> Finding {
         () => return Finding::ok("limit", format!("{rule}{}", others(rule))),
     };
     Finding::ok("limit", format!("{rule}; {nudged}{}", others(rule)))
+}
+
+/// How a limit is made to judge what opens connections alone.
+fn let_open_alone(rule: &LimitRule) -> &'static str {
+    // One that lets in what stays within it lets in the rest of each connection, too: behind it that is dropped.
+    match (rule.limit.over, rule.is_before_conntrack()) {
+        (true, _) => "add --syn (nft: ct state new) to the rule",
+        (false, false) => {
+            "first accept, in a rule before it, what is established: -m conntrack --ctstate ESTABLISHED -j \
+             ACCEPT (nft: ct state established accept); only then add --syn (nft: ct state new) to the \
+             rule, which alone would cut off every client"
+        }
+        (false, true) => {
+            "first accept, in a rule before it, what opens no connection: -p tcp ! --syn -j ACCEPT (nft: \
+             tcp flags & (fin|syn|rst|ack) != syn accept); only then add --syn to the rule, which alone \
+             would cut off every client"
+        }
+    }
 }
 
 /// What a limit counts beside TCP.

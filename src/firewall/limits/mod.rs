@@ -14,7 +14,7 @@ pub use self::earlier::EarlierAccept;
 pub use self::key::Key;
 pub use self::unjudged::{Unjudged, Where};
 pub use self::witness::{Sight, Witness};
-use super::play::{LimitAt, NAT_DST, Player};
+use super::play::{CONNTRACK, LimitAt, NAT_DST, Player};
 use super::set::Set;
 use super::{Chain, Family, Hook, Match, Outcome, Ports, Ruleset, Step};
 
@@ -222,6 +222,12 @@ impl LimitRule {
     /// Whether it sees ports as the client asked for them, before destination NAT.
     pub fn is_before_nat(&self) -> bool {
         self.hook == Hook::Ingress || self.hook == Hook::Prerouting && self.priority < NAT_DST
+    }
+
+    /// Whether it stands before conntrack: rules there know no state.
+    pub fn is_before_conntrack(&self) -> bool {
+        let is_early = self.hook == Hook::Prerouting && self.priority < CONNTRACK;
+        self.hook == Hook::Ingress || is_early
     }
 
     /// Prefix length of the sources that are counted together; `None` where it is not by source.
