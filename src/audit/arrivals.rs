@@ -1,7 +1,8 @@
 //! By which device the connections come in: the one that their answers leave by. Looked up where
-//! rules ask for it, since each peer costs a question.
+//! rules ask for it, since each peer costs a question. What this host opens to a container comes in by none: it
+//! passes OUTPUT alone, and stands here as of the loopback device.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 
 use crate::error::Result;
@@ -18,21 +19,41 @@ const PEERS: usize = 20_000;
 /// The device by the peer and the local address.
 pub type Arrivals = HashMap<(IpAddr, IpAddr), Interface>;
 
-/// The devices of these connections; none where no rule asks for one.
+/// The devices of these connections, where a rule asks for one; `behind` are the addresses of containers.
 ///
 /// # Errors
 /// A broken conversation.
-pub fn arrivals(rules: &Ruleset, views: impl Iterator<Item = View>) -> Result<Arrivals> {
+pub fn arrivals(
+    rules: &Ruleset,
+    views: impl Iterator<Item = View>,
+    behind: &HashSet<IpAddr>,
+) -> Result<Arrivals> {
     let mut found = Arrivals::new();
-    if !Player::new(rules).asks_for_interfaces() {
+    let is_asked = Player::new(rules).asks_for_interfaces();
+    if !is_asked && behind.is_empty() {
         return Ok(found);
     }
+    let mut own: HashMap<IpAddr, bool> = HashMap::new();
     let named = links()?.into_iter().map(|link| (link.index, link.name));
     let named: HashMap<u32, String> = named.collect();
     let mut routes = Routes::open()?;
     for view in views {
         let key = of(&view);
-        if found.len() >= PEERS || found.contains_key(&key) {
+        if found.len() + own.len() >= PEERS || found.contains_key(&key) {
+            continue;
+        }
+        if behind.contains(&key.1) {
+            let is_own = match own.get(&key.0) {
+                Some(is_own) => *is_own,
+                None => routes.is_local(key.0)?,
+            };
+            own.insert(key.0, is_own);
+            if is_own {
+                found.insert(key, Interface::loopback());
+                continue;
+            }
+        }
+        if !is_asked {
             continue;
         }
         // A bound socket takes packets of its own device alone.

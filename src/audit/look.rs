@@ -106,7 +106,7 @@ impl Seen {
         let sockets = snapshot.views.iter().filter_map(|view| view.socket);
         let owners = Owners::look(sockets, &listeners);
         let behind = self::behind(&tables, &snapshot);
-        let arrivals = arrivals(&rules, snapshot.views.iter())?;
+        let arrivals = arrivals(&rules, snapshot.views.iter(), &behind)?;
         let fronts = fronts(snapshot.views.iter(), &behind)?;
         let outgoing = Survey::look(&mut tables, &scope, policy)?;
         let seen = Self {

@@ -8,7 +8,7 @@ use ipnet::IpNet;
 
 use super::arrivals::{self, Arrivals};
 use crate::firewall::limits::{Key, LimitRule, Limiter};
-use crate::firewall::packet::Syn;
+use crate::firewall::packet::{Interface, Syn};
 use crate::firewall::play::{Certainty, Counts, Hit, LimitAt, Played, Player};
 use crate::firewall::tracking::translates_what_comes_in;
 use crate::firewall::value::Answer;
@@ -123,6 +123,9 @@ impl<'r> Plays<'r> {
     /// What the SYN of this connection met, or would meet today.
     pub fn of(&mut self, view: &View) -> Rc<Played> {
         let (syn, player) = (self.syn(view), &self.player);
+        if syn.is_forwarded && syn.interface == Interface::loopback() {
+            return Rc::new(of_this_host(player.limits(&syn), view));
+        }
         let key = (syn.source, syn.asked, syn.destination);
         let played = self.played.entry(key).or_insert_with(|| Rc::new(player.limits(&syn)));
         played.clone()
@@ -193,6 +196,15 @@ impl<'r> Plays<'r> {
         let found = rules().find(|(_, rule)| rule.covers(peer, port)).or_else(|| rules().next());
         found.map(|(index, _)| index)
     }
+}
+
+/// What a container has from an address of this host: it opened that itself, which passes OUTPUT alone, or the
+/// address hides a client (masquerade), which only the entry shows.
+fn of_this_host(played: Played, view: &View) -> Played {
+    let opened_here = view.entry.is_some();
+    let perhaps = |hit: Hit| Hit { group: None, certainty: Certainty::Perhaps, ..hit };
+    let hits = played.hits.into_iter().filter(|_| !opened_here).map(perhaps);
+    Played { hits: hits.collect(), ..played }
 }
 
 /// A limit that a connection meets.

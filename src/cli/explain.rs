@@ -95,8 +95,8 @@ pub(super) fn run(args: &Explain) -> Result<Exit> {
         let owners = Owners::look(view.socket.into_iter(), &tables.sockets.listeners()?);
         let limiter = Limiter::of(&rules);
         let views = around.views.iter().chain(std::iter::once(view));
-        let arrivals = arrivals(&rules, views)?;
         let behind = behind(&tables, &around);
+        let arrivals = arrivals(&rules, views, &behind)?;
         let plays = || {
             Plays::new(&limiter, &rules)
                 .arriving(&arrivals)

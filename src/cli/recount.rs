@@ -148,11 +148,11 @@ fn ask(sources: &mut Sources, done: &Done) -> Result<()> {
     let (rules, now) = (Ruleset::read(), Instant::now());
     let limiter = Limiter::of(&rules);
     let views = done.outcomes.iter().map(|outcome| outcome.action.view);
-    let arrivals = arrivals(&rules, views)?;
     let mut sockets = SockDiag::open()?;
     containers::join(&mut sockets)?;
     let all = done.outcomes.iter().map(|outcome| outcome.action.view.connection.local.addr());
-    let behind = all.filter(|addr| sockets.is_of_member(*addr)).collect();
+    let behind: HashSet<_> = all.filter(|addr| sockets.is_of_member(*addr)).collect();
+    let arrivals = arrivals(&rules, views, &behind)?;
     let plays = Plays::new(&limiter, &rules).arriving(&arrivals).behind(&behind);
     let mut asker = Asker::open(&rules, &limiter, plays, now)?;
     let mut asked = HashSet::new();

@@ -158,7 +158,8 @@ fn know_limits(
     if limiter.rules.is_empty() {
         return;
     }
-    let Ok(arrivals) = arrivals(&rules, views.values().copied().flatten()) else { return };
+    let all = views.values().copied().flatten();
+    let Ok(arrivals) = arrivals(&rules, all, behind) else { return };
     let mut plays = Plays::new(&limiter, &rules).arriving(&arrivals).behind(behind);
     for source in sources {
         let view = views.get(&(source.source, source.port)).copied().flatten();

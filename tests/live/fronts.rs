@@ -80,6 +80,11 @@ fn behind_a_proxy_of_the_host_all_clients_are_one_and_the_limit_stands_in_input(
         "all 6 connections to 10.1.1.2:8080 come from 10.1.1.1, an address of this host"
     );
     assert!(advice.contains("in INPUT of this host"), "{advice}");
+    // What the host opens itself passes OUTPUT alone: twice the limit is there, and none of it is over.
+    let (code, out, err) = lab.ctkeep(CTKEEP, &["audit"]);
+    assert_eq!((code, out.contains("over it")), (0, false), "{out}{err}");
+    let (_, killed, _) = lab.ctkeep(CTKEEP, &["kill", "--over-limit"]);
+    assert!(!killed.contains("would be closed"), "{killed}");
     drop(held);
 
     lab.connlimit(8001, u32::try_from(LIMIT).expect("a limit"));

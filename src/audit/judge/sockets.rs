@@ -159,7 +159,7 @@ pub fn clients_as_one(front: Front) -> Finding {
         "clients-as-one",
         format!("all {connections} connections to {to} come from {from}, {whose}"),
         format!(
-            "a limit for each client takes them for one: put it {place}, before the proxy \
+            "no limit behind that tells them apart: put it {place}, before the proxy \
              (docker-proxy, rootlessport, slirp4netns) or masquerade that hides their addresses"
         ),
     )
