@@ -408,7 +408,8 @@ fn a_named_limit_that_counts_nothing_does_not_hold() {
         let row = said.out.lines().find(|line| line.starts_with("--limit")).expect("a row");
         let got = row.split_whitespace().nth(1).expect("a verdict");
         assert_eq!((said.code, got), (code, verdict), "{}", said.out);
-        let named = said.out.contains("198.51.100.7/32: 3 sockets, limit 3, the rule sees 0");
+        let named =
+            said.out.contains("198.51.100.7/32: 3 sockets, limit 3, 0 have an entry that counts");
         assert_eq!(named, code == 1, "{}", said.out);
     }
 }

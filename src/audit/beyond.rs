@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use super::families::stranger;
 use crate::firewall::limits::LimitRule;
 use crate::firewall::packet::Syn;
-use crate::firewall::play::Player;
+use crate::firewall::play::{Certainty, Player};
 use crate::firewall::value::Answer;
 use crate::flow::Endpoint;
 use crate::sockdiag::Socket;
@@ -40,6 +40,12 @@ impl Beyond {
             let ports = match played.refused {
                 Answer::No => &mut this.open,
                 Answer::Sometimes => &mut this.rated,
+                // What may not come to the limit at all says nothing of what is behind.
+                Answer::Unknown
+                    if played.hits.iter().all(|hit| hit.certainty == Certainty::Perhaps) =>
+                {
+                    continue;
+                }
                 Answer::Unknown => &mut this.unclear,
                 Answer::Yes => &mut this.refused,
             };

@@ -28,6 +28,7 @@ use crate::reconcile::policy::{Policy, Scope};
 use crate::reconcile::pressure::Defence;
 use crate::reconcile::snapshot::{Snapshot, View};
 use crate::reconcile::whole::Over;
+use crate::rtnetlink::link::{Link, links};
 use crate::sockdiag::{Lookup, Socket, States};
 
 /// All that was seen in one look at one host, or read from files.
@@ -49,6 +50,8 @@ pub struct Seen {
     pub limiter: Limiter,
     /// By which devices clients come in, as far as the rules ask.
     pub arrivals: Arrivals,
+    /// Network devices; empty where they are not known.
+    pub links: Vec<Link>,
     /// Ports whose clients all come from one address.
     pub fronts: Vec<Front>,
     /// Settings and counters, where the host is at hand.
@@ -120,6 +123,7 @@ impl Seen {
             limiter,
             rules,
             arrivals,
+            links: links()?,
             fronts,
             figures: Some(Figures::read(&mut tables.conntrack)?),
             owners,

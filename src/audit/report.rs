@@ -116,6 +116,7 @@ impl Report {
             figures: seen.figures.as_ref(),
             rules: &seen.rules,
             limiter,
+            links: &seen.links,
             loads: &loads,
             is_limit_named: request.limit.is_some(),
             listeners: &listeners,

@@ -112,6 +112,7 @@ fn collect(args: &Report, netns: &str, policy: &Policy) -> (File, Exit) {
 fn beside(seen: &Seen) -> String {
     let opened = seen.snapshot.evidence.opened_here.iter().copied().map(Beside::OpenedHere);
     let all = opened.chain(seen.behind.iter().copied().map(Beside::Behind));
+    let all = all.chain(seen.links.iter().cloned().map(Beside::Device));
     all.map(|it| format!("{}\n", tables::beside_line(&it))).collect()
 }
 

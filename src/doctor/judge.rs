@@ -2,33 +2,11 @@
 
 use super::unit::Unit;
 use crate::audit::finding::Finding;
-use crate::firewall::limits::Limiter;
 use crate::rtnetlink::link::Link;
 
-/// Devices that packets seem to come in by, and do not: those of a bridge, bond or VRF come in by
-/// that one.
-pub fn devices(links: &[Link], limiter: &Limiter) -> Vec<Finding> {
-    let master = |link: &Link| links.iter().find(|other| Some(other.index) == link.master);
-    let port_of = |name: &str| links.iter().find(|link| link.name == name).and_then(master);
+/// Devices that repairs go by, and those that are not tried.
+pub fn devices(links: &[Link]) -> Vec<Finding> {
     let mut all = Vec::new();
-    for rule in &limiter.rules {
-        let masters: Vec<_> =
-            rule.matches.interfaces.iter().filter_map(|name| port_of(name)).collect();
-        if let Some(master) = masters.first()
-            && masters.len() == rule.matches.interfaces.len()
-        {
-            all.push(Finding::bad(
-                "limit-interface",
-                format!(
-                    "{rule} is for {}, whose packets come in by {} {}: it never counts one",
-                    rule.matches.interfaces.join(", "),
-                    master.kind,
-                    master.name
-                ),
-                format!("name {} in the rule", master.name),
-            ));
-        }
-    }
     for link in links {
         let ports = links.iter().filter(|port| port.master == Some(link.index));
         let ports: Vec<_> = ports.map(|port| port.name.as_str()).collect();
@@ -86,9 +64,6 @@ pub fn unit(unit: &Unit) -> Vec<Finding> {
 mod tests {
     use super::*;
     use crate::audit::finding::Verdict;
-    use crate::firewall::limits::{Limit, LimitRule};
-    use crate::firewall::play::LimitAt;
-    use crate::firewall::{Family, Hook, Key, Match, Outcome};
 
     #[test]
     fn a_limit_bound_to_a_port_of_a_bridge_never_counts() {
@@ -101,38 +76,8 @@ mod tests {
             link(3, "br0", "bridge", None),
             link(4, "eth1", "", None),
         ];
-        let verdicts = |interface: &str| {
-            let rule = LimitRule {
-                family: Family::Ip,
-                table: "filter".to_owned(),
-                chain: "INPUT".to_owned(),
-                position: 1,
-                handle: None,
-                at: LimitAt { chain: 0, rule: 0, step: 0 },
-                set: None,
-                hook: Hook::Input,
-                priority: 0,
-                limit: Limit {
-                    count: 3,
-                    over: true,
-                    key: Key::Source(32),
-                    is_keyless: false,
-                    dynamic: false,
-                },
-                matches: Match { interfaces: vec![interface.to_owned()], ..Match::default() },
-                outcome: Outcome::Drop,
-                tells: false,
-                notes: false,
-                remembers: false,
-                before: Vec::new(),
-            };
-            let limiter = Limiter { rules: vec![rule], ..Limiter::default() };
-            devices(&links, &limiter).iter().map(|f| (f.id, f.verdict)).collect::<Vec<_>>()
-        };
-        let bridge = ("ingress-device", Verdict::Ok);
-        assert_eq!(verdicts("eth0"), [("limit-interface", Verdict::Bad), bridge]);
-        assert_eq!(verdicts("br0"), [bridge]);
-        assert_eq!(verdicts("eth1"), [bridge]);
+        let found: Vec<_> = devices(&links).iter().map(|f| (f.id, f.verdict)).collect();
+        assert_eq!(found, [("ingress-device", Verdict::Ok)]);
     }
 
     #[test]

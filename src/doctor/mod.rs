@@ -28,7 +28,6 @@ use crate::host::modules;
 use crate::netlink::KernelSocket;
 use crate::reconcile::policy::Policy;
 use crate::recount::Route;
-use crate::rtnetlink::link::links;
 use crate::shield;
 
 /// Capabilities by their bits (`include/uapi/linux/capability.h`).
@@ -61,14 +60,14 @@ pub fn examine(policy: &Policy, ask: bool, now: Instant, clock: SystemTime) -> D
             return Diagnosis { findings, is_unavailable: true };
         }
     };
-    let limiter = seen.limiter.clone();
+    let (limiter, links) = (seen.limiter.clone(), seen.links.clone());
     findings.extend(seen.figures.iter().filter_map(|figures| lease(policy.lease, figures)));
     let asked = ask.then(|| asked::ask(&seen, now));
     let request = Request { limit: None, mask: None, mask6: None, now: clock };
     findings.extend(found(Report::of(seen, &scope, policy, request)));
     let trial = try_recount(now);
     findings.extend(recount(&trial, &limiter));
-    findings.extend(judge::devices(&links().unwrap_or_default(), &limiter));
+    findings.extend(judge::devices(&links));
     findings.push(receive_buffer());
     findings.extend(Unit::read().iter().flat_map(judge::unit));
     findings.push(daemon());

@@ -41,6 +41,7 @@ pub fn read(file: &File, policy: &Policy) -> Result<Host, Refusal> {
             Beside::Behind(addr) => {
                 seen.behind.insert(*addr);
             }
+            Beside::Device(link) => seen.links.push(link.clone()),
             Beside::Holder(..) | Beside::Flags(..) => {}
         }
     }
@@ -76,7 +77,7 @@ fn add(saved: &mut Saved, beside: &[Beside]) {
             Beside::Flags(key, of_entry) => {
                 flags.insert(*key, *of_entry);
             }
-            Beside::OpenedHere(_) | Beside::Behind(_) => {}
+            Beside::OpenedHere(_) | Beside::Behind(_) | Beside::Device(_) => {}
         }
     }
     for entry in &mut saved.entries.values {
@@ -94,7 +95,12 @@ mod tests {
     use crate::audit::classes::Class;
     use crate::audit::report::{Report, Request};
     use crate::flow::Connection;
+    use crate::rtnetlink::link::Link;
     use std::time::SystemTime;
+
+    fn port() -> Link {
+        Link { index: 2, name: "eth0".to_owned(), master: Some(3), ..Link::default() }
+    }
 
     /// An entry that was picked up in its middle, one of a connection that this host opened, a worker of
     /// three in a container: as the host has it, and as the two programs print it.
@@ -143,6 +149,7 @@ mod tests {
                 "198.51.100.8:20001".parse().unwrap(),
             )),
             Beside::Behind("172.17.0.2".parse().unwrap()),
+            Beside::Device(port()),
         ];
         let lines: Vec<_> = beside.iter().map(tables::beside_line).collect();
         file.add(BESIDE, Ok(lines.join("\n")));
@@ -156,6 +163,7 @@ mod tests {
         let of_others = [20001, 20002].map(|port| class(&whole, port).map(|it| it.0));
         let host = read(&file, &Policy::default()).expect("a host");
         assert!(host.seen.behind.contains(&"172.17.0.2".parse().unwrap()));
+        assert_eq!(host.seen.links, [port()]);
         assert_eq!(of_others, [Some(Class::Agree), Some(Class::EntryMissing)]);
     }
 }

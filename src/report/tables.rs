@@ -6,6 +6,7 @@ use crate::audit::processes::Holder;
 use crate::conntrack::{Entry, EntryKey, Status, Zone};
 use crate::firewall::packet::Interface;
 use crate::flow::{Connection, FourTuple};
+use crate::rtnetlink::link::Link;
 use crate::sockdiag::{Cookie, Socket, State};
 
 /// `CLOSE-WAIT 1 0 192.0.2.1:80 198.51.100.7:20000 users:(("apache2",pid=1,fd=0)) uid:33 ino:7 sk:1a`
@@ -74,6 +75,8 @@ pub enum Beside {
     OpenedHere(Connection),
     /// An address of another namespace, which packets are forwarded to.
     Behind(IpAddr),
+    /// A network device.
+    Device(Link),
 }
 
 /// `holder 1a 3 web`, `flags 198.51.100.7:20000 192.0.2.1:80 0 0 10 10`, `opened-here LOCAL REMOTE`
@@ -89,6 +92,11 @@ pub fn beside_line(beside: &Beside) -> String {
         }
         Beside::OpenedHere(Connection { local, remote }) => format!("opened-here {local} {remote}"),
         Beside::Behind(addr) => format!("behind {addr}"),
+        Beside::Device(link) => {
+            let kind = if link.kind.is_empty() { "-" } else { &link.kind };
+            let master = link.master.unwrap_or(0);
+            format!("device {} {} {kind} {master} {}", link.index, link.name, link.is_loopback)
+        }
     }
 }
 
@@ -107,6 +115,20 @@ pub(super) fn beside(line: &str) -> Option<Beside> {
         return Some(Beside::Behind(rest.parse().ok()?));
     }
     let mut words = rest.split(' ');
+    if kind == "device" {
+        let (index, name) = (words.next()?.parse().ok()?, words.next()?.to_owned());
+        let kind = words.next()?.replace('-', "");
+        let master = words.next()?.parse().ok().filter(|index| *index != 0);
+        let is_loopback = words.next()? == "true";
+        return Some(Beside::Device(Link {
+            index,
+            name,
+            kind,
+            master,
+            is_loopback,
+            ..Link::default()
+        }));
+    }
     let (one, other) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
     match kind {
         "opened-here" => Some(Beside::OpenedHere(Connection::new(one, other))),

@@ -55,7 +55,10 @@ fn a_bypassed_limit_is_found_without_any_flag() {
     assert_eq!(limiter["verdict"], "bad");
     let over = limiter["findings"].as_array().unwrap().iter();
     let over = over.filter(|finding| finding["id"] == "source-over-limit").collect::<Vec<_>>();
-    assert_eq!(over[0]["what"], "198.51.100.7/32: 10 sockets, limit 3, the rule sees 0");
+    assert_eq!(
+        over[0]["what"],
+        "198.51.100.7/32: 10 sockets, limit 3, 0 have an entry that counts"
+    );
     assert_eq!(limiter["rules"][0]["rule"], "ip filter INPUT rule 1");
     let holder = &report["connections"][0];
     assert_eq!(holder["pid"], server.pid());
@@ -589,7 +592,7 @@ fn explain_names_the_limit_the_process_and_the_way_round() {
     assert_eq!(code, 1, "{out}");
     for line in [
         format!("({})", server.pid()),
-        "198.51.100.7/32 holds 10 sockets, the rule sees 0".to_owned(),
+        "198.51.100.7/32 holds 10 sockets, 0 have an entry that counts".to_owned(),
         "cell        guarded socket in close-wait, entry in close".to_owned(),
         "would do    revive".to_owned(),
     ] {

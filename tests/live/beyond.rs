@@ -147,3 +147,19 @@ fn what_a_rule_behind_the_limit_looks_at_makes_it_uncertain() {
         assert_eq!(peer.admitted(80, 2), if is_known { 1 } else { 2 }, "{rule}: the truth");
     }
 }
+
+/// A limit for a device that no packet comes in by: audit says it as doctor does.
+#[test]
+fn a_limit_for_a_device_that_no_packet_comes_in_by_is_said_not_to_hold() {
+    let rule = |device: &str| {
+        input(&[&format!(
+            "INPUT -i {device} -p tcp --syn --dport 80 -m connlimit --connlimit-above 3 -j DROP"
+        )])
+    };
+    let Some((lab, _server, peer)) = host("iptables-restore", &rule("nothere0")) else { return };
+    let _held = peer.hold(80, 5);
+    let (code, found) = audit(&lab, "limit-interface");
+    assert_eq!((code, found.len()), (0, 1), "{found:?}");
+    assert_eq!(found[0]["verdict"], "warn", "{found:?}");
+    assert_eq!(peer.admitted(80, 1), 1, "the truth");
+}

@@ -376,7 +376,7 @@ fn connections_without_entries_are_measured_by_what_their_siblings_asked_for() {
     let asked = held[0].server.to_string();
     let (code, out, err) = lab.ctkeep(CTKEEP, &["explain", &asked, &held[0].client.to_string()]);
     assert!(out.contains("10.1.1.2:8080 (server)") && out.contains("entry-missing"), "{out}{err}");
-    assert!(out.contains("holds 6 sockets, the rule sees 3"), "{out}{err}");
+    assert!(out.contains("holds 6 sockets, 3 have an entry that counts"), "{out}{err}");
     assert!(out.contains("the entry that would show it is gone"), "{out}{err}");
     assert_eq!(code, 1, "{out}{err}");
 

@@ -161,7 +161,7 @@ fn every_figure_that_the_page_names_is_there() {
     assert_eq!((code, waiting.len()), (1, 3), "{report:#}");
     assert_eq!(verdicts(&report, "source-over-limit"), ["bad"]);
     let over = texts(&report, "source-over-limit");
-    assert_eq!(over, "198.51.100.7/32: 10 sockets, limit 3, the rule sees 0");
+    assert_eq!(over, "198.51.100.7/32: 10 sockets, limit 3, 0 have an entry that counts");
     assert_eq!(verdicts(&report, "half-closed-held"), ["warn"]);
     let held = texts(&report, "half-closed-held");
     assert!(held.contains(&format!("({}): 10 of 10 open sockets", server.pid())), "{held}");

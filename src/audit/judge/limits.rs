@@ -4,6 +4,7 @@ use crate::audit::finding::Finding;
 use crate::firewall::limits::{EarlierAccept, LimitRule, Limiter, Sight, Unjudged, Where, Witness};
 use crate::firewall::{Hook, Ports, Ruleset, published};
 use crate::flow::Endpoint;
+use crate::rtnetlink::link::Link;
 
 /// The rules; `ports` are those that are looked after.
 pub fn limiter(limiter: &Limiter, ports: &[u16]) -> Vec<Finding> {
@@ -73,6 +74,50 @@ pub fn limit(rule: &LimitRule) -> Vec<Finding> {
         )
     }));
     all
+}
+
+/// A limit for devices that none of its packets comes in by: those of a bridge, bond or VRF come in by that one.
+/// `links` are empty where they are not known. Nothing of one that is named by its number.
+pub fn device(rule: &LimitRule, links: &[Link]) -> Option<Finding> {
+    const ID: &str = "limit-interface";
+    let named = &rule.matches.interfaces;
+    let link = |name: &String| links.iter().find(|link| link.name == *name);
+    if named.is_empty()
+        || links.is_empty()
+        || named.iter().any(|name| name.ends_with('*') || name.contains(' '))
+    {
+        return None;
+    }
+    let found: Vec<_> = named.iter().filter_map(link).collect();
+    if found.is_empty() {
+        return Some(Finding::warn(
+            ID,
+            format!(
+                "{rule} is for {}, which this host does not have now: it counts nothing",
+                named.join(", ")
+            ),
+            format!("name the device that clients come in by: {}", names(links)),
+        ));
+    }
+    let master = |link: &&Link| links.iter().find(|other| Some(other.index) == link.master);
+    let masters: Vec<_> = found.iter().filter_map(master).collect();
+    let first = masters.first().filter(|_| masters.len() == found.len())?;
+    Some(Finding::bad(
+        ID,
+        format!(
+            "{rule} is for {}, whose packets come in by {} {}: it never counts one",
+            named.join(", "),
+            first.kind,
+            first.name
+        ),
+        format!("name {} in the rule", first.name),
+    ))
+}
+
+/// Those by which others may come in.
+fn names(links: &[Link]) -> String {
+    let all = links.iter().filter(|link| !link.is_loopback && link.master.is_none());
+    all.map(|link| link.name.as_str()).collect::<Vec<_>>().join(", ")
 }
 
 /// None of the connections to a port that the limit names comes to it.
@@ -341,4 +386,48 @@ pub fn unseen(
              systemctl restart ctkeep",
         )
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::audit::finding::Verdict;
+    use crate::firewall::{Family, parse_saved};
+
+    #[test]
+    fn packets_of_a_bridges_port_come_in_by_the_bridge() {
+        let link = |index, name: &str, kind: &str, master| Link {
+            index,
+            name: name.to_owned(),
+            kind: kind.to_owned(),
+            master,
+            is_loopback: name == "lo",
+            ..Link::default()
+        };
+        let links = [
+            link(1, "lo", "", None),
+            link(2, "eth0", "", Some(3)),
+            link(3, "br0", "bridge", None),
+            link(4, "eth1", "", None),
+        ];
+        let said = |interface: &str, links: &[Link]| {
+            let text = format!(
+                "*filter\n:INPUT ACCEPT [0:0]\n-A INPUT -i {interface} -p tcp -m tcp --syn -m connlimit --connlimit-above 3 -j DROP\nCOMMIT\n"
+            );
+            let limiter = Limiter::of(&Ruleset {
+                chains: parse_saved(&text, Family::Ip),
+                unread: Vec::new(),
+            });
+            let rule = limiter.rules.first().expect("a limit");
+            device(rule, links).map(|it| (it.verdict, it.advice))
+        };
+        let name = |what: &str| Some((Verdict::Bad, format!("name {what} in the rule")));
+        assert_eq!(said("eth0", &links), name("br0"));
+        let way = "name the device that clients come in by: br0, eth1";
+        assert_eq!(said("ens3", &links), Some((Verdict::Warn, way.to_owned())));
+        for interface in ["br0", "eth1", "ens+", "eth+"] {
+            assert_eq!(said(interface, &links), None, "{interface}");
+        }
+        assert_eq!(said("ens3", &[]), None, "where they are not known");
+    }
 }

@@ -45,13 +45,14 @@ pub fn closing(sockets: usize) -> Finding {
 pub fn over(source: IpNet, held: usize, limit: u32, counted: usize) -> Finding {
     let whose = whose(source);
     let advice = if counted >= held {
-        "all are counted: it comes down as the server closes them, or by ctkeep kill --over-limit"
+        "it comes down as the server closes them, or by ctkeep kill --over-limit; if rules were loaded since, \
+         ctkeep recount"
     } else {
         RECOUNTS
     };
     Finding::bad(
         "source-over-limit",
-        format!("{whose}: {held} sockets, limit {limit}, the rule sees {counted}"),
+        format!("{whose}: {held} sockets, limit {limit}, {counted} have an entry that counts"),
         advice,
     )
 }
@@ -87,7 +88,10 @@ pub fn met_twice(source: IpNet, held: usize, limit: u32, times: usize) -> Findin
 /// the limit has to count of it: for sure, or perhaps.
 pub fn uncounted(source: IpNet, held: usize, is_sure: bool, limit: u32, counted: usize) -> Finding {
     const ID: &str = "limit-uncounted";
-    let what = format!("{}: {held} sockets, limit {limit}, the rule sees {counted}", whose(source));
+    let what = format!(
+        "{}: {held} sockets, limit {limit}, {counted} have an entry that counts",
+        whose(source)
+    );
     if !is_sure {
         let what = format!("{what}, if it is for all of them");
         return Finding::warn(ID, what, "ctkeep audit --ask says what its list holds");

@@ -13,14 +13,15 @@ use crate::firewall::limits::{EarlierAccept, Key, LimitRule, SetUse};
 use crate::firewall::play::Player;
 use crate::reconcile::snapshot::{View, Views};
 
-/// What is found about the sources of a limit.
-const OF_SOURCES: [&str; 6] = [
+/// What is found about a limit on this host, and about its sources.
+const OF_RULES: [&str; 7] = [
     "source-over-limit",
     "limit-uncounted",
     "limit-met-twice",
     "limit-notes",
     "limit-rated",
     "limit-translated",
+    "limit-interface",
 ];
 
 /// Figures of the limiter layer.
@@ -226,8 +227,7 @@ impl Layer<Limits> {
             }
         }
         // What could not be told is known now.
-        let is_unsure =
-            |one: &Finding| OF_SOURCES.contains(&one.id) && one.verdict == Verdict::Warn;
+        let is_unsure = |one: &Finding| OF_RULES.contains(&one.id) && one.verdict == Verdict::Warn;
         for rule in self.figures.rules.iter_mut().filter(|rule| rule.holds == Some(true)) {
             let told: Vec<_> = rule.findings.extract_if(.., |one| is_unsure(one)).collect();
             rule.verdict = worst(&rule.findings);
@@ -253,12 +253,13 @@ pub(super) fn of(inputs: Inputs<'_>) -> Layer<Limits> {
         let loads = of(index);
         let mut figures =
             LimitFigures::of(rule, &loads, &Beyond::of(rule, &player, inputs.listeners));
+        figures.take(judge::limits::device(rule, inputs.links));
         figures.take(loads.is_empty().then(|| passed_by(rule, inputs.views)).flatten());
         figures
     };
     let rules: Vec<_> = rules.map(figures).collect();
     let told = rules.iter().flat_map(|rule| &rule.findings);
-    for finding in told.filter(|finding| OF_SOURCES.contains(&finding.id)) {
+    for finding in told.filter(|finding| OF_RULES.contains(&finding.id)) {
         if !findings.contains(finding) {
             findings.push(finding.clone());
         }

@@ -16,6 +16,7 @@ use super::processes::{Holder, Owner, Owners, place};
 use crate::firewall::Ruleset;
 use crate::firewall::limits::Limiter;
 use crate::reconcile::snapshot::Views;
+use crate::rtnetlink::link::Link;
 use crate::sockdiag::{Socket, State};
 
 /// The layers, in the order that a packet meets them. The first and the third are `None` for saved
@@ -151,6 +152,8 @@ pub struct Inputs<'a> {
     pub rules: &'a Ruleset,
     /// The limits in them.
     pub limiter: &'a Limiter,
+    /// Network devices; empty where they are not known.
+    pub links: &'a [Link],
     /// What they have to bear.
     pub loads: &'a [Load],
     /// Whether the administrator named a limit, so that no rule is missed.

@@ -45,7 +45,7 @@ pub(super) fn limits(
                         "{counted} have an entry that counts, {at_least}{count} are on its list"
                     )
                 }
-                None => format!("the rule sees {counted}"),
+                None => format!("{counted} have an entry that counts"),
             };
             let own = match met.limit {
                 limit if limit == rule.limit.count => String::new(),
