@@ -30,6 +30,9 @@ pub fn read(file: &File, policy: &Policy) -> Result<Host, Refusal> {
     let mut saved = Saved::read(section(SOCKETS).as_bytes(), section(ENTRIES).as_bytes(), None)?;
     let beside: Vec<_> = section(BESIDE).lines().filter_map(tables::beside).collect();
     add(&mut saved, &beside);
+    // A section that was too long ends with a word on it.
+    saved.sockets.is_part |= file.failure(SOCKETS).is_some();
+    saved.entries.is_part |= file.failure(ENTRIES).is_some();
     let mut host = saved.join(policy)?;
     host.notes.extend(file.notes().map(str::to_owned));
     let seen = &mut host.seen;
@@ -100,6 +103,30 @@ mod tests {
 
     fn port() -> Link {
         Link { index: 2, name: "eth0".to_owned(), master: Some(3), ..Link::default() }
+    }
+
+    /// A family without one entry has lost them all: a report leaves none out, unless it says so.
+    #[test]
+    fn a_family_without_an_entry_has_none() {
+        let sockets = "LISTEN 0 128 *:80 *:*\n\
+            ESTAB 0 0 192.0.2.1:80 198.51.100.8:20001 ino:3 sk:3\n\
+            ESTAB 0 0 [2001:db8::1]:80 [2001:db8:1::9]:20002 ino:4 sk:4\n";
+        let entries = "ipv4 2 tcp 6 99 ESTABLISHED src=198.51.100.8 dst=192.0.2.1 sport=20001 dport=80 \
+            src=192.0.2.1 dst=198.51.100.8 sport=80 dport=20001 [ASSURED] mark=0 use=1\n";
+        for (end, missing) in [("", 1), ("cut here: 3 more lines\n", 0)] {
+            let mut file = File::default();
+            file.add(SOCKETS, Ok(sockets.to_owned()));
+            file.add(ENTRIES, Ok(format!("{entries}{end}")));
+            let host = read(&file, &Policy::default()).expect("a host");
+            let views = host.seen.snapshot.views.iter();
+            let count = views.filter(|view| view.entry.is_none()).count();
+            assert_eq!(
+                (count, host.notes.is_empty()),
+                (missing, end.is_empty()),
+                "{:?}",
+                host.notes
+            );
+        }
     }
 
     /// An entry that was picked up in its middle, one of a connection that this host opened, a worker of

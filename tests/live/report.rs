@@ -117,6 +117,31 @@ fn a_report_is_read_as_the_host_is_with_its_addresses_or_with_others() {
     }
 }
 
+/// Tables of a report are whole: a family without one entry has lost them all, sockets in one state are all there
+/// are, and without connections the host is idle.
+#[test]
+fn a_report_leaves_no_family_out() {
+    let Some((scene, _conns)) = stage() else { return };
+    scene.lab.server.run("conntrack -D -f ipv6");
+    let folder = tempfile::tempdir().expect("a folder");
+    let live = audit(&scene, &[]);
+    let is_of_ipv6 = |it: &&Value| it["source"].as_str().is_some_and(|it| it.contains(':'));
+    let six = live["sources"].as_array().and_then(|all| all.iter().find(is_of_ipv6));
+    assert_eq!(six.map(|it| &it["over_limit"]), Some(&Value::from(true)), "{live:#}");
+    for args in [&[][..], &["--anonymous"]] {
+        let (text, path) = written(&scene, &folder, args);
+        let report = audit(&scene, &["--report", &path]);
+        assert_eq!(told(&report), told(&live), "{text}");
+        let findings = |of: &Value| of["layers"]["limiter"]["findings"].to_string();
+        assert!(!findings(&report).contains("saved-text"), "{report:#}");
+    }
+    // Without connections.
+    let idle = Scene::new(Limiter::Nothing).expect("another network");
+    let (_, path) = written(&idle, &folder, &[]);
+    let (code, out, err) = idle.ctkeep(&["audit", "--report", &path]);
+    assert!(code < 2 && !format!("{out}{err}").contains("only listening sockets"), "{out}{err}");
+}
+
 /// Rules that only nf_tables has: a white list with intervals, a map of verdicts, networks, several
 /// fields as one key, and a limit of its own for one address.
 const NATIVE: &str = "

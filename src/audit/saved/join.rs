@@ -51,7 +51,7 @@ impl Saved {
                         .to_owned(),
             });
         }
-        if listeners.len() == self.sockets.values.len() {
+        if listeners.len() == self.sockets.values.len() && !self.entries.is_of_report {
             notes.push(
                 "only listening sockets: the host is idle, or this is ss -l, which leaves the \
                  connections out"
@@ -127,7 +127,8 @@ impl Saved {
             }
         };
         let alone = views.iter().filter(|view| view.socket.is_none()).count();
-        let is_unread = is_cut || sockets.is_partial() || alone <= sockets.unread;
+        let is_partial = if entries.is_of_report { sockets.is_part } else { sockets.is_partial() };
+        let is_unread = is_cut || is_partial || alone <= sockets.unread;
         match remove(views, |view| view.socket.is_none() && is_unread) {
             0 => {}
             count => notes.push(format!(
@@ -179,6 +180,9 @@ impl Saved {
                      appear in them and are left out; conntrack -L shows them all"
                 )),
             }
+            return notes;
+        }
+        if entries.is_of_report {
             return notes;
         }
         for (is_ipv4, family) in [(true, "ipv4"), (false, "ipv6")] {

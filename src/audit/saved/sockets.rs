@@ -36,7 +36,7 @@ pub struct Sockets {
     /// their port.
     pub at_edge: HashSet<Connection>,
     /// A filter has left sockets out, or the text was cut off.
-    is_part: bool,
+    pub is_part: bool,
 }
 
 /// One record: a line, with what a mailer has broken off.
