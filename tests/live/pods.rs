@@ -393,3 +393,37 @@ fn a_node_that_masquerades_is_no_overload() {
     assert!(!daemon.logged("overload source=10.1.1.1"), "{}", daemon.log());
     drop((masqueraded, direct));
 }
+
+/// The choice of a pod keeps no SYN from the limit; one that is dropped among rules that translate never comes to it.
+#[test]
+fn the_choice_of_a_pod_is_no_rate_before_the_limit() {
+    let Some(scene) = Scene::new(by_iptables(false, false, (NODE, NODE_PORT), 2)) else { return };
+    let seen = |id: &str| -> Vec<String> {
+        let (_, out, err) = scene.lab.ctkeep(CTKEEP, &["doctor", "--format", "json"]);
+        let report: serde_json::Value =
+            serde_json::from_str(&out).unwrap_or_else(|error| panic!("{error}: {out}{err}"));
+        let all = report["findings"].as_array().expect("a list");
+        all.iter().filter(|it| it["id"] == id).map(|it| format!("{}", it)).collect()
+    };
+    // Each of them comes to the limit, whichever pod is chosen.
+    let rule = "iptables -I FORWARD -p tcp --syn --dport 8080 -j MARK --set-mark 0";
+    scene.lab.server.run(&rule.replace("8080", &INSIDE.to_string()));
+    let held: Vec<_> = ["198.51.100.7", "198.51.100.8", "198.51.100.9", "198.51.100.10"]
+        .iter()
+        .flat_map(|source| scene.peer(source).hold(NODE_PORT, LIMIT))
+        .collect();
+    let counted = scene.lab.server.output("iptables -nvxL FORWARD 1");
+    let syns = counted.split_whitespace().next().map(str::to_owned);
+    assert_eq!((held.len(), syns), (4 * LIMIT, Some((4 * LIMIT).to_string())), "{counted}");
+    assert_eq!(scene.peer("198.51.100.7").admitted(NODE_PORT, 2), 0, "the truth: the limit holds");
+    assert_eq!(seen("rule-sees-nudges"), [""; 0]);
+    scene.lab.server.feed(
+        "nft -f -",
+        "table ip other {\nchain c {\ntype nat hook prerouting priority -110;\n\
+         meta l4proto tcp limit rate over 1/hour burst 1 packets drop\n}\n}\n",
+    );
+    assert_eq!(scene.peer("198.51.100.20").admitted(NODE_PORT, 2), 1, "the truth: a rate");
+    let said = seen("rule-sees-nudges");
+    assert!(said.len() == 1 && said[0].contains("ip other c rule 1 (limit)"), "{said:?}");
+    assert!(said[0].contains("\"warn\"") && said[0].contains("put that behind ip"), "{said:?}");
+}

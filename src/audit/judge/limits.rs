@@ -293,22 +293,31 @@ fn unjudged(unjudged: &Unjudged) -> Finding {
 fn witness(witness: &Witness) -> Finding {
     const ID: &str = "rule-sees-nudges";
     let Witness { place, sight, before, .. } = witness;
+    let advice = |limit: &str| match witness.is_of_nat {
+        // A limit of a filter table cannot stand there.
+        true => format!("translate without a rate: put that behind {limit}"),
+        false => format!("put {limit} before it"),
+    };
+    let some = |what: &str| match what {
+        "statistic" => "a share of the SYNs",
+        _ => "so many SYNs a second",
+    };
     match (sight, before) {
         (Sight::Rate(what), Some(limit)) => Finding::warn(
             ID,
             format!(
-                "{place} ({what}) lets so many SYNs a second through to {limit}: a burst of repairs is \
-                 counted only as it does"
+                "{place} ({what}) lets {} through to {limit}: a burst of repairs is counted only as it does",
+                some(what)
             ),
-            format!("put {limit} before it"),
+            advice(limit),
         ),
         (Sight::Accepts(what), Some(limit)) => Finding::warn(
             ID,
             format!(
-                "{place} ({what}) accepts so many SYNs a second before {limit}: a repair among them is \
-                 not counted"
+                "{place} ({what}) accepts {} before {limit}: a repair among them is not counted",
+                some(what)
             ),
-            format!("put {limit} before it"),
+            advice(limit),
         ),
         (Sight::Rate(what) | Sight::Accepts(what) | Sight::Memory(what), _) => Finding::ok(
             ID,

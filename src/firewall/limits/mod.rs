@@ -129,10 +129,13 @@ impl Limiter {
                 && rules.iter().all(|it| it.place() != one.place)
         };
         witnesses.retain(of_limits);
-        for one in witnesses {
-            let behind = rules.iter().skip(one.limits).find(|rule| one.sees(rule));
+        for one in witnesses.iter_mut() {
+            let mut behind = rules.iter().skip(one.limits);
+            let behind = behind.find(|rule| one.sees(rule) && one.keeps_from(rule));
+            one.is_of_nat &= behind.is_some_and(|rule| !one.is_beside(rule));
             one.before = behind.map(LimitRule::place);
         }
+        witnesses.retain(|one| !one.is_choice());
         // Behind that: it takes away what `Witness::limits` counts.
         found.merge_ways();
         found.rules.sort_by_key(|rule| rule.family == Family::Ip6);

@@ -3,7 +3,7 @@
 use super::earlier::{Earlier, EarlierAccept, earlier, untracked};
 use super::key::key;
 use super::told::{notes, remembers, tells};
-use super::witness::{Sight, Witness, rate};
+use super::witness::{Sight, Witness, rate, stops};
 use super::{Limit, LimitRule, Limiter, SetUse};
 use crate::firewall::play::{CONNTRACK, DEPTH, LimitAt, Player};
 use crate::firewall::rule::Threshold;
@@ -27,6 +27,7 @@ impl Limiter {
         let mut walk = Walk {
             player,
             base,
+            lets_all_go_on: base.is_nat && !stops(player, at),
             found: self,
             before: Vec::new(),
             returned: Vec::new(),
@@ -75,6 +76,8 @@ impl Limiter {
 struct Walk<'p, 'r, 'f> {
     player: &'p Player<'r>,
     base: &'r Base,
+    /// Whatever its rules decide, each packet goes on behind it: they say where to.
+    lets_all_go_on: bool,
     found: &'f mut Limiter,
     /// Rules met so far that take packets off the path.
     before: Vec<Earlier>,
@@ -316,10 +319,12 @@ impl<'r> Walk<'_, 'r, '_> {
         }
         let place = chain.place(rule);
         let limits = self.found.rules.len();
-        let (hook, matches) = (self.base.hook, matches.clone());
-        let found = Witness { place, sight, before: None, hook, matches, limits };
+        let (base, matches) = ((self.base.hook, self.base.priority), matches.clone());
+        let (lets_go_on, is_of_nat) = (self.lets_all_go_on, self.base.is_nat);
+        let before = None;
+        let found = Witness { place, sight, before, is_of_nat, base, lets_go_on, matches, limits };
         let is_known = |known: &Witness| {
-            known.place == found.place && known.sight == found.sight && known.hook == found.hook
+            known.place == found.place && known.sight == found.sight && known.base.0 == found.base.0
         };
         if self.found.witnesses.len() < LIMITS && !self.found.witnesses.iter().any(is_known) {
             self.found.witnesses.push(found);

@@ -1,7 +1,8 @@
 //! Rules that count, remember or log SYNs, and so what ctkeep sends in their clients' names. Pure.
 
 use super::LimitRule;
-use crate::firewall::{Hook, Match, Outcome, Rule};
+use crate::firewall::play::Player;
+use crate::firewall::{Hook, Match, Outcome, Rule, Step};
 
 /// A rule that counts, remembers or logs SYNs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -10,10 +11,14 @@ pub struct Witness {
     pub place: String,
     /// What it does.
     pub sight: Sight,
-    /// The place of the first limit behind it.
+    /// The place of the first limit behind it, which it may keep SYNs from.
     pub before: Option<String>,
-    /// The hook of its base chain.
-    pub(super) hook: Hook,
+    /// It stands among rules that translate, and that limit does not.
+    pub is_of_nat: bool,
+    /// Hook and priority of its base chain.
+    pub(super) base: (Hook, i32),
+    /// Each packet goes on behind its base chain, whatever the rules there decide.
+    pub(super) lets_go_on: bool,
     pub(super) matches: Match,
     /// So many limits come before it.
     pub(super) limits: usize,
@@ -36,11 +41,65 @@ impl Witness {
     pub(super) fn sees(&self, rule: &LimitRule) -> bool {
         // A packet is for this host or is forwarded, and meets the rules of one of the two.
         let is_elsewhere = matches!(
-            (self.hook, rule.hook),
+            (self.base.0, rule.hook),
             (Hook::Input, Hook::Forward) | (Hook::Forward, Hook::Input)
         );
         !is_elsewhere && !self.matches.and(&rule.matches).never
     }
+
+    /// Whether it may keep a SYN from this limit, which is behind it.
+    pub(super) fn keeps_from(&self, rule: &LimitRule) -> bool {
+        !self.lets_go_on || self.is_beside(rule)
+    }
+
+    /// Whether this limit stands in the same base chain, or in one of its place.
+    pub(super) fn is_beside(&self, rule: &LimitRule) -> bool {
+        self.base == (rule.hook, rule.priority)
+    }
+
+    /// Whether it is no more than a choice of where a packet is led to, one of several: kube-proxy's of a pod.
+    pub(super) fn is_choice(&self) -> bool {
+        let is_statistic = |what: &str| what == "statistic";
+        let chooses = match &self.sight {
+            Sight::Rate(what) | Sight::Accepts(what) => is_statistic(what),
+            Sight::Memory(_) | Sight::Log => false,
+        };
+        chooses && self.lets_go_on && self.before.is_none()
+    }
+}
+
+/// Whether a rule of a base chain, or of a chain that it leads to, or its policy may stop a packet.
+pub(super) fn stops(player: &Player<'_>, base: usize) -> bool {
+    let chains = &player.ruleset().chains;
+    let mut seen = vec![base];
+    let mut next = 0;
+    while let Some(chain) = seen.get(next).and_then(|at| chains.get(*at)) {
+        next += 1;
+        if chain.base.as_ref().is_some_and(|base| base.drops) {
+            return true;
+        }
+        for step in chain.rules.iter().flat_map(|rule| &rule.steps) {
+            let outcomes: Vec<_> = match step {
+                Step::Verdict(outcome) => vec![outcome],
+                Step::Map(_, set) if set.unread.is_some() => return true,
+                Step::Map(_, set) => {
+                    set.elements().iter().filter_map(|it| it.verdict.as_ref()).collect()
+                }
+                _ => continue,
+            };
+            for outcome in outcomes {
+                match outcome {
+                    Outcome::Jump(name) | Outcome::Goto(name) => {
+                        let target = player.target(chain, name);
+                        seen.extend(target.filter(|target| !seen.contains(target)));
+                    }
+                    Outcome::Accept | Outcome::Return | Outcome::Continue => {}
+                    _ => return true,
+                }
+            }
+        }
+    }
+    false
 }
 
 /// What a rate in a rule does with SYNs: one without a verdict lets them all go on.
