@@ -43,6 +43,23 @@ pub struct Element {
     pub object: Option<String>,
 }
 
+impl Element {
+    /// What all packets that it stands for have in common, where there are several: it keeps one list for them.
+    pub(super) fn of_several(&self) -> Option<Vec<u8>> {
+        let is_one = !self.key.is_empty() && self.end.as_ref().is_none_or(|end| *end == self.key);
+        (!is_one).then(|| [&self.key[..], self.end.as_deref().unwrap_or_default()].concat())
+    }
+
+    /// The prefix length of the network that it stands for, where it is one.
+    pub(super) fn prefix(&self) -> Option<u8> {
+        let (first, last) = (Bits::of(&self.key), Bits::of(self.end.as_ref()?));
+        let differs = first.value()? ^ last.value()?;
+        let is_network = (differs & differs.wrapping_add(1)) == 0 && first.value()? & differs == 0;
+        let bits = u32::try_from(self.key.len()).ok()? * 8;
+        u8::try_from(bits.checked_sub(differs.count_ones())?).ok().filter(|_| is_network)
+    }
+}
+
 /// How elements are found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 enum Index {

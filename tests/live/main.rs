@@ -27,6 +27,7 @@ mod cli;
 mod containers;
 mod docker;
 mod doctor;
+mod elements;
 mod faults;
 mod field;
 mod found;

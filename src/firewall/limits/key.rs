@@ -3,6 +3,7 @@
 use std::fmt;
 
 use crate::firewall::matches::words::words;
+use crate::firewall::set::Element;
 use crate::firewall::value::{Field, Operand};
 
 /// What a limit counts together.
@@ -59,5 +60,18 @@ pub(super) fn key(by: &[Operand]) -> Key {
             _ => named(),
         },
         _ => named(),
+    }
+}
+
+/// The key of the limit that an element keeps by itself, looked up by these values.
+pub(super) fn key_of(values: &[Operand], element: &Element) -> Key {
+    if element.key.is_empty() {
+        return Key::All;
+    }
+    match (element.of_several(), key(values), element.prefix()) {
+        (None, key, _) => key,
+        (_, Key::Source(_), Some(prefix)) => Key::Source(prefix),
+        (_, Key::Destination(_), Some(prefix)) => Key::Destination(prefix),
+        _ => Key::Other("element of a set".to_owned()),
     }
 }

@@ -1,7 +1,7 @@
 //! Walks from a base chain down, to the limits and to what passes before them. Pure.
 
 use super::earlier::{Earlier, EarlierAccept, earlier, untracked};
-use super::key::key;
+use super::key::{key, key_of};
 use super::told::{notes, remembers, tells};
 use super::witness::{Sight, Witness, rate, stops};
 use super::{Limit, LimitRule, Limiter, SetUse};
@@ -192,6 +192,8 @@ impl<'r> Walk<'_, 'r, '_> {
                     }
                 }
                 Step::Map(values, set) => {
+                    limited =
+                        self.elements(chain, rule, place, (values, set), &matches).or(limited);
                     self.map(chain, (values, set), &matches, limited, back);
                     return false;
                 }
@@ -230,6 +232,7 @@ impl<'r> Walk<'_, 'r, '_> {
         for (asked, element) in keyed.chain(otherwise).take(ELEMENTS) {
             let Some(outcome) = &element.verdict else { continue };
             let all = matches.and(&asked);
+            let limited = element.limit.or(limited);
             if !all.never && !seen.contains(&(all.clone(), outcome)) {
                 self.outcome(chain, outcome, &all, limited, back);
                 seen.push((all, outcome));
@@ -349,15 +352,16 @@ impl<'r> Walk<'_, 'r, '_> {
         chain: &Chain,
         rule: &Rule,
         place: LimitAt,
-        (values, set): (&[Operand], &Set),
+        (values, set): (&[Operand], &'r Set),
         matches: &Match,
     ) -> Option<Threshold> {
         let mut last = None;
-        let own = |element: &Element| Some((element.limit?, Match::of_element(values, element)));
-        for (threshold, asked) in set.elements().iter().filter_map(own).take(ELEMENTS) {
-            let all = matches.and(&asked);
+        let own = |element: &'r Element| Some((element.limit?, element));
+        for (threshold, element) in set.elements().iter().filter_map(own).take(ELEMENTS) {
+            let all = matches.and(&Match::of_element(values, element));
             if !all.never {
-                let limit = limit(threshold, values, false);
+                let limit =
+                    Limit { key: key_of(values, element), ..limit(threshold, values, false) };
                 self.limit(chain, rule, place, limit, None, all);
             }
             last = Some(threshold);

@@ -6,7 +6,7 @@ use super::{CONNTRACK, Certainty, Counts, DEPTH, Hit, LimitAt, NAT_DST, Played, 
 use crate::firewall::Family;
 use crate::firewall::packet::{Interface, Packet};
 use crate::firewall::rule::{Adding, Chain, Counting, Outcome, Rule, Step, Test, Threshold};
-use crate::firewall::set::{self, Found, Set};
+use crate::firewall::set::{self, Element, Found, Set};
 use crate::firewall::value::{Answer, Bits, Field, Operand};
 use crate::nftables::Hook;
 
@@ -202,9 +202,9 @@ impl<'r> Run<'_, 'r, '_, '_> {
                     let found = set.find(values, &self.packet);
                     let mut answer = self.is_unchanged(set, found.answer);
                     // An element that must not be there is not asked any further.
-                    if *is && let Some(limit) = found.element.and_then(|element| element.limit) {
-                        let counting = Counting { limit, by: values.clone() };
-                        answer = answer.and(self.count(at, &counting, reach.and(passed)));
+                    if *is && let Some(element) = found.element {
+                        answer =
+                            answer.and(self.of_element(at, element, values, reach.and(passed)));
                     }
                     answer.not_if(!is)
                 }
@@ -343,6 +343,19 @@ impl<'r> Run<'_, 'r, '_, '_> {
         self.meet(at, counting.limit, group, reach)
     }
 
+    /// The answer of an element's own limit.
+    fn of_element(
+        &mut self,
+        at: LimitAt,
+        element: &Element,
+        values: &[Operand],
+        reach: Answer,
+    ) -> Answer {
+        let Some(limit) = element.limit else { return Answer::Yes };
+        let group = element.of_several().or_else(|| self.group(values));
+        self.meet(at, limit, group, reach)
+    }
+
     /// The limit's answer: whether the rule goes on.
     fn meet(
         &mut self,
@@ -408,10 +421,7 @@ impl<'r> Run<'_, 'r, '_, '_> {
             (_, Answer::No) => Vec::new(),
             (Some(element), answer) => {
                 let mut surely = passed.and(self.is_unchanged(set, answer));
-                if let Some(limit) = element.limit {
-                    let counting = Counting { limit, by: values.to_vec() };
-                    surely = surely.and(self.count(at, &counting, reach.and(surely)));
-                }
+                surely = surely.and(self.of_element(at, element, values, reach.and(surely)));
                 match (surely, &element.verdict) {
                     (Answer::No, _) | (_, None) => Vec::new(),
                     (_, Some(outcome)) => vec![(surely, outcome.clone())],
