@@ -589,3 +589,36 @@ fn what_may_stand_in_lines_that_were_not_read_is_said() {
     let told = "of 3 sockets without an entry 1 may be in lines that could not be read";
     assert!(said.err.contains(told), "{}", said.err);
 }
+
+/// The tool's own count stands below fewer entries: a filter has left some out, whichever it was.
+#[test]
+fn a_text_that_lacks_entries_which_the_tool_has_counted_is_a_part() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("entries");
+    let plain = read("ct-plain.txt");
+    let filtered: String = plain
+        .lines()
+        .filter(|line| !line.contains("CLOSE_WAIT"))
+        .map(|it| format!("{it}\n"))
+        .collect();
+    let told =
+        |n: u32| format!("conntrack v1.4.7 (conntrack-tools): {n} flow entries have been shown.\n");
+    let sockets = read("ss-plain.txt") + "ESTAB 0 0 192.0.2.1:8080 198.51.100.8:41009\n";
+    let socket_path = directory.path().join("sockets");
+    std::fs::write(&socket_path, &sockets).expect("a file");
+    let left_out = "the text has 3 of the 4 entries that conntrack says it has shown (a filter, grep): 2 sockets \
+                    without an entry are left out; at least 1 of them have none";
+    for (text, missing, is_said) in [
+        (told(4) + &filtered, None, true),
+        (filtered.clone() + &told(4), None, true),
+        // The controls: nothing was left out.
+        (told(3) + &filtered, Some(2), false),
+        (told(4) + &plain, Some(1), false),
+        (format!("{plain}{}{filtered}{}", told(4), told(3)), Some(1), false),
+    ] {
+        std::fs::write(&path, &text).expect("a file");
+        let said = audit(&socket_path, &path, &["--format=json", "--all"]);
+        assert_eq!(said.classes().get("entry-missing"), missing.as_ref(), "{text}{}", said.err);
+        assert_eq!(said.err.contains(left_out), is_said, "{text}{}", said.err);
+    }
+}

@@ -29,6 +29,10 @@ pub struct Entries {
     pub unread: usize,
     /// A filter has left entries out, or the text was cut off.
     pub is_part: bool,
+    /// How many entries the tool says it has shown, in all runs together; of all protocols.
+    pub shown: usize,
+    /// How many of these are not in the text, where no `grep` of it explains that.
+    pub lacking: usize,
     /// Of the commands that list them. What none of them asked for is not missing.
     pub filters: Vec<Filter>,
     /// The tool's last line says that the table is empty.
@@ -49,6 +53,7 @@ pub(super) fn entries(text: &Text) -> Entries {
     let mut again = Again::default();
     let records = records(&text.lines, &mut entries);
     let end = records.last().map(|line| line.number);
+    let count = records.len();
     for line in records {
         // The last port of a line that was cut off goes on, that of a text that was may.
         let ends_in_port =
@@ -100,6 +105,9 @@ pub(super) fn entries(text: &Text) -> Entries {
         }
     }
     entries.filters = text.commands.iter().filter_map(|command| Filter::of(command)).collect();
+    if !entries.filters.iter().any(Filter::is_search) {
+        entries.lacking = entries.shown.saturating_sub(count);
+    }
     entries.is_part = text.is_shortened
         || entries.parsed.is_cut_off(end)
         || entries.filters.iter().any(|filter| filter.leaves_out);
@@ -150,6 +158,13 @@ fn protocol(name: &str) -> &'static str {
     NAMES.into_iter().find(|known| *known == name).unwrap_or("of other protocols")
 }
 
+/// The number in the tool's last line: `conntrack v1.4.8 (conntrack-tools): 3 flow entries have been shown.`
+fn shown(told: &str) -> usize {
+    let before = told.split_once(" flow entries have been shown").map(|(before, _)| before);
+    let number = before.and_then(|before| before.rsplit(' ').next()?.parse().ok());
+    number.unwrap_or_default()
+}
+
 /// Puts lines together that a mailer has broken; passes over what the tool says of itself.
 fn records(lines: &[Line], entries: &mut Entries) -> Vec<Line> {
     let mut records: Vec<(Line, usize)> = Vec::new();
@@ -175,6 +190,7 @@ fn records(lines: &[Line], entries: &mut Entries) -> Vec<Line> {
             && !head.is_empty()
             && told.ends_with("flow entries have been shown.")
         {
+            entries.shown += shown(told);
             torn = Some(Line { text: head.to_owned(), ..*line });
             continue;
         }
@@ -184,6 +200,7 @@ fn records(lines: &[Line], entries: &mut Entries) -> Vec<Line> {
         }
         if text.contains("flow entries have been shown") || text.starts_with("conntrack v") {
             entries.is_empty_table |= text.contains(": 0 flow entries");
+            entries.shown += shown(text);
             let failed = text.split_once("Operation failed: ").map(|(_, why)| why.to_owned());
             entries.failure = entries.failure.take().or(failed.map(|why| (line.number, why)));
             continue;
@@ -296,6 +313,36 @@ mod tests {
             let read = read(&format!("{first}{head}{told}{rest}{third}"));
             let ports: Vec<_> = read.values.iter().map(|entry| entry.orig.src.port()).collect();
             assert_eq!((ports, read.parsed.mistakes.len()), (vec![1, 2, 3], 0), "{head}|{rest}");
+        }
+    }
+
+    #[test]
+    fn the_count_of_the_tool_shows_how_many_entries_are_not_there() {
+        let [one, two] = [1, 2].map(|port| line("tcp      6 60 CLOSE_WAIT", port));
+        let udp = "udp 17 29 src=192.0.2.2 dst=192.0.2.1 sport=1 dport=53 [UNREPLIED] src=192.0.2.1 \
+            dst=192.0.2.2 sport=53 dport=1 mark=0 use=1\n";
+        let unread = one.replace("dport=8080 src", "dport=x src");
+        let told =
+            |n| format!("conntrack v1.4.8 (conntrack-tools): {n} flow entries have been shown.\n");
+        let (head, rest) = two.split_at(40);
+        for (text, lacking) in [
+            (format!("{one}{two}"), 0),
+            (format!("{one}{two}{}", told(2)), 0),
+            (format!("{}{one}{two}", told(3)), 1),
+            (format!("{one}{head}{}{rest}", told(4)), 2),
+            // Of other protocols, and those that could not be read, are there.
+            (format!("{one}{udp}{unread}{}", told(3)), 0),
+            (format!("{one}{udp}{unread}{}", told(5)), 2),
+            // Of several runs: each family, or one after the other.
+            (format!("{one}{}{two}{}", told(1), told(1)), 0),
+            (format!("{one}{two}{}{one}{}", told(2), told(2)), 1),
+            // Events behind the list are more.
+            (format!("{one}{}[UPDATE] {two}", told(1)), 0),
+            // What a search for numbers has not looked for is known.
+            (format!("$ conntrack -L | grep 8080\n{one}{}", told(9)), 0),
+            (format!("$ conntrack -L -p tcp --dport 8080\n{one}{}", told(9)), 8),
+        ] {
+            assert_eq!(read(&text).lacking, lacking, "{text}");
         }
     }
 

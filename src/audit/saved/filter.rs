@@ -136,6 +136,11 @@ impl Filter {
         }
     }
 
+    /// Whether it has searched what `conntrack` printed, and counted, for numbers.
+    pub fn is_search(&self) -> bool {
+        self.sought.iter().any(|sought| matches!(sought, Sought::Text(_)))
+    }
+
     /// Whether it would have shown the entry of this connection.
     pub fn may_show(&self, connection: Connection) -> bool {
         let ends = [connection.local, connection.remote];

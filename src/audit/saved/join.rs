@@ -159,10 +159,13 @@ impl Saved {
             )),
         }
         let missing = views.iter().filter(|view| view.entry.is_none()).count();
-        let is_unread = entries.is_part || missing <= entries.unread;
+        // A report counts those that it has left out on purpose, too.
+        let lacking = if entries.is_of_report { 0 } else { entries.lacking };
+        let is_unread = entries.is_part || lacking > 0 || missing <= entries.unread;
         let is_left_out = |view: &View| is_unread || !entries.may_show(view.connection);
         match remove(views, |view| view.entry.is_none() && is_left_out(view)) {
             0 => {}
+            count if lacking > 0 => notes.push(entries.incomplete(count)),
             count => notes.push(format!(
                 "the text holds a part of the entries (a filter, grep, a line that could not be \
                  read): {count} sockets without an entry are left out"
@@ -333,6 +336,20 @@ impl Homes {
 }
 
 impl Entries {
+    /// What is said of a text that lacks entries which the tool has counted, and of so many sockets without one.
+    fn incomplete(&self, count: usize) -> String {
+        let there = self.shown - self.lacking;
+        let sure = match count.saturating_sub(self.lacking + self.unread) {
+            0 => String::new(),
+            sure => format!("; at least {sure} of them have none"),
+        };
+        format!(
+            "the text has {there} of the {} entries that conntrack says it has shown (a filter, grep): {count} \
+             sockets without an entry are left out{sure}",
+            self.shown
+        )
+    }
+
     /// Whether an entry of this connection would be among those that the command of the text shows.
     fn may_show(&self, connection: Connection) -> bool {
         self.filters.is_empty() || self.filters.iter().any(|filter| filter.may_show(connection))
