@@ -406,8 +406,20 @@ fn the_choice_of_a_pod_is_no_rate_before_the_limit() {
         all.iter().filter(|it| it["id"] == id).map(|it| format!("{}", it)).collect()
     };
     // Each of them comes to the limit, whichever pod is chosen.
-    let rule = "iptables -I FORWARD -p tcp --syn --dport 8080 -j MARK --set-mark 0";
-    scene.lab.server.run(&rule.replace("8080", &INSIDE.to_string()));
+    scene.lab.server.feed(
+        "iptables-restore",
+        &restore(
+            "filter",
+            "FORWARD",
+            &[
+                "FORWARD -p tcp --syn -m conntrack --ctorigdstport 30080",
+                &format!(
+                    "FORWARD -p tcp --syn -m conntrack --ctorigdstport 30080 -m connlimit \
+                     --connlimit-above {LIMIT} --connlimit-mask 32 -j DROP"
+                ),
+            ],
+        ),
+    );
     let held: Vec<_> = ["198.51.100.7", "198.51.100.8", "198.51.100.9", "198.51.100.10"]
         .iter()
         .flat_map(|source| scene.peer(source).hold(NODE_PORT, LIMIT))
