@@ -30,6 +30,9 @@ const MOST: u32 = 512;
 /// second.
 const SOURCES: usize = 100;
 
+/// Whom such a limit refuses a probe does not show.
+const RATED: &str = "a rate beside its limit decides who is refused, and a probe would use that up";
+
 /// The name of the helper device and of our tables. A daemon has another.
 pub const DEVICE: &str = "ctkeep2";
 
@@ -44,6 +47,8 @@ pub struct Answer {
     pub port: Option<u16>,
     /// So many more connections would be let in; `None` where that cannot be told.
     pub more: Option<u32>,
+    /// Or at least so many: no more were tried.
+    pub at_least: Option<u32>,
     /// The limit that lets no more in: its index, and how many it allows.
     pub limit: Option<(usize, u32)>,
     /// What decides, in words.
@@ -125,6 +130,13 @@ impl<'r> Asker<'r> {
         if view.entry.is_some_and(|entry| entry.orig.src.addr() != view.connection.remote.addr()) {
             return cannot("its source is translated");
         }
+        let is_rated = |met: &Met| {
+            let rule = self.limiter.rules.get(met.rule);
+            rule.is_some_and(|rule| self.plays.is_rated(view, rule.at))
+        };
+        if met.iter().any(is_rated) {
+            return cannot(RATED);
+        }
         if self.plays.of(view).is_synproxied {
             return cannot("SYNPROXY answers for it");
         }
@@ -137,7 +149,7 @@ impl<'r> Asker<'r> {
         let room = self.recounter.room(question, most, now)?;
         let answer = |met: Met, more, limit, decides| {
             let Met { group, net, port, .. } = met;
-            Answer { group, net, port, more, limit, decides }
+            Answer { group, net, port, more, at_least: None, limit, decides }
         };
         Ok(match room {
             Room::For { more, trace } => {
@@ -151,11 +163,11 @@ impl<'r> Asker<'r> {
                 answer(met.unwrap_or(tightest), Some(more), limit, decides)
             }
             Room::AtLeast(most) => {
-                let decides = format!("none: {most} more connections would be let in");
-                answer(tightest, None, None, decides)
+                let decides = "no rule stopped one, and no more were tried".to_owned();
+                Answer { at_least: Some(most), ..answer(tightest, None, None, decides) }
             }
             Room::Unsteady => {
-                let decides = "unknown: another number was let in each time".to_owned();
+                let decides = "another number was let in each time".to_owned();
                 answer(tightest, None, None, decides)
             }
         })
@@ -242,7 +254,7 @@ pub fn ask_for_sources(
             failed(&error);
             let Load { group, net, port, .. } = load.clone();
             let decides = error.cause.to_string();
-            Answer { group, net, port, more: None, limit: None, decides }
+            Answer { group, net, port, more: None, at_least: None, limit: None, decides }
         });
         let rule = answer.limit.map_or(load.rule, |(rule, _)| rule);
         // Another limit than the one that was asked for may decide, with a list of its own.

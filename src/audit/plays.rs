@@ -162,6 +162,11 @@ impl<'r> Plays<'r> {
         self.player.exceeding(&self.syn(view), limit).admitted() == Some(true)
     }
 
+    /// Whether a rate decides if a connection that exceeds this limit is refused.
+    pub fn is_rated(&self, view: &View, limit: LimitAt) -> bool {
+        self.player.exceeding(&self.syn(view), limit).refused == Answer::Sometimes
+    }
+
     /// The limits that this connection meets.
     pub fn met(&mut self, view: &View) -> Vec<Met> {
         let played = self.of(view);

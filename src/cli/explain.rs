@@ -315,10 +315,14 @@ fn in_words(answer: &std::result::Result<Answer, String>) -> String {
         Ok(answer) => answer,
         Err(why) => return format!("not answered: {why}"),
     };
-    let more = match answer.more {
-        Some(0) => "no further one would be let in".to_owned(),
-        Some(more) => format!("{more} more would be let in"),
-        None => return format!("no answer; what decides: {}", answer.decides),
+    let decides = &answer.decides;
+    let more = match (answer.more, answer.at_least) {
+        (Some(0), _) => "no further one would be let in".to_owned(),
+        (Some(more), _) => format!("{more} more would be let in"),
+        (None, Some(least)) => {
+            return format!("at least {least} more would be let in: {decides}");
+        }
+        (None, None) => return format!("no answer: {decides}"),
     };
     match (answer.listed(), answer.limit) {
         (Some(listed), Some((_, limit))) => {
@@ -412,12 +416,12 @@ fn to_json(found: &Found) -> serde_json::Value {
         "asked": found.asked.as_ref().map(|asked| match asked {
             Ok(answer) => json!({
                 "listed": answer.listed(), "limit": answer.limit.map(|(_, limit)| limit),
-                "more": answer.more, "full": answer.more.map(|more| more == 0),
+                "more": answer.more, "at_least": answer.at_least, "full": answer.more.map(|more| more == 0),
                 "decides": answer.decides, "error": null,
             }),
             Err(why) => json!({
-                "listed": null, "limit": null, "more": null, "full": null, "decides": null,
-                "error": why,
+                "listed": null, "limit": null, "more": null, "at_least": null, "full": null,
+                "decides": null, "error": why,
             }),
         }),
         "shielded": found.cover.is_certain(),

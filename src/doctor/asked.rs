@@ -43,6 +43,10 @@ fn try_ask(seen: &Seen, now: Instant) -> Result<Finding> {
         let mut of_load = views().filter(|view| view.socket.is_some());
         let is_it = |met: &crate::audit::plays::Met| met.group == load.group;
         let Some(view) = of_load.find(|view| plays.met(view).iter().any(is_it)) else { continue };
+        // A probe would use up the rate that decides who is refused.
+        if plays.is_rated(&view, rule.at) {
+            continue;
+        }
         let Some(question) = question_about(&view, &plays) else { continue };
         let (source, place) = (view.client().addr(), rule.place());
         let most = load.limit.saturating_add(1).min(MOST);

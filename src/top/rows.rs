@@ -466,8 +466,8 @@ mod tests {
         let all: IpNet = "0.0.0.0/0".parse().unwrap();
         let group = (LimitAt { chain: 0, rule: 0, step: 0 }, None, Some(one));
         let limit = Some((0, 40));
-        let answer =
-            Answer { group, net: all, port: None, more: Some(31), limit, decides: String::new() };
+        let (more, decides) = (Some(31), String::new());
+        let answer = Answer { group, net: all, port: None, more, at_least: None, limit, decides };
         let clients = [one].into();
         let asked =
             Answered { rule: 0, whose: all, clients, held: None, is_at_limit: false, answer };

@@ -274,6 +274,58 @@ fn a_reload_shows_in_the_answer() {
     assert_eq!(peer.open_promptly(80, 5).len(), 0);
 }
 
+/// What is asked of one client, by `explain --ask`: its line, and the answer in JSON.
+fn explained(lab: &Lab, remote: &str) -> (String, Value) {
+    let args = ["explain", "192.0.2.1:80", remote, "--ask"];
+    let (_, out, err) = lab.ctkeep(PROGRAM, &args);
+    let line = out.lines().find(|line| line.starts_with("asked")).map(str::to_owned);
+    let (_, out, _) = lab.ctkeep(PROGRAM, &[&args[..], &["--format", "json"]].concat());
+    let said: Value = serde_json::from_str(&out).unwrap_or_else(|error| panic!("{error}: {err}"));
+    (line.unwrap_or_else(|| panic!("{out}{err}")), said["asked"].clone())
+}
+
+/// No more are tried than tell whether the limit is full: what was not stopped is no number.
+#[test]
+fn a_client_that_no_rule_stops_has_room_for_at_least_what_was_tried() {
+    let Some(lab) = Lab::new() else { return };
+    let rules = [
+        "INPUT -m length --length 0:200 -j ACCEPT",
+        "INPUT -p tcp --syn --dport 80 -m connlimit --connlimit-above 3 -j DROP",
+    ];
+    lab.server.feed("iptables-restore", &input(&rules));
+    let _server = lab.serve("[::]:80");
+    let peer = lab.peer(CLIENT);
+    let held = peer.hold(80, 2);
+    let (line, said) = explained(&lab, &held[0].client.to_string());
+    let wanted =
+        "asked       at least 4 more would be let in: no rule stopped one, and no more were tried";
+    assert_eq!(line, wanted);
+    assert_eq!((&said["at_least"], &said["more"]), (&4.into(), &Value::Null), "{said:#}");
+    assert_eq!(peer.hold(80, 12).len(), 12, "the truth");
+}
+
+/// A limit that a rate keeps from refusing most: one probe more would be one refusal less.
+#[test]
+fn a_limit_whose_refusals_a_rate_limits_is_not_asked() {
+    let Some(lab) = Lab::new() else { return };
+    let above = "INPUT -p tcp --syn --dport 80 -m connlimit --connlimit-above 3";
+    let rule = format!("{above} -m limit --limit 1/hour --limit-burst 5 -j DROP");
+    lab.server.feed("iptables-restore", &input(&[&rule]));
+    let _server = lab.serve("[::]:80");
+    let peer = lab.peer(CLIENT);
+    let held = peer.hold(80, 3);
+    let (line, said) = explained(&lab, &held[0].client.to_string());
+    let why = "a rate beside its limit decides who is refused, and a probe would use that up";
+    assert_eq!((line, &said["error"]), (format!("asked       not answered: {why}"), &why.into()));
+    let (_, report) = audit(&lab);
+    let rule = &report["layers"]["limiter"]["rules"][0];
+    assert_eq!((&report["sources"][0]["listed"], &rule["holds"]), (&Value::Null, &Value::Null));
+    lab.ctkeep(PROGRAM, &["doctor", "--ask"]);
+    let dropped = lab.server.output("iptables -nvxL INPUT");
+    let dropped = dropped.lines().find(|line| line.contains("#conn")).map(str::trim_start);
+    assert!(dropped.is_some_and(|line| line.starts_with("0 ")), "the burst: {dropped:?}");
+}
+
 /// What stops the client is named, also where it is no limit.
 #[test]
 fn the_rule_that_decides_is_named() {
