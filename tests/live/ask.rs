@@ -281,7 +281,7 @@ fn explained(lab: &Lab, remote: &str) -> (String, Value) {
     let line = out.lines().find(|line| line.starts_with("asked")).map(str::to_owned);
     let (_, out, _) = lab.ctkeep(PROGRAM, &[&args[..], &["--format", "json"]].concat());
     let said: Value = serde_json::from_str(&out).unwrap_or_else(|error| panic!("{error}: {err}"));
-    (line.unwrap_or_else(|| panic!("{out}{err}")), said["asked"].clone())
+    (line.unwrap_or_else(|| panic!("{out}{err}")), said.get("asked").cloned().unwrap_or_default())
 }
 
 /// No more are tried than tell whether the limit is full: what was not stopped is no number.

@@ -403,7 +403,7 @@ fn the_choice_of_a_pod_is_no_rate_before_the_limit() {
         let report: serde_json::Value =
             serde_json::from_str(&out).unwrap_or_else(|error| panic!("{error}: {out}{err}"));
         let all = report["findings"].as_array().expect("a list");
-        all.iter().filter(|it| it["id"] == id).map(|it| format!("{}", it)).collect()
+        all.iter().filter(|it| it["id"] == id).map(|it| it.to_string()).collect()
     };
     // Each of them comes to the limit, whichever pod is chosen.
     scene.lab.server.feed(
