@@ -622,3 +622,57 @@ fn a_text_that_lacks_entries_which_the_tool_has_counted_is_a_part() {
         assert_eq!(said.err.contains(left_out), is_said, "{text}{}", said.err);
     }
 }
+
+/// `ss -4` beside a listener for both families shows neither it nor its clients of IPv4.
+#[test]
+fn entries_of_what_the_sockets_were_not_asked_for_are_said() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("entries");
+    let entry = |client: &str, server: &str, client_port: u16, port: u16| {
+        format!(
+            "tcp 6 300 ESTABLISHED src={client} dst={server} sport={client_port} dport={port} src={server} \
+             dst={client} sport={port} dport={client_port} [ASSURED] mark=0 use=1\n"
+        )
+    };
+    let v4 = entry("198.51.100.8", "192.0.2.1", 5000, 80)
+        + &entry("198.51.100.8", "192.0.2.1", 5001, 80);
+    let v6 = entry("2001:db8:1::8", "2001:db8::1", 5002, 80);
+    // Dialled by this host, and to a host behind it.
+    let others = entry("192.0.2.1", "203.0.113.5", 40000, 443)
+        + &entry("198.51.100.8", "203.0.113.6", 5003, 80);
+    let of_v4 =
+        "2 entries are of connections to port 80 of this host, of which the text has neither";
+    let of_v6 = "not one socket of ipv6 in the text (ss -4, ss -6): 1 entries";
+    let dual = "LISTEN 0 128 *:80 *:*\nESTAB 0 0 [::ffff:192.0.2.1]:80 [::ffff:198.51.100.8]:5000\n\
+                ESTAB 0 0 [::ffff:192.0.2.1]:80 [::ffff:198.51.100.8]:5001\n\
+                ESTAB 0 0 [2001:db8::1]:80 [2001:db8:1::8]:5002\n";
+    for (more, entries, is_of_v4, is_of_v6) in [
+        ("", format!("{v4}{v6}"), true, true),
+        ("", v4.clone(), true, false),
+        // The controls: all there, or none of this host's.
+        (dual, format!("{v4}{v6}"), false, false),
+        ("", others, false, false),
+    ] {
+        std::fs::write(&path, read("ct-plain.txt") + &entries).expect("a file");
+        let sockets = directory.path().join("sockets");
+        std::fs::write(&sockets, read("ss-plain.txt") + more).expect("a file");
+        let said = audit(&sockets, &path, &["--format=json"]);
+        let told = (said.err.contains(of_v4), said.err.contains(of_v6));
+        assert_eq!(told, (is_of_v4, is_of_v6), "{entries}{}", said.err);
+        assert_eq!(
+            said.err.matches("left out").count(),
+            usize::from(told.0) + usize::from(told.1),
+            "{}",
+            said.err
+        );
+        assert_eq!(said.classes().get("socket-missing"), None, "{}", said.out);
+    }
+    // With the port named, and the command seen: the same are no leftovers.
+    std::fs::write(&path, read("ct-plain.txt") + &v4).expect("a file");
+    let sockets = directory.path().join("sockets");
+    for (prompt, missing) in [("$ ss -tan4\n", None), ("$ ss -tan\n", Some(2))] {
+        std::fs::write(&sockets, prompt.to_owned() + &read("ss-plain.txt")).expect("a file");
+        let said = audit(&sockets, &path, &["--format=json", "--port", "80,8080"]);
+        assert_eq!(said.classes().get("socket-missing"), missing.as_ref(), "{prompt}{}", said.err);
+    }
+}

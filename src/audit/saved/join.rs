@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use super::Saved;
 use super::entries::Entries;
 use super::refusal::{File, Refusal};
+use super::unlisted::unlisted;
 use crate::audit::look::Seen;
 use crate::audit::processes::Owners;
 use crate::conntrack::Entry;
@@ -61,6 +62,11 @@ impl Saved {
         let mut snapshot = join(self.entries.values.iter().copied(), connected, &scope, policy);
         let homes = Homes::of(&self.sockets.values);
         snapshot.views.retain(|view| view.socket.is_some() || homes.contain(view));
+        if policy.ports.is_empty() && !self.entries.is_of_report {
+            let is_in_scope = |port| scope.ports.contains(&port);
+            let (entries, sockets) = (&self.entries.values, &self.sockets.values);
+            notes.extend(unlisted(entries, sockets, &homes.addresses, is_in_scope));
+        }
         notes.extend(self.leave_out(&mut snapshot.views));
         if !self.entries.is_of_report {
             notes.extend(unknown_direction(snapshot.views.iter(), &scope));

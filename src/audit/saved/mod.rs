@@ -15,6 +15,7 @@ mod netstat;
 mod refusal;
 mod sockets;
 mod ss;
+mod unlisted;
 mod users;
 
 use std::collections::BTreeMap;

@@ -322,11 +322,18 @@ fn filtered(command: &str) -> Option<State> {
 }
 
 /// Whether a command shows a part of the sockets only. Ports are no part: entries are looked at by
-/// port.
+/// port. One family is: of a listener for both it leaves out the clients of the other.
 fn leaves_out(command: &str) -> bool {
     const FILTERS: [&str; 9] =
         ["state", "exclude", "dst", "src", "dport", "grep", "egrep", "head", "tail"];
+    const FAMILIES: [&str; 5] = ["--ipv4", "--ipv6", "--inet", "--inet6", "-f"];
+    let is_family = |word: &str| {
+        let is_short = word.starts_with('-') && !word.starts_with("--");
+        FAMILIES.contains(&word) || is_short && word.contains(['4', '6'])
+    };
+    let of_tool = command.split('|').next().unwrap_or_default();
     command.split_whitespace().any(|word| FILTERS.contains(&word))
+        || of_tool.split_whitespace().any(is_family)
 }
 
 #[cfg(test)]
