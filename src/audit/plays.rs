@@ -7,6 +7,7 @@ use std::rc::Rc;
 use ipnet::IpNet;
 
 use super::arrivals::{self, Arrivals};
+use crate::conntrack::Status;
 use crate::firewall::limits::{Key, LimitRule, Limiter};
 use crate::firewall::packet::{Interface, Syn};
 use crate::firewall::play::{Certainty, Counts, Hit, LimitAt, Played, Player};
@@ -29,9 +30,9 @@ pub struct Plays<'r> {
     may_translate: [bool; 2],
     /// Several ports may lead to one endpoint, likewise.
     are_several: [bool; 2],
-    played: HashMap<(IpAddr, Option<Endpoint>, Endpoint), Rc<Played>>,
+    played: HashMap<Alike, Rc<Played>>,
     /// How surely a limit refuses what exceeds it, likewise.
-    refused: HashMap<(IpAddr, Option<Endpoint>, Endpoint, LimitAt), Answer>,
+    refused: HashMap<(Alike, LimitAt), Answer>,
 }
 
 impl<'r> Plays<'r> {
@@ -92,7 +93,9 @@ impl<'r> Plays<'r> {
         let is_sure = |asked: &Endpoint| has_entry || !are_several || *asked == destination;
         let asked = self.asked(view).filter(is_sure);
         let is_forwarded = self.behind.is_some_and(|behind| behind.contains(&destination.addr()));
-        let syn = Syn { asked, is_forwarded, ..Syn::new(source, destination) };
+        let status = view.entry.and_then(|entry| entry.status);
+        let is_expected = status.is_some_and(Status::is_expected);
+        let syn = Syn { asked, is_forwarded, is_expected, ..Syn::new(source, destination) };
         match self.arrivals.and_then(|arrivals| arrivals.get(&arrivals::of(view))) {
             Some(interface) => Syn { interface: interface.clone(), ..syn },
             None => syn,
@@ -126,7 +129,7 @@ impl<'r> Plays<'r> {
         if syn.is_forwarded && syn.interface == Interface::loopback() {
             return Rc::new(of_this_host(player.limits(&syn), view));
         }
-        let key = (syn.source, syn.asked, syn.destination);
+        let key = key(&syn);
         let played = self.played.entry(key).or_insert_with(|| Rc::new(player.limits(&syn)));
         played.clone()
     }
@@ -153,7 +156,7 @@ impl<'r> Plays<'r> {
             _ => {}
         }
         let (syn, player) = (self.syn(view), &self.player);
-        let key = (syn.source, syn.asked, syn.destination, hit.at);
+        let key = (key(&syn), hit.at);
         *self.refused.entry(key).or_insert_with(|| player.exceeding(&syn, hit.at).refused)
     }
 
@@ -201,6 +204,13 @@ impl<'r> Plays<'r> {
         let found = rules().find(|(_, rule)| rule.covers(peer, port)).or_else(|| rules().next());
         found.map(|(index, _)| index)
     }
+}
+
+/// What connections that are played alike have in common.
+type Alike = (IpAddr, Option<Endpoint>, Endpoint, bool);
+
+fn key(syn: &Syn) -> Alike {
+    (syn.source, syn.asked, syn.destination, syn.is_expected)
 }
 
 /// What a container has from an address of this host: it opened that itself, which passes OUTPUT alone, or the

@@ -156,6 +156,11 @@ impl Status {
         self.0 & IPS_ASSURED != 0
     }
 
+    /// Whether a helper has expected the connection.
+    pub fn is_expected(self) -> bool {
+        self.0 & IPS_EXPECTED != 0
+    }
+
     /// Whether a packet of the reply direction was seen.
     pub fn has_seen_reply(self) -> bool {
         self.0 & IPS_SEEN_REPLY != 0

@@ -13,6 +13,7 @@ const ETH_P_IP: u128 = 0x0800;
 const ETH_P_IPV6: u128 = 0x86dd;
 /// `enum ip_conntrack_info` as `ct state` bits, and `NF_CT_STATE_UNTRACKED_BIT`.
 const INVALID: u32 = 1;
+const RELATED: u32 = 1 << 2;
 const NEW: u32 = 1 << 3;
 const UNTRACKED: u32 = 1 << 6;
 /// `XT_CONNTRACK_STATE_SNAT`, `_DNAT`, `_UNTRACKED`.
@@ -59,6 +60,8 @@ pub struct Syn {
     pub interface: Interface,
     /// Its socket is in another namespace or host: it is forwarded.
     pub is_forwarded: bool,
+    /// A helper has expected it (FTP's data): conntrack calls it RELATED, not NEW.
+    pub is_expected: bool,
 }
 
 impl Syn {
@@ -72,6 +75,7 @@ impl Syn {
             destination,
             interface: if is_local { Interface::loopback() } else { Interface::NotLoopback },
             is_forwarded: false,
+            is_expected: false,
         }
     }
 }
@@ -111,6 +115,11 @@ impl<'s> Packet<'s> {
         }
     }
 
+    /// The state in which conntrack sees it.
+    fn first(&self) -> u32 {
+        if self.syn.is_expected { RELATED } else { NEW }
+    }
+
     /// The connection that it opens.
     pub fn syn(&self) -> &'s Syn {
         self.syn
@@ -146,13 +155,13 @@ impl<'s> Packet<'s> {
             Field::Mark => self.mark,
             Field::CtMark => self.ct_mark,
             Field::CtState => {
-                let (value, known) = self.states(INVALID, NEW, UNTRACKED, 0);
+                let (value, known) = self.states(INVALID, self.first(), UNTRACKED, 0);
                 Bits::partly(number(value), number(known), 4)
             }
             Field::XtState => {
                 let translated = if plain { 0 } else { XT_DNAT };
                 let dnat = if self.is_translated { translated } else { 0 };
-                let (value, known) = self.states(INVALID, NEW, XT_UNTRACKED, dnat);
+                let (value, known) = self.states(INVALID, self.first(), XT_UNTRACKED, dnat);
                 let unsure = if self.syn.asked.is_none() { XT_DNAT } else { 0 };
                 Bits::partly((value & !XT_SNAT).into(), (known & !unsure).into(), 4)
             }

@@ -3,6 +3,9 @@
 // A test that meets the unexpected ends by a panic.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
 
+use std::net::TcpStream;
+use std::time::Duration;
+
 use serde_json::Value;
 
 use crate::lab::rules::{chain, input};
@@ -162,4 +165,19 @@ fn a_limit_for_a_device_that_no_packet_comes_in_by_is_said_not_to_hold() {
     assert_eq!((code, found.len()), (0, 1), "{found:?}");
     assert_eq!(found[0]["verdict"], "warn", "{found:?}");
     assert_eq!(peer.admitted(80, 1), 1, "the truth");
+}
+
+/// A limit for the public address, which DNAT has made another one before: none of its clients comes to it.
+#[test]
+fn a_limit_for_an_address_that_is_translated_before_it_is_said_to_see_nobody() {
+    let text = "*nat\n-A PREROUTING -d 203.0.113.80 -j DNAT --to 192.0.2.1\nCOMMIT\n*filter\n\
+        -A INPUT -d 203.0.113.80 -p tcp --syn --dport 80 -m connlimit --connlimit-above 3 -j DROP\nCOMMIT\n";
+    let Some((lab, _server, _)) = host("iptables-restore", text) else { return };
+    lab.client.run("ip route add 203.0.113.80 via 192.0.2.1");
+    let to = ([203, 0, 113, 80], 80).into();
+    let one = || TcpStream::connect_timeout(&to, Duration::from_secs(5)).ok();
+    let held: Vec<_> = lab.client.within(|| (0..5).map_while(|_| one()).collect());
+    assert_eq!(held.len(), 5, "the truth: more than the limit");
+    let (code, found) = audit(&lab, "limit-translated");
+    assert_eq!((code, found.len()), (0, 1), "{found:?}");
 }

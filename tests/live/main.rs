@@ -28,6 +28,7 @@ mod containers;
 mod docker;
 mod doctor;
 mod elements;
+mod expected;
 mod faults;
 mod field;
 mod found;

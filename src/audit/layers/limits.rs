@@ -11,6 +11,7 @@ use crate::audit::judge;
 use crate::audit::loads::Load;
 use crate::firewall::limits::{EarlierAccept, Key, LimitRule, SetUse};
 use crate::firewall::play::Player;
+use crate::flow::Endpoint;
 use crate::reconcile::snapshot::{View, Views};
 
 /// What is found about a limit on this host, and about its sources.
@@ -173,19 +174,25 @@ impl LimitFigures {
 
 /// What is open to the ports of a limit that meets none of it, since rules lead it elsewhere first.
 fn passed_by(rule: &LimitRule, views: &Views) -> Option<Finding> {
-    if rule.is_before_nat() || rule.matches.ports.is_all() {
+    let matches = &rule.matches;
+    if rule.is_before_nat() || matches.ports.is_all() && matches.destinations.is_empty() {
         return None;
     }
     let asked = |view: &View| {
         let entry = view.entry.filter(|entry| entry.reply == view.connection.sent())?;
         let (asked, local) = (entry.orig.dst, view.connection.local);
-        let is_for = |(net, inside): &(IpNet, bool)| net.contains(&asked.addr()) == *inside;
+        let ends = [asked, local];
+        let is_addressed = |to: Endpoint| {
+            let is_for = |(net, inside): &(IpNet, bool)| net.contains(&to.addr()) == *inside;
+            matches.destinations.iter().all(is_for)
+        };
+        let covers = |to: Endpoint| rule.covers(view.client().addr(), to.port());
         let is_it = view.socket.is_some_and(|socket| socket.takes_a_slot())
             && !view.is_outgoing()
             && asked != local
-            && rule.covers(view.client().addr(), asked.port())
-            && rule.matches.destinations.iter().all(is_for)
-            && !rule.matches.ports.contains(local.port());
+            && ends.into_iter().any(covers)
+            && ends.into_iter().any(is_addressed)
+            && !(covers(local) && is_addressed(local));
         is_it.then_some((asked, local))
     };
     let mut all = views.iter().filter_map(|view| asked(&view));
