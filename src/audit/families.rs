@@ -1,14 +1,14 @@
 //! Ports that are limited for clients of one family of addresses alone, while the host serves both.
 //! Pure.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::finding::Finding;
 use crate::firewall::limits::{Key, LimitRule, Limiter};
 use crate::firewall::packet::Syn;
 use crate::firewall::play::Player;
-use crate::firewall::{Family, Ruleset};
+use crate::firewall::{Family, Match, Ports, Ruleset};
 use crate::flow::Endpoint;
 use crate::sockdiag::Socket;
 
@@ -40,19 +40,33 @@ pub fn one_sided(
     let player = Player::new(rules);
     let open: Vec<Endpoint> = listeners.iter().map(|socket| socket.local).collect();
     let ports: BTreeSet<u16> = open.iter().map(|local| local.port()).collect();
+    let limited = |port, ipv4: bool| limiter.of_port(port).any(|it| it.is_of(ipv4));
     let find = |port| {
-        let missing = [true, false].into_iter().find(|ipv4| {
-            let limited = |ipv4: bool| limiter.of_port(port).any(|it| it.is_of(ipv4));
-            !limited(*ipv4) && limited(!ipv4)
-        })?;
-        let limit = limiter.of_port(port).find(|it| it.covers(stranger(!missing), port))?;
+        let missing =
+            [true, false].into_iter().find(|ipv4| !limited(port, *ipv4) && limited(port, !ipv4))?;
+        let is_it = |it: &&LimitRule| it.covers(stranger(!missing), port);
+        let limit = limiter.of_port(port).find(is_it)?;
         let local = listens(&open, port, missing, reached)?;
         let syn = Syn::new(stranger(missing), local);
         // Rules that let no stranger of the family in need no limit for it.
         let gets_in = player.play(&syn, &mut |_| Some(false)).admitted() != Some(false);
-        gets_in.then(|| finding(limit, port, missing))
+        let index = limiter.rules.iter().position(|it| std::ptr::eq(it, limit));
+        gets_in.then_some(((index?, missing), port))
     };
-    ports.into_iter().filter_map(find).collect()
+    // A limit of several ports is one limit.
+    let mut found: BTreeMap<(usize, bool), Vec<u16>> = BTreeMap::new();
+    for (of, port) in ports.iter().copied().filter_map(find) {
+        found.entry(of).or_default().push(port);
+    }
+    let all = found.into_iter().filter_map(|((index, missing), of_it)| {
+        let limit = limiter.rules.get(index)?;
+        // Where the other family has a limit of some of them, the same for all is not missing.
+        let is_some =
+            |port: &u16| limit.covers(stranger(!missing), *port) && limited(*port, missing);
+        let rule = (!ports.iter().any(is_some)).then(|| rule_for(limit, missing)).flatten();
+        Some(finding(limit, &of_it, missing, rule))
+    });
+    all.collect()
 }
 
 /// A client that no rule knows.
@@ -74,39 +88,87 @@ fn listens(open: &[Endpoint], port: u16, ipv4: bool, reached: &Reached) -> Optio
     Some(if local.addr().is_unspecified() { Endpoint::new(any, port) } else { *local })
 }
 
-fn finding(limit: &LimitRule, port: u16, missing: bool) -> Finding {
+fn finding(limit: &LimitRule, ports: &[u16], missing: bool, rule: Option<String>) -> Finding {
     let name = |ipv4: bool| if ipv4 { "IPv4" } else { "IPv6" };
+    let ports = Ports::of(ports.iter().map(|port| (*port, *port)));
     let what = format!(
-        "port {port} is limited for {} clients ({limit}) and not for those of {}, which it listens for, too",
+        "port {ports} is limited for {} clients ({limit}) and not for those of {}, which it listens for, too",
         name(!missing),
         name(missing)
     );
-    let count = limit.limit.count;
-    let advice = if limit.limit.dynamic {
-        let (address, network) =
-            if missing { ("ip saddr", "") } else { ("ip6 saddr", " and ffff:ffff:ffff:ffff::") };
-        let family = match (limit.family, missing) {
+    let likewise =
+        || format!("limit clients of {} likewise, before what accepts the port", name(missing));
+    Finding::warn("limit-one-family", what, rule.unwrap_or_else(likewise))
+}
+
+/// The same limit for the clients of the other family; `None` where its form cannot be kept.
+fn rule_for(limit: &LimitRule, missing: bool) -> Option<String> {
+    let Match { others, asked, interfaces, sources, destinations, .. } = &limit.matches;
+    // Addresses of one family say nothing of the other.
+    let is_plain = others.is_empty() && !limit.matches.is_rated && asked.is_all();
+    if !is_plain || !sources.is_empty() || !destinations.is_empty() {
+        return None;
+    }
+    let interface = match interfaces.as_slice() {
+        [] => None,
+        [name] if !name.contains('*') => Some(name),
+        _ => return None,
+    };
+    let (count, key) = (limit.limit.count, &limit.limit.key);
+    // Each address on its own; the limit is of the other family.
+    let is_whole = |prefix: u8| prefix == if missing { 128 } else { 32 };
+    if limit.limit.dynamic || limit.limit.is_keyless {
+        let (name, network) =
+            if missing { ("ip", "") } else { ("ip6", " and ffff:ffff:ffff:ffff::") };
+        let counts = match key {
+            Key::Source(_) => format!("add @SET {{ {name} saddr{network} ct count over {count} }}"),
+            Key::Destination(prefix) if is_whole(*prefix) => {
+                format!("add @SET {{ {name} daddr ct count over {count} }}")
+            }
+            Key::All if limit.limit.is_keyless => format!("ct count over {count}"),
+            _ => return None,
+        };
+        let table = match (limit.family, missing) {
             (Family::Inet | Family::Netdev, _) => "the same table",
             (_, true) => "a table ip or inet",
             (_, false) => "a table ip6 or inet",
         };
-        format!(
-            "in {family}, with a dynamic SET of its own: tcp dport {port} ct state new add @SET {{ \
-             {address}{network} ct count over {count} }} drop"
-        )
-    } else {
-        let program = if missing { "iptables" } else { "ip6tables" };
-        let mask = match (&limit.limit.key, missing) {
-            (Key::All, _) => 0,
-            (_, true) => 32,
-            (_, false) => CUSTOMER,
+        let set = if limit.limit.dynamic { ", with a dynamic SET of its own" } else { "" };
+        let ports = match limit.matches.ports.is_all() {
+            true => "meta l4proto tcp".to_owned(),
+            false => format!("tcp dport {{ {} }}", limit.matches.ports),
         };
-        format!(
-            "{program} -I INPUT -p tcp --syn --dport {port} -m connlimit --connlimit-above {count} \
-             --connlimit-mask {mask} -j DROP"
-        )
+        let by = interface.map_or(String::new(), |name| format!("iifname \"{name}\" "));
+        return Some(format!(
+            "in {table}{set}, before what accepts the port: {by}{ports} ct state new {counts} drop"
+        ));
+    }
+    let counts = match key {
+        Key::All => "--connlimit-mask 0".to_owned(),
+        Key::Source(_) => format!("--connlimit-mask {}", if missing { 32 } else { CUSTOMER }),
+        Key::Destination(prefix) if is_whole(*prefix) => "--connlimit-daddr".to_owned(),
+        _ => return None,
     };
-    Finding::warn("limit-one-family", what, advice)
+    let program = if missing { "iptables" } else { "ip6tables" };
+    let by = interface.map_or(String::new(), |name| format!("-i {name} "));
+    let ports = ports_of_iptables(&limit.matches.ports)?;
+    Some(format!(
+        "{program} -I INPUT {by}-p tcp --syn {ports}-m connlimit --connlimit-above {count} {counts} -j DROP"
+    ))
+}
+
+/// `--dport 80 `; `None` where one rule cannot name so many.
+fn ports_of_iptables(ports: &Ports) -> Option<String> {
+    if ports.is_all() {
+        return Some(String::new());
+    }
+    // A range takes two of fifteen places (`XT_MULTI_PORTS`).
+    let words = ports.to_string().replace('-', ":");
+    match words.matches([',', ':']).count() {
+        _ if !words.contains(',') => Some(format!("--dport {words} ")),
+        0..15 => Some(format!("-m multiport --dports {words} ")),
+        _ => None,
+    }
 }
 
 #[cfg(test)]
@@ -167,6 +229,49 @@ mod tests {
             "{ipv6_alone:?}"
         );
         assert_eq!(found("", LIMIT, dual, true, &[80]).len(), 1);
+    }
+
+    /// One limit is one limit in the other family, too, or none is shown.
+    #[test]
+    fn the_rule_for_the_other_family_is_the_same_limit() {
+        let ports = &["[::]:80", "[::]:443"][..];
+        let advice = |rule: &str| -> Vec<String> {
+            let all = found(&format!("-A INPUT {rule} -j DROP\n"), "", ports, true, &[]);
+            all.iter().map(|it| it.split_once(" | ").unwrap().1.to_owned()).collect()
+        };
+        let above = "-m connlimit --connlimit-above 3";
+        let six = "ip6tables -I INPUT -p tcp --syn";
+        let none = "limit clients of IPv6 likewise, before what accepts the port";
+        for (rule, wanted) in [
+            (
+                format!("-p tcp --syn -m multiport --dports 80,443 {above}"),
+                format!("{six} -m multiport --dports 80,443 {above} --connlimit-mask 64 -j DROP"),
+            ),
+            (format!("-p tcp --syn {above}"), format!("{six} {above} --connlimit-mask 64 -j DROP")),
+            (
+                format!("-i eth0 -p tcp --syn --dport 80:443 {above} --connlimit-mask 0"),
+                format!(
+                    "ip6tables -I INPUT -i eth0 -p tcp --syn --dport 80:443 {above} --connlimit-mask 0 -j DROP"
+                ),
+            ),
+            (
+                format!("-p tcp --syn --dport 80 {above} --connlimit-daddr"),
+                format!("{six} --dport 80 {above} --connlimit-daddr -j DROP"),
+            ),
+            (
+                format!("-p tcp --syn --dport 80 {above} --connlimit-daddr --connlimit-mask 24"),
+                none.to_owned(),
+            ),
+            (format!("-p tcp --syn --dport 80 -m mark ! --mark 1 {above}"), none.to_owned()),
+            (format!("-p tcp --syn --dport 80 -d 192.0.2.1 {above}"), none.to_owned()),
+        ] {
+            assert_eq!(advice(&rule), [wanted], "{rule}");
+        }
+        let both = format!("-A INPUT -p tcp --syn -m multiport --dports 80,443 {above} -j DROP\n");
+        let one = format!("-A INPUT -p tcp --syn --dport 80 {above} -j DROP\n");
+        let rest = found(&both, &one, ports, true, &[]);
+        assert!(rest.len() == 1 && rest[0].starts_with("port 443 is limited"), "{rest:?}");
+        assert!(rest[0].ends_with(none), "{rest:?}");
     }
 
     #[test]

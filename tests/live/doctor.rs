@@ -69,6 +69,46 @@ fn what_keeps_a_limit_from_working_is_bad() {
     assert!(what.contains("port 82") && what.contains("not for those of IPv6"), "{what}");
 }
 
+/// What is advised for the other family is the limit of the first: so many to both ports together.
+#[test]
+fn the_rule_for_the_other_family_is_the_same_limit() {
+    const LIMIT: usize = 3;
+    let iptables = "*filter\n-A INPUT -p tcp --syn -m multiport --dports 80,443 -m connlimit \
+                    --connlimit-above 3 -j DROP\nCOMMIT\n";
+    let nft = "table inet limits {\nset s { type ipv4_addr; flags dynamic; }\n\
+               set s6 { type ipv6_addr; flags dynamic; }\n\
+               chain c {\ntype filter hook input priority 0;\n\
+               tcp dport { 80, 443 } ct state new add @s { ip saddr ct count over 3 } drop\n\
+               tcp dport { 80, 443 } accept\n}\n}\n";
+    for (tool, rules) in [("iptables-restore", iptables), ("nft -f -", nft)] {
+        let Some(lab) = Lab::new() else { return };
+        lab.server.feed(tool, rules);
+        let _server = lab.serve("[::]:80 [::]:443");
+        let (_, report) = doctor(&lab);
+        assert_eq!(verdicts(&report, "limit-one-family"), ["warn"], "{report:#}");
+        let findings = report["findings"].as_array().unwrap();
+        let said = findings.iter().find(|it| it["id"] == "limit-one-family").unwrap();
+        let advice = said["advice"].as_str().unwrap();
+        let peer = lab.peer("2001:db8:1::7");
+        let held = |peer: &crate::lab::Peer| {
+            let conns = [peer.hold(80, LIMIT - 1), peer.hold(443, LIMIT)];
+            conns.map(|conns| conns.len())
+        };
+        assert_eq!(held(&peer), [LIMIT - 1, LIMIT], "{tool}: the truth, before");
+        match advice.split_once("before what accepts the port: ") {
+            None => lab.server.run(advice),
+            Some((_, rule)) => {
+                let rule = rule.replace("@SET", "@s6");
+                lab.server.feed("nft -f -", &format!("insert rule inet limits c {rule}\n"));
+            }
+        }
+        let (_, report) = doctor(&lab);
+        assert!(verdicts(&report, "limit-one-family").is_empty(), "{report:#}");
+        // The list is new: what is open already is not on it.
+        assert_eq!(held(&peer), [LIMIT - 1, 1], "{tool}: the truth of {advice}");
+    }
+}
+
 #[test]
 fn a_missing_privilege_is_named_and_ends_with_three() {
     let Some(lab) = Lab::new() else { return };
