@@ -91,7 +91,7 @@ fn the_rule_for_the_other_family_is_the_same_limit() {
         let advice = said["advice"].as_str().unwrap();
         let peer = lab.peer("2001:db8:1::7");
         let held = |peer: &crate::lab::Peer| {
-            let conns = [peer.hold(80, LIMIT - 1), peer.hold(443, LIMIT)];
+            let conns = [peer.open(80, LIMIT - 1), peer.open(443, LIMIT)];
             conns.map(|conns| conns.len())
         };
         assert_eq!(held(&peer), [LIMIT - 1, LIMIT], "{tool}: the truth, before");
