@@ -5,7 +5,7 @@ use std::fmt;
 use serde::Serialize;
 
 /// Every identifier there is; docs/doctor.md has a section for each.
-pub const IDENTIFIERS: [&str; 60] = [
+pub const IDENTIFIERS: [&str; 61] = [
     "kernel",
     "privilege-net-admin",
     "privilege-net-raw",
@@ -30,6 +30,7 @@ pub const IDENTIFIERS: [&str; 60] = [
     "limit-unseen",
     "limit-notes",
     "limit-rated",
+    "limit-partial",
     "limit-unjudged",
     "limit-for-all",
     "limit-one-family",

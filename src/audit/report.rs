@@ -112,12 +112,16 @@ impl Report {
         };
         let mut plays = seen.plays();
         let loads = loads(snapshot.views.iter(), &mut plays);
+        let others = seen.listeners.iter().filter(|socket| !in_scope(socket));
+        let left_out = others.filter(|socket| !socket.local.addr().is_loopback());
+        let left_out = left_out.map(|socket| socket.local.port()).collect();
         let mut layers = Layers::of(Inputs {
             figures: seen.figures.as_ref(),
             rules: &seen.rules,
             limiter,
             links: &seen.links,
             loads: &loads,
+            left_out: &left_out,
             is_limit_named: request.limit.is_some(),
             listeners: &listeners,
             views: &snapshot.views,

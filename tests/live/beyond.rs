@@ -181,3 +181,20 @@ fn a_limit_for_an_address_that_is_translated_before_it_is_said_to_see_nobody() {
     let (code, found) = audit(&lab, "limit-translated");
     assert_eq!((code, found.len()), (0, 1), "{found:?}");
 }
+
+/// A limit counts two ports together, of which one alone is looked at.
+#[test]
+fn what_a_limit_counts_of_ports_that_are_not_looked_at_is_said() {
+    let rule =
+        "INPUT -p tcp --syn -m multiport --dports 80,443 -m connlimit --connlimit-above 3 -j DROP";
+    let Some((lab, _server, peer)) = host("iptables-restore", &input(&[rule])) else { return };
+    let _other = lab.serve("0.0.0.0:443");
+    let _held = [peer.hold(80, 1), peer.hold(443, 2)];
+    let said = |args: &[&str]| {
+        let (_, out, err) = lab.ctkeep(CTKEEP, &[&["audit"], args].concat());
+        assert!(err.is_empty(), "{err}");
+        (out.contains("at it: 198.51.100.7/32"), out.contains("counts port 443, too"))
+    };
+    assert_eq!((said(&[]), said(&["--port", "80"])), ((true, false), (false, true)));
+    assert_eq!(peer.admitted(80, 1), 0, "the truth");
+}

@@ -289,7 +289,7 @@ fn rules_that_see_nudges_are_named_with_what_follows() {
     );
     is(
         &witnesses("ban-on-count.nft").unwrap(),
-        &[(ok, "inet fw input rule 1 ", "tells of what exceeds it")],
+        &[(ok, "inet fw input rule 1 ", "may tell of what exceeds it")],
     );
     is(
         &witnesses("rate-accept.nft").unwrap(),

@@ -1,7 +1,11 @@
 //! The limits of the rules, and the ports that they are for.
 
+use std::collections::BTreeSet;
+
 use crate::audit::finding::Finding;
-use crate::firewall::limits::{EarlierAccept, LimitRule, Limiter, Sight, Unjudged, Where, Witness};
+use crate::firewall::limits::{
+    EarlierAccept, Key, LimitRule, Limiter, Sight, Unjudged, Where, Witness,
+};
 use crate::firewall::{Hook, Ports, Ruleset, published};
 use crate::flow::Endpoint;
 use crate::rtnetlink::link::Link;
@@ -40,8 +44,8 @@ pub fn limiter(limiter: &Limiter, ports: &[u16]) -> Vec<Finding> {
         Finding::ok(
             "rule-sees-nudges",
             format!(
-                "{} tells of what exceeds it (a log, a set): ctkeep shows it no connection beyond its \
-                 limit, and asks it nothing",
+                "{} may tell of what exceeds it (a log, a set, a mark): ctkeep shows it no connection \
+                 beyond its limit, and asks it nothing",
                 rule.place()
             ),
         )
@@ -112,6 +116,24 @@ pub fn device(rule: &LimitRule, links: &[Link]) -> Option<Finding> {
         ),
         format!("name {} in the rule", first.name),
     ))
+}
+
+/// A limit that counts connections to these ports together with others, which were not looked at.
+pub fn partial(rule: &LimitRule, left_out: &BTreeSet<u16>) -> Option<Finding> {
+    let is_together = !matches!(rule.limit.key, Key::SourceAndPort(_)) && rule.hook == Hook::Input;
+    let ports = left_out.iter().filter(|port| is_together && rule.matches.ports.contains(**port));
+    let ports: Vec<_> = ports.map(u16::to_string).collect();
+    (!ports.is_empty()).then(|| {
+        Finding::warn(
+            "limit-partial",
+            format!(
+                "{rule} counts port {}, too, which was not looked at: a source may be at it with fewer \
+                 sockets than are shown",
+                ports.join(", ")
+            ),
+            "leave --port out",
+        )
+    })
 }
 
 /// Those by which others may come in.

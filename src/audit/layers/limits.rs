@@ -15,7 +15,7 @@ use crate::flow::Endpoint;
 use crate::reconcile::snapshot::{View, Views};
 
 /// What is found about a limit on this host, and about its sources.
-const OF_RULES: [&str; 7] = [
+const OF_RULES: [&str; 8] = [
     "source-over-limit",
     "limit-uncounted",
     "limit-met-twice",
@@ -23,6 +23,7 @@ const OF_RULES: [&str; 7] = [
     "limit-rated",
     "limit-translated",
     "limit-interface",
+    "limit-partial",
 ];
 
 /// Figures of the limiter layer.
@@ -261,6 +262,7 @@ pub(super) fn of(inputs: Inputs<'_>) -> Layer<Limits> {
         let mut figures =
             LimitFigures::of(rule, &loads, &Beyond::of(rule, &player, inputs.listeners));
         figures.take(judge::limits::device(rule, inputs.links));
+        figures.take(judge::limits::partial(rule, inputs.left_out));
         figures.take(loads.is_empty().then(|| passed_by(rule, inputs.views)).flatten());
         figures
     };

@@ -2,7 +2,7 @@
 
 mod limits;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use serde::Serialize;
@@ -156,6 +156,8 @@ pub struct Inputs<'a> {
     pub links: &'a [Link],
     /// What they have to bear.
     pub loads: &'a [Load],
+    /// Ports that something listens on, and that were not looked at.
+    pub left_out: &'a BTreeSet<u16>,
     /// Whether the administrator named a limit, so that no rule is missed.
     pub is_limit_named: bool,
     /// Listeners of the scope.

@@ -1,13 +1,12 @@
 //! What a rule makes of what passes its limit, beside ending it: told of, written to a set, or no more than
 //! logged. Pure.
 
-use crate::firewall::play::Player;
+use crate::firewall::play::{DEPTH, Player};
 use crate::firewall::{Chain, Outcome, Rule, Step};
 
 /// Whether what passes the limit at this step is told of, by the rule itself or by the chain that
 /// it leads to.
 pub(super) fn tells(player: &Player<'_>, chain: &Chain, rule: &Rule, limit: usize) -> bool {
-    let is_note = |step: &Step| *step == Step::Log || is_written(step);
     let over = rule.steps.get(limit).is_some_and(|step| match step {
         Step::Count(counting) => counting.limit.over,
         Step::Add(adding) => adding.limit.is_some_and(|limit| limit.over),
@@ -20,16 +19,30 @@ pub(super) fn tells(player: &Player<'_>, chain: &Chain, rule: &Rule, limit: usiz
         // Without a verdict it is there to mark, to log, to write down.
         Outcome::Continue => true,
         Outcome::Jump(_) | Outcome::Goto(_) => {
-            let is_end = |outcome: &Outcome| {
-                let refuses = matches!(outcome, Outcome::Drop | Outcome::Reject | Outcome::Reset);
-                // Some are let go on.
-                refuses || matches!(outcome, Outcome::Accept | Outcome::Return)
-            };
-            let plain = |rule: &Rule| is_end(rule.outcome()) && !rule.steps.iter().any(is_note);
-            !led_to(player, chain, rule).is_some_and(|chain| chain.rules.iter().all(plain))
+            !led_to(player, chain, rule).is_some_and(|chain| is_silent(player, chain, DEPTH))
         }
         _ => rule.steps.iter().skip(limit + 1).any(is_note),
     }
+}
+
+/// Whether every rule of a chain, and of those that it leads to, ends in a verdict and tells nothing.
+fn is_silent(player: &Player<'_>, chain: &Chain, depth: usize) -> bool {
+    let ends = |rule: &Rule| match rule.outcome() {
+        Outcome::Jump(_) | Outcome::Goto(_) => {
+            let next = led_to(player, chain, rule).filter(|_| depth > 0);
+            next.is_some_and(|next| is_silent(player, next, depth - 1))
+        }
+        outcome => matches!(
+            outcome,
+            // Some may be let go on.
+            Outcome::Drop | Outcome::Reject | Outcome::Reset | Outcome::Accept | Outcome::Return
+        ),
+    };
+    chain.rules.iter().all(|rule| ends(rule) && !rule.steps.iter().any(is_note))
+}
+
+fn is_note(step: &Step) -> bool {
+    *step == Step::Log || is_written(step)
 }
 
 /// Whether what passes the limit at this step is written to a set, by the rule itself or by the chain
@@ -57,7 +70,7 @@ fn led_to<'r>(player: &Player<'r>, chain: &Chain, rule: &Rule) -> Option<&'r Cha
 
 /// Whether what passes the limit at this step is logged or counted, and no more.
 pub(super) fn notes(rule: &Rule, limit: usize) -> bool {
-    let is_note = |step: &Step| matches!(step, Step::Log | Step::Test(_));
-    rule.steps.iter().skip(limit + 1).all(is_note)
+    let is_none = |step: &Step| matches!(step, Step::Log | Step::Test(_));
+    rule.steps.iter().skip(limit + 1).all(is_none)
         && !matches!(rule.steps.get(limit), Some(Step::Map(..)))
 }
