@@ -24,7 +24,7 @@ const LAYERS: [&[&str]; 11] = [
 ];
 
 /// Values and decisions: no clock, no I/O, no log. Of a folder all that is in it.
-const PURE: [&str; 56] = [
+const PURE: [&str; 57] = [
     "flow.rs",
     "audit/judge",
     "audit/cover.rs",
@@ -34,6 +34,7 @@ const PURE: [&str; 56] = [
     "audit/report/json.rs",
     "audit/saved",
     "audit/survey.rs",
+    "audit/whose.rs",
     "conntrack/decode.rs",
     "conntrack/entry.rs",
     "doctor/judge.rs",

@@ -6,11 +6,11 @@ use std::time::Instant;
 
 use ipnet::IpNet;
 
-use super::layers::whose;
 use super::loads::{Load, loads};
 use super::look::Seen;
 use super::plays::{Group, Met, Plays};
 use super::sources::Listed;
+use super::whose::Whose;
 use crate::conntrack::Zone;
 use crate::containers;
 use crate::error::{Cause, Error, Op, Result};
@@ -268,7 +268,8 @@ pub fn ask_for_sources(
             None => None,
         };
         let (of, counted) = deciding.unwrap_or((load, views));
-        let whose = seen.limiter.rules.get(of.rule).map_or(of.net, |rule| whose(rule, of));
+        let whose =
+            seen.limiter.rules.get(of.rule).map_or(of.net.into(), |rule| Whose::of(rule, of));
         let clients = counted.iter().map(|view| view.client().addr()).collect();
         let is_at_limit = load.is_full();
         answers.push(Answered { rule, whose, clients, held, is_at_limit, answer });
@@ -296,7 +297,7 @@ pub struct Answered {
     /// Index of the limit that decides; where none does, of the one that was asked for.
     pub rule: usize,
     /// Whose connections it counts together, as well as that can be named.
-    pub whose: IpNet,
+    pub whose: Whose,
     /// The clients whose open connections it counts together.
     pub clients: HashSet<IpAddr>,
     /// Sockets that this limit counts, for sure and at most, before and after the question; `None` where

@@ -21,6 +21,8 @@ pub struct Load {
     pub rule: usize,
     /// Whose connections: a source, or all of a family where the rule does not go by the source.
     pub net: IpNet,
+    /// The destination, where they are counted by that.
+    pub to: Option<IpNet>,
     /// The client, where all of them are of one.
     pub client: Option<IpAddr>,
     /// The port, where they are counted for each port on its own.
@@ -137,6 +139,7 @@ fn gather(
                 group,
                 rule,
                 net: plays.net(rule, &view),
+                to: plays.to(rule, &view),
                 client: Some(peer),
                 port: plays.port(rule, &view),
                 limit: hit.limit.count,

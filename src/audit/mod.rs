@@ -21,3 +21,4 @@ pub mod saved;
 pub mod sources;
 pub mod survey;
 pub mod ways;
+pub mod whose;

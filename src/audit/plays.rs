@@ -191,6 +191,14 @@ impl<'r> Plays<'r> {
         network(view.client().addr(), prefix.unwrap_or(0))
     }
 
+    /// The destination, as the limit sees it, where it counts by that.
+    pub(super) fn to(&self, rule: usize, view: &View) -> Option<IpNet> {
+        let rule = self.limiter.rules.get(rule)?;
+        let Key::Destination(prefix) = rule.limit.key else { return None };
+        let to = if rule.is_before_nat() { self.asked(view)? } else { view.connection.local };
+        Some(network(to.addr(), prefix))
+    }
+
     /// The port, where a limit counts each on its own.
     pub(super) fn port(&self, rule: usize, view: &View) -> Option<u16> {
         let key = &self.limiter.rules.get(rule)?.limit.key;

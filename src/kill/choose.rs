@@ -202,6 +202,7 @@ mod tests {
         let load = |limit, held| Load {
             group: (list, None, None),
             client: None,
+            to: None,
             port: None,
             rule: 0,
             net: "198.51.100.7/32".parse().unwrap(),

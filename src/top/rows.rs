@@ -469,8 +469,14 @@ mod tests {
         let (more, decides) = (Some(31), String::new());
         let answer = Answer { group, net: all, port: None, more, at_least: None, limit, decides };
         let clients = [one].into();
-        let asked =
-            Answered { rule: 0, whose: all, clients, held: None, is_at_limit: false, answer };
+        let asked = Answered {
+            rule: 0,
+            whose: all.into(),
+            clients,
+            held: None,
+            is_at_limit: false,
+            answer,
+        };
         seen.asked = vec![asked];
         let rows = seen.rows(Fold::Source, &Filter::default(), Sort::Open, false);
         let of = |addr: IpAddr| {

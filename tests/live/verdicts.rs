@@ -113,6 +113,28 @@ fn who_exceeds_a_rule_that_only_notes_is_not_over_it() {
     }
 }
 
+/// What a limit by destination counts together is named by that: others are let in elsewhere.
+#[test]
+fn a_destination_that_is_full_is_not_said_to_be_all() {
+    let rule = "-A INPUT -p tcp --syn --dport 80 -m connlimit --connlimit-above 3 --connlimit-daddr -j DROP\n";
+    let Some((lab, _server, peer)) = host(rule) else { return };
+    lab.server.run("ip addr add 192.0.2.9/32 dev lo");
+    lab.client.run("ip route add 192.0.2.9/32 via 192.0.2.1");
+    let other = lab.peer("198.51.100.8");
+    let elsewhere = lab.peer_to(CLIENT, "192.0.2.9");
+    let held = (peer.hold(80, 2), other.hold(80, 1), elsewhere.hold(80, 2));
+    let (code, _, limit) = audit(&lab, &[]);
+    let full = limit["full"].as_array().unwrap();
+    assert_eq!((code, full.len(), &full[0]["destination"]), (0, 1, &"192.0.2.1/32".into()));
+    let (_, out, err) = lab.ctkeep(CTKEEP, &["audit"]);
+    let at = "at it: what goes to 192.0.2.1/32, 3 sockets of 3, 3 counted";
+    let row = out.split_whitespace().collect::<Vec<_>>().join(" ");
+    assert!(row.contains(at), "{out}{err}");
+    let admitted = [peer.admitted(80, 1), elsewhere.admitted(80, 1)];
+    assert_eq!(admitted, [0, 1], "the truth");
+    drop(held);
+}
+
 /// A limit for what is established sees no packet behind a rule that accepts what is established, and none that
 /// opens a connection in any case.
 #[test]

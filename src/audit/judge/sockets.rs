@@ -2,11 +2,10 @@
 
 use std::collections::{BTreeMap, HashSet};
 
-use ipnet::IpNet;
-
 use crate::audit::asked::{Answered, Holds};
 use crate::audit::finding::Finding;
 use crate::audit::fronts::Front;
+use crate::audit::whose::Whose;
 use crate::flow::Endpoint;
 use crate::reconcile::outgoing::Survey;
 use crate::sockdiag::Socket;
@@ -42,8 +41,8 @@ pub fn closing(sockets: usize) -> Finding {
 }
 
 /// A source that holds more than its limit; `counted` are the entries that a limiter can count.
-pub fn over(source: IpNet, held: usize, limit: u32, counted: usize) -> Finding {
-    let whose = whose(source);
+pub fn over(source: impl Into<Whose>, held: usize, limit: u32, counted: usize) -> Finding {
+    let whose: Whose = source.into();
     let advice = if counted >= held {
         "it comes down as the server closes them, or by ctkeep kill --over-limit; if rules were loaded since, \
          ctkeep recount"
@@ -58,8 +57,8 @@ pub fn over(source: IpNet, held: usize, limit: u32, counted: usize) -> Finding {
 }
 
 /// One that holds more than a limit that may not count them all.
-pub fn perhaps_over(source: IpNet, held: usize, limit: u32) -> Finding {
-    let whose = whose(source);
+pub fn perhaps_over(source: impl Into<Whose>, held: usize, limit: u32) -> Finding {
+    let whose: Whose = source.into();
     Finding::warn(
         "source-over-limit",
         format!(
@@ -71,8 +70,8 @@ pub fn perhaps_over(source: IpNet, held: usize, limit: u32) -> Finding {
 
 /// A limit whose list one connection meets several times: kernels that look for what is on a list once a jiffy
 /// (5.19 and later, and what was backported) count it each time.
-pub fn met_twice(source: IpNet, held: usize, limit: u32, times: usize) -> Finding {
-    let whose = whose(source);
+pub fn met_twice(source: impl Into<Whose>, held: usize, limit: u32, times: usize) -> Finding {
+    let whose: Whose = source.into();
     let least = usize::try_from(limit).unwrap_or(usize::MAX) / times;
     Finding::warn(
         "limit-met-twice",
@@ -86,11 +85,17 @@ pub fn met_twice(source: IpNet, held: usize, limit: u32, times: usize) -> Findin
 
 /// A source, not beyond its limit, of which conntrack has fewer entries that a limiter can count than
 /// the limit has to count of it: for sure, or perhaps.
-pub fn uncounted(source: IpNet, held: usize, is_sure: bool, limit: u32, counted: usize) -> Finding {
+pub fn uncounted(
+    source: impl Into<Whose>,
+    held: usize,
+    is_sure: bool,
+    limit: u32,
+    counted: usize,
+) -> Finding {
     const ID: &str = "limit-uncounted";
     let what = format!(
         "{}: {held} sockets, limit {limit}, {counted} have an entry that counts",
-        whose(source)
+        source.into()
     );
     if !is_sure {
         let what = format!("{what}, if it is for all of them");
@@ -113,16 +118,11 @@ pub fn tables(disagreeing: &[String], is_limited: bool) -> Finding {
     }
 }
 
-/// Of a rule that does not go by the source: all.
-fn whose(source: IpNet) -> String {
-    if source.prefix_len() == 0 { "in all".to_owned() } else { source.to_string() }
-}
-
 /// A list that lacks connections, as the limit itself has shown, or may.
 pub fn lacking(answered: &Answered, rule: &str) -> Option<Finding> {
     let Answered { answer, held, .. } = answered;
     let listed = answer.listed()?;
-    let whose = whose(answered.whose);
+    let whose = answered.whose;
     let to = answer.port.map_or(String::new(), |port| format!(" to port {port}"));
     let more = answer.more.unwrap_or(0);
     let what = |held: usize| {

@@ -9,7 +9,8 @@ use crate::audit::beyond::Beyond;
 use crate::audit::finding::{Finding, Verdict, worst};
 use crate::audit::judge;
 use crate::audit::loads::Load;
-use crate::firewall::limits::{EarlierAccept, Key, LimitRule, SetUse};
+use crate::audit::whose::Whose;
+use crate::firewall::limits::{EarlierAccept, LimitRule, SetUse};
 use crate::firewall::play::Player;
 use crate::flow::Endpoint;
 use crate::reconcile::snapshot::{View, Views};
@@ -75,6 +76,9 @@ pub struct Full {
     /// Whose connections are counted together; all addresses where it is not by source, and they
     /// are of several clients or of all.
     pub source: String,
+    /// The destination whose connections are counted together, whoever opens them; `null` where it is not
+    /// by destination.
+    pub destination: Option<String>,
     /// To which port, where each is counted on its own.
     pub port: Option<u16>,
     /// Its sockets that the limit counts, or may count.
@@ -92,17 +96,16 @@ impl LimitFigures {
         let over: Vec<_> = loads.iter().filter(|load| load.is_over() == Some(true)).collect();
         let mut findings = judge::limits::limit(rule);
         findings.extend(over.first().map(|worst| {
-            judge::sockets::over(whose(rule, worst), worst.held, worst.limit, worst.counted)
+            judge::sockets::over(Whose::of(rule, worst), worst.held, worst.limit, worst.counted)
         }));
         let unsure = loads.iter().find(|load| load.is_over().is_none() && load.times == 1);
         let unsure = unsure.filter(|_| over.is_empty());
-        findings
-            .extend(unsure.map(|load| {
-                judge::sockets::perhaps_over(whose(rule, load), load.held, load.limit)
-            }));
+        findings.extend(unsure.map(|load| {
+            judge::sockets::perhaps_over(Whose::of(rule, load), load.held, load.limit)
+        }));
         let twice = loads.iter().filter(|load| load.times > 1 && !load.is_noted());
         findings.extend(twice.max_by_key(|load| load.held).map(|load| {
-            judge::sockets::met_twice(whose(rule, load), load.held, load.limit, load.times)
+            judge::sockets::met_twice(Whose::of(rule, load), load.held, load.limit, load.times)
         }));
         // Of those that are over it, that says how many the rule sees.
         let uncounted = |load: &&&Load, is_sure| {
@@ -118,7 +121,13 @@ impl LimitFigures {
                 Some(_) => (load.held_for_sure, true),
                 None => (load.held, false),
             };
-            judge::sockets::uncounted(whose(rule, load), held, is_sure, load.limit, load.counted)
+            judge::sockets::uncounted(
+                Whose::of(rule, load),
+                held,
+                is_sure,
+                load.limit,
+                load.counted,
+            )
         }));
         if !rule.notes {
             let refuses_nobody = beyond.refuses_nobody().unwrap_or_else(|| {
@@ -139,7 +148,8 @@ impl LimitFigures {
             all.map(EarlierAccept::to_string).collect()
         };
         let full = loads.iter().filter(|load| load.is_full()).map(|load| Full {
-            source: whose(rule, load).to_string(),
+            source: Whose::of(rule, load).net.to_string(),
+            destination: load.to.map(|to| to.to_string()),
             port: load.port,
             held: load.held,
             counted: load.counted,
@@ -200,12 +210,6 @@ fn passed_by(rule: &LimitRule, views: &Views) -> Option<Finding> {
     let (first, local) = all.next()?;
     let others = all.filter(|(asked, _)| asked.port() == first.port()).count();
     Some(judge::limits::translated(rule, first.port(), local, others + 1))
-}
-
-/// Whose connections a limit counts together, as well as it can be named.
-pub fn whose(rule: &LimitRule, load: &Load) -> IpNet {
-    let is_by_source = rule.source_prefix().is_some() || rule.limit.key == Key::All;
-    load.client.filter(|_| !is_by_source).map_or(load.net, IpNet::from)
 }
 
 impl Layer<Limits> {

@@ -7,7 +7,7 @@ use std::fmt;
 
 use serde::Serialize;
 
-pub use self::limits::{Full, LimitFigures, Limits, whose};
+pub use self::limits::{Full, LimitFigures, Limits};
 use super::figures::{Figures, Table, Tcp};
 use super::finding::{Finding, Verdict, worst};
 use super::judge;

@@ -56,6 +56,7 @@ fn limits(report: &Report, no_header: bool) -> Option<String> {
         let full = report.sources.iter().filter(|source| source.held > 0);
         let full = full.filter(|source| size(limit) <= source.held).map(|source| Full {
             port: None,
+            destination: None,
             source: source.net.to_string(),
             held: source.held,
             counted: source.counted,
@@ -65,7 +66,7 @@ fn limits(report: &Report, no_header: bool) -> Option<String> {
         let full: Vec<_> = full.collect();
         let what = format!("at most {limit} from each /{mask} (IPv6: /{mask6}), as you named it");
         let mut lines = vec![what];
-        lines.extend(at_it(&full, limit));
+        lines.extend(at_it(&full, limit, true));
         rows.push(vec!["--limit".to_owned(), verdict.to_string(), lines.join("\n")]);
     }
     let is_told = |rule: &&LimitFigures| !rule.full.is_empty() || rule.verdict != Verdict::Ok;
@@ -102,7 +103,7 @@ fn about(rule: &LimitFigures, is_asked: bool) -> String {
     lines.extend(list("passes before it", &rule.passes));
     lines.extend(list("may pass before it", &rule.may_pass));
     lines.extend(list("gets in beyond it", &rule.beyond));
-    lines.extend(at_it(&rule.full, rule.limit));
+    lines.extend(at_it(&rule.full, rule.limit, rule.counts == "in all"));
     // One that refuses nobody neither holds nor fails to.
     let noted = rule.findings.iter().find(|finding| finding.id == "limit-notes");
     if let Some(noted) = noted {
@@ -123,10 +124,15 @@ fn about(rule: &LimitFigures, is_asked: bool) -> String {
 }
 
 /// The sources that hold as much as a limit allows, or more.
-fn at_it(full: &[Full], of_rule: u32) -> Vec<String> {
+fn at_it(full: &[Full], of_rule: u32, is_all: bool) -> Vec<String> {
     let line = |source: &Full| {
         let Full { held, counted, limit, .. } = source;
-        let whose = if source.source.ends_with("/0") { "all" } else { &source.source };
+        let whose = match &source.destination {
+            Some(to) => format!("what goes to {to}"),
+            None if !source.source.ends_with("/0") => source.source.clone(),
+            None if is_all => "all".to_owned(),
+            None => "several clients together".to_owned(),
+        };
         let port = source.port.map_or(String::new(), |port| format!(" to port {port}"));
         let how = match source.over {
             Some(true) => "over it",

@@ -1,10 +1,10 @@
 //! What `explain` says of the limits of a connection.
 
 use crate::audit::asked::Answer;
-use crate::audit::layers::whose;
 use crate::audit::loads::loads;
 use crate::audit::plays::{Met, Plays};
 use crate::audit::sources::Listed;
+use crate::audit::whose::Whose;
 use crate::firewall::limits::{Key, Limiter};
 use crate::reconcile::snapshot::{View, Views};
 
@@ -52,11 +52,9 @@ pub(super) fn limits(
                 limit => format!(", whose element of the set allows {limit},"),
             };
             let perhaps = if met.is_sure { "" } else { "perhaps: " };
-            let whose = match load.map_or(met.net, |load| whose(rule, load)) {
-                net if net.prefix_len() > 0 => net.to_string(),
-                _ if rule.limit.key == Key::All => "all".to_owned(),
-                _ => "what it counts together".to_owned(),
-            };
+            let is_all = rule.limit.key == Key::All;
+            let of_none = Whose { net: met.net, to: None, is_all };
+            let whose = load.map_or(of_none, |load| Whose::of(rule, load));
             let to = met.port.map_or(String::new(), |port| format!(" to port {port}"));
             Some(format!("{perhaps}{rule}: {whose}{to}{own} holds {held} sockets, {sees}"))
         })
