@@ -46,8 +46,17 @@ impl Class {
         if view.entry.is_some_and(|entry| entry.state().is_none()) {
             return Self::Offloaded;
         }
+        let mut cell = cell;
         if cell.guarded && evidence.untracked.contains(&view.connection) {
-            return Self::Untracked;
+            match cell.entry {
+                // A rule leaves its SYN out, and conntrack has taken it up at the next packet of the peer.
+                Some((_, state))
+                    if view.entry.is_some_and(|it| it.reply == view.connection.sent()) =>
+                {
+                    cell.entry = Some((Direction::FromPeer, state));
+                }
+                _ => return Self::Untracked,
+            }
         }
         let reversed = matches!(cell.entry, Some((Direction::Reversed, _)));
         match decide(Cell { held: false, ..cell }) {

@@ -95,7 +95,9 @@ impl<'r> Plays<'r> {
         let is_forwarded = self.behind.is_some_and(|behind| behind.contains(&destination.addr()));
         let status = view.entry.and_then(|entry| entry.status);
         let is_expected = status.is_some_and(Status::is_expected);
-        let syn = Syn { asked, is_forwarded, is_expected, ..Syn::new(source, destination) };
+        let is_taken_up = is_taken_up(view);
+        let syn =
+            Syn { asked, is_forwarded, is_expected, is_taken_up, ..Syn::new(source, destination) };
         match self.arrivals.and_then(|arrivals| arrivals.get(&arrivals::of(view))) {
             Some(interface) => Syn { interface: interface.clone(), ..syn },
             None => syn,
@@ -132,6 +134,13 @@ impl<'r> Plays<'r> {
         let key = key(&syn);
         let played = self.played.entry(key).or_insert_with(|| Rc::new(player.limits(&syn)));
         played.clone()
+    }
+
+    /// The rule that surely keeps this connection out of conntrack.
+    pub fn left_out(&mut self, view: &View) -> Option<String> {
+        let played = self.of(view);
+        let (chain, rule) = played.notrack.filter(|_| played.tracked == Some(false))?;
+        if is_taken_up(view) { None } else { self.player.place(chain, rule) }
     }
 
     /// Whether a limit counts this connection, or may.
@@ -215,10 +224,15 @@ impl<'r> Plays<'r> {
 }
 
 /// What connections that are played alike have in common.
-type Alike = (IpAddr, Option<Endpoint>, Endpoint, bool);
+type Alike = (IpAddr, Option<Endpoint>, Endpoint, [bool; 2]);
 
 fn key(syn: &Syn) -> Alike {
-    (syn.source, syn.asked, syn.destination, syn.is_expected)
+    (syn.source, syn.asked, syn.destination, [syn.is_expected, syn.is_taken_up])
+}
+
+/// Conntrack has an entry of the connection that was not begun by its SYN.
+fn is_taken_up(view: &View) -> bool {
+    view.entry.is_some_and(|it| it.reply == view.connection.sent() && it.is_picked_up())
 }
 
 /// What a container has from an address of this host: it opened that itself, which passes OUTPUT alone, or the

@@ -16,6 +16,7 @@ use super::families::{self, Reached};
 use super::finding::{Finding, Verdict, worst};
 use super::fronts::Front;
 use super::judge;
+use super::judge::sockets::WithoutEntry;
 use super::layers::{Inputs, Layers};
 use super::loads::loads;
 use super::look::Seen;
@@ -163,15 +164,18 @@ impl Report {
         layers.limiter.extend(of_named.iter().cloned());
         // A limit, for whatever port, makes conntrack see all packets of its family.
         let families = [true, false].map(|ipv4| limiter.rules.iter().any(|it| it.is_of(ipv4)));
-        let (seen_by_it, unseen): (Vec<_>, Vec<_>) = connections
-            .iter()
-            .filter(|connection: &&ReportedConnection| connection.class == Class::Untracked)
-            .map(|connection| connection.view)
-            .partition(|view| {
-                let [ipv4, ipv6] = families;
-                let is_ipv4 = view.connection.local.addr().is_ipv4();
-                (if is_ipv4 { ipv4 } else { ipv6 }) && plays.of(view).tracked != Some(false)
-            });
+        let mut without: BTreeMap<WithoutEntry, Vec<View>> = BTreeMap::new();
+        let of_class = |it: &&ReportedConnection| it.class == Class::Untracked;
+        for view in connections.iter().filter(of_class).map(|connection| connection.view) {
+            let [ipv4, ipv6] = families;
+            let is_seen = if view.connection.local.addr().is_ipv4() { ipv4 } else { ipv6 };
+            let why = match plays.left_out(&view) {
+                Some(place) => WithoutEntry::LeftOut(place),
+                None if is_seen && plays.of(&view).tracked != Some(false) => WithoutEntry::Seen,
+                None => WithoutEntry::Unseen,
+            };
+            without.entry(why).or_default().push(view);
+        }
         layers.limiter.extend(judge::limits::unseen(
             limiter,
             &seen.rules,
@@ -198,9 +202,9 @@ impl Report {
             let unheard = policy.unheard(&seen.listeners, scope, &seen.rules);
             layers.limiter.extend(judge::limits::unheard(&unheard));
         }
-        for (views, is_seen) in [(seen_by_it, true), (unseen, false)] {
+        for (why, views) in &without {
             let all = views.iter().map(|view| family(view.connection));
-            layers.limiter.extend(judge::sockets::untracked(all, is_seen));
+            layers.limiter.extend(judge::sockets::untracked(all, why));
         }
         if let (Some(outgoing), Some(layer)) = (seen.outgoing, layers.conntrack.as_mut()) {
             let timeout = layer.figures.timeout_close_wait;

@@ -123,7 +123,9 @@ pub(super) fn run(args: &Explain) -> Result<Exit> {
             Asker::open(&rules, &limiter, plays(), now)?.come_what_may().ask(&view, now)
         });
         let answer = asked.as_ref().and_then(|asked| asked.as_ref().ok());
-        let limits = limits(plays(), &limiter, &view, &together, answer);
+        let left_out = plays().left_out(&view).filter(|_| view.entry.is_none());
+        let is_left_out = left_out.is_some();
+        let limits = limits(plays(), &limiter, &view, &together, answer, is_left_out);
         let others = around.others.remove(&connection).unwrap_or_default();
         let in_scope = scope.contains(&policy, connection);
         let cover = Coverage::of(daemon.shield.as_ref(), &view);
@@ -137,6 +139,7 @@ pub(super) fn run(args: &Explain) -> Result<Exit> {
             in_scope,
             outgoing: outgoing(&view, cell, daemon.outgoing.is_some()),
             cover,
+            left_out,
             is_swapped,
             is_behind: behind_connection.is_some(),
             owners,
@@ -184,6 +187,8 @@ struct Found {
     /// For how many seconds a running daemon has held the entry.
     held_for: Option<u64>,
     in_scope: bool,
+    /// The rule that surely keeps it out of conntrack.
+    left_out: Option<String>,
     /// Of one that this host opened: whether its entry is kept.
     outgoing: Option<&'static str>,
     /// The addresses were given the other way round.
@@ -302,7 +307,7 @@ fn to_text(found: &Found) -> String {
         direction(cell),
         yes(view.is_counted()),
         yes(*in_scope),
-        if cell.tracked { "yes" } else { "no sign of it" },
+        tracked(found),
         found.class,
         found.cover,
         named(cell),
@@ -330,6 +335,15 @@ fn in_words(answer: &std::result::Result<Answer, String>) -> String {
             format!("{more}: {at_least}{listed} of {limit} on the list of {}", answer.decides)
         }
         _ => format!("{more}: {} decides", answer.decides),
+    }
+}
+
+/// Whether conntrack has the connection, as far as that can be told.
+fn tracked(found: &Found) -> String {
+    match &found.left_out {
+        Some(place) => format!("no: {place} leaves it out"),
+        None if found.cell.tracked => "yes".to_owned(),
+        None => "no sign of it".to_owned(),
     }
 }
 
@@ -406,7 +420,7 @@ fn to_json(found: &Found) -> serde_json::Value {
         "other_zones": found.others.iter().map(|entry| entry.zone.id()).collect::<Vec<_>>(),
         "counted": view.is_counted(),
         "in_scope": in_scope,
-        "tracked": cell.tracked,
+        "tracked": cell.tracked && found.left_out.is_none(),
         "class": found.class.name(),
         "held_seconds": found.held_for,
         "outgoing": found.outgoing,

@@ -105,8 +105,11 @@ fn pass(args: &Reconcile, policy: &Policy) -> Result<(Done, usize)> {
     done.planned.sort_by_key(|action| action.view.connection);
     let (_, scope, policy, ledger) = keeper.parts();
     let evidence = &sweep.snapshot.evidence;
-    let untracked = Verdict::Leave(NoAction::Untracked);
-    let is_untracked = |view: &View| verdict(view, evidence, scope, policy, ledger) == untracked;
+    let is_untracked = |view: &View| {
+        let verdict = verdict(view, evidence, scope, policy, ledger);
+        let is_alone = matches!(verdict, Verdict::Leave(NoAction::Untracked | NoAction::LeftOut));
+        is_alone && view.entry.is_none()
+    };
     Ok((done, sweep.snapshot.views.iter().filter(is_untracked).count()))
 }
 

@@ -62,6 +62,8 @@ pub struct Syn {
     pub is_forwarded: bool,
     /// A helper has expected it (FTP's data): conntrack calls it RELATED, not NEW.
     pub is_expected: bool,
+    /// Conntrack has taken the connection up, whatever rules do with its SYN: a list keeps what it was put into.
+    pub is_taken_up: bool,
 }
 
 impl Syn {
@@ -76,6 +78,7 @@ impl Syn {
             interface: if is_local { Interface::loopback() } else { Interface::NotLoopback },
             is_forwarded: false,
             is_expected: false,
+            is_taken_up: false,
         }
     }
 }

@@ -158,8 +158,10 @@ pub enum NoAction {
     /// The socket is in a state that is not guarded, or no application has it; conntrack sees its
     /// packets itself.
     NotGuarded,
-    /// Rules keep the connection out of conntrack, or there is no sign that it was ever tracked.
+    /// There is no sign that the connection was ever tracked.
     Untracked,
+    /// Rules keep the connection, or its SYN, out of conntrack, or may.
+    LeftOut,
     /// An entry that no socket backs: counted, but not ours to take away.
     OverCount,
     /// No socket and no live entry.
@@ -174,6 +176,7 @@ impl fmt::Display for NoAction {
             Self::Outgoing => "this host opened the connection",
             Self::NotGuarded => "the socket is in no guarded state or not in scope",
             Self::Untracked => "no sign that this connection was ever tracked",
+            Self::LeftOut => "rules leave its SYN out of conntrack, or may",
             Self::OverCount => "an entry without a socket",
             Self::Over => "the connection is over",
         })
@@ -326,7 +329,7 @@ pub fn verdict(
     }
     // Conntrack may have picked it up at a packet that the rules do not name.
     if cell.guarded && !policy.force && evidence.untracked.contains(&view.connection) {
-        return Verdict::Leave(NoAction::Untracked);
+        return Verdict::Leave(NoAction::LeftOut);
     }
     let uncounted = view.socket.and_then(|socket| ledger.uncounted(&socket));
     let left = entry.and_then(|entry| entry.timeout);

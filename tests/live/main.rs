@@ -41,6 +41,7 @@ mod keys;
 mod kill;
 mod known;
 mod lacking;
+mod left_out;
 mod many;
 mod metrics;
 mod missing;

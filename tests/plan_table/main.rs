@@ -202,6 +202,7 @@ fn words(verdict: Verdict, cell: &Cell) -> String {
                 NoAction::Outgoing => "outgoing",
                 NoAction::NotGuarded => "not-guarded",
                 NoAction::Untracked => "untracked",
+                NoAction::LeftOut => "left out",
                 NoAction::OverCount => "over-count",
                 NoAction::Over => "over",
             };

@@ -52,11 +52,16 @@ pub fn limiter(limiter: &Limiter, ports: &[u16]) -> Vec<Finding> {
     }));
     all.extend(limiter.witnesses.iter().map(witness));
     for port in ports {
-        if let Some(place) = limiter.notrack(*port)
-            && !limiter.synproxied.iter().any(|ports| ports.contains(*port))
-        {
-            all.push(untracked_port(limiter, *port, place));
+        if limiter.synproxied.iter().any(|ports| ports.contains(*port)) {
+            continue;
         }
+        all.extend(match limiter.notrack(*port) {
+            Some(place) => Some(untracked_port(limiter, *port, place)),
+            None => {
+                let place = limiter.notrack_of_syns(*port);
+                place.and_then(|place| untracked_syns(limiter, *port, place))
+            }
+        });
     }
     all
 }
@@ -376,6 +381,20 @@ fn untracked_port(limiter: &Limiter, port: u16, place: &str) -> Finding {
         ),
         None => Finding::ok(ID, format!("{what}, and no limit is for it: left alone")),
     }
+}
+
+/// A port of which a rule at `place` keeps the SYNs alone out of conntrack.
+fn untracked_syns(limiter: &Limiter, port: u16, place: &str) -> Option<Finding> {
+    let mut limits = limiter.rules.iter().filter(|it| it.matches.shown_ports().contains(port));
+    let limit = limits.next()?.place();
+    Some(Finding::warn(
+        "port-untracked",
+        format!(
+            "SYNs to port {port} are not tracked ({place}): {limit} counts what conntrack takes up at the next \
+             packet, if it does (nf_conntrack_tcp_loose) and the limit does not look at ct state"
+        ),
+        "delete the NOTRACK rule: it is a part of SYNPROXY, and none is here",
+    ))
 }
 
 /// Ports that are named in vain.

@@ -182,9 +182,22 @@ pub fn listener_gone(listeners: &[Socket], open: impl Iterator<Item = u16>) -> O
         .then(|| Finding::ok("listener-gone", format!("nothing listens any more on port {ports}")))
 }
 
-/// Open connections without an entry, by the local port and whether they are of IPv4: conntrack does not
-/// look at them, or (`is_seen`) it does and no limit is for them.
-pub fn untracked(connections: impl Iterator<Item = (u16, bool)>, is_seen: bool) -> Option<Finding> {
+/// Why open connections have no entry.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum WithoutEntry {
+    /// Conntrack looks at them, and no limit is for them.
+    Seen,
+    /// Conntrack does not look at any of their kind.
+    Unseen,
+    /// This rule leaves them out.
+    LeftOut(String),
+}
+
+/// Open connections without an entry, by the local port and whether they are of IPv4.
+pub fn untracked(
+    connections: impl Iterator<Item = (u16, bool)>,
+    why: &WithoutEntry,
+) -> Option<Finding> {
     let mut ports: BTreeMap<u16, bool> = BTreeMap::new();
     let mut all = 0_usize;
     for (port, ipv4) in connections {
@@ -201,12 +214,16 @@ pub fn untracked(connections: impl Iterator<Item = (u16, bool)>, is_seen: bool) 
     (all > 0).then(|| {
         Finding::ok(
             "untracked",
-            match is_seen {
-                true => format!(
+            match why {
+                WithoutEntry::LeftOut(place) => format!(
+                    "{all} open connections to port {ports} are not tracked: {place} leaves them out, so no limit \
+                     counts them"
+                ),
+                WithoutEntry::Seen => format!(
                     "{all} open connections to port {ports} have no entry, and no limit is for them: \
                      forgotten, or older than the rules that make conntrack look"
                 ),
-                false => format!(
+                WithoutEntry::Unseen => format!(
                     "{all} open connections to port {ports} are not tracked, so no limit could count \
                      them; a rule with connlimit or ct count for the port would make conntrack see new \
                      ones"

@@ -24,6 +24,7 @@ pub(super) fn limits(
     view: &View,
     together: &Views,
     answer: Option<&Answer>,
+    is_left_out: bool,
 ) -> Limits {
     // Also of a connection that is over, or has no entry: as its SYN would meet them.
     let mine = plays.met(view);
@@ -55,6 +56,9 @@ pub(super) fn limits(
             let is_all = rule.limit.key == Key::All;
             let of_none = Whose { net: met.net, to: None, is_all };
             let whose = load.map_or(of_none, |load| Whose::of(rule, load));
+            if is_left_out {
+                return Some(format!("{perhaps}{rule}: does not count it, which is not tracked"));
+            }
             let to = met.port.map_or(String::new(), |port| format!(" to port {port}"));
             Some(format!("{perhaps}{rule}: {whose}{to}{own} holds {held} sockets, {sees}"))
         })

@@ -139,7 +139,9 @@ pub(super) fn untracked(all: &Match, matches: &Match) -> Option<EarlierAccept> {
     if all.and(matches).never {
         return None;
     }
-    Some(EarlierAccept::Untracked { of: Box::new(all.told()), is_sure: is_of_all(all) })
+    // Of SYNs alone: conntrack may take the connection up at its next packet.
+    let is_sure = is_of_all(all) && !all.syn;
+    Some(EarlierAccept::Untracked { of: Box::new(all.told()), is_sure })
 }
 
 /// Whether it is so of all packets that its words name.

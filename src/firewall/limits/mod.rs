@@ -101,6 +101,8 @@ pub struct Limiter {
     pub dormant: Vec<LimitRule>,
     /// Ports whose packets are not tracked, each with the place of the rule.
     pub untracked: Vec<(Ports, String)>,
+    /// Ports of which SYNs alone are not tracked, each with the place of the rule.
+    pub untracked_syns: Vec<(Ports, String)>,
     /// What else is not tracked: packets of some clients, or to some destinations.
     pub untracked_of_some: Vec<Match>,
     /// Ports answered by SYNPROXY.
@@ -173,10 +175,14 @@ impl Limiter {
         found.all(|prefix| prefix == first).then_some(first)
     }
 
-    /// Whether the connections of this local port are kept out of conntrack.
+    /// The rule that keeps the connections of this local port out of conntrack.
     pub fn notrack(&self, port: u16) -> Option<&str> {
-        let rule = self.untracked.iter().find(|(ports, _)| ports.contains(port))?;
-        Some(&rule.1)
+        place(&self.untracked, port)
+    }
+
+    /// The rule that keeps their SYNs alone out of it.
+    pub fn notrack_of_syns(&self, port: u16) -> Option<&str> {
+        place(&self.untracked_syns, port)
     }
 
     /// The limits that opening packets to a port of this host may meet.
@@ -186,6 +192,10 @@ impl Limiter {
                 && (rule.is_before_nat() || rule.matches.ports.contains(port))
         })
     }
+}
+
+fn place(rules: &[(Ports, String)], port: u16) -> Option<&str> {
+    rules.iter().find(|(ports, _)| ports.contains(port)).map(|(_, place)| place.as_str())
 }
 
 /// The limits of tables that are switched off, as they would be.

@@ -339,10 +339,19 @@ impl<'r> Walk<'_, 'r, '_> {
         if !is_early || !matches.may_open() || matches.never {
             return;
         }
-        if matches.is_for_everybody() && !matches.is_rated {
-            self.found.untracked.push((matches.ports.clone(), chain.place(rule)));
+        // What another rule has accepted before stays tracked.
+        let before = self.before.iter().filter(|it| it.within.is_none() && !it.matches.is_rated);
+        let left = before.fold(matches.clone(), |left, it| left.without(&it.matches));
+        if left.ports.is_empty() {
+            return;
+        }
+        if left.syn && left.is_for_everybody() && !left.is_rated {
+            // The next packet of the connection makes its entry.
+            self.found.untracked_syns.push((left.ports.clone(), chain.place(rule)));
+        } else if left.is_for_everybody() && !left.is_rated {
+            self.found.untracked.push((left.ports.clone(), chain.place(rule)));
         } else {
-            self.found.untracked_of_some.push(matches.clone());
+            self.found.untracked_of_some.push(left);
         }
     }
 

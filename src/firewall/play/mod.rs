@@ -253,6 +253,12 @@ impl<'r> Player<'r> {
         }
     }
 
+    /// The words for a rule by its place.
+    pub fn place(&self, chain: usize, rule: usize) -> Option<String> {
+        let chain = self.ruleset.chains.get(chain)?;
+        chain.rules.get(rule).map(|rule| chain.place(rule))
+    }
+
     fn run(
         &self,
         syn: &Syn,

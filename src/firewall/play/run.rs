@@ -365,6 +365,8 @@ impl<'r> Run<'_, 'r, '_, '_> {
         reach: Answer,
     ) -> Answer {
         let tracked = match self.packet.is_tracked {
+            // By its tuple, also of a SYN that is not tracked (`xt_connlimit`, `nft_connlimit_do_eval()`).
+            _ if self.packet.syn().is_taken_up => Answer::Yes,
             Some(true) => Answer::Yes,
             None => Answer::Unknown,
             Some(false) => Answer::No,
