@@ -300,8 +300,6 @@ fn target(name: &str) -> Step {
         name,
         "CT" | "TCPMSS"
             | "TCPOPTSTRIP"
-            | "TOS"
-            | "DSCP"
             | "TRACE"
             | "CLASSIFY"
             | "AUDIT"

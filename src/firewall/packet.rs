@@ -197,6 +197,8 @@ impl<'s> Packet<'s> {
             (Field::Ip(from), Field::Ip(at)) | (Field::Tcp(from), Field::Tcp(at)) => {
                 meets(from, *size, at)
             }
+            // No more than its class of service: conntrack has looked at none of that.
+            (Field::Ip(from), _) if from.saturating_add(*size) <= 2 => false,
             (_, Field::DestinationType | Field::SourceType) => true,
             (_, other) => other.is_of_entry() && other != Field::CtMark,
         })

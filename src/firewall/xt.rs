@@ -6,7 +6,7 @@ use std::borrow::Cow;
 
 use super::ask::{self, Side, asks};
 use super::rule::{Counting, Threshold};
-use super::value::Field;
+use super::value::{Field, Operand};
 use super::{Outcome, Step, Test};
 
 const UDP: u8 = 17;
@@ -84,6 +84,8 @@ pub(super) fn named_target(name: &str) -> Option<Step> {
         "NOTRACK" => return Some(Step::Notrack),
         "MARK" => return Some(Step::SetMark(None)),
         "CONNMARK" => return Some(Step::SetCtMark(None)),
+        // The second byte of IPv4, the first two of IPv6: a rule behind may look at it.
+        "DSCP" | "TOS" => return Some(Step::Write(Operand::plain(Field::Ip(0), 2))),
         "LOG" | "NFLOG" | "ULOG" => return Some(Step::Log),
         "SET" => return Some(Step::Note("set".into())),
         _ => return None,

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::lab::rules::{chain, input};
+use crate::lab::rules::{chain, input, restore};
 use crate::lab::{Lab, Peer, Server};
 
 const CTKEEP: &str = env!("CARGO_BIN_EXE_ctkeep");
@@ -148,6 +148,39 @@ fn what_a_rule_behind_the_limit_looks_at_makes_it_uncertain() {
         let (_, killed, _) = lab.ctkeep(CTKEEP, &["kill", "--over-limit"]);
         assert_eq!(killed.contains(CLIENT), is_known, "{rule}: {killed}");
         assert_eq!(peer.admitted(80, 2), if is_known { 1 } else { 2 }, "{rule}: the truth");
+    }
+}
+
+/// What the limit's rule writes to the header another rule may refuse; written before, it makes nothing uncertain.
+#[test]
+fn a_class_of_service_that_a_rule_behind_refuses_is_no_note() {
+    let above = "PREROUTING -p tcp --syn --dport 80 -m connlimit --connlimit-above 3";
+    let certain = "INPUT -p tcp -m conntrack --ctstate NEW --ctorigdstport 80 -m connlimit \
+                   --connlimit-above 3 -j DROP";
+    for (what, refuse, held, is_noted) in [
+        (format!("{above} -j DSCP --set-dscp 1"), "INPUT -m dscp --dscp 1 -j DROP", 3, false),
+        (format!("{above} -j TOS --set-tos 8"), "INPUT -m tos --tos 8 -j DROP", 3, false),
+        (format!("{above} -j DSCP --set-dscp 1"), "INPUT -p icmp -j DROP", 5, true),
+        ("PREROUTING -j DSCP --set-dscp 1".to_owned(), certain, 3, false),
+    ] {
+        let text = restore("mangle", "PREROUTING", &[&what]) + &input(&[refuse]);
+        for tool in ["iptables-nft-restore", "iptables-legacy-restore"] {
+            let Some((lab, _server, peer)) = host(tool, &text) else { return };
+            let conns = peer.hold(80, held);
+            let noted = audit(&lab, "limit-notes");
+            let verdicts: Vec<_> =
+                noted.1.iter().map(|it| it["verdict"].as_str().unwrap()).collect();
+            let wanted = if is_noted { vec!["ok"] } else { vec![] };
+            assert_eq!((noted.0, verdicts), (0, wanted), "{tool}: {text}");
+            assert_eq!(peer.admitted(80, 1), usize::from(is_noted), "{tool}: the truth: {text}");
+            if refuse == certain {
+                lab.server.feed(tool, &text);
+                let _more = peer.hold(80, 1);
+                let over = audit(&lab, "source-over-limit").1;
+                assert!(over.len() == 1 && over[0]["verdict"] == "bad", "{tool}: {over:?}");
+            }
+            drop(conns);
+        }
     }
 }
 
