@@ -204,7 +204,9 @@ fn a_limit_that_is_not_judged_is_named() {
     let Some((lab, _server, peer)) = host(
         "-A OUTPUT -p tcp --sport 80 --tcp-flags SYN,ACK SYN,ACK -m connlimit --connlimit-above 3 \
          --connlimit-daddr -j DROP\n\
-         -A OUTPUT -p tcp --syn -m connlimit --connlimit-above 30 -j DROP\n",
+         -A OUTPUT -p tcp --syn -m connlimit --connlimit-above 30 -j DROP\n\
+         COMMIT\n*mangle\n\
+         -A POSTROUTING -o docker0 -p tcp --syn -m connlimit --connlimit-above 3 -j DROP\n",
     ) else {
         return;
     };
@@ -218,11 +220,13 @@ fn a_limit_that_is_not_judged_is_named() {
     let (code, findings, _) = audit(&lab, &[]);
     let mut all = verdicts(&findings, "limit-unjudged");
     all.sort();
-    assert_eq!((code, all), (0, ["ok", "warn", "warn"].map(str::to_owned).to_vec()));
+    assert_eq!((code, all), (0, ["ok", "warn", "warn", "warn"].map(str::to_owned).to_vec()));
     let said = findings.to_string();
-    for what in
-        ["OUTPUT rule 1 is a limit on the way out", "x nowhere rule 1 is a limit in a chain"]
-    {
+    for what in [
+        "OUTPUT rule 1 is a limit on the way out",
+        "x nowhere rule 1 is a limit in a chain",
+        "POSTROUTING rule 1 is a limit behind routing, for what this host opens and what clients",
+    ] {
         assert!(said.contains(what), "{what}: {findings:#}");
     }
 }

@@ -293,6 +293,14 @@ fn unjudged(unjudged: &Unjudged) -> Finding {
             ID,
             format!("{place} is a limit for what this host opens: ctkeep does not look at it"),
         ),
+        Where::Postrouting => Finding::warn(
+            ID,
+            format!(
+                "{place} is a limit behind routing, for what this host opens and what clients open to \
+                 containers: who is at it is not known here"
+            ),
+            "limit clients of containers in FORWARD (DOCKER-USER)",
+        ),
         Where::Out => Finding::warn(
             ID,
             format!(

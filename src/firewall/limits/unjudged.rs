@@ -20,6 +20,8 @@ pub struct Unjudged {
 pub enum Where {
     /// On the way out, for what this host opens.
     OutForNew,
+    /// Behind routing, for what this host opens and what it forwards (to containers).
+    Postrouting,
     /// On the way out, for answers too.
     Out,
     /// In a table of bridges, or the egress chain of a device.
@@ -31,27 +33,29 @@ pub enum Where {
 /// Those that are not on the way in.
 pub(super) fn find(player: &Player<'_>) -> Vec<Unjudged> {
     let chains = &player.ruleset().chains;
-    let is_out = |chain: &Chain| {
-        let hook = chain.base.as_ref().map(|base| base.hook);
-        matches!(hook, Some(Hook::Output | Hook::Postrouting))
-    };
     let numbered = || chains.iter().enumerate();
-    let out: Vec<_> = numbered().filter(|(_, it)| is_out(it)).map(|(at, _)| at).collect();
+    let of = |hook: Hook| {
+        let is_it = |chain: &Chain| chain.base.as_ref().is_some_and(|base| base.hook == hook);
+        let bases: Vec<_> = numbered().filter(|(_, it)| is_it(it)).map(|(at, _)| at).collect();
+        reached(player, &bases)
+    };
     let limited: Vec<_> = numbered()
         .filter(|(_, it)| !it.is_dormant && !it.is_ours && it.rules.iter().any(has_limit))
         .collect();
     if limited.is_empty() {
         return Vec::new();
     }
-    let (inside, outside) = (reached(player, player.bases()), reached(player, &out));
+    let inside = reached(player, player.bases());
+    let (output, postrouting) = (of(Hook::Output), of(Hook::Postrouting));
     let mut all = Vec::new();
     for (at, chain) in limited.into_iter().filter(|(at, _)| !inside.contains(at)) {
         for rule in chain.rules.iter().filter(|rule| has_limit(rule)) {
             let stands = match chain.family {
                 Family::Other(_) | Family::Netdev => Where::Elsewhere,
-                _ if !outside.contains(&at) => Where::Nowhere,
-                _ if is_for_new(rule) => Where::OutForNew,
-                _ => Where::Out,
+                _ if !output.contains(&at) && !postrouting.contains(&at) => Where::Nowhere,
+                _ if !is_for_new(rule) => Where::Out,
+                _ if postrouting.contains(&at) => Where::Postrouting,
+                _ => Where::OutForNew,
             };
             all.push(Unjudged { place: chain.place(rule), stands });
         }
