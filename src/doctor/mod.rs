@@ -100,7 +100,7 @@ fn found(report: Report) -> Vec<Finding> {
     all.extend(limiter.findings);
     all.extend(syn.into_iter().flat_map(|layer| layer.findings));
     // The fullest queue stands for those that are no worse.
-    let fill = |queue: &Queue| u64::from(queue.waiting) * 1000 / u64::from(queue.limit.max(1));
+    let fill = |queue: &Queue| u64::from(queue.waiting) * 1000 / (u64::from(queue.limit) + 1);
     let fullest = listen.iter().max_by_key(|queue| fill(queue)).map(Queue::finding);
     let none = || Finding::ok("listen-queue-full", "no listening port");
     all.extend(troubled(listen.iter().map(Queue::finding), fullest.unwrap_or_else(none)));

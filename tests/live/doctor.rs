@@ -193,12 +193,24 @@ fn every_figure_that_the_page_names_is_there() {
         conn.rst(-5);
         conns.push(conn);
     }
-    let waiting = lab.peer("203.0.113.9").hold(81, 3);
-    wait_for("connections in the queue", Duration::from_secs(5), || {
-        lab.server.output("ss -Hltn sport = 81").split_whitespace().nth(1) == Some("3")
-    });
+    let other = lab.peer("203.0.113.9");
+    let queued = |wanted: &str| {
+        wait_for("connections in the queue", Duration::from_secs(5), || {
+            let listener = lab.server.output("ss -Hltn sport = 81");
+            listener.split_whitespace().nth(1) == Some(wanted)
+        });
+    };
+    // As many as its backlog: the kernel takes one more.
+    let mut waiting = other.hold(81, 3);
+    queued("3");
+    let (_, report) = doctor(&lab);
+    assert_eq!(verdicts(&report, "listen-queue-full"), ["warn"], "{report:#}");
+    let queue = texts(&report, "listen-queue-full");
+    assert!(queue.starts_with("192.0.2.1:81: 3 of 3 wait to be accepted by "), "{queue}");
+    waiting.extend(other.hold(81, 1));
+    queued("4");
     let (code, report) = doctor(&lab);
-    assert_eq!((code, waiting.len()), (1, 3), "{report:#}");
+    assert_eq!((code, waiting.len(), other.admitted(81, 1)), (1, 4, 0), "{report:#}");
     assert_eq!(verdicts(&report, "source-over-limit"), ["bad"]);
     let over = texts(&report, "source-over-limit");
     assert_eq!(over, "198.51.100.7/32: 10 sockets, limit 3, 0 have an entry that counts");
@@ -207,7 +219,25 @@ fn every_figure_that_the_page_names_is_there() {
     assert!(held.contains(&format!("({}): 10 of 10 open sockets", server.pid())), "{held}");
     assert_eq!(verdicts(&report, "listen-queue-full"), ["bad"], "{report:#}");
     let queue = texts(&report, "listen-queue-full");
-    assert!(queue.starts_with("192.0.2.1:81: 3 of 3 wait to be accepted by "), "{queue}");
+    let full = "192.0.2.1:81: 4 wait, and the backlog is 3: none more is taken until some are accepted by ";
+    assert!(queue.starts_with(full), "{queue}");
+}
+
+/// A backlog of 0 takes one.
+#[test]
+fn a_queue_without_a_backlog_is_full_with_one() {
+    let Some(lab) = Lab::new() else { return };
+    let _deaf = deaf(&lab, 81, 0);
+    let peer = lab.peer("203.0.113.9");
+    let (_, report) = doctor(&lab);
+    assert_eq!(verdicts(&report, "listen-queue-full"), ["ok"], "{report:#}");
+    let held = peer.hold(81, 1);
+    wait_for("a connection in the queue", Duration::from_secs(5), || {
+        lab.server.output("ss -Hltn sport = 81").split_whitespace().nth(1) == Some("1")
+    });
+    let (_, report) = doctor(&lab);
+    assert_eq!((held.len(), peer.admitted(81, 1)), (1, 0), "the truth");
+    assert_eq!(verdicts(&report, "listen-queue-full"), ["bad"], "{report:#}");
 }
 
 #[test]

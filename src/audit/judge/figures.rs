@@ -157,26 +157,30 @@ pub fn syn(figures: &Tcp, syn_recv: u64) -> Vec<Finding> {
     all
 }
 
-/// One listen queue.
-pub fn queue(waiting: u32, limit: u32) -> Finding {
-    // netstat does not show the limit of a queue.
-    if limit == 0 {
+/// One listen queue with this backlog; `None` where it is not known (`netstat` shows none).
+///
+/// The kernel takes one more than the backlog before the queue is full (`sk_acceptq_is_full()`).
+pub fn queue(waiting: u32, backlog: Option<u32>) -> Finding {
+    const ID: &str = "listen-queue-full";
+    let Some(backlog) = backlog else {
         let what = format!("{waiting} wait to be accepted");
         return match waiting {
-            0 => Finding::ok("listen-queue-full", what),
-            _ => Finding::warn("listen-queue-full", what, QUEUE_ADVICE),
+            0 => Finding::ok(ID, what),
+            _ => Finding::warn(ID, what, QUEUE_ADVICE),
         };
+    };
+    if waiting > backlog {
+        let what = format!(
+            "{waiting} wait, and the backlog is {backlog}: none more is taken until some are accepted"
+        );
+        return Finding::bad(ID, what, QUEUE_ADVICE);
     }
-    let what = format!("{waiting} of {limit} wait to be accepted");
-    let advice = QUEUE_ADVICE;
-    match u64::from(waiting).saturating_mul(100) {
-        full if waiting > 0 && full >= u64::from(limit) * 100 => {
-            Finding::bad("listen-queue-full", what, advice)
+    let what = format!("{waiting} of {backlog} wait to be accepted");
+    match u64::from(waiting) * 100 {
+        full if waiting > 0 && full >= u64::from(backlog) * QUEUE_WARN => {
+            Finding::warn(ID, what, QUEUE_ADVICE)
         }
-        full if waiting > 0 && full >= u64::from(limit) * QUEUE_WARN => {
-            Finding::warn("listen-queue-full", what, advice)
-        }
-        _ => Finding::ok("listen-queue-full", what),
+        _ => Finding::ok(ID, what),
     }
 }
 
@@ -214,10 +218,17 @@ mod tests {
 
     #[test]
     fn a_listen_queue_is_judged_by_its_fill() {
-        assert_eq!(queue(0, 0).verdict, Verdict::Ok);
-        assert_eq!(queue(1, 0).verdict, Verdict::Warn, "a limit of 0 may be one that is not shown");
-        assert_eq!(queue(1, 3).verdict, Verdict::Ok);
-        assert_eq!(queue(2, 4).verdict, Verdict::Warn);
-        assert_eq!(queue(4, 4).verdict, Verdict::Bad);
+        assert_eq!(queue(0, None).verdict, Verdict::Ok);
+        assert_eq!(queue(1, None).verdict, Verdict::Warn, "a backlog that is not shown");
+        for (waiting, backlog, verdict) in [
+            (0, 0, Verdict::Ok),
+            (1, 0, Verdict::Bad),
+            (1, 3, Verdict::Ok),
+            (2, 4, Verdict::Warn),
+            (4, 4, Verdict::Warn),
+            (5, 4, Verdict::Bad),
+        ] {
+            assert_eq!(queue(waiting, Some(backlog)).verdict, verdict, "{waiting} of {backlog}");
+        }
     }
 }

@@ -86,7 +86,7 @@ pub struct Queue {
     pub local: String,
     /// Connections that wait to be accepted.
     pub waiting: u32,
-    /// How many may.
+    /// Its backlog: one more may wait.
     pub limit: u32,
     /// Who listens.
     pub pid: Option<i32>,
@@ -221,14 +221,20 @@ impl Layers {
                 findings.push(judge::figures::listen_drops(&figures.tcp));
                 Layer::new(findings, Handshakes { syn_recv, tcp: figures.tcp.clone() })
             }),
-            listen: inputs.listeners.iter().map(|socket| queue(socket, inputs.owners)).collect(),
+            listen: inputs
+                .listeners
+                .iter()
+                .map(|socket| queue(socket, inputs.owners, inputs.figures.is_some()))
+                .collect(),
             application: applications(inputs),
         }
     }
 }
 
-fn queue(socket: &Socket, owners: &Owners) -> Queue {
-    let finding = judge::figures::queue(socket.recv_queue, socket.send_queue);
+/// A listener's queue; of a saved text (`is_live` is not) a backlog of 0 may be one that is not shown.
+fn queue(socket: &Socket, owners: &Owners, is_live: bool) -> Queue {
+    let backlog = Some(socket.send_queue).filter(|backlog| is_live || *backlog > 0);
+    let finding = judge::figures::queue(socket.recv_queue, backlog);
     let holder = owners.holder(socket);
     Queue {
         local: socket.local.to_string(),
