@@ -31,7 +31,8 @@ const MOST: u32 = 512;
 const SOURCES: usize = 100;
 
 /// Whom such a limit refuses a probe does not show.
-const RATED: &str = "a rate beside its limit decides who is refused, and a probe would use that up";
+pub const RATED: &str =
+    "a rate beside its limit decides who is refused, and a probe would use that up";
 
 /// The name of the helper device and of our tables. A daemon has another.
 pub const DEVICE: &str = "ctkeep2";

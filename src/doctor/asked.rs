@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use crate::audit::asked::{DEVICE, question_about};
+use crate::audit::asked::{DEVICE, RATED, question_about};
 use crate::audit::finding::Finding;
 use crate::audit::loads::loads;
 use crate::audit::look::Seen;
@@ -37,14 +37,18 @@ fn try_ask(seen: &Seen, now: Instant) -> Result<Finding> {
         return Ok(untold);
     };
     for load in loads.iter().take(SOURCES) {
-        let Some(rule) = seen.limiter.rules.get(load.rule).filter(|rule| !rule.tells) else {
+        let Some(rule) = seen.limiter.rules.get(load.rule) else { continue };
+        if rule.tells {
+            let what = format!("not tried: {} logs or bans what exceeds it", rule.place());
+            untold = Finding::warn(ID, what, "");
             continue;
-        };
+        }
         let mut of_load = views().filter(|view| view.socket.is_some());
         let is_it = |met: &crate::audit::plays::Met| met.group == load.group;
         let Some(view) = of_load.find(|view| plays.met(view).iter().any(is_it)) else { continue };
-        // A probe would use up the rate that decides who is refused.
         if plays.is_rated(&view, rule.at) {
+            let what = format!("not tried: {}: {RATED}", rule.place());
+            untold = Finding::warn(ID, what, "");
             continue;
         }
         let Some(question) = question_about(&view, &plays) else { continue };

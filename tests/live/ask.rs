@@ -313,6 +313,7 @@ fn a_limit_whose_refusals_a_rate_limits_is_not_asked() {
     lab.server.feed("iptables-restore", &input(&[&rule]));
     let _server = lab.serve("[::]:80");
     let peer = lab.peer(CLIENT);
+    let other = lab.peer("198.51.100.8").hold(80, 2);
     let held = peer.hold(80, 3);
     let (line, said) = explained(&lab, &held[0].client.to_string());
     let why = "a rate beside its limit decides who is refused, and a probe would use that up";
@@ -320,7 +321,9 @@ fn a_limit_whose_refusals_a_rate_limits_is_not_asked() {
     let (_, report) = audit(&lab);
     let rule = &report["layers"]["limiter"]["rules"][0];
     assert_eq!((&report["sources"][0]["listed"], &rule["holds"]), (&Value::Null, &Value::Null));
-    lab.ctkeep(PROGRAM, &["doctor", "--ask"]);
+    let (_, out, err) = lab.ctkeep(PROGRAM, &["doctor", "--ask", "--format", "json"]);
+    assert!(out.contains(&format!("not tried: ip filter INPUT rule 1: {why}")), "{out}{err}");
+    drop(other);
     let dropped = lab.server.output("iptables -nvxL INPUT");
     let dropped = dropped.lines().find(|line| line.contains("#conn")).map(str::trim_start);
     assert!(dropped.is_some_and(|line| line.starts_with("0 ")), "the burst: {dropped:?}");
