@@ -44,6 +44,8 @@ pub struct Seen {
     pub ledger: Ledger,
     /// Listening sockets.
     pub listeners: Vec<Socket>,
+    /// Connections that a transparent proxy has taken, whose port is not that of its listener.
+    pub proxied: HashSet<Connection>,
     /// The rules.
     pub rules: Ruleset,
     /// The limits in them.
@@ -85,6 +87,10 @@ impl Seen {
         let rules = Ruleset::read();
         tables.follow_tracking(&rules);
         let listeners = tables.sockets.listeners()?;
+        let proxied = match tables.sockets.is_proxy() {
+            true => tables.sockets.transparent()?.iter().map(Socket::connection).collect(),
+            false => HashSet::new(),
+        };
         let mut scope = policy.scope(&listeners);
         let sockets = tables.sockets.sockets(States::connected())?;
         scope.ports.extend(tables.served_without_listener(&sockets, &scope, policy)?);
@@ -120,6 +126,7 @@ impl Seen {
             snapshot,
             ledger,
             listeners,
+            proxied,
             limiter,
             rules,
             arrivals,

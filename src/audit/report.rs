@@ -196,7 +196,10 @@ impl Report {
         layers.limiter.extend(fronts.map(judge::sockets::clients_as_one));
         // A saved text may leave the listeners out.
         if seen.figures.is_some() {
-            let open = |view: &View| view.socket.is_some_and(|socket| socket.takes_a_slot());
+            let open = |view: &View| {
+                view.socket.is_some_and(|socket| socket.takes_a_slot())
+                    && !seen.proxied.contains(&view.connection)
+            };
             let open = snapshot.views.iter().filter(open).map(|view| view.connection.local.port());
             layers.limiter.extend(judge::sockets::listener_gone(&seen.listeners, open));
             let unheard = policy.unheard(&seen.listeners, scope, &seen.rules);

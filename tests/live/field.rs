@@ -95,6 +95,10 @@ fn proxied(limit_is_before: bool, args: Option<&[&str]>) -> Option<usize> {
     });
     lab.client.run("ip route add 203.0.113.80 via 192.0.2.1");
     let daemon = args.map(|args| lab.daemon(CTKEEP, args));
+    // New ones are taken all the time, by a listener of another port.
+    let other = lab.peer_to("198.51.100.99", "203.0.113.80").hold(80, 1);
+    let gone = findings(&audit(&lab.server, ""), "listener-gone");
+    assert_eq!((other.len(), gone), (1, vec![]));
     let peer = lab.peer_to(CLIENT, "203.0.113.80");
     let more = gain(&peer, 80, |client| match &daemon {
         Some(daemon) => {
