@@ -176,7 +176,7 @@ impl Report {
             };
             without.entry(why).or_default().push(view);
         }
-        layers.limiter.extend(judge::limits::unseen(
+        layers.limiter.extend(judge::reach::unseen(
             limiter,
             &seen.rules,
             seen.namespaces,
@@ -203,7 +203,7 @@ impl Report {
             let open = snapshot.views.iter().filter(open).map(|view| view.connection.local.port());
             layers.limiter.extend(judge::sockets::listener_gone(&seen.listeners, open));
             let unheard = policy.unheard(&seen.listeners, scope, &seen.rules);
-            layers.limiter.extend(judge::limits::unheard(&unheard));
+            layers.limiter.extend(judge::reach::unheard(&unheard));
         }
         for (why, views) in &without {
             let all = views.iter().map(|view| family(view.connection));

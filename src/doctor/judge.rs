@@ -66,7 +66,7 @@ mod tests {
     use crate::audit::finding::Verdict;
 
     #[test]
-    fn a_limit_bound_to_a_port_of_a_bridge_never_counts() {
+    fn repairs_go_by_a_bridge_and_not_by_its_ports() {
         let link = |index, name: &str, kind: &str, master| {
             let (name, kind) = (name.to_owned(), kind.to_owned());
             Link { index, name, kind, master, ..Link::default() }

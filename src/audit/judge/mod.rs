@@ -2,4 +2,5 @@
 
 pub mod figures;
 pub mod limits;
+pub mod reach;
 pub mod sockets;

@@ -209,7 +209,7 @@ fn passed_by(rule: &LimitRule, views: &Views) -> Option<Finding> {
     let mut all = views.iter().filter_map(|view| asked(&view));
     let (first, local) = all.next()?;
     let others = all.filter(|(asked, _)| asked.port() == first.port()).count();
-    Some(judge::limits::translated(rule, first.port(), local, others + 1))
+    Some(judge::reach::translated(rule, first.port(), local, others + 1))
 }
 
 impl Layer<Limits> {
@@ -265,8 +265,8 @@ pub(super) fn of(inputs: Inputs<'_>) -> Layer<Limits> {
         let loads = of(index);
         let mut figures =
             LimitFigures::of(rule, &loads, &Beyond::of(rule, &player, inputs.listeners));
-        figures.take(judge::limits::device(rule, inputs.links));
-        figures.take(judge::limits::partial(rule, inputs.left_out));
+        figures.take(judge::reach::device(rule, inputs.links));
+        figures.take(judge::reach::partial(rule, inputs.left_out));
         figures.take(loads.is_empty().then(|| passed_by(rule, inputs.views)).flatten());
         figures
     };
