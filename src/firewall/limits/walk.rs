@@ -192,8 +192,7 @@ impl<'r> Walk<'_, 'r, '_> {
                     }
                 }
                 Step::Map(values, set) => {
-                    limited =
-                        self.elements(chain, rule, place, (values, set), &matches).or(limited);
+                    self.elements(chain, rule, place, (values, set), &matches);
                     self.map(chain, (values, set), &matches, limited, back);
                     return false;
                 }
