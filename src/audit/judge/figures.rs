@@ -2,6 +2,7 @@
 
 use crate::audit::figures::{Table, Tcp};
 use crate::audit::finding::Finding;
+use crate::flow::Endpoint;
 
 /// A table this full, in percent, is worth a look.
 const FULL_WARN: u64 = 80;
@@ -125,7 +126,7 @@ pub fn syn(figures: &Tcp, syn_recv: u64) -> Vec<Finding> {
         None => Finding::ok("syncookies-off", "net.ipv4.tcp_syncookies cannot be read"),
     });
     if let Some(backlog) = figures.max_syn_backlog {
-        let what = format!("{syn_recv} handshakes wait, backlog {backlog}");
+        let what = format!("{syn_recv} handshakes wait in all, tcp_max_syn_backlog {backlog}");
         all.push(if syn_recv.saturating_mul(100) >= backlog.saturating_mul(FULL_WARN) {
             Finding::warn(
                 "syn-backlog",
@@ -155,6 +156,20 @@ pub fn syn(figures: &Tcp, syn_recv: u64) -> Vec<Finding> {
         ));
     }
     all
+}
+
+/// The handshakes that wait at one listener: the kernel takes as many as its queue of connections is long
+/// (`inet_csk_reqsk_queue_is_full()`).
+pub fn handshakes(listener: Endpoint, waiting: usize, backlog: u32) -> Option<Finding> {
+    let (waiting, backlog) = (u64::try_from(waiting).unwrap_or(u64::MAX), u64::from(backlog));
+    let is_near = waiting > 0 && waiting.saturating_mul(100) >= backlog.saturating_mul(FULL_WARN);
+    is_near.then(|| {
+        Finding::warn(
+            "syn-backlog",
+            format!("{listener}: {waiting} handshakes wait, its listen queue takes {backlog}"),
+            "a longer listen queue of the server; net.core.somaxconn is its bound",
+        )
+    })
 }
 
 /// One listen queue with this backlog; `None` where it is not known (`netstat` shows none).
@@ -214,6 +229,16 @@ mod tests {
         assert!(unknown.iter().all(|finding| !finding.advice.contains("max=0")));
         let advice = fill(&Table { entries: 99, maximum: Some(100), ..Table::default() }).advice;
         assert_eq!(advice, "sysctl -w net.netfilter.nf_conntrack_max=200");
+    }
+
+    #[test]
+    fn handshakes_are_judged_by_the_queue_of_their_listener() {
+        let said = |waiting, backlog| handshakes("0.0.0.0:80".parse().unwrap(), waiting, backlog);
+        assert_eq!([said(0, 0), said(0, 5), said(3, 5)], [None, None, None]);
+        for (waiting, backlog) in [(4, 5), (6, 5), (1, 0)] {
+            let found = said(waiting, backlog).map(|it| (it.id, it.verdict));
+            assert_eq!(found, Some(("syn-backlog", Verdict::Warn)), "{waiting} of {backlog}");
+        }
     }
 
     #[test]

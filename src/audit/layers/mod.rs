@@ -15,6 +15,7 @@ use super::loads::Load;
 use super::processes::{Holder, Owner, Owners, place};
 use crate::firewall::Ruleset;
 use crate::firewall::limits::Limiter;
+use crate::flow::Endpoint;
 use crate::reconcile::snapshot::Views;
 use crate::rtnetlink::link::Link;
 use crate::sockdiag::{Socket, State};
@@ -208,9 +209,14 @@ impl fmt::Display for Kind {
 impl Layers {
     /// Judges every layer.
     pub fn of(inputs: Inputs<'_>) -> Self {
-        let syn_recv = inputs.views.iter().filter_map(|view| view.socket);
-        let syn_recv = syn_recv.filter(|socket| socket.state == State::SynRecv).count();
-        let syn_recv = u64::try_from(syn_recv).unwrap_or(u64::MAX);
+        let handshakes: Vec<Endpoint> = inputs
+            .views
+            .iter()
+            .filter_map(|view| view.socket)
+            .filter(|socket| socket.state == State::SynRecv)
+            .map(|socket| socket.local)
+            .collect();
+        let syn_recv = u64::try_from(handshakes.len()).unwrap_or(u64::MAX);
         Self {
             conntrack: inputs.figures.map(|figures| {
                 Layer::new(judge::figures::conntrack(&figures.table), figures.table.clone())
@@ -218,6 +224,15 @@ impl Layers {
             limiter: limits::of(inputs),
             syn: inputs.figures.map(|figures| {
                 let mut findings = judge::figures::syn(&figures.tcp, syn_recv);
+                findings.extend(inputs.listeners.iter().filter_map(|listener| {
+                    let local = listener.local;
+                    let is_its = |to: &&Endpoint| {
+                        to.port() == local.port()
+                            && (local.addr().is_unspecified() || to.addr() == local.addr())
+                    };
+                    let waiting = handshakes.iter().filter(is_its).count();
+                    judge::figures::handshakes(local, waiting, listener.send_queue)
+                }));
                 findings.push(judge::figures::listen_drops(&figures.tcp));
                 Layer::new(findings, Handshakes { syn_recv, tcp: figures.tcp.clone() })
             }),
