@@ -8,7 +8,7 @@ use super::finding::Finding;
 use crate::firewall::limits::{Key, LimitRule, Limiter};
 use crate::firewall::packet::Syn;
 use crate::firewall::play::Player;
-use crate::firewall::{Family, Match, Ports, Ruleset};
+use crate::firewall::{Family, Match, Ports};
 use crate::flow::Endpoint;
 use crate::sockdiag::Socket;
 
@@ -30,14 +30,13 @@ pub struct Reached {
 /// The ports that are limited for one family alone. Nothing of rules that could not all be read.
 pub fn one_sided(
     limiter: &Limiter,
-    rules: &Ruleset,
+    player: &Player<'_>,
     listeners: &[Socket],
     reached: &Reached,
 ) -> Vec<Finding> {
     if !limiter.unread.is_empty() || limiter.rules.is_empty() {
         return Vec::new();
     }
-    let player = Player::new(rules);
     let open: Vec<Endpoint> = listeners.iter().map(|socket| socket.local).collect();
     let ports: BTreeSet<u16> = open.iter().map(|local| local.port()).collect();
     let limited = |port, ipv4: bool| limiter.of_port(port).any(|it| it.is_of(ipv4));
@@ -174,7 +173,7 @@ fn ports_of_iptables(ports: &Ports) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::firewall::parse_saved;
+    use crate::firewall::{Ruleset, parse_saved};
     use crate::sockdiag::{Cookie, State};
 
     fn listener(local: &str) -> Socket {
@@ -207,7 +206,7 @@ mod tests {
         let rules = Ruleset { chains: chains.concat(), unread: Vec::new() };
         let listeners: Vec<_> = listeners.iter().map(|local| listener(local)).collect();
         let reached = Reached { by_ipv6, by_ipv4: by_ipv4.iter().copied().collect() };
-        let all = one_sided(&Limiter::of(&rules), &rules, &listeners, &reached);
+        let all = one_sided(&Limiter::of(&rules), &Player::new(&rules), &listeners, &reached);
         all.into_iter().map(|it| format!("{} | {}", it.what, it.advice)).collect()
     }
 

@@ -55,6 +55,11 @@ impl<'r> Plays<'r> {
         }
     }
 
+    /// What it plays with.
+    pub fn player(&self) -> &Player<'r> {
+        &self.player
+    }
+
     /// The same, where this is known of their siblings: a connection without an entry asked for what they
     /// asked for.
     #[must_use]

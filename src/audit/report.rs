@@ -118,7 +118,7 @@ impl Report {
         let left_out = left_out.map(|socket| socket.local.port()).collect();
         let mut layers = Layers::of(Inputs {
             figures: seen.figures.as_ref(),
-            rules: &seen.rules,
+            player: plays.player(),
             limiter,
             links: &seen.links,
             loads: &loads,
@@ -224,7 +224,7 @@ impl Report {
                 .filter_map(|(port, ipv4)| ipv4.then_some(port))
                 .collect(),
         };
-        layers.limiter.extend(families::one_sided(limiter, &seen.rules, &listeners, &reached));
+        layers.limiter.extend(families::one_sided(limiter, plays.player(), &listeners, &reached));
         Self {
             limit: request.limit.map(|limit| (limit, worst(&of_named))),
             mask: measure.mask,

@@ -11,7 +11,6 @@ use crate::audit::judge;
 use crate::audit::loads::Load;
 use crate::audit::whose::Whose;
 use crate::firewall::limits::{EarlierAccept, LimitRule, SetUse};
-use crate::firewall::play::Player;
 use crate::flow::Endpoint;
 use crate::reconcile::snapshot::{View, Views};
 
@@ -260,11 +259,10 @@ pub(super) fn of(inputs: Inputs<'_>) -> Layer<Limits> {
     }
     let of = |index| loads.iter().filter(|load| load.rule == index).collect::<Vec<_>>();
     let rules = limiter.rules.iter().enumerate();
-    let player = Player::new(inputs.rules);
     let figures = |(index, rule)| {
         let loads = of(index);
         let mut figures =
-            LimitFigures::of(rule, &loads, &Beyond::of(rule, &player, inputs.listeners));
+            LimitFigures::of(rule, &loads, &Beyond::of(rule, inputs.player, inputs.listeners));
         figures.take(judge::reach::device(rule, inputs.links));
         figures.take(judge::reach::partial(rule, inputs.left_out));
         figures.take(loads.is_empty().then(|| passed_by(rule, inputs.views)).flatten());

@@ -13,8 +13,8 @@ use super::finding::{Finding, Verdict, worst};
 use super::judge;
 use super::loads::Load;
 use super::processes::{Holder, Owner, Owners, place};
-use crate::firewall::Ruleset;
 use crate::firewall::limits::Limiter;
+use crate::firewall::play::Player;
 use crate::flow::Endpoint;
 use crate::reconcile::snapshot::Views;
 use crate::rtnetlink::link::Link;
@@ -150,7 +150,7 @@ pub struct Inputs<'a> {
     /// Settings and counters, where the host is at hand.
     pub figures: Option<&'a Figures>,
     /// The rules.
-    pub rules: &'a Ruleset,
+    pub player: &'a Player<'a>,
     /// The limits in them.
     pub limiter: &'a Limiter,
     /// Network devices; empty where they are not known.
