@@ -67,14 +67,10 @@ mod tests {
 
     #[test]
     fn repairs_go_by_a_bridge_and_not_by_its_ports() {
-        let link = |index, name: &str, kind: &str, master| {
-            let (name, kind) = (name.to_owned(), kind.to_owned());
-            Link { index, name, kind, master, ..Link::default() }
-        };
         let links = [
-            link(2, "eth0", "", Some(3)),
-            link(3, "br0", "bridge", None),
-            link(4, "eth1", "", None),
+            Link::named(2, "eth0", "", Some(3)),
+            Link::named(3, "br0", "bridge", None),
+            Link::named(4, "eth1", "", None),
         ];
         let found: Vec<_> = devices(&links).iter().map(|f| (f.id, f.verdict)).collect();
         assert_eq!(found, [("ingress-device", Verdict::Ok)]);

@@ -26,6 +26,16 @@ pub struct Link {
     pub peer_namespace: Option<i32>,
 }
 
+#[cfg(test)]
+impl Link {
+    /// One of this number, name, type and master.
+    pub(crate) fn named(index: u32, name: &str, kind: &str, master: Option<u32>) -> Self {
+        let is_loopback = name == "lo";
+        let (name, kind) = (name.to_owned(), kind.to_owned());
+        Self { index, name, kind, master, is_loopback, peer_namespace: None }
+    }
+}
+
 /// All devices of the namespace that the calling thread is in. Equivalent: `ip -d link`.
 ///
 /// # Errors

@@ -292,25 +292,17 @@ mod tests {
 
     #[test]
     fn each_packet_meets_the_program_once() {
-        let link = |index, name: &str, kind: &str, master| Link {
-            index,
-            name: name.to_owned(),
-            kind: kind.to_owned(),
-            master,
-            is_loopback: name == "lo",
-            peer_namespace: None,
-        };
         let links = vec![
-            link(1, "lo", "", None),
-            link(2, "eth0", "", Some(5)),
-            link(3, "eth1", "", Some(6)),
-            link(4, "eth2", "", None),
-            link(5, "bond0", "bond", None),
-            link(6, "red", "vrf", None),
-            link(7, "bond0.5", "vlan", None),
-            link(8, "ctkeep0", "tun", None),
-            link(9, "br0", "bridge", None),
-            link(10, "veth0", "veth", Some(9)),
+            Link::named(1, "lo", "", None),
+            Link::named(2, "eth0", "", Some(5)),
+            Link::named(3, "eth1", "", Some(6)),
+            Link::named(4, "eth2", "", None),
+            Link::named(5, "bond0", "bond", None),
+            Link::named(6, "red", "vrf", None),
+            Link::named(7, "bond0.5", "vlan", None),
+            Link::named(8, "ctkeep0", "tun", None),
+            Link::named(9, "br0", "bridge", None),
+            Link::named(10, "veth0", "veth", Some(9)),
         ];
         let names = |bridges_filter| {
             let (wanted, left_out) = wanted(links.clone(), "ctkeep0", bridges_filter);

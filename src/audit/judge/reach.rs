@@ -135,19 +135,11 @@ mod tests {
 
     #[test]
     fn packets_of_a_bridges_port_come_in_by_the_bridge() {
-        let link = |index, name: &str, kind: &str, master| Link {
-            index,
-            name: name.to_owned(),
-            kind: kind.to_owned(),
-            master,
-            is_loopback: name == "lo",
-            ..Link::default()
-        };
         let links = [
-            link(1, "lo", "", None),
-            link(2, "eth0", "", Some(3)),
-            link(3, "br0", "bridge", None),
-            link(4, "eth1", "", None),
+            Link::named(1, "lo", "", None),
+            Link::named(2, "eth0", "", Some(3)),
+            Link::named(3, "br0", "bridge", None),
+            Link::named(4, "eth1", "", None),
         ];
         let said = |interface: &str, links: &[Link]| {
             let text = format!(
