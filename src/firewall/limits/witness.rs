@@ -1,6 +1,7 @@
 //! Rules that count, remember or log SYNs, and so what ctkeep sends in their clients' names. Pure.
 
 use super::LimitRule;
+use super::unjudged::reached;
 use crate::firewall::play::Player;
 use crate::firewall::{Hook, Match, Outcome, Rule, Step};
 
@@ -70,36 +71,23 @@ impl Witness {
 
 /// Whether a rule of a base chain, or of a chain that it leads to, or its policy may stop a packet.
 pub(super) fn stops(player: &Player<'_>, base: usize) -> bool {
+    let may_stop = |outcome: &Outcome| {
+        let goes_on = matches!(outcome, Outcome::Accept | Outcome::Return | Outcome::Continue);
+        !goes_on && !matches!(outcome, Outcome::Jump(_) | Outcome::Goto(_))
+    };
+    let is_stop = |step: &Step| match step {
+        Step::Verdict(outcome) => may_stop(outcome),
+        Step::Map(_, set) => {
+            let mut verdicts = set.elements().iter().filter_map(|it| it.verdict.as_ref());
+            set.unread.is_some() || verdicts.any(may_stop)
+        }
+        _ => false,
+    };
     let chains = &player.ruleset().chains;
-    let mut seen = vec![base];
-    let mut next = 0;
-    while let Some(chain) = seen.get(next).and_then(|at| chains.get(*at)) {
-        next += 1;
-        if chain.base.as_ref().is_some_and(|base| base.drops) {
-            return true;
-        }
-        for step in chain.rules.iter().flat_map(|rule| &rule.steps) {
-            let outcomes: Vec<_> = match step {
-                Step::Verdict(outcome) => vec![outcome],
-                Step::Map(_, set) if set.unread.is_some() => return true,
-                Step::Map(_, set) => {
-                    set.elements().iter().filter_map(|it| it.verdict.as_ref()).collect()
-                }
-                _ => continue,
-            };
-            for outcome in outcomes {
-                match outcome {
-                    Outcome::Jump(name) | Outcome::Goto(name) => {
-                        let target = player.target(chain, name);
-                        seen.extend(target.filter(|target| !seen.contains(target)));
-                    }
-                    Outcome::Accept | Outcome::Return | Outcome::Continue => {}
-                    _ => return true,
-                }
-            }
-        }
-    }
-    false
+    reached(player, &[base]).into_iter().filter_map(|at| chains.get(at)).any(|chain| {
+        chain.base.as_ref().is_some_and(|base| base.drops)
+            || chain.rules.iter().flat_map(|rule| &rule.steps).any(is_stop)
+    })
 }
 
 /// What a rate in a rule does with SYNs: one without a verdict lets them all go on.
