@@ -2,6 +2,7 @@
 //! rules ask for it, since each peer costs a question. What this host opens to a container comes in by none: it
 //! passes OUTPUT alone, and stands here as of the loopback device.
 
+use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 
@@ -34,8 +35,9 @@ pub fn arrivals(
         return Ok(found);
     }
     let mut own: HashMap<IpAddr, bool> = HashMap::new();
-    let named = links()?.into_iter().map(|link| (link.index, link.name));
-    let named: HashMap<u32, String> = named.collect();
+    let links = if is_asked { links()? } else { Vec::new() };
+    let named: HashMap<u32, String> =
+        links.into_iter().map(|link| (link.index, link.name)).collect();
     let mut routes = Routes::open()?;
     for view in views {
         let key = of(&view);
@@ -43,11 +45,10 @@ pub fn arrivals(
             continue;
         }
         if behind.contains(&key.1) {
-            let is_own = match own.get(&key.0) {
-                Some(is_own) => *is_own,
-                None => routes.is_local(key.0)?,
+            let is_own = match own.entry(key.0) {
+                Entry::Occupied(known) => *known.get(),
+                Entry::Vacant(new) => *new.insert(routes.is_local(key.0)?),
             };
-            own.insert(key.0, is_own);
             if is_own {
                 found.insert(key, Interface::loopback());
                 continue;

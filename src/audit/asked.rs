@@ -155,12 +155,11 @@ impl<'r> Asker<'r> {
         Ok(match room {
             Room::For { more, trace } => {
                 let (met, mut decides) = self.deciding(view, &met, &trace);
-                let shows_none = |met: &&Met| more > 0 && met.is_twice;
-                if met.as_ref().filter(shows_none).is_some() {
+                let mut limit = met.as_ref().map(|met| (met.rule, met.limit));
+                if more > 0 && met.as_ref().is_some_and(|met| met.is_twice) {
                     decides += ", whose list it meets twice: what is on it cannot be told";
+                    limit = None;
                 }
-                let told = met.as_ref().filter(|met| !shows_none(met));
-                let limit = told.map(|met| (met.rule, met.limit));
                 answer(met.unwrap_or(tightest), Some(more), limit, decides)
             }
             Room::AtLeast(most) => {

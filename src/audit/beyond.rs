@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use super::families::stranger;
 use crate::firewall::limits::LimitRule;
 use crate::firewall::packet::Syn;
-use crate::firewall::play::{Certainty, Player};
+use crate::firewall::play::{Certainty, Hit, Player};
 use crate::firewall::value::Answer;
 use crate::flow::Endpoint;
 use crate::sockdiag::Socket;
@@ -16,12 +16,12 @@ use crate::sockdiag::Socket;
 pub struct Beyond {
     /// They get in all the same.
     pub open: BTreeSet<u16>,
-    /// A rate lets in some.
-    pub rated: BTreeSet<u16>,
-    /// It cannot be told: a mark, a set that is not known.
-    pub unclear: BTreeSet<u16>,
-    /// They are refused.
-    pub refused: BTreeSet<u16>,
+    /// At some port a rate lets in some.
+    pub is_rated: bool,
+    /// At some it cannot be told: a mark, a set that is not known.
+    pub is_unclear: bool,
+    /// At some they are refused.
+    pub is_refused: bool,
 }
 
 impl Beyond {
@@ -37,28 +37,26 @@ impl Beyond {
             if played.hits.is_empty() || played.hits.iter().any(|hit| hit.at != rule.at) {
                 continue;
             }
-            let ports = match played.refused {
-                Answer::No => &mut this.open,
-                Answer::Sometimes => &mut this.rated,
-                // What may not come to the limit at all says nothing of what is behind.
-                Answer::Unknown
-                    if played.hits.iter().all(|hit| hit.certainty == Certainty::Perhaps) =>
-                {
-                    continue;
+            match played.refused {
+                Answer::No => {
+                    this.open.insert(syn.destination.port());
                 }
-                Answer::Unknown => &mut this.unclear,
-                Answer::Yes => &mut this.refused,
-            };
-            ports.insert(syn.destination.port());
+                Answer::Sometimes => this.is_rated = true,
+                // What may not come to the limit at all says nothing of what is behind.
+                Answer::Unknown => {
+                    let comes = |hit: &Hit| hit.certainty > Certainty::Perhaps;
+                    this.is_unclear |= played.hits.iter().any(comes);
+                }
+                Answer::Yes => this.is_refused = true,
+            }
         }
         this
     }
 
     /// Whether nobody is refused, as far as they were played; `None` where none was.
     pub fn refuses_nobody(&self) -> Option<bool> {
-        let is_any = |ports: &[&BTreeSet<u16>]| ports.iter().any(|ports| !ports.is_empty());
-        let others = is_any(&[&self.rated, &self.unclear, &self.refused]);
-        (others || is_any(&[&self.open])).then_some(!others)
+        let others = self.is_rated || self.is_unclear || self.is_refused;
+        (others || !self.open.is_empty()).then_some(!others)
     }
 
     /// Who gets in though the limit is exceeded, or may, in words.
@@ -68,10 +66,10 @@ impl Beyond {
             let ports: Vec<_> = self.open.iter().map(u16::to_string).collect();
             words.push(format!("what goes to port {}", ports.join(", ")));
         }
-        if !self.rated.is_empty() {
+        if self.is_rated {
             words.push("as much as a rate beside it lets in".to_owned());
         }
-        if !self.unclear.is_empty() {
+        if self.is_unclear {
             words.push("perhaps some, by what a rule behind it looks at".to_owned());
         }
         words

@@ -57,11 +57,6 @@ impl Load {
         self.has_no_place() && !self.is_noted()
     }
 
-    /// Whether it is full, and a rule behind it, such as a rate, may let in more.
-    pub fn may_pass(&self) -> bool {
-        self.is_full() && self.refused < self.held - self.passing
-    }
-
     fn has_no_place(&self) -> bool {
         self.held > 0 && self.held.saturating_mul(self.times) >= size(self.limit)
     }
@@ -195,7 +190,7 @@ fn meetings<'p>(played: &'p Played, plays: &Plays<'_>, view: &View) -> Vec<Meeti
     let hits = || played.hits.iter().filter(|hit| hit.counts == Counts::Yes);
     let one = |(at, first): (usize, &'p Hit)| {
         // By two rules of one list a socket is no second socket, though it may be counted twice.
-        let is_same = |other: &&Hit| (other.list, &other.group) == (first.list, &first.group);
+        let is_same = |other: &&Hit| other.shares_list(first);
         if hits().take(at).any(|other| is_same(&other)) {
             return None;
         }

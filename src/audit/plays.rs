@@ -192,8 +192,7 @@ impl<'r> Plays<'r> {
             let net = self.net(rule, view);
             let (limit, is_sure) = (hit.limit.count, hit.certainty > Certainty::Perhaps);
             let (group, port) = (group(hit, view), self.port(rule, view));
-            let is_same = |other: &&Hit| (other.list, &other.group) == (hit.list, &hit.group);
-            let is_twice = played.hits.iter().filter(is_same).count() > 1;
+            let is_twice = played.hits.iter().filter(|other| other.shares_list(hit)).count() > 1;
             Some(Met { group, rule, net, port, limit, is_sure, is_twice })
         };
         played.hits.iter().filter_map(met).collect()

@@ -139,7 +139,7 @@ impl LimitFigures {
                     Some(judge::limits::noted(rule))
                 }
                 true => Some(judge::limits::inert(rule)),
-                false => (!beyond.rated.is_empty()).then(|| judge::limits::rated(rule)),
+                false => beyond.is_rated.then(|| judge::limits::rated(rule)),
             });
         }
         let passing = |is_sure| {

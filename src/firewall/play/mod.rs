@@ -78,6 +78,13 @@ pub struct Hit {
     pub counts: Counts,
 }
 
+impl Hit {
+    /// Whether another one is counted on the same list, by whatever rule.
+    pub fn shares_list(&self, other: &Self) -> bool {
+        (self.list, &self.group) == (other.list, &other.group)
+    }
+}
+
 /// Whether a limit that sees a connection counts it from then on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Counts {
