@@ -179,6 +179,19 @@ impl<T: Transport> Conversation<T> {
         self.exchange(requests, End::Answer, answer)
     }
 
+    /// As [`Conversation::look_up`], for one.
+    ///
+    /// # Errors
+    /// As [`Conversation::query`].
+    pub fn ask(
+        &mut self,
+        request: &Request,
+        mut answer: impl FnMut(Frame<'_>) -> Result<()>,
+    ) -> Result<()> {
+        let outcomes = self.look_up(std::slice::from_ref(request), |_, frame| answer(frame))?;
+        outcomes.into_iter().next().unwrap_or(Ok(()))
+    }
+
     /// As [`Conversation::look_up`], with what `read` makes of each answer; `None` where what was asked
     /// for, `what`, is absent, or something else came in its place.
     ///

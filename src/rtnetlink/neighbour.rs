@@ -43,7 +43,7 @@ impl<T: Transport> Neighbours<T> {
     pub fn mac(&mut self, index: u32, addr: IpAddr) -> Result<Option<Mac>> {
         let request = query(index, addr);
         let mut mac = None;
-        let asked = self.conversation.query(&request, |frame| {
+        let asked = self.conversation.ask(&request, |frame| {
             let found =
                 NeighbourMessage::parse(frame.payload).map_err(|e| request.op.malformed(e))?;
             mac = found.attributes.iter().find_map(|attribute| match attribute {

@@ -95,7 +95,7 @@ impl<T: Transport> Routes<T> {
     fn ask(&mut self, addr: IpAddr, from: Option<IpAddr>) -> Result<Destination> {
         let request = query(addr, from);
         let mut destination = Destination::Unreachable;
-        self.conversation.query(&request, |frame| {
+        self.conversation.ask(&request, |frame| {
             let route = RouteMessage::parse(frame.payload).map_err(|e| request.op.malformed(e))?;
             let (mut out, mut gateway) = (None, None);
             for attribute in &route.attributes {

@@ -88,6 +88,8 @@ pub struct Suspect {
     pub is_spoofed: bool,
     /// Its packet is an RST of the server that answers an ACK.
     pub is_answered: bool,
+    /// Its packet has waited for others, and most of these are of connections that have ended.
+    pub has_waited: bool,
     /// What conntrack said of it last, where that is all that is left.
     pub destroyed: Option<Entry>,
     /// When the kernel saw what happened, where it says so.
@@ -125,7 +127,8 @@ impl Suspect {
         let interface = if later.interface == 0 { self.interface } else { later.interface };
         let is_spoofed = self.is_spoofed || later.is_spoofed;
         let is_answered = self.is_answered || later.is_answered;
-        Self { interface, is_spoofed, is_answered, at: self.at, ..later }
+        let has_waited = self.has_waited && later.has_waited;
+        Self { interface, is_spoofed, is_answered, has_waited, at: self.at, ..later }
     }
 }
 
@@ -227,6 +230,7 @@ impl Events {
                             is_translated: false,
                             is_spoofed: false,
                             is_answered: false,
+                            has_waited: false,
                             destroyed,
                             at: None,
                         });

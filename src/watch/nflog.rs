@@ -21,7 +21,7 @@ use super::headers::tcp_flow;
 pub use super::nflog_table::CLOSING;
 use super::nflog_table::{
     self, ANSWERED, CLOSING_WORD, FULL, HELD4, HELD6, HOLDERS4, HOLDERS6, HURRY, Kernel, OPENED,
-    OPENS, PORTS, QUEUE, SPOOFED, TRANSLATED, Watched,
+    OPENS, PORTS, QUEUE, SPOOFED, TRANSLATED, TRANSLATED_WAITED, WAITED, Watched,
 };
 use super::{Drained, Memory, Suspect, tracking};
 use crate::error::{Cause, Error, Op, Result};
@@ -240,7 +240,12 @@ impl Watch {
             is_gap |= seq.is_some() && next.is_some() && seq != *next;
             *next = seq.map(|seq| seq.wrapping_add(1));
             let suspect = |flow| {
-                let is_translated = prefix == Prefix::Translated;
+                let is_translated =
+                    matches!(prefix, Prefix::Translated | Prefix::TranslatedWaited);
+                let has_waited = matches!(
+                    prefix,
+                    Prefix::Waited | Prefix::TranslatedWaited | Prefix::Answered
+                );
                 let is_spoofed = prefix == Prefix::Spoofed;
                 // Its way is that of the server's own packets, and the device is not the socket's.
                 let is_answered = prefix == Prefix::Answered;
@@ -255,6 +260,7 @@ impl Watch {
                     is_translated,
                     is_spoofed,
                     is_answered,
+                    has_waited,
                     destroyed: None,
                     at,
                 }
@@ -339,6 +345,10 @@ pub enum Prefix {
     Plain,
     /// Its destination will be translated.
     Translated,
+    /// An RST without a FIN before it.
+    Waited,
+    /// Such an RST, whose destination will be translated.
+    TranslatedWaited,
     /// The table has no room for others like it.
     Full,
     /// A SYN that only sends off the packets before it.
@@ -365,6 +375,8 @@ impl Prefix {
     fn read(value: &[u8]) -> Self {
         match value.split(|byte| *byte == 0).next().map(std::str::from_utf8) {
             Some(Ok(TRANSLATED)) => Self::Translated,
+            Some(Ok(WAITED)) => Self::Waited,
+            Some(Ok(TRANSLATED_WAITED)) => Self::TranslatedWaited,
             Some(Ok(FULL)) => Self::Full,
             Some(Ok(HURRY)) => Self::Hurry,
             Some(Ok(CLOSING_WORD)) => Self::Closing,

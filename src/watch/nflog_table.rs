@@ -86,6 +86,10 @@ const OPENINGS: Expr = Expr::Limit { rate: 50, burst: 50 };
 /// The word that goes with a packet whose destination will be translated.
 pub(super) const TRANSLATED: &str = "translated";
 
+/// The words that go with an RST without a FIN before it, which has waited for others.
+pub(super) const WAITED: &str = "waited";
+pub(super) const TRANSLATED_WAITED: &str = "translated, waited";
+
 /// The word that goes with a packet that says to be the server's own.
 pub(super) const SPOOFED: &str = "spoofed";
 
@@ -356,11 +360,11 @@ fn remembered_by_tuple(group: u16) -> Vec<Vec<Expr>> {
 
 fn resets(group: u16) -> Vec<Vec<Expr>> {
     let plain = ct(Expr::CtStatus, IPS_DST_NAT, false);
-    let wait = |prefix| [RESETS, log(group, prefix, QUEUE), Expr::Accept];
+    let wait = |word| [RESETS, log(group, Some(word), QUEUE), Expr::Accept];
     vec![
         vec![port(), Expr::Add(RESET)],
-        rule(&[&plain, &wait(None)]),
-        rule(&[&ct(Expr::CtStatus, IPS_DST_NAT, true), &wait(Some(TRANSLATED))]),
+        rule(&[&plain, &wait(WAITED)]),
+        rule(&[&ct(Expr::CtStatus, IPS_DST_NAT, true), &wait(TRANSLATED_WAITED)]),
         vec![ONCE_A_SECOND, log(group, Some(FULL), 1)],
     ]
 }

@@ -44,29 +44,34 @@ impl Syns {
     /// # Errors
     /// The table is gone, or a broken conversation.
     pub fn are_quiet(&mut self, asked: &[(Connection, Instant)]) -> Result<Vec<bool>> {
-        let missed = [MISSED_KEY.to_vec()];
-        let is_full = time_left(&mut self.conversation, &self.table, MISSED, &missed)?;
-        if is_full.iter().any(Option::is_some) {
-            return Ok(vec![false; asked.len()]);
-        }
         let mut all = Vec::with_capacity(asked.len());
         for (connection, since) in asked {
-            // Where the table is gone, this is absent too.
-            let port = [port_key(connection.local.port())];
-            let is_watched = time_left(&mut self.conversation, &self.table, PORTS, &port)?;
             let (set, key) = match connection.remote.addr() {
                 IpAddr::V4(addr) => (SYNS4, addr.octets().to_vec()),
                 IpAddr::V6(addr) => (SYNS6, addr.octets().to_vec()),
             };
-            let left = time_left(&mut self.conversation, &self.table, set, &[key])?;
-            let is_watched = is_watched.iter().all(Option::is_some);
+            let left = self.time_left(set, key)?;
             let passed = since.elapsed() + self.jiffy * DOUBT;
-            let is_quiet = match left.first() {
-                Some(Some(left)) => SYN_MEMORY.saturating_sub(*left) > passed,
-                _ => passed < SYN_MEMORY,
-            };
-            all.push(is_watched && is_quiet);
+            all.push(match left {
+                Some(left) => SYN_MEMORY.saturating_sub(left) > passed,
+                None => passed < SYN_MEMORY,
+            });
+        }
+        // A source's own SYN is answer enough; that there is none must be known for certain.
+        if all.contains(&true) && self.time_left(MISSED, MISSED_KEY.to_vec())?.is_some() {
+            all.fill(false);
+        }
+        for ((connection, _), is_quiet) in asked.iter().zip(&mut all) {
+            // Where the table is gone, this is absent too.
+            *is_quiet = *is_quiet
+                && self.time_left(PORTS, port_key(connection.local.port()))?.is_some();
         }
         Ok(all)
+    }
+
+    /// How long the element will be there, `None` where it is not.
+    fn time_left(&mut self, set: &str, key: Vec<u8>) -> Result<Option<Duration>> {
+        let left = time_left(&mut self.conversation, &self.table, set, &[key])?;
+        Ok(left.into_iter().next().flatten())
     }
 }

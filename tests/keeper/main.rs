@@ -239,6 +239,7 @@ fn suspects_of(port: u16, interface: u32) -> HashMap<Connection, Suspect> {
         is_translated: false,
         is_spoofed: false,
         is_answered: false,
+        has_waited: false,
         destroyed: None,
         at: None,
     };
@@ -304,6 +305,37 @@ mod resets {
         let looks = world.host.borrow().looks - before;
         assert!((22..32).contains(&looks), "{looks} looks at 22 connections");
         assert_eq!(world.keeper.held().count(), 1);
+    }
+
+    /// Three whose packets have waited, and one whose packet sent them off.
+    fn sent_off(world: &World) -> HashMap<Connection, Suspect> {
+        (4000..4004).for_each(|port| world.fin(port));
+        (4000..4004).for_each(|port| world.rst(port));
+        let suspects = (4000..4004).flat_map(|port| suspects_of(port, 0));
+        let urgent = Connection::of_sender(of(4002));
+        let seen = |(flow, it)| (flow, Suspect { has_waited: flow != urgent, ..it });
+        suspects.map(seen).collect()
+    }
+
+    #[test]
+    fn what_has_waited_comes_after_what_has_not() {
+        let mut world = World::with(4000..4004);
+        world.sweep(Depth::Deep);
+        let (suspects, mut deeds) = (sent_off(&world), Deeds::default());
+        world.keeper.suspects(suspects, world.now, world.now, &mut deeds).unwrap();
+        assert_eq!(deeds.done.len(), 4);
+        assert_eq!(deeds.done.first(), Some(&(ActionKind::Revive, 4002)));
+    }
+
+    #[test]
+    fn a_refused_look_at_the_first_leaves_nothing_of_the_others_undone() {
+        let mut world = World::with(4000..4004);
+        world.sweep(Depth::Deep);
+        let (suspects, mut deeds) = (sent_off(&world), Deeds::default());
+        world.refuse_after(0);
+        world.keeper.suspects(suspects, world.now, world.now, &mut deeds).unwrap_err();
+        assert_eq!(deeds.done.len(), 3);
+        world.until(|it| it.state(4002) != Some(TcpState::Close), SWEEP * 2);
     }
 }
 

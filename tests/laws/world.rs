@@ -324,6 +324,7 @@ impl World {
             is_translated: false,
             is_spoofed: false,
             is_answered: false,
+            has_waited: false,
             destroyed: None,
             at: None,
         };

@@ -74,8 +74,8 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         self.carry_out(confirmed, Trigger::Event, since, now, witness)
     }
 
-    /// What an event source has seen, by connections of the server. `since` is when the first of
-    /// them became known.
+    /// What an event source has seen, by connections of the server; what has waited already comes
+    /// last. `since` is when the first of them became known.
     ///
     /// # Errors
     /// A conversation broke: they are looked at again one sweep interval later.
@@ -86,6 +86,21 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         now: Instant,
         witness: &mut impl Witness,
     ) -> Result<()> {
+        let (waited, urgent) = suspects.into_iter().partition(|(_, it)| it.has_waited);
+        let looked = self.look_for(urgent, since, now, witness);
+        looked.and(self.look_for(waited, since, now, witness))
+    }
+
+    fn look_for(
+        &mut self,
+        suspects: HashMap<Connection, Suspect>,
+        since: Instant,
+        now: Instant,
+        witness: &mut impl Witness,
+    ) -> Result<()> {
+        if suspects.is_empty() {
+            return Ok(());
+        }
         let (scope, policy) = (&mut self.scope, &self.settings.policy);
         let translated =
             self.tables.as_their_sockets_see_them(suspects, &self.ledger, scope, policy);
