@@ -1,6 +1,8 @@
 //! Which connections the rules keep out of conntrack, in which zone they keep the others, and of which
 //! conntrack surely has an entry. Pure.
 
+use std::cell::OnceCell;
+
 use super::limits::LimitRule;
 use super::packet::Syn;
 use super::play::Player;
@@ -46,7 +48,9 @@ impl Tracking {
         limits: impl FnOnce(&Ruleset) -> Vec<LimitRule>,
     ) -> Option<Self> {
         let chains: Vec<_> = chains.into_iter().collect();
-        let any = |wanted: fn(&Step) -> bool| chains.iter().flat_map(steps).any(wanted);
+        // Ours keep no connection from conntrack, but packets of its middle.
+        let others = || chains.iter().filter(|chain| !chain.is_ours);
+        let any = |wanted: fn(&Step) -> bool| others().flat_map(steps).any(wanted);
         let has_notrack = any(|step| *step == Step::Notrack);
         let sets_zones = any(|step| matches!(step, Step::SetZone(_)));
         let rules = Ruleset { chains, unread: Vec::new() };
@@ -76,12 +80,11 @@ impl Tracking {
         &self,
         connections: impl IntoIterator<Item = Opened>,
     ) -> impl Iterator<Item = Option<bool>> {
-        let player = match self {
-            Self::Narrowed { rules, .. } => Some(Player::new(rules)),
-            Self::Whole { .. } => None,
-        };
+        // Made when there is a connection to ask for: it looks at every rule.
+        let mut player = None;
         connections.into_iter().map(move |opened| {
-            let Some(player) = &player else { return Some(true) };
+            let Self::Narrowed { rules, .. } = self else { return Some(true) };
+            let player = player.get_or_insert_with(|| Player::new(rules));
             let played = player.limits(&opened.syn());
             // Its SYN is none of conntrack's; the connection that SYNPROXY opens behind it is.
             if played.is_synproxied { Some(true) } else { played.tracked }
@@ -91,7 +94,9 @@ impl Tracking {
     /// Finds the zones of connections; `None` where no rule sets any.
     pub fn zones(&self) -> Option<Zones<'_>> {
         match self {
-            Self::Narrowed { rules, sets_zones: true } => Some(Zones(Player::new(rules))),
+            Self::Narrowed { rules, sets_zones: true } => {
+                Some(Zones { rules, player: OnceCell::new() })
+            }
             _ => None,
         }
     }
@@ -99,13 +104,17 @@ impl Tracking {
 
 /// Rules that set zones.
 #[derive(Clone, Debug)]
-pub struct Zones<'r>(Player<'r>);
+pub struct Zones<'r> {
+    rules: &'r Ruleset,
+    /// Made at the first question: it looks at every rule.
+    player: OnceCell<Player<'r>>,
+}
 
 impl Zones<'_> {
     /// The zone that conntrack keeps a connection in, seen from the client; `None` where that cannot
     /// be told.
     pub fn of(&self, opened: Opened) -> Option<u16> {
-        self.0.limits(&opened.syn()).zone
+        self.player.get_or_init(|| Player::new(self.rules)).limits(&opened.syn()).zone
     }
 }
 
@@ -158,5 +167,15 @@ mod tests {
         assert_eq!((of("198.51.100.9", 80), of("198.51.100.7", 80)), (Some(7), Some(5)));
         assert_eq!((of("198.51.100.7", 81), of("198.51.100.7", 82)), (Some(9), None));
         assert_eq!(of("198.51.100.7", 83), None, "by which device is not known");
+    }
+
+    #[test]
+    fn our_own_rules_narrow_nothing() {
+        let rules = "*raw\n:PREROUTING ACCEPT [0:0]\n-A PREROUTING -j CT --notrack\nCOMMIT\n";
+        let theirs = parse_saved(rules, Family::Ip);
+        let ours: Vec<_> =
+            theirs.iter().map(|chain| Chain { is_ours: true, ..chain.clone() }).collect();
+        assert!(matches!(Tracking::of(theirs, |_| Vec::new()), Some(Tracking::Narrowed { .. })));
+        assert_eq!(Tracking::of(ours, |_| Vec::new()), None);
     }
 }

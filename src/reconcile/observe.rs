@@ -231,10 +231,12 @@ impl<T: Transport> Tables<T> {
                 .collect();
             for (index, entry) in missing.into_iter().zip(self.conntrack.get(&keys)?) {
                 let lookup = connections.get(index);
-                if let (Some(slot), Some(lookup)) = (found.get_mut(index), lookup) {
+                if let (Some(slot), Some(lookup), Some(entry)) =
+                    (found.get_mut(index), lookup, entry)
+                {
                     let worth = |entry: &Entry| rank(lookup.connection, entry, rules.as_ref());
-                    if slot.is_none() || slot.as_ref().map(worth) < entry.as_ref().map(worth) {
-                        *slot = entry;
+                    if slot.as_ref().is_none_or(|known| worth(known) < worth(&entry)) {
+                        *slot = Some(entry);
                     }
                 }
             }
