@@ -240,12 +240,9 @@ impl Watch {
             is_gap |= seq.is_some() && next.is_some() && seq != *next;
             *next = seq.map(|seq| seq.wrapping_add(1));
             let suspect = |flow| {
-                let is_translated =
-                    matches!(prefix, Prefix::Translated | Prefix::TranslatedWaited);
-                let has_waited = matches!(
-                    prefix,
-                    Prefix::Waited | Prefix::TranslatedWaited | Prefix::Answered
-                );
+                let is_translated = matches!(prefix, Prefix::Translated | Prefix::TranslatedWaited);
+                let has_waited =
+                    matches!(prefix, Prefix::Waited | Prefix::TranslatedWaited | Prefix::Answered);
                 let is_spoofed = prefix == Prefix::Spoofed;
                 // Its way is that of the server's own packets, and the device is not the socket's.
                 let is_answered = prefix == Prefix::Answered;

@@ -63,8 +63,8 @@ impl Syns {
         }
         for ((connection, _), is_quiet) in asked.iter().zip(&mut all) {
             // Where the table is gone, this is absent too.
-            *is_quiet = *is_quiet
-                && self.time_left(PORTS, port_key(connection.local.port()))?.is_some();
+            *is_quiet =
+                *is_quiet && self.time_left(PORTS, port_key(connection.local.port()))?.is_some();
         }
         Ok(all)
     }
