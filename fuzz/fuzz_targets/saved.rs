@@ -27,7 +27,7 @@ fuzz_target!(init: { LazyLock::force(&SCHEMA); }, |bytes: &[u8]| {
     let lines = text.lines().count();
     let chains = [(Family::Ip, true), (Family::Ip6, false)].map(|(family, ipv4)| {
         let chains = parse_saved(&text, family);
-        let rules = chains.iter().flat_map(|chain| &chain.rules);
+        let rules = chains.iter().flat_map(|chain| chain.rules.iter());
         assert!(rules.clone().count() <= lines);
         assert!(chains.iter().all(|chain| chain.family.covers(ipv4)));
         chains

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use super::ask::{self, Side, asks};
 use super::rule::{Counting, Threshold};
 use super::value::{Bits, Field, Operand};
-use super::{Base, Chain, Family, Hook, Outcome, Rule, Step, Test, xt};
+use super::{Base, Chain, Family, Hook, Outcome, Step, Test, xt};
 
 /// The chains in saved rules of `family`; lines that it does not know are passed over.
 pub fn parse(text: &str, family: Family) -> Vec<Chain> {
@@ -24,9 +24,7 @@ pub fn parse(text: &str, family: Family) -> Vec<Chain> {
             && let Some(chain) =
                 chains.iter_mut().find(|known| known.table == table && known.name == *chain)
         {
-            let position = chain.rules.len() + 1;
-            let steps = Line::new(rest, family == Family::Ip).steps();
-            chain.rules.push(Rule { position, handle: None, steps });
+            chain.push(None, Line::new(rest, family == Family::Ip).steps());
         }
     }
     chains

@@ -12,7 +12,7 @@ pub fn is_published(rules: &Ruleset, port: u16) -> bool {
 pub fn are_several(rules: &Ruleset, ipv4: bool) -> bool {
     let of_it = |chain: &&Chain| chain.family.covers(ipv4) && translates(rules, chain);
     let chains = rules.chains.iter().filter(of_it);
-    let steps = chains.flat_map(|chain| &chain.rules).flat_map(|rule| &rule.steps);
+    let steps = chains.flat_map(|chain| chain.rules.iter()).flat_map(|rule| &rule.steps);
     steps.flat_map(|step| named(step, &|_| true)).nth(1).is_some()
 }
 

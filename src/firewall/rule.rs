@@ -26,15 +26,22 @@ pub struct Chain {
     pub is_dormant: bool,
     /// Its table is one of a running ctkeep, whose rules know its own packets.
     pub is_ours: bool,
-    /// Its rules, in order.
-    pub rules: Vec<Rule>,
+    /// Its rules, in order; thousands on some hosts, and known in several places.
+    pub rules: Arc<Vec<Rule>>,
 }
 
 impl Chain {
     /// One without rules.
     pub fn new(family: Family, table: &str, name: &str, base: Option<Base>) -> Self {
         let (table, name) = (table.to_owned(), name.to_owned());
-        Self { family, table, name, base, is_dormant: false, is_ours: false, rules: Vec::new() }
+        Self { family, table, name, base, is_dormant: false, is_ours: false, rules: Arc::default() }
+    }
+
+    /// Adds a rule with these steps at its end.
+    pub(super) fn push(&mut self, handle: Option<u64>, mut steps: Vec<Step>) {
+        steps.shrink_to_fit();
+        let position = self.rules.len() + 1;
+        Arc::make_mut(&mut self.rules).push(Rule { position, handle, steps });
     }
 
     /// The place of one of its rules: `ip filter INPUT rule 3`.

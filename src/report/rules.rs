@@ -99,7 +99,7 @@ pub fn lines(rules: &Ruleset) -> String {
         let (table, name, base) = (table.clone(), name.clone(), base.clone());
         let (family, is_dormant, is_ours) = (*family, *is_dormant, *is_ours);
         add(&Line::Chain { family, table, name, base, is_dormant, is_ours });
-        for Rule { position, handle, steps } in rules {
+        for Rule { position, handle, steps } in rules.iter() {
             for (values, set) in steps.iter().filter_map(set_of) {
                 let number = known.len();
                 known.entry(Arc::as_ptr(set)).or_insert_with(|| {
@@ -182,7 +182,7 @@ pub fn read(text: &str) -> Ruleset {
     for line in text.lines() {
         match serde_json::from_str(line) {
             Ok(Line::Chain { family, table, name, base, is_dormant, is_ours }) => {
-                let rules_of = Vec::new();
+                let rules_of = Arc::default();
                 let chain =
                     Chain { family, table, name, base, is_dormant, is_ours, rules: rules_of };
                 rules.chains.push(chain);
@@ -200,7 +200,7 @@ pub fn read(text: &str) -> Ruleset {
                 let steps: Option<Vec<_>> = steps.into_iter().map(|it| step(it, &sets)).collect();
                 match (steps, rules.chains.last_mut()) {
                     (Some(steps), Some(chain)) => {
-                        chain.rules.push(Rule { position, handle, steps });
+                        Arc::make_mut(&mut chain.rules).push(Rule { position, handle, steps });
                     }
                     _ => lost += 1,
                 }

@@ -207,7 +207,8 @@ fn switched_off(ruleset: &Ruleset) -> Vec<LimitRule> {
 }
 
 fn sets(ruleset: &Ruleset) -> impl Iterator<Item = &Set> {
-    let steps = ruleset.chains.iter().flat_map(|chain| &chain.rules).flat_map(|rule| &rule.steps);
+    let steps =
+        ruleset.chains.iter().flat_map(|chain| chain.rules.iter()).flat_map(|rule| &rule.steps);
     steps.filter_map(|step| match step {
         Step::Test(super::Test::In { set, .. }) | Step::Map(_, set) => Some(set.as_ref()),
         Step::Add(adding) => Some(adding.set.as_ref()),

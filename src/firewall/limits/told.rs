@@ -48,7 +48,7 @@ fn is_note(step: &Step) -> bool {
 /// Whether what passes the limit at this step is written to a set, by the rule itself or by the chain
 /// that it leads to.
 pub(super) fn remembers(player: &Player<'_>, chain: &Chain, rule: &Rule, limit: usize) -> bool {
-    let rules = led_to(player, chain, rule).into_iter().flat_map(|chain| &chain.rules);
+    let rules = led_to(player, chain, rule).into_iter().flat_map(|chain| chain.rules.iter());
     let behind = rules.flat_map(|it| &it.steps);
     rule.steps.iter().skip(limit + 1).chain(behind).any(is_written)
 }

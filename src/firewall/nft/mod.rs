@@ -15,7 +15,7 @@ use netlink_sys::protocols::NETLINK_NETFILTER;
 use self::machine::Machine;
 use self::sets::Known;
 use super::set::Set;
-use super::{Base, Chain, Family, Hook, Rule};
+use super::{Base, Chain, Family, Hook};
 use crate::error::{Op, Result};
 use crate::netlink::{Attributes, Conversation, KernelSocket, Transport};
 use crate::nftables::dump::{self, RawChain};
@@ -71,8 +71,7 @@ pub fn chains<T: Transport>(conversation: &mut Conversation<T>) -> Result<Vec<Ch
                 machine.step(Attributes(expression))?;
             }
         }
-        let steps = machine.steps;
-        owner.rules.push(Rule { position: owner.rules.len() + 1, handle: rule.handle, steps });
+        owner.push(rule.handle, machine.steps);
     }
     Ok(chains)
 }

@@ -224,7 +224,7 @@ impl<'r> Player<'r> {
     pub fn asks_for_interfaces(&self) -> bool {
         let of_interface =
             |value: &Operand| matches!(value.field, Field::InterfaceName | Field::InterfaceIndex);
-        let steps = self.ruleset.chains.iter().flat_map(|chain| &chain.rules);
+        let steps = self.ruleset.chains.iter().flat_map(|chain| chain.rules.iter());
         !self.telling.is_empty()
             && steps.flat_map(|rule| &rule.steps).any(|step| match step {
                 Step::Test(Test::Within { value, .. }) => of_interface(value),
