@@ -75,6 +75,8 @@ impl Transport for Faulty {
 #[derive(Debug, Default)]
 struct Deeds {
     done: Vec<(ActionKind, u16)>,
+    /// Of these, limits were said to have so many on their lists.
+    on_lists: usize,
     failed: usize,
     said_full: Vec<Duration>,
 }
@@ -84,6 +86,7 @@ impl Witness for Deeds {
 
     fn acted(&mut self, acted: Acted) {
         for outcome in &acted.outcomes {
+            self.on_lists += usize::from(outcome.is_in_place);
             match outcome.result {
                 Ok(()) => {
                     self.done
@@ -305,6 +308,35 @@ mod resets {
         let looks = world.host.borrow().looks - before;
         assert!((22..32).contains(&looks), "{looks} looks at 22 connections");
         assert_eq!(world.keeper.held().count(), 1);
+    }
+
+    /// SYNs of others may have thrown them off their list (`insert_tree()`): a source gains its limit by
+    /// that once.
+    #[test]
+    fn of_one_source_no_more_than_its_limit_are_taken_to_be_on_its_list() {
+        let mut world = World::with(4000..4008);
+        let rules = "*filter\n:INPUT ACCEPT [0:0]\n-A INPUT -p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK SYN \
+            --dport 80 -m connlimit --connlimit-above 3 -j DROP\nCOMMIT\n";
+        let chains = parse_saved(rules, Family::Ip);
+        let limits = Limiter::of(&Ruleset { chains, ..Ruleset::default() }).rules;
+        world.keeper.know_all_limits(Some(limits));
+        world.keeper.rely_on_syns(Some(Box::new(|asked| Ok(vec![true; asked.len()]))));
+        world.sweep(Depth::Deep);
+        let mut fool = |ports: std::ops::Range<u16>| {
+            ports.clone().for_each(|port| world.fin(port));
+            ports.clone().for_each(|port| world.rst(port));
+            let at = Some(std::time::SystemTime::now());
+            let suspects = ports.clone().flat_map(|port| suspects_of(port, 0));
+            let suspects = suspects.map(|(flow, it)| (flow, Suspect { at, ..it })).collect();
+            let mut deeds = Deeds::default();
+            world.keeper.suspects(suspects, Instant::now(), world.now, &mut deeds).unwrap();
+            assert_eq!(deeds.done.len(), ports.len());
+            ports.for_each(|port| world.close(port));
+            world.sweep(Depth::Shallow);
+            deeds.on_lists
+        };
+        assert_eq!(fool(4000..4001), 1);
+        assert_eq!(fool(4001..4008), 3, "the first has ended");
     }
 
     /// Three whose packets have waited, and one whose packet sent them off.

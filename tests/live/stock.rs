@@ -4,6 +4,7 @@
 //! prove something only as long as these pass.
 
 use crate::lab;
+use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use crate::lab::{Lab, Peer, RawConn, kernel, wait_for};
@@ -163,4 +164,33 @@ fn waiting_for_the_close_wait_timeout_bypasses_the_limit() {
         wait_for("end of the entries", Duration::from_secs(10), || scene.lab.entries().is_empty());
     }
     assert_eq!(scene.lab.sockets("close-wait"), 6);
+}
+
+/// The SYN of a source that is new to an xt limit looks at the lists that it passes on the way to its place
+/// (`insert_tree()`), in one of 256 trees: what is closed just then is forgotten for good.
+#[test]
+fn syns_of_others_throw_a_closed_connection_off_its_list() {
+    /// So many more get in of a source that holds its limit, one of which was closed for a moment.
+    fn admitted(strangers: u32) -> Option<usize> {
+        let scene = Scene::new()?;
+        let mut conns = scene.peer.hold(80, LIMIT as usize);
+        let conn = conns.first_mut()?;
+        scene.lab.half_close(conn);
+        rst_after_ack(conn, kernel::stale_rst());
+        let is_closed = || scene.lab.entry_state(conn).as_deref() == Some("CLOSE");
+        wait_for("a closed entry", Duration::from_secs(2), is_closed);
+        let own = conn.segment(lab::SYN, 0);
+        for number in 0..strangers {
+            let source = (Ipv4Addr::from(0x0b00_0000 + number), 2000).into();
+            scene.peer.send(&lab::Segment { source, ack: 0, ..own.clone() });
+        }
+        let port = conn.client.port();
+        scene.lab.server.run(&format!(
+            "conntrack -U -p tcp --orig-src 198.51.100.7 --orig-port-src {port} --state ESTABLISHED --timeout 60"
+        ));
+        Some(scene.peer.open_promptly(80, 2).len())
+    }
+    let Some(quiet) = admitted(0) else { return };
+    assert_eq!(quiet, 0, "an entry that is right again is counted again");
+    assert_eq!(admitted(4000), Some(1), "nobody has looked at the list");
 }

@@ -4,8 +4,13 @@
 //! Two times decide: of the packet that called for the repair, and of the source's last SYN.
 //! A list is swept when its rule counts, so this holds for limits by source that see nothing but SYNs,
 //! behind the chain that notes them. Of everything else the limit is shown the connection.
+//!
+//! One way is left: the SYN of a source that is new to a limit of xt sweeps the lists that it passes in their tree
+//! (`insert_tree()`), one tree in 256, and anybody can send such SYNs. So of one source no more connections than
+//! its limit are repaired so while they are open, and it gets to hold twice its limit at most.
 
 use std::collections::{HashMap, HashSet};
+use std::net::IpAddr;
 use std::time::Instant;
 
 use super::Keeper;
@@ -43,6 +48,8 @@ pub(super) struct InPlace {
     is_blind: bool,
     /// How often that was so, and how often it was when the deep sweep began.
     missed: [u64; 2],
+    /// Open connections, by source, that were repaired without a nudge.
+    unproven: HashMap<IpAddr, Vec<Socket>>,
 }
 
 impl InPlace {
@@ -81,6 +88,10 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
     pub(super) fn has_seen(&mut self) {
         let [missed, before] = self.in_place.missed;
         self.in_place.is_blind &= missed != before;
+        self.in_place.unproven.retain(|_, sockets| {
+            sockets.retain(|socket| self.ledger.holds(socket));
+            !sockets.is_empty()
+        });
     }
 
     /// Packets that call for a look. An entry was not closed before the first of its connection's.
@@ -109,7 +120,30 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         let candidates = actions.iter().filter(|action| self.may_be_on_its_list(action));
         let sockets: Vec<_> = candidates.filter_map(|action| action.view.socket).collect();
         let quiet = self.quiet(&sockets)?;
-        Ok(sockets.iter().zip(quiet).filter(|(_, it)| *it).map(|(it, _)| it.cookie).collect())
+        let quiet = sockets.into_iter().zip(quiet).filter(|(_, is_quiet)| *is_quiet);
+        Ok(self.few_of_each(quiet.map(|(socket, _)| socket).collect()))
+    }
+
+    /// Those of them with which their sources have no more connections that were repaired so than a limit
+    /// of theirs allows.
+    fn few_of_each(&mut self, sockets: Vec<Socket>) -> HashSet<Cookie> {
+        let (ledger, InPlace { limits, unproven, .. }) = (&self.ledger, &mut self.in_place);
+        for socket in &sockets {
+            if let Some(known) = unproven.get_mut(&socket.remote.addr()) {
+                known.retain(|it| it.cookie != socket.cookie && ledger.holds(it));
+            }
+        }
+        let mut few = HashSet::new();
+        for socket in sockets {
+            let limits = limits.iter().flatten().filter(|rule| may_be_for(rule, &socket));
+            let least = limits.map(|rule| rule.limit.count).min().unwrap_or(u32::MAX);
+            let known = unproven.entry(socket.remote.addr()).or_default();
+            if known.len() < usize::try_from(least).unwrap_or(usize::MAX) {
+                known.push(socket);
+                few.insert(socket.cookie);
+            }
+        }
+        few
     }
 
     /// Repairs without a nudge in whose midst a SYN came: the limit is to be shown these after all.
