@@ -313,6 +313,7 @@ mod resets {
     /// SYNs of others may have thrown them off their list (`insert_tree()`): a source gains its limit by
     /// that once.
     #[test]
+    #[allow(clippy::disallowed_methods, reason = "the kernel stamps packets with the time of day")]
     fn of_one_source_no_more_than_its_limit_are_taken_to_be_on_its_list() {
         let mut world = World::with(4000..4008);
         let rules = "*filter\n:INPUT ACCEPT [0:0]\n-A INPUT -p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK SYN \
