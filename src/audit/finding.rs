@@ -5,7 +5,7 @@ use std::fmt;
 use serde::Serialize;
 
 /// Every identifier there is; docs/doctor.md has a section for each.
-pub const IDENTIFIERS: [&str; 61] = [
+pub const IDENTIFIERS: [&str; 62] = [
     "kernel",
     "privilege-net-admin",
     "privilege-net-raw",
@@ -18,6 +18,7 @@ pub const IDENTIFIERS: [&str; 61] = [
     "loose-pickup",
     "conntrack-events",
     "close-wait-timeout",
+    "idle-timeout",
     "outgoing",
     "lease",
     "rules-unread",

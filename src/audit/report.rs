@@ -213,6 +213,11 @@ impl Report {
             let timeout = layer.figures.timeout_close_wait;
             layer.extend(judge::sockets::outgoing(outgoing, told.outgoing, timeout));
         }
+        if let (Some(told), Some(layer)) = (&seen.told, layers.conntrack.as_mut())
+            && !limiter.rules.is_empty()
+        {
+            layer.extend(judge::figures::idle(&layer.figures, told.level.is_some()));
+        }
         let reached = Reached {
             // Of saved tables what is open shows it.
             by_ipv6: seen.has_ipv6

@@ -93,8 +93,11 @@ fn found(report: Report) -> Vec<Finding> {
     if !is_over && !limiter.figures.rules.is_empty() {
         let held: usize = report.sources.iter().map(|source| source.held).sum();
         let sources = report.sources.iter().filter(|source| source.held > 0).count();
-        let s = if sources == 1 { "" } else { "s" };
-        let what = format!("{sources} source{s} with {held} sockets, none over its limit");
+        let s = |count| if count == 1 { "" } else { "s" };
+        let (of_sources, of_held) = (s(sources), s(held));
+        let what = format!(
+            "{sources} source{of_sources} with {held} socket{of_held}, none over its limit"
+        );
         all.push(Finding::ok("source-over-limit", what));
     }
     all.extend(limiter.findings);

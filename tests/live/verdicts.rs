@@ -631,3 +631,29 @@ fn a_limit_without_room_does_not_hold() {
         drop(held);
     }
 }
+
+/// Who is silent for longer than conntrack remembers gets the limit again.
+#[test]
+fn a_timeout_that_forgets_idle_clients_is_named_where_no_daemon_runs() {
+    let Some((lab, _server, peer)) = host(&format!("{OPENS} -j DROP\n")) else { return };
+    let timeout = "net/netfilter/nf_conntrack_tcp_timeout_established";
+    let of = |lab: &Lab| {
+        let (_, report) = json(lab, &["audit"]);
+        let findings = report["layers"]["conntrack"]["findings"].clone();
+        let (_, by_doctor) = doctor(lab);
+        assert_eq!(verdicts(&findings, "idle-timeout"), verdicts(&by_doctor, "idle-timeout"));
+        verdicts(&findings, "idle-timeout")
+    };
+    assert_eq!(of(&lab), ["ok"]);
+    lab.server.sysctl(timeout, "2");
+    assert_eq!(of(&lab), ["warn"]);
+    let _held = peer.hold(80, LIMIT);
+    assert_eq!(peer.admitted(80, 1), 0);
+    std::thread::sleep(std::time::Duration::from_secs(4));
+    let _again = peer.hold(80, LIMIT);
+    let daemon = lab.daemon(CTKEEP, &["--port", "80"]);
+    assert_eq!(of(&lab), ["ok"]);
+    drop(daemon);
+    lab.server.run("iptables -F INPUT");
+    assert_eq!(of(&lab), [""; 0], "no limit counts");
+}

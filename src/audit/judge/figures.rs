@@ -16,6 +16,9 @@ const PER_BUCKET: u64 = 8;
 /// A timeout so long for all half-closed connections fills the table with those that are over.
 const LONG_CLOSE_WAIT: u64 = 600;
 
+/// By when a server that probes its idle clients has sent a packet (`net.ipv4.tcp_keepalive_time`), seconds.
+const KEEPALIVE: u64 = 7200;
+
 /// A queue this full, in percent.
 const QUEUE_WARN: u64 = 50;
 
@@ -95,6 +98,27 @@ pub fn conntrack(figures: &Table) -> Vec<Finding> {
         });
     }
     all
+}
+
+/// Idle connections, where a limit counts; `is_kept`: a daemon lengthens the time of those that it guards.
+pub fn idle(figures: &Table, is_kept: bool) -> Option<Finding> {
+    const ID: &str = "idle-timeout";
+    let seconds = figures.timeout_established?;
+    let what = format!("idle connections are forgotten after {seconds} s");
+    Some(if seconds >= KEEPALIVE {
+        Finding::ok(ID, what)
+    } else if is_kept {
+        Finding::ok(ID, format!("{what}; ctkeep keeps those of guarded ports"))
+    } else {
+        Finding::warn(
+            ID,
+            format!(
+                "{what}: whose sockets stay open, and who is silent for so long, gets the limit again"
+            ),
+            "ctkeep run keeps them, or sysctl -w \
+             net.netfilter.nf_conntrack_tcp_timeout_established=432000",
+        )
+    })
 }
 
 fn fill(figures: &Table) -> Finding {
