@@ -48,7 +48,7 @@ impl Tracking {
         limits: impl FnOnce(&Ruleset) -> Vec<LimitRule>,
     ) -> Option<Self> {
         let chains: Vec<_> = chains.into_iter().collect();
-        // Ours keep no connection from conntrack, but packets of its middle.
+        // The player passes over ours, too: they keep no connection from conntrack.
         let others = || chains.iter().filter(|chain| !chain.is_ours);
         let any = |wanted: fn(&Step) -> bool| others().flat_map(steps).any(wanted);
         let has_notrack = any(|step| *step == Step::Notrack);

@@ -144,10 +144,9 @@ impl<T: Transport> Conversation<T> {
     pub fn query(
         &mut self,
         request: &Request,
-        mut answer: impl FnMut(Frame<'_>) -> Result<()>,
+        answer: impl FnMut(Frame<'_>) -> Result<()>,
     ) -> Result<()> {
-        let outcomes = self.batch(std::slice::from_ref(request), |_, frame| answer(frame))?;
-        outcomes.into_iter().next().unwrap_or(Ok(()))
+        self.exchange_one(request, End::Acknowledgement, answer)
     }
 
     /// Sends many requests, many in one send, and returns one result for each, in order.
@@ -186,10 +185,9 @@ impl<T: Transport> Conversation<T> {
     pub fn ask(
         &mut self,
         request: &Request,
-        mut answer: impl FnMut(Frame<'_>) -> Result<()>,
+        answer: impl FnMut(Frame<'_>) -> Result<()>,
     ) -> Result<()> {
-        let outcomes = self.look_up(std::slice::from_ref(request), |_, frame| answer(frame))?;
-        outcomes.into_iter().next().unwrap_or(Ok(()))
+        self.exchange_one(request, End::Answer, answer)
     }
 
     /// As [`Conversation::look_up`], with what `read` makes of each answer; `None` where what was asked
@@ -224,6 +222,17 @@ impl<T: Transport> Conversation<T> {
                 (Err(error), _) => Err(error),
             })
             .collect()
+    }
+
+    fn exchange_one(
+        &mut self,
+        request: &Request,
+        end: End,
+        mut answer: impl FnMut(Frame<'_>) -> Result<()>,
+    ) -> Result<()> {
+        let one = std::slice::from_ref(request);
+        let outcomes = self.exchange(one, end, |_, frame| answer(frame))?;
+        outcomes.into_iter().next().unwrap_or(Ok(()))
     }
 
     fn exchange(

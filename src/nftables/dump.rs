@@ -153,31 +153,28 @@ pub(crate) fn elements<T: Transport>(
     })
 }
 
-/// The time that these elements of a set have left, in their order; `None` for one that is not in
-/// it, zero for one that stays.
+/// The time that an element of a set has left; `None` where it is not in it, zero where it stays.
 pub(crate) fn time_left<T: Transport>(
     conversation: &mut Conversation<T>,
     table: &str,
     set: &str,
-    keys: &[Vec<u8>],
-) -> Result<Vec<Option<Duration>>> {
-    let one = |key: &Vec<u8>| {
-        let key = nested(NFTA_SET_ELEM_KEY, &[nla(NFTA_DATA_VALUE, key)]);
-        let attributes = [
-            text(NFTA_SET_ELEM_LIST_TABLE, table),
-            text(NFTA_SET_ELEM_LIST_SET, set),
-            nested(NFTA_SET_ELEM_LIST_ELEMENTS, &[nested(NFTA_LIST_ELEM, &[key])]),
-        ];
-        get("look into nftables set", NFT_MSG_GETSETELEM, NFPROTO_INET, &attributes)
-    };
-    let requests: Vec<_> = keys.iter().map(one).collect();
-    conversation.find(&requests, "element", |_, _, frame| {
+    key: &[u8],
+) -> Result<Option<Duration>> {
+    let key = nested(NFTA_SET_ELEM_KEY, &[nla(NFTA_DATA_VALUE, key)]);
+    let attributes = [
+        text(NFTA_SET_ELEM_LIST_TABLE, table),
+        text(NFTA_SET_ELEM_LIST_SET, set),
+        nested(NFTA_SET_ELEM_LIST_ELEMENTS, &[nested(NFTA_LIST_ELEM, &[key])]),
+    ];
+    let request = get("look into nftables set", NFT_MSG_GETSETELEM, NFPROTO_INET, &attributes);
+    let found = conversation.find(&[request], "element", |_, _, frame| {
         let message = Attributes(frame.payload.get(NFGENMSG_LEN..).unwrap_or_default());
         let elements = message.nest(NFTA_SET_ELEM_LIST_ELEMENTS);
         let element = elements.and_then(|all| all.iter().next());
         let left = element.and_then(|(_, it)| Attributes(it).long(NFTA_SET_ELEM_EXPIRATION));
         Ok(Some(Duration::from_millis(left.unwrap_or(0))))
-    })
+    })?;
+    Ok(found.into_iter().next().flatten())
 }
 
 fn list<T: Transport, V>(

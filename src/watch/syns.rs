@@ -50,7 +50,7 @@ impl Syns {
                 IpAddr::V4(addr) => (SYNS4, addr.octets().to_vec()),
                 IpAddr::V6(addr) => (SYNS6, addr.octets().to_vec()),
             };
-            let left = self.time_left(set, key)?;
+            let left = self.time_left(set, &key)?;
             let passed = since.elapsed() + self.jiffy * DOUBT;
             all.push(match left {
                 Some(left) => SYN_MEMORY.saturating_sub(left) > passed,
@@ -58,20 +58,19 @@ impl Syns {
             });
         }
         // A source's own SYN is answer enough; that there is none must be known for certain.
-        if all.contains(&true) && self.time_left(MISSED, MISSED_KEY.to_vec())?.is_some() {
+        if all.contains(&true) && self.time_left(MISSED, &MISSED_KEY)?.is_some() {
             all.fill(false);
         }
         for ((connection, _), is_quiet) in asked.iter().zip(&mut all) {
             // Where the table is gone, this is absent too.
             *is_quiet =
-                *is_quiet && self.time_left(PORTS, port_key(connection.local.port()))?.is_some();
+                *is_quiet && self.time_left(PORTS, &port_key(connection.local.port()))?.is_some();
         }
         Ok(all)
     }
 
     /// How long the element will be there, `None` where it is not.
-    fn time_left(&mut self, set: &str, key: Vec<u8>) -> Result<Option<Duration>> {
-        let left = time_left(&mut self.conversation, &self.table, set, &[key])?;
-        Ok(left.into_iter().next().flatten())
+    fn time_left(&mut self, set: &str, key: &[u8]) -> Result<Option<Duration>> {
+        time_left(&mut self.conversation, &self.table, set, key)
     }
 }

@@ -98,9 +98,6 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         now: Instant,
         witness: &mut impl Witness,
     ) -> Result<()> {
-        if suspects.is_empty() {
-            return Ok(());
-        }
         let (scope, policy) = (&mut self.scope, &self.settings.policy);
         let translated =
             self.tables.as_their_sockets_see_them(suspects, &self.ledger, scope, policy);
