@@ -4,19 +4,15 @@ use std::net::{Ipv4Addr, TcpListener};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use netlink_packet_core::Emitable;
-use netlink_packet_route::link::{LinkFlags, LinkMessage};
-use netlink_sys::protocols::NETLINK_ROUTE;
 use tun_rs::SyncDevice;
 
 use crate::conntrack::{Change, Conntrack, Entry, Insert, Status, TcpState, Zone};
 use crate::error::{Cause, Op, Result};
 use crate::flow::{Endpoint, FourTuple};
-use crate::netlink::{Conversation, KernelSocket, Request};
 use crate::nftables::{ChainSpec, Expr, Hook, SetSpec, Table, TableSpec, key};
 use crate::recount::{Mode, Recipe, Recount, Recounter, Route, tap};
+use crate::rtnetlink::link::set_up;
 
-const RTM_NEWLINK: u16 = 16;
 /// `lo` is the first device of every namespace.
 const LOOPBACK: u32 = 1;
 const IPPROTO_TCP: u8 = 6;
@@ -54,7 +50,7 @@ impl Trial {
     /// # Errors
     /// The namespace cannot be furnished: a privilege, conntrack or `ct count` is missing.
     pub(super) fn run(now: Instant) -> Result<Self> {
-        set_loopback_up()?;
+        set_up(LOOPBACK)?;
         let op = Op::new("listen in trial namespace");
         // As on the host: the server's port is open, and its TCP drops the nudge in silence.
         let _server = TcpListener::bind(("0.0.0.0", PORT)).map_err(|error| op.io(error))?;
@@ -135,17 +131,4 @@ fn interface_of_client() -> Result<SyncDevice> {
     let device = tap(op, "client")?;
     let device = device.ipv4(Ipv4Addr::new(198, 51, 100, 1), 24, None).enable(true).build_sync();
     device.map_err(|error| op.failed(Cause::Unavailable(format!("{error} (modprobe tun)"))))
-}
-
-/// `ip link set lo up`
-fn set_loopback_up() -> Result<()> {
-    let op = Op::new("set loopback up");
-    let mut message = LinkMessage::default();
-    message.header.index = LOOPBACK;
-    message.header.flags = LinkFlags::Up;
-    message.header.change_mask = LinkFlags::Up;
-    let mut body = vec![0; message.buffer_len()];
-    message.emit(&mut body);
-    let request = Request { op, kind: RTM_NEWLINK, flags: 0, body, joined: false };
-    Conversation::new(KernelSocket::open(op, NETLINK_ROUTE)?).execute(&request)
 }

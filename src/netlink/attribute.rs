@@ -64,6 +64,11 @@ impl<'a> Attributes<'a> {
         self.value(kind)?.try_into().ok().map(u32::from_be_bytes)
     }
 
+    /// A number in this host's byte order, as rtnetlink has them.
+    pub fn native(self, kind: u16) -> Option<u32> {
+        self.value(kind)?.try_into().ok().map(u32::from_ne_bytes)
+    }
+
     /// A number of 8 bytes in network byte order.
     pub fn long(self, kind: u16) -> Option<u64> {
         self.value(kind)?.try_into().ok().map(u64::from_be_bytes)

@@ -1,16 +1,16 @@
 //! Bridges whose packets the host's rules see, though they only pass from port to port (`br_netfilter`).
 
-use netlink_packet_core::{Emitable, Parseable};
-use netlink_packet_route::link::{
-    InfoBridge, InfoData, InfoKind, LinkAttribute, LinkInfo, LinkMessage,
-};
-
 use nix::errno::Errno;
 
-use super::link::RTM_GETLINK;
+use super::link::{self, IFLA_INFO_KIND, IFLA_LINKINFO, RTM_GETLINK};
 use super::route::Routes;
+use super::{body, split};
 use crate::error::{Op, Result};
 use crate::netlink::{Request, Transport};
+
+const IFLA_INFO_DATA: u16 = 2;
+const IFLA_BR_NF_CALL_IPTABLES: u16 = 36;
+const IFLA_BR_NF_CALL_IP6TABLES: u16 = 37;
 
 impl<T: Transport> Routes<T> {
     /// Whether this bridge has a family's rules called for itself (`nf_call_iptables`); `None` of another device, and
@@ -19,30 +19,18 @@ impl<T: Transport> Routes<T> {
     /// # Errors
     /// A broken conversation.
     pub fn bridge_calls(&mut self, device: u32, is_ipv4: bool) -> Result<Option<bool>> {
-        let mut message = LinkMessage::default();
-        message.header.index = device;
-        let mut body = vec![0; message.buffer_len()];
-        message.emit(&mut body);
         let op = Op::new("look-up of a bridge");
+        let body = body(link::head(device, 0), &[]);
         let request = Request { op, kind: RTM_GETLINK, flags: 0, body, joined: false };
+        let option = if is_ipv4 { IFLA_BR_NF_CALL_IPTABLES } else { IFLA_BR_NF_CALL_IP6TABLES };
         let mut calls = None;
         let asked = self.conversation.query(&request, |frame| {
-            let link = LinkMessage::parse(frame.payload).map_err(|error| op.malformed(error))?;
-            let infos = link.attributes.iter().filter_map(|attribute| match attribute {
-                LinkAttribute::LinkInfo(infos) => Some(infos),
-                _ => None,
-            });
-            let infos: Vec<_> = infos.flatten().collect();
-            let is_bridge = infos.contains(&&LinkInfo::Kind(InfoKind::Bridge));
-            let of_it = infos.iter().any(|info| match info {
-                LinkInfo::Data(InfoData::Bridge(all)) => all.iter().any(|option| match option {
-                    InfoBridge::NfCallIpTables(is_on) => is_ipv4 && *is_on,
-                    InfoBridge::NfCallIp6Tables(is_on) => !is_ipv4 && *is_on,
-                    _ => false,
-                }),
-                _ => false,
-            });
-            calls = is_bridge.then_some(of_it);
+            let (_, attributes) = split::<{ link::HEAD }>(op, frame.payload)?;
+            let info = attributes.nest(IFLA_LINKINFO);
+            let is_bridge =
+                info.and_then(|info| info.text(IFLA_INFO_KIND)).as_deref() == Some("bridge");
+            let called = info.and_then(|info| info.nest(IFLA_INFO_DATA)?.value(option));
+            calls = is_bridge.then(|| called.is_some_and(|called| called != [0]));
             Ok(())
         });
         match asked {

@@ -2,17 +2,17 @@
 
 use std::net::IpAddr;
 
-use netlink_packet_core::{Emitable, Parseable};
-use netlink_packet_route::AddressFamily;
-use netlink_packet_route::neighbour::{
-    NeighbourAddress, NeighbourAttribute, NeighbourHeader, NeighbourMessage,
-};
 use netlink_sys::protocols::NETLINK_ROUTE;
 
+use super::{address, body, split};
 use crate::error::{Op, Result};
 use crate::netlink::{Conversation, KernelSocket, Request, Transport};
 
 const RTM_GETNEIGH: u16 = 30;
+const NDA_DST: u16 = 1;
+const NDA_LLADDR: u16 = 2;
+/// Words of `struct ndmsg { u8 family, .., int index, u16 state, u8 flags, u8 type }`.
+const HEAD: usize = 3;
 
 /// An Ethernet address.
 pub type Mac = [u8; 6];
@@ -44,12 +44,8 @@ impl<T: Transport> Neighbours<T> {
         let request = query(index, addr);
         let mut mac = None;
         let asked = self.conversation.ask(&request, |frame| {
-            let found =
-                NeighbourMessage::parse(frame.payload).map_err(|e| request.op.malformed(e))?;
-            mac = found.attributes.iter().find_map(|attribute| match attribute {
-                NeighbourAttribute::LinkLayerAddress(bytes) => bytes.as_slice().try_into().ok(),
-                _ => None,
-            });
+            let (_, attributes) = split::<HEAD>(request.op, frame.payload)?;
+            mac = attributes.value(NDA_LLADDR).and_then(|bytes| bytes.try_into().ok());
             Ok(())
         });
         match asked {
@@ -62,14 +58,7 @@ impl<T: Transport> Neighbours<T> {
 }
 
 fn query(index: u32, addr: IpAddr) -> Request {
-    let (family, destination) = match addr {
-        IpAddr::V4(addr) => (AddressFamily::Inet, NeighbourAddress::Inet(addr)),
-        IpAddr::V6(addr) => (AddressFamily::Inet6, NeighbourAddress::Inet6(addr)),
-    };
-    let mut message = NeighbourMessage::default();
-    message.header = NeighbourHeader { family, ifindex: index, ..NeighbourHeader::default() };
-    message.attributes = vec![NeighbourAttribute::Destination(destination)];
-    let mut body = vec![0; message.buffer_len()];
-    message.emit(&mut body);
+    let (family, destination) = address(NDA_DST, addr);
+    let body = body([family.into(), index, 0], &[destination]);
     Request { op: Op::new("neighbour look-up"), kind: RTM_GETNEIGH, flags: 0, body, joined: false }
 }

@@ -2,14 +2,18 @@
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-use netlink_packet_core::{Emitable, Parseable};
-use netlink_packet_route::nsid::{NsidAttribute, NsidMessage};
 use netlink_sys::protocols::NETLINK_ROUTE;
 
+use super::{body, split};
 use crate::error::{Op, Result};
+use crate::netlink::attribute::nla;
 use crate::netlink::{Conversation, KernelSocket, Request};
 
 const RTM_GETNSID: u16 = 90;
+const NETNSA_NSID: u16 = 1;
+const NETNSA_FD: u16 = 3;
+/// Words of `struct rtgenmsg { u8 family }`.
+const HEAD: usize = 1;
 
 /// Asks for the numbers that the namespace of the thread that opened it has for others.
 #[derive(Debug)]
@@ -35,19 +39,13 @@ impl Numbers {
     pub fn of(&mut self, namespace: BorrowedFd<'_>) -> Result<Option<i32>> {
         let op = Op::new("number of a network namespace");
         let fd = u32::try_from(namespace.as_raw_fd()).map_err(|error| op.malformed(error))?;
-        let mut message = NsidMessage::default();
-        message.attributes = vec![NsidAttribute::Fd(fd)];
-        let mut body = vec![0; message.buffer_len()];
-        message.emit(&mut body);
+        let body = body([0], &[nla(NETNSA_FD, &fd.to_ne_bytes())]);
         let request = Request { op, kind: RTM_GETNSID, flags: 0, body, joined: false };
         let mut number = None;
         self.conversation.query(&request, |frame| {
-            let message = NsidMessage::parse(frame.payload).map_err(|error| op.malformed(error))?;
-            number = message.attributes.iter().find_map(|attribute| match attribute {
-                // -1: it has none.
-                NsidAttribute::Id(number) => u32::try_from(*number).ok().map(|_| *number),
-                _ => None,
-            });
+            let (_, attributes) = split::<HEAD>(op, frame.payload)?;
+            // -1: it has none.
+            number = attributes.native(NETNSA_NSID).map(u32::cast_signed).filter(|it| *it >= 0);
             Ok(())
         })?;
         Ok(number)

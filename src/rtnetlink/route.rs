@@ -2,18 +2,22 @@
 
 use std::net::IpAddr;
 
-use netlink_packet_core::{Emitable, Parseable};
-use netlink_packet_route::AddressFamily;
-use netlink_packet_route::route::{
-    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteType, RouteVia,
-};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use nix::errno::Errno;
+use nix::libc;
 
+use super::{address, body, split};
 use crate::error::{Op, Result};
 use crate::netlink::{Conversation, KernelSocket, Request, Transport};
 
 const RTM_GETROUTE: u16 = 26;
+const RTA_DST: u16 = 1;
+const RTA_SRC: u16 = 2;
+const RTA_OIF: u16 = 4;
+const RTA_GATEWAY: u16 = 5;
+const RTA_VIA: u16 = 18;
+/// Words of `struct rtmsg { u8 family, dst_len, src_len, tos, table, protocol, scope, type, unsigned flags }`.
+const HEAD: usize = 3;
 
 /// The routing tables of one network namespace.
 #[derive(Debug)]
@@ -96,21 +100,14 @@ impl<T: Transport> Routes<T> {
         let request = query(addr, from);
         let mut destination = Destination::Unreachable;
         self.conversation.ask(&request, |frame| {
-            let route = RouteMessage::parse(frame.payload).map_err(|e| request.op.malformed(e))?;
-            let (mut out, mut gateway) = (None, None);
-            for attribute in &route.attributes {
-                match attribute {
-                    RouteAttribute::Oif(index) => out = Some(*index),
-                    RouteAttribute::Gateway(RouteAddress::Inet(addr))
-                    | RouteAttribute::Via(RouteVia::Inet(addr)) => gateway = Some((*addr).into()),
-                    RouteAttribute::Gateway(RouteAddress::Inet6(addr))
-                    | RouteAttribute::Via(RouteVia::Inet6(addr)) => gateway = Some((*addr).into()),
-                    _ => {}
-                }
-            }
-            destination = match (route.header.kind, out) {
-                (RouteType::Local, _) => Destination::Local,
-                (RouteType::Unicast, Some(index)) => Destination::Interface { index, gateway },
+            let ([_, second, _], attributes) = split::<HEAD>(request.op, frame.payload)?;
+            let [_, _, _, kind] = second.to_ne_bytes();
+            // struct rtvia { u16 family, u8 address[] }
+            let via = || attributes.value(RTA_VIA)?.get(2..);
+            let gateway = attributes.value(RTA_GATEWAY).or_else(via).and_then(ip);
+            destination = match (kind, attributes.native(RTA_OIF)) {
+                (libc::RTN_LOCAL, _) => Destination::Local,
+                (libc::RTN_UNICAST, Some(index)) => Destination::Interface { index, gateway },
                 _ => Destination::Unreachable,
             };
             Ok(())
@@ -119,23 +116,18 @@ impl<T: Transport> Routes<T> {
     }
 }
 
+fn ip(bytes: &[u8]) -> Option<IpAddr> {
+    let v4 = || <[u8; 4]>::try_from(bytes).ok().map(IpAddr::from);
+    v4().or_else(|| <[u8; 16]>::try_from(bytes).ok().map(IpAddr::from))
+}
+
 fn query(addr: IpAddr, from: Option<IpAddr>) -> Request {
-    let (family, prefix) = match addr {
-        IpAddr::V4(_) => (AddressFamily::Inet, 32),
-        IpAddr::V6(_) => (AddressFamily::Inet6, 128),
-    };
-    let mut message = RouteMessage::default();
-    message.header = RouteHeader {
-        address_family: family,
-        destination_prefix_length: prefix,
-        ..RouteHeader::default()
-    };
-    message.attributes = vec![RouteAttribute::Destination(addr.into())];
-    if let Some(from) = from {
-        message.header.source_prefix_length = prefix;
-        message.attributes.push(RouteAttribute::Source(from.into()));
-    }
-    let mut body = vec![0; message.buffer_len()];
-    message.emit(&mut body);
+    let prefix = if addr.is_ipv4() { 32 } else { 128 };
+    let (family, destination) = address(RTA_DST, addr);
+    let source = from.map(|from| address(RTA_SRC, from).1);
+    let of_source = if source.is_some() { prefix } else { 0 };
+    let head = [u32::from_ne_bytes([family, prefix, of_source, 0]), 0, 0];
+    let attributes: Vec<_> = [destination].into_iter().chain(source).collect();
+    let body = body(head, &attributes);
     Request { op: Op::new("route look-up"), kind: RTM_GETROUTE, flags: 0, body, joined: false }
 }
