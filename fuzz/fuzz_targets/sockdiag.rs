@@ -78,7 +78,7 @@ fn plainly(payload: &[u8]) -> Socket {
     }
 }
 
-/// The whole message, attributes and all: ctkeep takes only the header from that crate.
+/// The whole message, attributes and all.
 fn by_the_crate(kind: u16, payload: &[u8], socket: &Socket) {
     if let Ok(SockDiagMessage::InetResponse(response)) =
         SockDiagMessage::parse_with_param(payload, kind)

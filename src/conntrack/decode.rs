@@ -12,9 +12,7 @@ use super::Counters;
 use super::entry::{Entry, HelperName, SeqAdj, Status, SynProxy, Tcp, TcpState, Zone};
 use super::uapi::*;
 use crate::flow::{Endpoint, FourTuple};
-
-/// Length of `struct nfgenmsg`.
-const NFGENMSG_LEN: usize = 4;
+use crate::netlink::NFGENMSG_LEN;
 
 type Decoded<T> = Result<T, DecodeError>;
 

@@ -7,15 +7,14 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
-use netlink_packet_core::{DefaultNla, Emitable, NLM_F_CREATE, NLM_F_EXCL};
-use netlink_packet_netfilter::{NetfilterHeader, NetfilterProtoFamily};
+use netlink_packet_core::{DefaultNla, NLM_F_CREATE, NLM_F_EXCL};
 
 use super::entry::{Entry, EntryKey, SeqAdj, Status, SynProxy, TcpState, Zone};
 use super::uapi::*;
 use crate::error::Op;
-use crate::flow::{AF_INET, AF_INET6, Endpoint, FourTuple};
-use crate::netlink::Request;
-use crate::netlink::attribute::{nested, nla};
+use crate::flow::{AF_INET, Endpoint, FourTuple};
+use crate::netlink::attribute::{emitted, nested, nla};
+use crate::netlink::{Request, nfgenmsg};
 
 /// Flags of both directions of what we insert, or hold as ESTABLISHED where it is. Liberal: the windows
 /// are not known to a new entry, and without the flag the rest of the stream would be INVALID; so would
@@ -359,15 +358,7 @@ fn request(
 }
 
 fn message(op: Op, kind: u16, flags: u16, family: u8, attributes: &[DefaultNla]) -> Request {
-    let family = match family {
-        AF_INET => NetfilterProtoFamily::IPv4,
-        AF_INET6 => NetfilterProtoFamily::IPv6,
-        _ => NetfilterProtoFamily::Unspec,
-    };
-    let header = NetfilterHeader::new(family, 0, 0);
-    let mut body = vec![0; header.buffer_len() + attributes.buffer_len()];
-    let (head, tail) = body.split_at_mut(header.buffer_len());
-    header.emit(head);
-    attributes.emit(tail);
+    let mut body = nfgenmsg(family, 0).to_vec();
+    body.append(&mut emitted(attributes));
     Request { op, kind, flags, body, joined: false }
 }

@@ -7,7 +7,7 @@ use netlink_sys::protocols::NETLINK_NETFILTER;
 
 use crate::conntrack::TcpState;
 use crate::error::{Op, Result};
-use crate::netlink::{Attributes, Conversation, KernelSocket, Request, Transport};
+use crate::netlink::{Attributes, Conversation, KernelSocket, NFGENMSG_LEN, Request, Transport};
 use crate::nftables::dump;
 use crate::nftables::uapi::*;
 

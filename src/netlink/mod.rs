@@ -8,6 +8,7 @@ pub mod attribute;
 mod conn;
 mod drain;
 mod frame;
+mod nfgen;
 pub mod script;
 mod transport;
 
@@ -15,4 +16,5 @@ pub use attribute::Attributes;
 pub use conn::{Conversation, Request};
 pub use drain::{Drained, drain};
 pub use frame::{Frame, frames};
+pub use nfgen::{NFGENMSG_LEN, nfgenmsg};
 pub use transport::{KernelSocket, Transport};

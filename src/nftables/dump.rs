@@ -11,7 +11,7 @@ use super::table::comment;
 use super::uapi::*;
 use crate::error::{Op, Result};
 use crate::netlink::attribute::{emitted, nested, nla, text};
-use crate::netlink::{Attributes, Conversation, Request, Transport};
+use crate::netlink::{Attributes, Conversation, NFGENMSG_LEN, Request, Transport};
 
 /// A table.
 #[derive(Clone, Debug)]

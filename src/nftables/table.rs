@@ -5,8 +5,7 @@
 
 use std::time::Duration;
 
-use netlink_packet_core::{DefaultNla, Emitable, NLM_F_APPEND, NLM_F_CREATE};
-use netlink_packet_netfilter::{NetfilterHeader, NetfilterProtoFamily};
+use netlink_packet_core::{DefaultNla, NLM_F_APPEND, NLM_F_CREATE};
 use netlink_sys::protocols::NETLINK_NETFILTER;
 use nix::errno::Errno;
 
@@ -15,7 +14,7 @@ use super::uapi::*;
 use super::{COMMENT, Expr, Hook};
 use crate::error::{Cause, Op, Result};
 use crate::netlink::attribute::{emitted, nested, nla, text, word};
-use crate::netlink::{Conversation, KernelSocket, Request, Transport};
+use crate::netlink::{Conversation, KernelSocket, Request, Transport, nfgenmsg};
 
 /// Elements in one message: an attribute holds at most 64 KiB.
 const ELEMENTS: usize = 512;
@@ -307,8 +306,13 @@ pub(super) fn comment(text: &str) -> Vec<u8> {
 
 /// What a transaction begins and ends with.
 pub(super) fn edges(op: Op) -> (Request, Request) {
-    let edge =
-        |kind| Request { op, kind, flags: 0, body: header(0, NFNL_SUBSYS_NFTABLES), joined: true };
+    let edge = |kind| Request {
+        op,
+        kind,
+        flags: 0,
+        body: nfgenmsg(0, NFNL_SUBSYS_NFTABLES).to_vec(),
+        joined: true,
+    };
     (edge(NFNL_MSG_BATCH_BEGIN), edge(NFNL_MSG_BATCH_END))
 }
 
@@ -323,14 +327,7 @@ pub(super) fn message_of(
     flags: u16,
     attributes: &[DefaultNla],
 ) -> Request {
-    let mut body = header(family, 0);
+    let mut body = nfgenmsg(family, 0).to_vec();
     body.extend(emitted(attributes));
     Request { op, kind: NFNL_SUBSYS_NFTABLES << 8 | kind, flags, body, joined: true }
-}
-
-fn header(family: u8, resource: u16) -> Vec<u8> {
-    let header = NetfilterHeader::new(NetfilterProtoFamily::from(family), 0, resource);
-    let mut body = vec![0; header.buffer_len()];
-    header.emit(&mut body);
-    body
 }

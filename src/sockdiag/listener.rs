@@ -9,8 +9,6 @@ use crate::error::Result;
 use crate::netlink::attribute::Attributes;
 use crate::netlink::{Conversation, Frame, Transport};
 
-/// Length of `struct inet_diag_msg`, which attributes follow.
-const INET_DIAG_MSG_LEN: usize = 72;
 /// `INET_DIAG_ULP_INFO`, and `INET_ULP_INFO_NAME` in it: what stands upon TCP.
 const INET_DIAG_ULP_INFO: u16 = 19;
 const INET_ULP_INFO_NAME: u16 = 1;
@@ -40,7 +38,7 @@ pub(super) fn listeners<T: Transport>(all: &mut Conversation<T>) -> Result<Vec<L
         else {
             return Ok(());
         };
-        let attributes = attributes(frame);
+        let attributes = decode::attributes(frame);
         let upon = attributes.nest(INET_DIAG_ULP_INFO);
         all.push(Listener {
             socket,
@@ -58,14 +56,10 @@ pub(super) fn listeners<T: Transport>(all: &mut Conversation<T>) -> Result<Vec<L
 /// # Errors
 /// As [`decode::socket`].
 pub(super) fn transparent(frame: Frame<'_>) -> std::result::Result<Option<Socket>, DecodeError> {
-    Ok(decode::socket(frame)?.filter(|_| is_transparent(attributes(frame))))
+    Ok(decode::socket(frame)?.filter(|_| is_transparent(decode::attributes(frame))))
 }
 
 fn is_transparent(attributes: Attributes<'_>) -> bool {
     let options = attributes.value(INET_DIAG_SOCKOPT);
     options.and_then(<[u8]>::first).is_some_and(|first| first & TRANSPARENT != 0)
-}
-
-fn attributes(frame: Frame<'_>) -> Attributes<'_> {
-    Attributes(frame.payload.get(INET_DIAG_MSG_LEN..).unwrap_or_default())
 }

@@ -11,19 +11,14 @@
 
 use std::collections::BTreeSet;
 
-use netlink_packet_core::{DecodeError, Emitable, Parseable};
-use netlink_packet_sock_diag::inet::nlas::Nla;
-use netlink_packet_sock_diag::inet::{
-    ExtensionFlags, InetRequest, InetResponse, SocketId, StateFlags,
-};
+use netlink_packet_core::DecodeError;
 use nix::errno::Errno;
 
 use super::decode;
 use super::listener::Listener;
-use super::request::SOCK_DIAG_BY_FAMILY;
+use super::request::{INET_DIAG_SOCKID_LEN, INFO, SOCK_DIAG_BY_FAMILY};
 use super::socket::{Cookie, Socket, State, States};
 use crate::error::{Op, Result};
-use crate::flow::AF_INET;
 use crate::netlink::attribute::{emitted, nla};
 use crate::netlink::{Conversation, Frame, Request, Transport};
 
@@ -115,16 +110,10 @@ impl Mptcp {
 }
 
 fn request(family: u8) -> Request {
-    let message = InetRequest {
-        family,
-        // Kernels that do not know the attribute have nothing for this.
-        protocol: 0,
-        extensions: ExtensionFlags::INFO,
-        states: StateFlags::from_bits_retain(States::open().mask()),
-        socket_id: if family == AF_INET { SocketId::new_v4() } else { SocketId::new_v6() },
-    };
-    let mut body = vec![0; message.buffer_len()];
-    message.emit(&mut body);
+    // struct inet_diag_req_v2. Kernels that do not know the attribute have nothing for protocol 0.
+    let mut body = vec![family, 0, INFO, 0];
+    body.extend(States::open().mask().to_ne_bytes());
+    body.extend([0; INET_DIAG_SOCKID_LEN]);
     body.extend(emitted(&[nla(INET_DIAG_REQ_PROTOCOL, &IPPROTO_MPTCP.to_ne_bytes())]));
     let op = Op::new("dump of MPTCP sockets");
     Request { op, kind: SOCK_DIAG_BY_FAMILY, flags: 0, body, joined: false }
@@ -136,13 +125,8 @@ fn single(frame: Frame<'_>) -> std::result::Result<Option<Socket>, DecodeError> 
     if socket.inode == 0 || !State::OPEN.contains(&socket.state) {
         return Ok(None);
     }
-    let info = InetResponse::parse(frame.payload)?.nlas.into_iter().find_map(|nla| match nla {
-        Nla::TcpInfo(info) => Some(info),
-        _ => None,
-    });
-    let Some(info) = info.filter(|info| info.get(MPTCPI_SUBFLOWS) == Some(&0)) else {
-        return Ok(None);
-    };
+    let info = decode::info(frame).filter(|info| info.get(MPTCPI_SUBFLOWS) == Some(&0));
+    let Some(info) = info else { return Ok(None) };
     let token = info.get(MPTCPI_TOKEN..MPTCPI_TOKEN + 4).and_then(|it| it.try_into().ok());
     Ok(token.map(u32::from_ne_bytes).map(|token| Socket {
         state: State::CloseWait,

@@ -11,9 +11,7 @@ use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use netlink_packet_core::{DecodeError, Emitable, NlasIterator, parse_u32_be};
-use netlink_packet_netfilter::nflog::{ConfigCmd, ConfigFlags, ConfigMode, ConfigNla, Timeout};
-use netlink_packet_netfilter::{NetfilterHeader, NetfilterProtoFamily};
+use netlink_packet_core::{DecodeError, DefaultNla, NlasIterator, parse_u32_be};
 use netlink_sys::protocols::NETLINK_NETFILTER;
 use nix::errno::Errno;
 
@@ -26,19 +24,27 @@ use super::nflog_table::{
 use super::{Drained, Memory, Suspect, tracking};
 use crate::error::{Cause, Error, Op, Result};
 use crate::flow::{Connection, FourTuple};
-use crate::netlink::{Conversation, KernelSocket, Request, drain};
+use crate::netlink::attribute::{emitted, nla, word};
+use crate::netlink::{Conversation, KernelSocket, NFGENMSG_LEN, Request, drain, nfgenmsg};
 use crate::nftables::{Table, TableSpec, key};
 
 /// `NFNL_SUBSYS_ULOG << 8 | NFULNL_MSG_PACKET` and `| NFULNL_MSG_CONFIG`.
 const NFULNL_MSG_PACKET: u16 = 4 << 8;
 const NFULNL_MSG_CONFIG: u16 = 4 << 8 | 1;
+const NFULA_CFG_CMD: u16 = 1;
+const NFULA_CFG_MODE: u16 = 2;
+const NFULA_CFG_NLBUFSIZ: u16 = 3;
+const NFULA_CFG_TIMEOUT: u16 = 4;
+const NFULA_CFG_QTHRESH: u16 = 5;
+const NFULA_CFG_FLAGS: u16 = 6;
+const NFULNL_CFG_CMD_BIND: u8 = 1;
+const NFULNL_COPY_PACKET: u8 = 2;
+const NFULNL_CFG_F_SEQ: u16 = 1;
 const NFULA_TIMESTAMP: u16 = 3;
 const NFULA_IFINDEX_INDEV: u16 = 4;
 const NFULA_PAYLOAD: u16 = 9;
 const NFULA_PREFIX: u16 = 10;
 const NFULA_SEQ: u16 = 12;
-/// Length of `struct nfgenmsg`.
-const NFGENMSG_LEN: usize = 4;
 
 /// The headers of every packet that Linux takes in one piece: eight options in a header of each kind
 /// are 2 KiB (`net.ipv6.max_dst_opts_number`), and a packet without options is logged as short as
@@ -88,11 +94,11 @@ impl Watch {
         let mut connection = Conversation::new(KernelSocket::open(op, NETLINK_NETFILTER)?);
         let group = bind(&mut connection, op, group)?;
         let settings = [
-            ConfigNla::Mode(ConfigMode::new_packet(SNAPLEN)),
-            ConfigNla::QThresh(QUEUE.into()),
-            ConfigNla::NlBufSiz(BATCH_BYTES),
-            ConfigNla::Timeout(Timeout::new(BATCH_TIME)),
-            ConfigNla::Flags(ConfigFlags::SEQ),
+            nla(NFULA_CFG_MODE, &copy_packets()),
+            word(NFULA_CFG_QTHRESH, QUEUE.into()),
+            word(NFULA_CFG_NLBUFSIZ, BATCH_BYTES),
+            word(NFULA_CFG_TIMEOUT, BATCH_TIME),
+            nla(NFULA_CFG_FLAGS, &NFULNL_CFG_F_SEQ.to_be_bytes()),
         ];
         connection.execute(&config(op, group, &settings))?;
         let mut socket = connection.into_transport();
@@ -301,7 +307,8 @@ impl AsFd for Watch {
 fn bind(connection: &mut Conversation<KernelSocket>, op: Op, first: u16) -> Result<u16> {
     let mut refused = None;
     for group in (first..=u16::MAX).take(GROUPS) {
-        match connection.execute(&config(op, group, &[ConfigNla::Cmd(ConfigCmd::Bind)])) {
+        match connection.execute(&config(op, group, &[nla(NFULA_CFG_CMD, &[NFULNL_CFG_CMD_BIND])]))
+        {
             Ok(()) => return Ok(group),
             Err(error) if error.is_missing_privilege() => refused = refused.or(Some(error)),
             Err(error) => return Err(error),
@@ -310,12 +317,14 @@ fn bind(connection: &mut Conversation<KernelSocket>, op: Op, first: u16) -> Resu
     Err(refused.unwrap_or_else(|| op.failed(Cause::Unavailable("no group".to_owned()))))
 }
 
-fn config(op: Op, group: u16, attributes: &[ConfigNla]) -> Request {
-    let header = NetfilterHeader::new(NetfilterProtoFamily::Unspec, 0, group);
-    let mut body = vec![0; header.buffer_len() + attributes.buffer_len()];
-    let (head, tail) = body.split_at_mut(header.buffer_len());
-    header.emit(head);
-    attributes.emit(tail);
+/// `struct nfulnl_msg_config_mode { be32 copy_range, u8 copy_mode, u8 }`: packets up to this length.
+fn copy_packets() -> Vec<u8> {
+    [&SNAPLEN.to_be_bytes()[..], &[NFULNL_COPY_PACKET, 0]].concat()
+}
+
+fn config(op: Op, group: u16, attributes: &[DefaultNla]) -> Request {
+    let mut body = nfgenmsg(0, group).to_vec();
+    body.append(&mut emitted(attributes));
     Request { op, kind: NFULNL_MSG_CONFIG, flags: 0, body, joined: false }
 }
 

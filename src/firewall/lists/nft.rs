@@ -9,7 +9,7 @@ use super::{RuleKey, SetKey, Since};
 use crate::error::{Op, Result};
 use crate::firewall::limits::LimitRule;
 use crate::firewall::{Family, xt};
-use crate::netlink::{Attributes, Conversation, Request, Transport};
+use crate::netlink::{Attributes, Conversation, NFGENMSG_LEN, Request, Transport};
 use crate::nftables::uapi::{NFTA_TARGET_INFO, NFTA_TARGET_NAME};
 
 const NFNL_SUBSYS_NFTABLES: u16 = 10;
@@ -38,8 +38,6 @@ const NFTA_EXPR_NAME: u16 = 1;
 const NFTA_EXPR_DATA: u16 = 2;
 const NFTA_LOOKUP_SET: u16 = 1;
 const NFTA_DYNSET_SET_NAME: u16 = 1;
-
-const NFGENMSG_LEN: usize = 4;
 
 /// What one limit's list is known by.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]

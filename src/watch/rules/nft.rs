@@ -7,13 +7,11 @@ use netlink_sys::protocols::NETLINK_NETFILTER;
 
 use super::Heard;
 use crate::error::{Op, Result};
-use crate::netlink::{Attributes, Frame, KernelSocket, Transport, drain};
+use crate::netlink::{Attributes, Frame, KernelSocket, NFGENMSG_LEN, Transport, drain};
 
 /// `linux/netfilter/nfnetlink.h`
 const NFNLGRP_NFTABLES: u32 = 7;
 const NFNL_SUBSYS_NFTABLES: u16 = 10;
-/// Length of `struct nfgenmsg`.
-const NFGENMSG_LEN: usize = 4;
 
 /// `enum nf_tables_msg_types`: what is told of, beside what is asked.
 const NFT_MSG_NEWTABLE: u16 = 0;
