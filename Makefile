@@ -30,7 +30,7 @@ KERNELS ?= 5.10 6.1 6.12 sid
 all:
 	$(CARGO) build --locked --profile $(PROFILE) $(WITH)
 
-# Shows what ctkeep is for: 10 seconds, and a minute and a half to build it the first time.
+# Shows what ctkeep is for: 7 seconds, and a minute or a little more to build it the first time, on two processors.
 demo: tools
 	$(CARGO) build --locked --profile demo --features demo --bin ctkeep --bin ctkeep-demo
 	$(AS_ROOT) $(TARGET)/demo/ctkeep-demo

@@ -20,7 +20,7 @@ const LIMIT: usize = 3;
 const TRIES: usize = 10;
 
 /// Between two tries, so that the demonstration shows steady behaviour and not a race.
-const PACE: Duration = Duration::from_millis(200);
+const PACE: Duration = Duration::from_millis(100);
 
 /// How soon after the server's close its entries must be given back.
 const PATIENCE: Duration = Duration::from_secs(2);
