@@ -11,9 +11,9 @@ pub mod tc;
 use std::net::IpAddr;
 
 use netlink_packet_core::DefaultNla;
-use nix::libc;
 
 use crate::error::{Op, Result};
+use crate::flow::{AF_INET, AF_INET6};
 use crate::netlink::attribute::{Attributes, emitted, nla};
 
 /// A message's head, a C struct of so many words, and its attributes.
@@ -39,7 +39,7 @@ fn split<const WORDS: usize>(op: Op, payload: &[u8]) -> Result<([u32; WORDS], At
 /// `AF_INET` or `AF_INET6`, and the address as an attribute.
 fn address(kind: u16, addr: IpAddr) -> (u8, DefaultNla) {
     match addr {
-        IpAddr::V4(addr) => (libc::AF_INET as u8, nla(kind, &addr.octets())),
-        IpAddr::V6(addr) => (libc::AF_INET6 as u8, nla(kind, &addr.octets())),
+        IpAddr::V4(addr) => (AF_INET, nla(kind, &addr.octets())),
+        IpAddr::V6(addr) => (AF_INET6, nla(kind, &addr.octets())),
     }
 }

@@ -71,8 +71,8 @@ impl TrafficControl {
     pub fn redirect(&mut self, device: u32, selector: Selector, target: u32) -> Result<()> {
         let Selector { protocol, offset, value, mask } = selector;
         // struct tc_u32_sel { u8 flags, offshift, nkeys, be16 offmask, u16 off, s16 offoff, hoff, be32 hmask }
-        let mut selector = vec![0; 16];
-        selector[..4].copy_from_slice(&[TC_U32_TERMINAL, 0, 1, 0]);
+        let mut selector = vec![TC_U32_TERMINAL, 0, 1, 0];
+        selector.extend([0; 12]);
         // struct tc_u32_key { be32 mask, val, int off, offmask }
         for word in [mask.to_be(), value.to_be(), offset.cast_unsigned(), 0] {
             selector.extend(word.to_ne_bytes());
