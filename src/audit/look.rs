@@ -46,6 +46,8 @@ pub struct Seen {
     pub listeners: Vec<Socket>,
     /// Connections that a transparent proxy has taken, whose port is not that of its listener.
     pub proxied: HashSet<Connection>,
+    /// Ports that transparent proxies listen on.
+    pub proxies: HashSet<u16>,
     /// The rules.
     pub rules: Ruleset,
     /// The limits in them.
@@ -87,9 +89,10 @@ impl Seen {
         let rules = Ruleset::read();
         tables.follow_tracking(&rules);
         let listeners = tables.sockets.listeners()?;
-        let proxied = match tables.sockets.is_proxy() {
-            true => tables.sockets.transparent()?.iter().map(Socket::connection).collect(),
-            false => HashSet::new(),
+        let proxies = tables.sockets.proxies().clone();
+        let proxied = match proxies.is_empty() {
+            false => tables.sockets.transparent()?.iter().map(Socket::connection).collect(),
+            true => HashSet::new(),
         };
         let mut scope = policy.scope(&listeners);
         let sockets = tables.sockets.sockets(States::connected())?;
@@ -127,6 +130,7 @@ impl Seen {
             ledger,
             listeners,
             proxied,
+            proxies,
             limiter,
             rules,
             arrivals,

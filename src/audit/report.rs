@@ -126,6 +126,8 @@ impl Report {
             is_limit_named: request.limit.is_some(),
             listeners: &listeners,
             views: &snapshot.views,
+            proxied: &seen.proxied,
+            proxies: &seen.proxies,
             owners: &seen.owners,
         });
         let holder = |view: &View| seen.owners.shared(&view.socket?).cloned();

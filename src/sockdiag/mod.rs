@@ -184,10 +184,10 @@ impl<T: Transport> SockDiag<T> {
         self.own.uses_mptcp() || self.members.use_mptcp()
     }
 
-    /// Whether a listener of the own namespace takes what is for other hosts (TPROXY), as of the last
+    /// Ports of listeners of the own namespace that take what is for other hosts (TPROXY), as of the last
     /// dump. Kernels before 5.10 do not say.
-    pub fn is_proxy(&self) -> bool {
-        self.own.is_proxy()
+    pub fn proxies(&self) -> &HashSet<u16> {
+        self.own.proxies()
     }
 
     /// The open sockets of the own namespace that took what was for other hosts, or may say to be others.

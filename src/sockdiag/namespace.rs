@@ -24,8 +24,8 @@ pub(super) struct Sockets<T> {
     mptcp: Mptcp,
     /// Listeners are asked what they are besides.
     asks_listeners: bool,
-    /// Some listener takes what is for other hosts.
-    is_proxy: bool,
+    /// Ports of listeners that take what is for other hosts.
+    proxies: HashSet<u16>,
 }
 
 impl<T: Transport> Sockets<T> {
@@ -36,7 +36,7 @@ impl<T: Transport> Sockets<T> {
             bound: BTreeSet::new(),
             mptcp: Mptcp::default(),
             asks_listeners: false,
-            is_proxy: false,
+            proxies: HashSet::new(),
         }
     }
 
@@ -80,14 +80,15 @@ impl<T: Transport> Sockets<T> {
     fn follow_listeners(&mut self) -> Result<Vec<Socket>> {
         let listeners = listener::listeners(&mut self.conversation).map_err(or_module_missing)?;
         self.mptcp.follow(&listeners);
-        self.is_proxy = listeners.iter().any(|listener| listener.is_transparent);
+        let proxies = listeners.iter().filter(|listener| listener.is_transparent);
+        self.proxies = proxies.map(|listener| listener.socket.local.port()).collect();
         let all: Vec<_> = listeners.into_iter().map(|listener| listener.socket).collect();
         self.note_bound(&all);
         Ok(all)
     }
 
-    pub(super) fn is_proxy(&self) -> bool {
-        self.is_proxy
+    pub(super) fn proxies(&self) -> &HashSet<u16> {
+        &self.proxies
     }
 
     /// Sockets that take, or took, what is for other hosts.

@@ -215,6 +215,32 @@ fn a_limit_for_an_address_that_is_translated_before_it_is_said_to_see_nobody() {
     assert_eq!((code, found.len()), (0, 1), "{found:?}");
 }
 
+/// The packets of a transparent proxy's clients keep the port that they asked for: a limit for its own port sees none
+/// of them. One for another port is not blamed for it.
+#[test]
+fn a_limit_for_the_port_of_a_transparent_proxy_is_said_to_see_nobody() {
+    let hand = restore(
+        "mangle",
+        "PREROUTING",
+        &["PREROUTING -p tcp --dport 80 -j TPROXY --on-port 8080 --tproxy-mark 1"],
+    );
+    for (port, is_seen, found) in [(80, true, 0), (8080, false, 1), (22, false, 0)] {
+        let limit =
+            format!("INPUT -p tcp --syn --dport {port} -m connlimit --connlimit-above 3 -j DROP");
+        let Some(lab) = Lab::new() else { return };
+        lab.server.run("ip rule add fwmark 1 lookup 100");
+        lab.server.run("ip route add local 0.0.0.0/0 dev lo table 100");
+        lab.server.feed("iptables-restore", &(hand.clone() + &input(&[&limit])));
+        let _server = lab.serve("0.0.0.0:8080%transparent 0.0.0.0:22");
+        lab.client.run("ip route add 203.0.113.80 via 192.0.2.1");
+        let peer = lab.peer_to(CLIENT, "203.0.113.80");
+        let _held = peer.hold(80, if is_seen { 3 } else { 5 });
+        let (code, said) = audit(&lab, "limit-translated");
+        assert_eq!((code, said.len()), (0, found), "{port}: {said:?}");
+        assert_eq!(peer.admitted(80, 1), usize::from(!is_seen), "{port}: the truth");
+    }
+}
+
 /// A limit counts two ports together, of which one alone is looked at.
 #[test]
 fn what_a_limit_counts_of_ports_that_are_not_looked_at_is_said() {

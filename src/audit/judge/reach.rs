@@ -73,8 +73,7 @@ fn names(links: &[Link]) -> String {
 
 /// None of the connections to a port that the limit names comes to it.
 pub fn translated(rule: &LimitRule, port: u16, local: Endpoint, connections: usize) -> Finding {
-    let all =
-        if connections == 1 { "the one open connection" } else { "any of the open connections" };
+    let all = all(connections);
     Finding::warn(
         "limit-translated",
         format!("{rule} does not see {all} to port {port}: rules lead them to {local} first"),
@@ -83,6 +82,23 @@ pub fn translated(rule: &LimitRule, port: u16, local: Endpoint, connections: usi
              for: --ctorigdstport {port} (nft: ct original proto-dst {port})",
             local.port()
         ),
+    )
+}
+
+fn all(connections: usize) -> &'static str {
+    if connections == 1 { "the one open connection" } else { "any of the open connections" }
+}
+
+/// The same of what a transparent proxy takes, whose own port the limit names.
+pub fn proxied(rule: &LimitRule, port: u16, connections: usize) -> Finding {
+    let all = all(connections);
+    Finding::warn(
+        "limit-translated",
+        format!(
+            "{rule} does not see {all} to port {port}: a transparent proxy takes them, and their packets keep \
+             the port that clients asked for"
+        ),
+        format!("limit port {port}"),
     )
 }
 

@@ -10,6 +10,7 @@ use crate::audit::finding::{Finding, Verdict, worst};
 use crate::audit::judge;
 use crate::audit::loads::Load;
 use crate::audit::whose::Whose;
+use crate::firewall::Hook;
 use crate::firewall::limits::{EarlierAccept, LimitRule, SetUse};
 use crate::flow::Endpoint;
 use crate::reconcile::snapshot::{View, Views};
@@ -211,6 +212,31 @@ fn passed_by(rule: &LimitRule, views: &Views) -> Option<Finding> {
     Some(judge::reach::translated(rule, first.port(), local, others + 1))
 }
 
+/// What is open of a transparent proxy, whose own port a limit names that meets none of it: the packets keep the port
+/// that their client asked for.
+fn passed_by_proxy(rule: &LimitRule, inputs: Inputs<'_>) -> Option<Finding> {
+    let ports = &rule.matches.ports;
+    let is_of_proxy = inputs.proxies.iter().any(|port| ports.contains(*port));
+    if rule.hook == Hook::Forward || ports.is_all() || !is_of_proxy {
+        return None;
+    }
+    let is_heard = |port| inputs.listeners.iter().any(|socket| socket.local.port() == port);
+    let taken = |view: &View| {
+        let port = view.connection.local.port();
+        let is_it = view.socket.is_some_and(|socket| socket.takes_a_slot())
+            && !view.is_outgoing()
+            && inputs.proxied.contains(&view.connection)
+            && rule.is_of(view.client().addr().is_ipv4())
+            && !ports.contains(port)
+            && !is_heard(port);
+        is_it.then_some(port)
+    };
+    let mut all = inputs.views.iter().filter_map(|view| taken(&view));
+    let first = all.next()?;
+    let others = all.filter(|port| *port == first).count();
+    Some(judge::reach::proxied(rule, first, others + 1))
+}
+
 impl Layer<Limits> {
     /// Takes what limits said when they were asked.
     pub(in crate::audit) fn asked(&mut self, all: &[Answered]) {
@@ -265,7 +291,9 @@ pub(super) fn of(inputs: Inputs<'_>) -> Layer<Limits> {
             LimitFigures::of(rule, &loads, &Beyond::of(rule, inputs.player, inputs.listeners));
         figures.take(judge::reach::device(rule, inputs.links));
         figures.take(judge::reach::partial(rule, inputs.left_out));
-        figures.take(loads.is_empty().then(|| passed_by(rule, inputs.views)).flatten());
+        if loads.is_empty() {
+            figures.take(passed_by(rule, inputs.views).or_else(|| passed_by_proxy(rule, inputs)));
+        }
         figures
     };
     let rules: Vec<_> = rules.map(figures).collect();

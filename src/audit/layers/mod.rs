@@ -2,7 +2,7 @@
 
 mod limits;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fmt;
 
 use serde::Serialize;
@@ -15,7 +15,7 @@ use super::loads::Load;
 use super::processes::{Holder, Owner, Owners, place};
 use crate::firewall::limits::Limiter;
 use crate::firewall::play::Player;
-use crate::flow::Endpoint;
+use crate::flow::{Connection, Endpoint};
 use crate::reconcile::snapshot::Views;
 use crate::rtnetlink::link::Link;
 use crate::sockdiag::{Socket, State};
@@ -165,6 +165,10 @@ pub struct Inputs<'a> {
     pub listeners: &'a [Socket],
     /// Connections of the scope.
     pub views: &'a Views,
+    /// Those that a transparent proxy has taken.
+    pub proxied: &'a HashSet<Connection>,
+    /// Ports that such proxies listen on.
+    pub proxies: &'a HashSet<u16>,
     /// Who has the sockets.
     pub owners: &'a Owners,
 }

@@ -175,7 +175,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
 
     /// What a transparent proxy takes has a port on which nothing listens.
     fn follow_proxy(&mut self, listening: &HashSet<u16>) -> Result<()> {
-        if !self.tables.sockets.is_proxy() {
+        if self.tables.sockets.proxies().is_empty() {
             self.proxied.clear();
             return Ok(());
         }
