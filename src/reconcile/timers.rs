@@ -11,6 +11,8 @@ pub enum Timer {
     Deep,
     /// Another look at connections that were just repaired.
     SecondLook,
+    /// Another try of recounts that failed.
+    Retry,
     /// Showing limits that have lost their lists what is open.
     Recount,
     /// The next part of a deep sweep.

@@ -120,3 +120,45 @@ fn the_limit_holds_when_the_interface_was_made_anew() {
     let damage = [&["ip link del br0"], &again[..]].concat();
     assert_eq!(granted_after(&lab, &damage, "auto"), 0);
 }
+
+/// The server's address, and with it the route to the client, is away while the rules are loaded anew: as
+/// of a virtual address that moves to another host and back. How many more are let in when it is back, and what
+/// was logged while it was away.
+fn granted_after_an_absence(lab: &Lab, recount: &str) -> (usize, String) {
+    let _server = lab.serve("[::]:80");
+    let daemon = lab.daemon(PROGRAM, &["--recount", recount, "--deep-interval", "5m"]);
+    let peer = lab.peer("198.51.100.7");
+    let _conns = peer.hold(80, LIMIT);
+    wait_for("entries", SOON, || lab.entries().len() == LIMIT);
+    lab.server.run("ip addr del 192.0.2.1/24 dev eth0");
+    ufw(lab);
+    std::thread::sleep(Duration::from_millis(2500));
+    let away = daemon.log();
+    [
+        "ip addr add 192.0.2.1/24 dev eth0",
+        "ip neigh replace 192.0.2.2 lladdr 02:00:00:00:00:02 dev eth0",
+        "ip route replace 198.51.100.0/24 via 192.0.2.2",
+    ]
+    .iter()
+    .for_each(|line| lab.server.run(line));
+    std::thread::sleep(Duration::from_secs(5));
+    (peer.admitted(80, TRIES), away)
+}
+
+#[test]
+fn a_recount_that_fails_is_tried_again_when_the_address_is_back() {
+    let Some(lab) = Lab::new() else { return };
+    ufw(&lab);
+    let (granted, away) = granted_after_an_absence(&lab, "auto");
+    assert_eq!(granted, 0, "{away}");
+    let failed = away.matches("recount failed").count();
+    // At once, a second later and two more.
+    assert!((LIMIT..=LIMIT * 3).contains(&failed), "{failed} times:\n{away}");
+}
+
+#[test]
+fn without_recount_the_absence_of_an_address_lets_more_in() {
+    let Some(lab) = Lab::new() else { return };
+    ufw(&lab);
+    assert_eq!(granted_after_an_absence(&lab, "off").0, LIMIT);
+}

@@ -196,6 +196,8 @@ pub struct Keeper<T: Transport = KernelSocket, R: Recount = Recounter> {
     unaccounted: HashSet<Cookie>,
     second_look: Deferred,
     open_look: Deferred,
+    /// Whose recount has failed.
+    retry: Deferred,
     back_off: BackOff,
     uncounted: Uncounted,
     checks: Checks,
@@ -270,6 +272,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             unaccounted: HashSet::new(),
             second_look: Deferred::default(),
             open_look: Deferred::default(),
+            retry: Deferred::default(),
             back_off: BackOff::default(),
             uncounted: Uncounted::default(),
             checks: Checks::default(),

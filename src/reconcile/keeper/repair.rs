@@ -96,7 +96,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
 
     /// Remembers what was repaired, against its source and for a second look.
     pub(super) fn note_repairs(&mut self, outcomes: &[Outcome], trigger: Trigger, now: Instant) {
-        let mut again = Vec::new();
+        let (mut again, mut retry) = (Vec::new(), Vec::new());
         let mut fooled_open = false;
         for outcome in outcomes.iter().filter(|outcome| outcome.result.is_ok()) {
             if outcome.action.kind.needs_recount()
@@ -112,13 +112,24 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
                         self.sources.insert(source);
                     }
                 }
-                again.push(Lookup::from(&socket));
+                match &outcome.recount {
+                    // Another look at once would find it as it is, and fail as this one did.
+                    Some(Err(error))
+                        if outcome.action.kind == ActionKind::Recount
+                            || !error.is_unavailable() =>
+                    {
+                        self.ledger.set_uncounted(&socket, Loss::Unknown);
+                        retry.push(Lookup::from(&socket));
+                    }
+                    _ => again.push(Lookup::from(&socket)),
+                }
             }
         }
         if fooled_open && trigger == Trigger::Event {
             self.hasten_deep();
         }
         self.defer(Timer::SecondLook, SECOND_LOOK, again, now, now);
+        self.defer(Timer::Retry, self.settings.sweep_interval, retry, now, now);
     }
 
     pub(super) fn note_full_table(

@@ -45,7 +45,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
     /// # Errors
     /// A conversation broke: the next sweep finds what was not repaired.
     pub fn look_again(&mut self, now: Instant, witness: &mut impl Witness) -> Result<()> {
-        for timer in [Timer::SecondLook, Timer::OpenLook] {
+        for timer in [Timer::SecondLook, Timer::OpenLook, Timer::Retry] {
             if !self.timers.take(timer, now) {
                 continue;
             }
@@ -53,8 +53,16 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             let (since, lookups) = (since.unwrap_or(now), lookups.into_iter().collect::<Vec<_>>());
             let looked = self.look_at(&lookups, since, now, witness);
             self.forget_packets();
+            let (sweep, deep) = (self.settings.sweep_interval, self.settings.deep_interval);
             if looked.is_err() {
-                self.defer(timer, self.settings.sweep_interval, lookups, since, now);
+                self.defer(timer, sweep, lookups, since, now);
+            }
+            if timer == Timer::Retry {
+                if self.retry.lookups.is_empty() {
+                    self.timers.succeeded(timer);
+                } else {
+                    self.timers.failed(timer, now, sweep, deep);
+                }
             }
             looked?;
         }
@@ -242,6 +250,10 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
     }
 
     pub(super) fn deferred(&mut self, timer: Timer) -> &mut Deferred {
-        if timer == Timer::OpenLook { &mut self.open_look } else { &mut self.second_look }
+        match timer {
+            Timer::OpenLook => &mut self.open_look,
+            Timer::Retry => &mut self.retry,
+            _ => &mut self.second_look,
+        }
     }
 }

@@ -298,9 +298,17 @@ impl Recount for Recounter {
             };
             match reaches {
                 Ok(()) => return Ok(way),
-                Err(error) => failed = Some(error),
+                // What may pass is worth more to know.
+                Err(error) if failed.as_ref().is_none_or(Error::is_unavailable) => {
+                    failed = Some(error);
+                }
+                Err(_) => {}
             }
         }
+        // An address or a route may be back by the next try.
+        let [client, server] = [entry.orig.src.addr(), entry.orig.dst.addr()];
+        self.remembered.remove(&(client, Some(server)));
+        self.remembered.remove(&(server, None));
         Err(failed.unwrap_or_else(|| {
             let what = "no limit of this kernel counts a connection again (ctkeep doctor)";
             op.failed(Cause::Unavailable(what.to_owned()))

@@ -1,5 +1,7 @@
 //! Which ways of a nudge this kernel's limits count, and whether one leads to the rules.
 
+use nix::errno::Errno;
+
 use super::{Helper, Hop, Recounter};
 use crate::conntrack::Entry;
 use crate::error::{Cause, Op, Result};
@@ -88,6 +90,12 @@ impl Recounter {
     /// Whether the ingress route leads to the rules for this connection.
     pub(super) fn check_ingress(&mut self, op: Op, entry: &Entry) -> Result<()> {
         self.mend_helper()?;
+        if matches!(self.hop(entry.orig.src.addr(), Some(entry.orig.dst.addr()))?, Hop::Unreachable)
+        {
+            // For now: the kernel may learn one.
+            let word = Some("no route to the client".to_owned());
+            return Err(op.failed(Cause::Kernel { errno: Errno::ENETUNREACH, word }));
+        }
         let entrance = self.entrance(op, entry.orig)?;
         self.helper(op)?.id(entrance.interface).map(drop)
     }
