@@ -2,6 +2,7 @@
 //! conntrack surely has an entry. Pure.
 
 use std::cell::OnceCell;
+use std::collections::BTreeSet;
 
 use super::limits::LimitRule;
 use super::packet::Syn;
@@ -91,6 +92,16 @@ impl Tracking {
         })
     }
 
+    /// The zones that rules name.
+    pub fn named_zones(&self) -> BTreeSet<u16> {
+        let Self::Narrowed { rules, sets_zones: true } = self else { return BTreeSet::new() };
+        let named = |step: &Step| match step {
+            Step::SetZone(zone) => *zone,
+            _ => None,
+        };
+        rules.chains.iter().flat_map(steps).filter_map(named).collect()
+    }
+
     /// Finds the zones of connections; `None` where no rule sets any.
     pub fn zones(&self) -> Option<Zones<'_>> {
         match self {
@@ -158,6 +169,7 @@ mod tests {
             -A PREROUTING -i eth0 -p tcp -m tcp --dport 83 -j CT --zone 8\n\
             -A PREROUTING -j CT --zone 9\nCOMMIT\n";
         let tracking = Tracking::of(parse_saved(rules, Family::Ip), |_| Vec::new()).expect("zones");
+        assert_eq!(tracking.named_zones(), [5, 6, 7, 8, 9].into());
         let zones = tracking.zones().expect("zones");
         let of = |peer: &str, port: u16| {
             let peer = Endpoint::new(peer.parse().expect("an address"), 4000);

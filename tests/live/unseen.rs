@@ -11,6 +11,7 @@ mod fins;
 mod forgotten;
 mod handshake;
 mod late;
+mod zones;
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};

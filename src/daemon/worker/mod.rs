@@ -100,6 +100,7 @@ impl<'p> Worker<'p> {
             }
             None => {
                 keeper.tables.follow_tracking(&Ruleset::read());
+                keeper.follow_tracking(keeper.tables.tracking.clone());
                 Lists::read(None).is_ok_and(|lists| lists.name_policies())
             }
         };
@@ -367,7 +368,7 @@ impl<'p> Worker<'p> {
 fn know_rules(keeper: &mut Keeper, rules: &Rules) {
     keeper.know_limits(rules.limited());
     keeper.know_all_limits(rules.all_limits());
-    keeper.tables.tracking = rules.tracking();
+    keeper.follow_tracking(rules.tracking());
 }
 
 /// Has the keeper go by the event source that has been opened.

@@ -36,6 +36,7 @@ use super::timers::{Timer, Timers};
 use super::uncounted::Uncounted;
 use crate::conntrack::{Change, TcpState, Zone};
 use crate::error::Result;
+use crate::firewall::tracking::Tracking;
 use crate::flow::Connection;
 use crate::netlink::{KernelSocket, Transport};
 use crate::recount::{Recount, Recounter};
@@ -49,6 +50,9 @@ pub use in_place::Quiet;
 pub use suspects::Cookies;
 use suspects::Deferred;
 pub use sweep::{Depth, Sweep};
+
+/// Zones of rules that are looked in before an entry was seen there: each is one question more for a connection.
+const NAMED_ZONES: usize = 16;
 
 /// What the keeper goes by.
 #[derive(Clone, Debug)]
@@ -299,6 +303,16 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         self.ledger.know_zone(Zone::both(settings.policy.zone));
         self.settings = Arc::new(settings);
         self.suspect_all();
+    }
+
+    /// Goes by what rules say of conntrack. Zones that they name may have no entry yet, and so be seen nowhere
+    /// until the next deep sweep.
+    pub fn follow_tracking(&mut self, tracking: Option<Arc<Tracking>>) {
+        let named = tracking.as_deref().map(Tracking::named_zones).unwrap_or_default();
+        for zone in named.into_iter().take(NAMED_ZONES) {
+            self.ledger.know_zone(Zone::both(zone));
+        }
+        self.tables.tracking = tracking;
     }
 
     /// The connections that are held, and how hard they are fought over.
