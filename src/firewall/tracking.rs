@@ -169,7 +169,7 @@ mod tests {
             -A PREROUTING -i eth0 -p tcp -m tcp --dport 83 -j CT --zone 8\n\
             -A PREROUTING -j CT --zone 9\nCOMMIT\n";
         let tracking = Tracking::of(parse_saved(rules, Family::Ip), |_| Vec::new()).expect("zones");
-        assert_eq!(tracking.named_zones(), [5, 6, 7, 8, 9].into());
+        assert_eq!(tracking.named_zones(), [5, 7, 8, 9].into());
         let zones = tracking.zones().expect("zones");
         let of = |peer: &str, port: u16| {
             let peer = Endpoint::new(peer.parse().expect("an address"), 4000);

@@ -82,7 +82,7 @@ pub struct Suspect {
     /// The device that its packet came in by, 0 where that is not known. A socket can be bound to
     /// it, and that of a link-local peer is.
     pub interface: u32,
-    /// As its packet was on the wire: its socket has another local address or port.
+    /// As its packet was on the wire: its socket has other addresses or ports.
     pub is_translated: bool,
     /// Its packet came in and says to be the server's own: no honest one does.
     pub is_spoofed: bool,

@@ -349,11 +349,11 @@ pub enum Prefix {
     /// Nothing: the packet has its socket's own addresses and ports.
     #[default]
     Plain,
-    /// Its destination will be translated.
+    /// Its destination or source is translated.
     Translated,
     /// An RST without a FIN before it.
     Waited,
-    /// Such an RST, whose destination will be translated.
+    /// Such an RST, whose destination or source is translated.
     TranslatedWaited,
     /// The table has no room for others like it.
     Full,

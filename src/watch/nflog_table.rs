@@ -83,7 +83,7 @@ pub(super) const OPENS: &str = "opens";
 /// Those of so many a second lead to looks at what the source has: some ten each, as many as a limit
 /// lets one have.
 const OPENINGS: Expr = Expr::Limit { rate: 50, burst: 50 };
-/// The word that goes with a packet whose destination will be translated.
+/// The word that goes with a packet whose destination or source is translated.
 pub(super) const TRANSLATED: &str = "translated";
 
 /// The words that go with an RST without a FIN before it, which has waited for others.
@@ -126,6 +126,8 @@ const WITH_ENTRY: u32 = TRACKED | NEW;
 const NEW: u32 = 1 << 3;
 /// `enum ip_conntrack_status`
 const IPS_DST_NAT: u32 = 1 << 5;
+/// Of either side; a source is translated on its way in, too (nat INPUT).
+const IPS_NAT_MASK: u32 = 1 << 4 | IPS_DST_NAT;
 /// `enum ip_conntrack_dir`
 const IP_CT_DIR_ORIGINAL: u8 = 0;
 const IP_CT_DIR_REPLY: u8 = 1;
@@ -309,7 +311,7 @@ fn syns() -> Vec<Vec<Expr>> {
 
 /// What closes a connection of which that is known already is logged at once.
 fn known(group: u16) -> [Vec<Expr>; 2] {
-    let plain = ct(Expr::CtStatus, IPS_DST_NAT, false);
+    let plain = ct(Expr::CtStatus, IPS_NAT_MASK, false);
     [
         rule(&[&plain, &[log(group, None, 1), Expr::Accept]]),
         vec![log(group, Some(TRANSLATED), 1), Expr::Accept],
@@ -359,12 +361,12 @@ fn remembered_by_tuple(group: u16) -> Vec<Vec<Expr>> {
 }
 
 fn resets(group: u16) -> Vec<Vec<Expr>> {
-    let plain = ct(Expr::CtStatus, IPS_DST_NAT, false);
+    let plain = ct(Expr::CtStatus, IPS_NAT_MASK, false);
     let wait = |word| [RESETS, log(group, Some(word), QUEUE), Expr::Accept];
     vec![
         vec![port(), Expr::Add(RESET)],
         rule(&[&plain, &wait(WAITED)]),
-        rule(&[&ct(Expr::CtStatus, IPS_DST_NAT, true), &wait(TRANSLATED_WAITED)]),
+        rule(&[&ct(Expr::CtStatus, IPS_NAT_MASK, true), &wait(TRANSLATED_WAITED)]),
         vec![ONCE_A_SECOND, log(group, Some(FULL), 1)],
     ]
 }

@@ -143,6 +143,24 @@ fn established_connections_of_a_flushed_table_are_put_back() {
     assert_eq!(result, Contrast { without: LIMIT, with: 0 });
 }
 
+/// Nothing has heard of them since they were opened, and a look at all is ten minutes off.
+#[test]
+fn established_connections_of_a_flushed_table_are_put_back_by_the_next_sweeps() {
+    let args = [&BRISK[..], &["--deep-interval", "10m"]].concat();
+    let result = contrast(Limiter::Connlimit, CLIENT, &args, |scene| {
+        let conns = scene.established();
+        thread::sleep(SWEPT);
+        flush(scene, &conns);
+        let is_back = |conn| scene.told("reinsert", conn) > 0;
+        // A twelfth of a lease, within which they were found before.
+        let are_back = scene.is_guarded()
+            && holds_within(Duration::from_secs(5), || conns.iter().all(is_back));
+        (are_back, scene.admitted())
+    });
+    let Some(result) = result else { return };
+    assert_eq!(result, Contrast { without: (false, LIMIT), with: (true, 0) });
+}
+
 /// Of connections that it has not heard of again, it knows that their port was tracked, even when
 /// nothing shows that any more.
 #[test]

@@ -6,12 +6,12 @@
 #![allow(clippy::indexing_slicing)]
 
 mod dropped;
+mod entries;
 mod fast;
 mod fins;
 mod forgotten;
 mod handshake;
 mod late;
-mod zones;
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -151,6 +151,8 @@ pub struct Keeper<T: Transport = KernelSocket, R: Recount = Recounter> {
     timers: Timers,
     /// A deep sweep on suspicion comes no sooner.
     soonest_deep: Instant,
+    /// Entries of the whole table at the last sweep.
+    entries: u32,
     /// When the last deep sweep began.
     last_deep: Option<Instant>,
     /// The one under way.
@@ -251,6 +253,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             ledger,
             timers,
             soonest_deep: now,
+            entries: 0,
             last_deep: None,
             deep: Deep::default(),
             is_read_beside: false,

@@ -204,6 +204,11 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         if pressure.level() > level || pressure.pins_all_early() && !hardened {
             self.suspect_all();
         }
+        // Flushed, most likely: of open connections that are not held nothing else tells.
+        if size.entries < self.entries / 2 || size.entries == 0 && self.entries > 0 {
+            self.hasten_deep();
+        }
+        self.entries = size.entries;
         Ok((size, maximum, transition))
     }
 
