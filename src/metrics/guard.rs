@@ -127,7 +127,8 @@ impl GuardMetrics {
                     if action.kind != ActionKind::Recount {
                         done(action.kind.name());
                     }
-                    if action.kind != ActionKind::Recount || outcome.recount.is_some() {
+                    if action.kind != ActionKind::Recount || matches!(outcome.recount, Some(Ok(_)))
+                    {
                         history.done(action, trigger);
                     }
                     if action.kind.is_repair() {

@@ -154,6 +154,7 @@ fn a_recount_that_fails_is_tried_again_when_the_address_is_back() {
     let failed = away.matches("recount failed").count();
     // At once, a second later and two more.
     assert!((LIMIT..=LIMIT * 3).contains(&failed), "{failed} times:\n{away}");
+    assert!(!away.contains("acted"), "{away}");
 }
 
 #[test]

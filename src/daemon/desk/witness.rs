@@ -161,6 +161,10 @@ impl Desk<'_> {
             Ok(()) if action.kind == ActionKind::Recount && outcome.recount.is_none() => {
                 tracing::debug!(%flow, "not shown to a limit that logs or bans what exceeds it");
             }
+            // Told below.
+            Ok(())
+                if action.kind == ActionKind::Recount
+                    && matches!(outcome.recount, Some(Err(_))) => {}
             Ok(()) if outcome.is_in_place => {
                 self.log_action(action, trigger, "acted, and its limits have it on their lists");
             }
