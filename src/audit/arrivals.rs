@@ -59,9 +59,11 @@ pub fn arrivals(
         }
         // A bound socket takes packets of its own device alone.
         let bound = view.socket.map(|socket| socket.interface).filter(|index| *index != 0);
+        // What rules give its answers back (CONNMARK) may choose their way.
+        let mark = view.entry.and_then(|entry| entry.mark).unwrap_or(0);
         let index = match bound {
             Some(index) => Some(index),
-            None => match routes.destination(key.0, Some(key.1))? {
+            None => match routes.destination(key.0, Some(key.1), mark)? {
                 Destination::Interface { index, .. } => Some(index),
                 Destination::Local | Destination::Unreachable => None,
             },

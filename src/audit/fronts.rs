@@ -51,7 +51,7 @@ pub fn fronts(views: impl Iterator<Item = View>, behind: &HashSet<IpAddr>) -> Re
         let far = far.find(|far| far.is_ipv4() == from.is_ipv4());
         let mut is_gateway = false;
         if let Some(far) = far {
-            let way = routes.destination(far, None)?;
+            let way = routes.destination(far, None, 0)?;
             is_gateway =
                 matches!(way, Destination::Interface { gateway: Some(via), .. } if via == from);
         }

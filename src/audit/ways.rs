@@ -64,7 +64,7 @@ impl Ways {
         if let Some(known) = self.known.get(&addr) {
             return *known;
         }
-        let device = match self.routes.destination(addr, None) {
+        let device = match self.routes.destination(addr, None, 0) {
             Ok(Destination::Interface { index, .. }) => Some(index),
             _ => None,
         };

@@ -81,7 +81,7 @@ impl<T: Transport> Tables<T> {
 
 /// The device that an address is right behind.
 fn link<T: Transport>(routes: &mut Routes<T>, addr: IpAddr) -> Result<Option<u32>> {
-    Ok(match routes.destination(addr, None)? {
+    Ok(match routes.destination(addr, None, 0)? {
         Destination::Interface { index, gateway: None } => Some(index),
         _ => None,
     })

@@ -219,6 +219,11 @@ pub trait Recount {
     /// The kernel refuses; what could not be taken out is tried again at the next call.
     fn narrow_hidden(&mut self, held: impl Iterator<Item = FourTuple>, now: Instant) -> Result<()>;
 
+    /// Takes notice of the mark of a connection, by which routing may choose the way of its answers.
+    fn know_mark(&mut self, entry: &Entry) {
+        let _ = entry;
+    }
+
     /// The name and number of the device that packets of this client come in by, where that is known.
     ///
     /// # Errors

@@ -8,6 +8,7 @@ use nix::libc;
 
 use super::{address, body, split};
 use crate::error::{Op, Result};
+use crate::netlink::attribute::nla;
 use crate::netlink::{Conversation, KernelSocket, Request, Transport};
 
 const RTM_GETROUTE: u16 = 26;
@@ -15,6 +16,7 @@ const RTA_DST: u16 = 1;
 const RTA_SRC: u16 = 2;
 const RTA_OIF: u16 = 4;
 const RTA_GATEWAY: u16 = 5;
+const RTA_MARK: u16 = 16;
 const RTA_VIA: u16 = 18;
 /// Words of `struct rtmsg { u8 family, dst_len, src_len, tos, table, protocol, scope, type, unsigned flags }`.
 const HEAD: usize = 3;
@@ -53,13 +55,18 @@ pub enum Destination {
 }
 
 impl<T: Transport> Routes<T> {
-    /// Where packets to `addr` go, from the address `from` where rules ask for the source.
-    /// Equivalent: `ip route get ADDR from FROM`.
+    /// Where packets to `addr` go, from the address `from` where rules ask for the source, and with this mark, of
+    /// which 0 is none. Equivalent: `ip route get ADDR from FROM mark MARK`.
     ///
     /// # Errors
     /// A broken conversation.
-    pub fn destination(&mut self, addr: IpAddr, from: Option<IpAddr>) -> Result<Destination> {
-        match self.ask(addr, from) {
+    pub fn destination(
+        &mut self,
+        addr: IpAddr,
+        from: Option<IpAddr>,
+        mark: u32,
+    ) -> Result<Destination> {
+        match self.ask(addr, from, mark) {
             // A source that is no address of this host is refused: the first destination of a
             // translated connection, the address of a transparent proxy's socket. With EINVAL;
             // since 6.18 with ENETUNREACH (seen there, guarded by
@@ -68,7 +75,7 @@ impl<T: Transport> Routes<T> {
                 if from.is_some()
                     && matches!(error.errno(), Some(Errno::EINVAL | Errno::ENETUNREACH)) =>
             {
-                self.destination(addr, None)
+                self.destination(addr, None, mark)
             }
             Err(error)
                 if matches!(
@@ -93,11 +100,11 @@ impl<T: Transport> Routes<T> {
     /// # Errors
     /// A broken conversation.
     pub fn is_local(&mut self, addr: IpAddr) -> Result<bool> {
-        Ok(self.destination(addr, None)? == Destination::Local)
+        Ok(self.destination(addr, None, 0)? == Destination::Local)
     }
 
-    fn ask(&mut self, addr: IpAddr, from: Option<IpAddr>) -> Result<Destination> {
-        let request = query(addr, from);
+    fn ask(&mut self, addr: IpAddr, from: Option<IpAddr>, mark: u32) -> Result<Destination> {
+        let request = query(addr, from, mark);
         let mut destination = Destination::Unreachable;
         self.conversation.ask(&request, |frame| {
             let ([_, second, _], attributes) = split::<HEAD>(request.op, frame.payload)?;
@@ -121,13 +128,14 @@ fn ip(bytes: &[u8]) -> Option<IpAddr> {
     v4().or_else(|| <[u8; 16]>::try_from(bytes).ok().map(IpAddr::from))
 }
 
-fn query(addr: IpAddr, from: Option<IpAddr>) -> Request {
+fn query(addr: IpAddr, from: Option<IpAddr>, mark: u32) -> Request {
     let prefix = if addr.is_ipv4() { 32 } else { 128 };
     let (family, destination) = address(RTA_DST, addr);
     let source = from.map(|from| address(RTA_SRC, from).1);
+    let mark = (mark != 0).then(|| nla(RTA_MARK, &mark.to_ne_bytes()));
     let of_source = if source.is_some() { prefix } else { 0 };
     let head = [u32::from_ne_bytes([family, prefix, of_source, 0]), 0, 0];
-    let attributes: Vec<_> = [destination].into_iter().chain(source).collect();
+    let attributes: Vec<_> = [destination].into_iter().chain(source).chain(mark).collect();
     let body = body(head, &attributes);
     Request { op: Op::new("route look-up"), kind: RTM_GETROUTE, flags: 0, body, joined: false }
 }

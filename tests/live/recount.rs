@@ -467,6 +467,51 @@ fn counted_again_under_a_loose_reverse_path_filter() {
     with_reverse_path_filter("2");
 }
 
+/// Two uplinks: answers leave by the one that their connection came by, which its mark remembers; without a
+/// mark they would by the other.
+fn with_uplinks(site: Site, network: &str, near: &str, far: &str) {
+    counted_again(site, |lab| {
+        for interface in ["all", "eth0"] {
+            lab.server.sysctl(&format!("net/ipv4/conf/{interface}/rp_filter"), "0");
+        }
+        let (ip, bits) = if site.ipv6 { ("ip -6", 64) } else { ("ip", 24) };
+        lab.server.feed(
+            "ip -batch -",
+            &format!(
+                "link add eth1 type veth peer name far1\n\
+                 link set eth1 addrgenmode none\n\
+                 link set eth1 up\n\
+                 link set far1 up\n\
+                 addr add {far}1/{bits} dev eth1\n\
+                 neigh add {far}2 lladdr 02:00:00:00:00:03 dev eth1\n\
+                 route add {network} via {near} table 100\n\
+                 route replace {network} via {far}2\n"
+            ),
+        );
+        lab.server.run(&format!("{ip} rule add fwmark 7 lookup 100"));
+        let marks = [
+            "PREROUTING -i eth0 -m conntrack --ctstate NEW -j CONNMARK --set-mark 7",
+            "OUTPUT -j CONNMARK --restore-mark",
+        ];
+        let count = if site.ipv6 { CONNLIMIT6 } else { CONNLIMIT };
+        let limit = format!("INPUT -i eth0 -p tcp --syn --dport 80 {count} -j DROP");
+        let rules = restore("mangle", "PREROUTING OUTPUT", &marks) + &input(&[&limit]);
+        let tool = if site.ipv6 { "ip6tables-restore" } else { "iptables-restore" };
+        lab.server.feed(tool, &rules);
+    });
+}
+
+#[test]
+fn counted_again_where_marks_choose_the_uplink() {
+    with_uplinks(INGRESS_ONLY, "198.51.100.0/24", "192.0.2.2", "10.1.0.");
+}
+
+#[test]
+fn counted_again_where_marks_choose_the_uplink_over_ipv6() {
+    let site = Site { ipv6: true, ..INGRESS_ONLY };
+    with_uplinks(site, "2001:db8:1::/64", "2001:db8::2", "fd00:1::");
+}
+
 /// The address moves to a bridge: what the route to the client names is the bridge, and the rules
 /// are bound to it.
 #[test]

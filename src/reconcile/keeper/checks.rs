@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use super::{Keeper, Witness};
-use crate::conntrack::Zone;
+use crate::conntrack::{Entry, Zone};
 use crate::error::Result;
 use crate::firewall::limits::LimitRule;
 use crate::firewall::lists::{Limited, Loss};
@@ -182,7 +182,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         let mut answers = Vec::new();
         for view in snapshot.views.iter().filter(|view| view.socket.is_some()) {
             let entry = view.entry.filter(|entry| entry.reply == view.connection.sent());
-            let syn = self.syn(view.connection, entry.map(|entry| entry.orig.dst), groups)?;
+            let syn = self.syn(view.connection, entry.as_ref(), groups)?;
             let members = groups.of(&syn);
             let Some(member) = members.first() else { continue };
             let unknown = |rule: &'r LimitRule, why: &str| Answer {
@@ -320,10 +320,11 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
     pub(super) fn syn(
         &mut self,
         connection: Connection,
-        asked: Option<Endpoint>,
+        entry: Option<&Entry>,
         groups: &Groups<'_>,
     ) -> Result<Syn> {
         let Connection { local, remote: peer } = connection;
+        let asked = entry.map(|entry| entry.orig.dst);
         let asked = asked.unwrap_or_else(|| match self.ledger.arrivals().get(&local) {
             Some(Arrival::Translated(first, _)) => *first,
             _ => local,
@@ -332,9 +333,13 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         let mut syn = Syn { asked: Some(asked), is_forwarded, ..Syn::new(peer.addr(), local) };
         if groups.ask_for_interfaces()
             && let Some(recounter) = &mut self.recounter
-            && let Some((name, index)) = recounter.interface(peer.addr(), asked.addr())?
         {
-            syn.interface = Interface::Known(name, index);
+            if let Some(entry) = entry {
+                recounter.know_mark(entry);
+            }
+            if let Some((name, index)) = recounter.interface(peer.addr(), asked.addr())? {
+                syn.interface = Interface::Known(name, index);
+            }
         }
         Ok(syn)
     }

@@ -97,7 +97,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         let mut groups = Groups::new(&known);
         for action in actions.iter().filter(|action| action.kind == ActionKind::Recount) {
             let Some(socket) = action.view.socket else { continue };
-            let syn = self.syn(socket.connection(), Some(action.template.orig.dst), &groups)?;
+            let syn = self.syn(socket.connection(), Some(&action.template), &groups)?;
             let members = groups.of(&syn);
             let is_lacking = |member: &Member<'_>| self.uncounted.loss(member.rule).is_some();
             let Some(last) = members.iter().rposition(is_lacking) else { continue };

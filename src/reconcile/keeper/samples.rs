@@ -75,7 +75,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         };
         let entry = view.entry.filter(|entry| entry.reply == view.connection.sent());
         let source = view.connection.remote.addr();
-        let syn = self.syn(view.connection, entry.map(|entry| entry.orig.dst), &groups)?;
+        let syn = self.syn(view.connection, entry.as_ref(), &groups)?;
         let members = groups.of(&syn);
         let is_it = |member: &&Member<'_>| member.rule.place() == rule.place();
         let (Some(Member { group: Some(group), limit, .. }), false) = (

@@ -30,7 +30,7 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
         let mut near: Option<HashSet<IpNet>> = Some(HashSet::new());
         for action in actions.iter().filter(|action| action.kind.needs_recount()) {
             let Some(socket) = action.view.socket else { continue };
-            let syn = self.syn(socket.connection(), Some(action.template.orig.dst), &groups)?;
+            let syn = self.syn(socket.connection(), Some(&action.template), &groups)?;
             let members = groups.of(&syn);
             for member in members.iter().filter(|member| member.rule.tells) {
                 places.extend(member.group.clone().map(|group| (group, 0)));

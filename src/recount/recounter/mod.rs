@@ -80,6 +80,9 @@ pub struct Recounter {
     routes: Routes,
     neighbours: Neighbours,
     remembered: HashMap<(IpAddr, Option<IpAddr>), Hop>,
+    /// Of the connections of a client to an address of this host, the mark that was seen last: rules may give it
+    /// to their packets (CONNMARK), and routing may go by it.
+    connmarks: HashMap<(IpAddr, IpAddr), u32>,
     /// Of devices, by their numbers.
     names: HashMap<u32, String>,
     budget: Budget,
@@ -130,6 +133,7 @@ impl Recounter {
             routes: Routes::open()?,
             neighbours: Neighbours::open()?,
             remembered: HashMap::new(),
+            connmarks: HashMap::new(),
             names: HashMap::new(),
             budget: Budget::new(now),
             tried: Vec::new(),
@@ -259,7 +263,8 @@ impl Recounter {
         if let Some(known) = self.remembered.get(&(addr, from)) {
             return Ok(*known);
         }
-        let hop = match self.routes.destination(addr, from)? {
+        let mark = from.and_then(|from| self.connmarks.get(&(addr, from))).copied().unwrap_or(0);
+        let hop = match self.routes.destination(addr, from, mark)? {
             Destination::Local => Hop::Local,
             Destination::Unreachable => Hop::Unreachable,
             Destination::Interface { index, gateway } => Hop::Entrance(Entrance {
@@ -281,8 +286,21 @@ impl Recount for Recounter {
         self.budget.take(entry.orig, now)
     }
 
+    fn know_mark(&mut self, entry: &Entry) {
+        // One that was put back by itself has none; its siblings had.
+        let Some(mark) = entry.mark.filter(|mark| *mark != 0) else { return };
+        let (client, server) = (entry.orig.src.addr(), entry.orig.dst.addr());
+        if self.connmarks.len() >= REMEMBERED {
+            self.connmarks.clear();
+        }
+        if self.connmarks.insert((client, server), mark) != Some(mark) {
+            self.remembered.remove(&(client, Some(server)));
+        }
+    }
+
     fn way(&mut self, entry: &Entry, now: Instant) -> Result<Way> {
         let op = Op::on("recount", entry.orig);
+        self.know_mark(entry);
         self.raise_filter(now)?;
         let mut failed = None;
         let mut ways = self.ways();
