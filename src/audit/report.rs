@@ -116,6 +116,15 @@ impl Report {
         let others = seen.listeners.iter().filter(|socket| !in_scope(socket));
         let left_out = others.filter(|socket| !socket.local.addr().is_loopback());
         let left_out = left_out.map(|socket| socket.local.port()).collect();
+        let mut unlimited = Vec::new();
+        for view in
+            snapshot.views.iter().filter(|view| view.socket.is_some_and(|it| it.takes_a_slot()))
+        {
+            let is_forwarded = seen.behind.contains(&view.connection.local.addr());
+            if is_forwarded && !view.is_outgoing() && !plays.is_limited(&view) {
+                unlimited.push(view);
+            }
+        }
         let mut layers = Layers::of(Inputs {
             figures: seen.figures.as_ref(),
             player: plays.player(),
@@ -126,6 +135,7 @@ impl Report {
             is_limit_named: request.limit.is_some(),
             listeners: &listeners,
             views: &snapshot.views,
+            unlimited: &unlimited,
             proxied: &seen.proxied,
             proxies: &seen.proxies,
             owners: &seen.owners,

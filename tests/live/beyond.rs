@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
+use crate::lab::guests::{self, Guest};
 use crate::lab::rules::{chain, input, restore};
 use crate::lab::{Lab, Peer, Server};
 
@@ -238,6 +239,28 @@ fn a_limit_for_the_port_of_a_transparent_proxy_is_said_to_see_nobody() {
         let (code, said) = audit(&lab, "limit-translated");
         assert_eq!((code, said.len()), (0, found), "{port}: {said:?}");
         assert_eq!(peer.admitted(80, 1), usize::from(!is_seen), "{port}: the truth");
+    }
+}
+
+/// A limit in INPUT for any port, beside a container whose port is published: its clients pass FORWARD alone. A limit
+/// there, and a host without clients of it, are the controls.
+#[test]
+fn a_limit_for_any_port_is_said_not_to_see_what_goes_to_containers() {
+    let any = "iptables -A INPUT -p tcp --syn -m connlimit --connlimit-above 3 -j DROP";
+    for (is_limited, held, found) in [(false, 0, 0), (false, 5, 1), (true, 3, 0)] {
+        let Some(lab) = Lab::new() else { return };
+        lab.server.sysctl("net/ipv4/ip_forward", "1");
+        lab.server.run(any);
+        if is_limited {
+            guests::limit(&lab);
+        }
+        let guest = Guest::start(&lab, 1);
+        let peer = lab.peer(CLIENT);
+        let conns = peer.hold(guest.port, held);
+        let (code, said) = audit(&lab, "limit-translated");
+        assert_eq!((code, said.len()), (0, found), "{held} held: {said:?}");
+        let more = peer.admitted(guest.port, 1);
+        assert_eq!((conns.len(), more), (held, usize::from(!is_limited)), "the truth");
     }
 }
 

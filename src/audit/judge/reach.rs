@@ -89,6 +89,19 @@ fn all(connections: usize) -> &'static str {
     if connections == 1 { "the one open connection" } else { "any of the open connections" }
 }
 
+/// A limit of INPUT for any port, which connections to containers do not pass; no other limit is for these.
+pub fn forwarded(rule: &LimitRule, port: u16, local: Endpoint, connections: usize) -> Finding {
+    let all = all(connections);
+    Finding::warn(
+        "limit-translated",
+        format!(
+            "{rule} does not see {all} to port {port}: rules lead them to {local} in a container, past INPUT, and \
+             no limit is there"
+        ),
+        format!("limit port {} in FORWARD (DOCKER-USER), too", local.port()),
+    )
+}
+
 /// The same of what a transparent proxy takes, whose own port the limit names.
 pub fn proxied(rule: &LimitRule, port: u16, connections: usize) -> Finding {
     let all = all(connections);

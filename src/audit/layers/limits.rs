@@ -212,6 +212,24 @@ fn passed_by(rule: &LimitRule, views: &Views) -> Option<Finding> {
     Some(judge::reach::translated(rule, first.port(), local, others + 1))
 }
 
+/// What clients have opened to containers by ports of this host, past a limit of INPUT for any port.
+fn passed_to_containers(rule: &LimitRule, unlimited: &[View]) -> Option<Finding> {
+    let matches = &rule.matches;
+    if rule.hook != Hook::Input || !matches.ports.is_all() || !matches.destinations.is_empty() {
+        return None;
+    }
+    let asked = |view: &View| {
+        let entry = view.entry.filter(|entry| entry.reply == view.connection.sent())?;
+        let (asked, local) = (entry.orig.dst, view.connection.local);
+        let is_it = asked != local && rule.covers(view.client().addr(), asked.port());
+        is_it.then_some((asked.port(), local))
+    };
+    let mut all = unlimited.iter().filter_map(asked);
+    let first = all.next()?;
+    let others = all.filter(|other| *other == first).count();
+    Some(judge::reach::forwarded(rule, first.0, first.1, others + 1))
+}
+
 /// What is open of a transparent proxy, whose own port a limit names that meets none of it: the packets keep the port
 /// that their client asked for.
 fn passed_by_proxy(rule: &LimitRule, inputs: Inputs<'_>) -> Option<Finding> {
@@ -294,6 +312,7 @@ pub(super) fn of(inputs: Inputs<'_>) -> Layer<Limits> {
         if loads.is_empty() {
             figures.take(passed_by(rule, inputs.views).or_else(|| passed_by_proxy(rule, inputs)));
         }
+        figures.take(passed_to_containers(rule, inputs.unlimited));
         figures
     };
     let rules: Vec<_> = rules.map(figures).collect();

@@ -16,7 +16,7 @@ use super::processes::{Holder, Owner, Owners, place};
 use crate::firewall::limits::Limiter;
 use crate::firewall::play::Player;
 use crate::flow::{Connection, Endpoint};
-use crate::reconcile::snapshot::Views;
+use crate::reconcile::snapshot::{View, Views};
 use crate::rtnetlink::link::Link;
 use crate::sockdiag::{Socket, State};
 
@@ -165,6 +165,8 @@ pub struct Inputs<'a> {
     pub listeners: &'a [Socket],
     /// Connections of the scope.
     pub views: &'a Views,
+    /// Those to containers that no limit counts.
+    pub unlimited: &'a [View],
     /// Those that a transparent proxy has taken.
     pub proxied: &'a HashSet<Connection>,
     /// Ports that such proxies listen on.
