@@ -33,6 +33,8 @@ impl Match {
             Test::Within { value, from, to, is } => within(value, *from, *to, *is),
             Test::In { values, set, is } => inside(values, set, *is),
             Test::Rate(what) => Self { is_rated: true, ..other(what.clone()) },
+            // Which way round it asks is not read.
+            Test::Unclear(what) if what == "set" => other("a set has or lacks it".to_owned()),
             Test::Unclear(what) => other(what.clone()),
             Test::Never => Self { never: true, ..Self::default() },
         }

@@ -43,3 +43,25 @@ pub(super) fn described(value: &Operand, from: Bits, to: Bits, is: bool) -> Stri
         _ => words(value),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::firewall::{Family, Match, Step, parse_saved};
+
+    /// Whether it asks for what is in the set or for what is not, the words hold.
+    #[test]
+    fn a_set_of_which_the_way_round_is_not_read_is_not_said_to_have_it() {
+        for asked in ["--match-set vip src", "! --match-set vip src"] {
+            let text = format!("*filter\n:INPUT ACCEPT [0:0]\n-A INPUT -m set {asked} -j DROP\n");
+            let chains = parse_saved(&text, Family::Ip);
+            let steps = chains.iter().flat_map(|chain| chain.rules.iter()).flat_map(|it| &it.steps);
+            let words: Vec<_> = steps
+                .filter_map(|step| match step {
+                    Step::Test(test) => Some(Match::of(test).to_string()),
+                    _ => None,
+                })
+                .collect();
+            assert_eq!(words, [" to any port, if a set has or lacks it"], "{asked}");
+        }
+    }
+}
