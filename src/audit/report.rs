@@ -23,8 +23,8 @@ use super::look::Seen;
 use super::processes::Holder;
 use super::sources::{Measure, Source, sources};
 use crate::conntrack::TcpState;
-use crate::firewall::Hook;
 use crate::firewall::limits::LimitRule;
+use crate::firewall::{Hook, Ruleset};
 use crate::flow::Connection;
 use crate::reconcile::outgoing::Survey;
 use crate::reconcile::plan::cell;
@@ -223,7 +223,12 @@ impl Report {
         }
         if let (Some(outgoing), Some(layer)) = (seen.outgoing, layers.conntrack.as_mut()) {
             let timeout = layer.figures.timeout_close_wait;
-            layer.extend(judge::sockets::outgoing(outgoing, told.outgoing, timeout));
+            layer.extend(judge::sockets::outgoing(
+                outgoing,
+                told.outgoing,
+                timeout,
+                are_sources_translated(&seen.rules),
+            ));
         }
         if let (Some(told), Some(layer)) = (&seen.told, layers.conntrack.as_mut())
             && !limiter.rules.is_empty()
@@ -338,4 +343,12 @@ fn is_global_ipv6(connection: Connection) -> bool {
 /// Zones in which a connection has entries beside the one that is looked at.
 fn other_zones(others: &Others, connection: Connection) -> Vec<u16> {
     others.get(&connection).into_iter().flatten().map(|entry| entry.zone.id()).collect()
+}
+
+/// Whether rules may translate what this host or its containers open.
+fn are_sources_translated(rules: &Ruleset) -> bool {
+    rules.chains.iter().any(|chain| {
+        let base = chain.base.as_ref().filter(|base| base.is_nat);
+        base.is_some_and(|base| base.hook == Hook::Postrouting) && !chain.rules.is_empty()
+    })
 }

@@ -280,6 +280,24 @@ fn a_port_that_was_given_away_is_said() {
     assert_eq!(both, ((false, true, false), (false, true, true)));
 }
 
+/// The translation of a connection goes with its entry: doctor gives no all-clear then.
+#[test]
+fn what_has_lost_its_entry_is_not_said_to_be_well() {
+    let Some(scene) = Scene::new("-j MASQUERADE") else { return };
+    let _dialled = scene.dial();
+    let said = || {
+        let (_, out, err) = scene.lab.ctkeep(CTKEEP, &["doctor", "--format", "json"]);
+        let report: serde_json::Value = serde_json::from_str(&out).expect("a report");
+        let all = report["findings"].as_array().expect("findings");
+        let found = all.iter().find(|it| it["id"] == "outgoing");
+        let found = found.unwrap_or_else(|| panic!("{out}{err}"));
+        (found["verdict"].clone(), found["what"].to_string().contains("cannot be told"))
+    };
+    assert_eq!(said(), ("warn".into(), false));
+    scene.lab.server.run("conntrack -F");
+    assert_eq!(said(), ("warn".into(), true));
+}
+
 /// Both of them before and after: as a container's that nobody keeps, and as one that is kept.
 #[test]
 fn audit_explain_doctor_and_metrics_show_them_apart() {

@@ -234,8 +234,13 @@ pub fn untracked(
 }
 
 /// Half-closed connections that this host opened: `kept` is what the daemon says of them, where it looks
-/// after them; `timeout` is that of CLOSE_WAIT, in seconds.
-pub fn outgoing(seen: Survey, kept: Option<[usize; 3]>, timeout: Option<u64>) -> Option<Finding> {
+/// after them; `timeout` is that of CLOSE_WAIT, in seconds. Rules may translate some, or not (`may_translate`).
+pub fn outgoing(
+    seen: Survey,
+    kept: Option<[usize; 3]>,
+    timeout: Option<u64>,
+    may_translate: bool,
+) -> Option<Finding> {
     const ID: &str = "outgoing";
     let (timeout, is_long) = (timeout?, timeout? > CLOSE_WAIT);
     let open =
@@ -270,6 +275,15 @@ pub fn outgoing(seen: Survey, kept: Option<[usize; 3]>, timeout: Option<u64>) ->
                 "outgoing = \"extend\" in ctkeep.toml: docs/outgoing.md",
             )
         }),
+        // The translation went with the entry.
+        None if may_translate && seen.without_entry > 0 => Some(Finding::warn(
+            ID,
+            format!(
+                "{open}, {} have no entry: whether they were translated, and are cut off now, cannot be told",
+                seen.without_entry
+            ),
+            "outgoing = \"extend\" in ctkeep.toml keeps what is not lost yet: docs/outgoing.md",
+        )),
         None => some.map(|()| Finding::ok(ID, open)),
     }
 }
