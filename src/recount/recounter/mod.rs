@@ -1,5 +1,6 @@
 //! Sends nudges and seals in one network namespace.
 
+mod hops;
 mod ways;
 
 use std::collections::{HashMap, HashSet};
@@ -22,7 +23,7 @@ use crate::error::{Cause, Error, Op, Result};
 use crate::flow::FourTuple;
 use crate::rtnetlink::link::links;
 use crate::rtnetlink::neighbour::Neighbours;
-use crate::rtnetlink::route::{Destination, Routes};
+use crate::rtnetlink::route::Routes;
 
 /// Addresses whose destination is remembered between two refreshes: all clients of a busy host,
 /// in some 5 MiB.
@@ -257,27 +258,6 @@ impl Recounter {
     fn nudge_by_loopback(&mut self, op: Op, flow: FourTuple) -> Result<()> {
         let packet = self.syn(op, flow, Purpose::Nudge, 0, false, Route::Loopback)?;
         self.raw.send(&packet, flow.dst.addr()).map_err(|error| op.io(error))
-    }
-
-    fn hop(&mut self, addr: IpAddr, from: Option<IpAddr>) -> Result<Hop> {
-        if let Some(known) = self.remembered.get(&(addr, from)) {
-            return Ok(*known);
-        }
-        let mark = from.and_then(|from| self.connmarks.get(&(addr, from))).copied().unwrap_or(0);
-        let hop = match self.routes.destination(addr, from, mark)? {
-            Destination::Local => Hop::Local,
-            Destination::Unreachable => Hop::Unreachable,
-            Destination::Interface { index, gateway } => Hop::Entrance(Entrance {
-                interface: index,
-                mac: self.neighbours.mac(index, gateway.unwrap_or(addr))?,
-                routed: gateway.is_some(),
-            }),
-        };
-        if self.remembered.len() >= REMEMBERED {
-            self.remembered.clear();
-        }
-        self.remembered.insert((addr, from), hop);
-        Ok(hop)
     }
 }
 
