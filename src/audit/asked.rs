@@ -20,7 +20,7 @@ use crate::reconcile::deciding::{limit_of, question};
 use crate::reconcile::ledger::Ledger;
 use crate::reconcile::observe::Tables;
 use crate::reconcile::snapshot::View;
-use crate::recount::{Question, Recounter, Room, Step, Trace};
+use crate::recount::{Question, Recount, Recounter, Room, Step, Trace};
 use crate::sockdiag::Lookup;
 
 /// More room than this is not counted: each probe in it takes a place from an honest SYN for some
@@ -146,6 +146,10 @@ impl<'r> Asker<'r> {
                 "its entry is gone, and rules may have translated what its client asked for",
             );
         };
+        if let Some(socket) = view.socket {
+            let (client, server) = (question.client, question.server.addr());
+            self.recounter.know_device(client, server, socket.interface);
+        }
         let most = tightest.limit.saturating_add(1).min(MOST);
         let room = self.recounter.room(question, most, now)?;
         let answer = |met: Met, more, limit, decides| {

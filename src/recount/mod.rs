@@ -224,6 +224,12 @@ pub trait Recount {
         let _ = entry;
     }
 
+    /// Takes notice of the device that the socket of this client's connection is bound to: that of a link-local
+    /// client always is, and no route tells which of several devices its address belongs to.
+    fn know_device(&mut self, client: IpAddr, server: IpAddr, device: u32) {
+        let _ = (client, server, device);
+    }
+
     /// The name and number of the device that packets of this client come in by, where that is known.
     ///
     /// # Errors

@@ -64,3 +64,39 @@ fn a_link_local_peer_is_repaired_at_its_event() {
     assert_eq!(admitted, 3, "the stock kernel resists");
     assert_eq!(link_local(Some("nflog")), Some(0), "nflog");
 }
+
+/// Three connections of a link-local peer on a host whose other device has the first route to such addresses;
+/// then the limit gets a new list: how many more it admits.
+fn new_list_beside_another_device(with_ctkeep: bool) -> Option<usize> {
+    let lab = Lab::new()?;
+    lab.server.feed(
+        "ip -batch -",
+        "link add before type veth peer name behind\n\
+         link set before addrgenmode none\n\
+         link set behind addrgenmode none\n\
+         addr add fe80::9/64 dev before nodad\n\
+         link set before up\n\
+         link set behind up\n",
+    );
+    lab.connlimit(PORT, 3);
+    let _server = lab.serve("[::]:80");
+    let peer = lab.link_local_peer();
+    let daemon = with_ctkeep.then(|| lab.daemon(CTKEEP, &[]));
+    let conns = peer.hold(PORT, 3);
+    assert_eq!(peer.admitted(PORT, 1), 0, "the limit holds before");
+    let limit = "-p tcp --syn --dport 80 -m connlimit --connlimit-above 3 --connlimit-mask 128";
+    lab.server.run(&format!("ip6tables -R INPUT 1 {limit} -j DROP"));
+    if let Some(daemon) = &daemon {
+        wait_for("three nudges", SOON, || daemon.log().matches("action=\"recount\"").count() >= 3);
+    }
+    let admitted = peer.admitted(PORT, TRIES);
+    drop(conns);
+    Some(admitted)
+}
+
+#[test]
+fn a_link_local_peer_is_counted_again_by_its_own_device() {
+    let Some(admitted) = new_list_beside_another_device(false) else { return };
+    assert_eq!(admitted, 3, "the stock kernel has a new list");
+    assert_eq!(new_list_beside_another_device(true), Some(0));
+}

@@ -94,6 +94,13 @@ pub fn apply<T: Transport, R: Recount>(
             if cookie.is_some_and(|cookie| known.on_list.contains(&cookie)) {
                 return Method::OnList;
             }
+            // Another namespace has other numbers.
+            if let (Some(socket), Some(recounter)) = (action.view.socket, recounter.as_mut())
+                && !tables.sockets.is_of_member(socket.local.addr())
+            {
+                let FourTuple { src, dst } = action.template.orig;
+                recounter.know_device(src.addr(), dst.addr(), socket.interface);
+            }
             let before = cookie.and_then(|cookie| known.behind.get(&cookie));
             let is_long = cookie.is_some_and(|cookie| known.of_long_lists.contains(&cookie));
             method(action, *hidden, before, recounter.as_mut(), now).for_list(is_long)

@@ -337,6 +337,9 @@ impl<T: Transport, R: Recount> Keeper<T, R> {
             if let Some(entry) = entry {
                 recounter.know_mark(entry);
             }
+            if let Some(device) = self.ledger.interface(connection).filter(|_| !is_forwarded) {
+                recounter.know_device(peer.addr(), asked.addr(), device);
+            }
             if let Some((name, index)) = recounter.interface(peer.addr(), asked.addr())? {
                 syn.interface = Interface::Known(name, index);
             }

@@ -84,6 +84,8 @@ pub struct Recounter {
     /// Of the connections of a client to an address of this host, the mark that was seen last: rules may give it
     /// to their packets (CONNMARK), and routing may go by it.
     connmarks: HashMap<(IpAddr, IpAddr), u32>,
+    /// The devices that sockets of link-local clients are bound to.
+    devices: HashMap<(IpAddr, IpAddr), u32>,
     /// Of devices, by their numbers.
     names: HashMap<u32, String>,
     budget: Budget,
@@ -135,6 +137,7 @@ impl Recounter {
             neighbours: Neighbours::open()?,
             remembered: HashMap::new(),
             connmarks: HashMap::new(),
+            devices: HashMap::new(),
             names: HashMap::new(),
             budget: Budget::new(now),
             tried: Vec::new(),
@@ -276,6 +279,10 @@ impl Recount for Recounter {
         if self.connmarks.insert((client, server), mark) != Some(mark) {
             self.remembered.remove(&(client, Some(server)));
         }
+    }
+
+    fn know_device(&mut self, client: IpAddr, server: IpAddr, device: u32) {
+        self.note_device(client, server, device);
     }
 
     fn way(&mut self, entry: &Entry, now: Instant) -> Result<Way> {
