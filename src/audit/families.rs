@@ -74,7 +74,12 @@ pub(super) fn stranger(ipv4: bool) -> IpAddr {
 }
 
 /// An address that clients of a family reach the port at.
-fn listens(open: &[Endpoint], port: u16, ipv4: bool, reached: &Reached) -> Option<Endpoint> {
+pub(super) fn listens(
+    open: &[Endpoint],
+    port: u16,
+    ipv4: bool,
+    reached: &Reached,
+) -> Option<Endpoint> {
     let is_served = |local: &&Endpoint| {
         let addr = local.addr();
         let is_dual = ipv4 && addr.is_ipv6() && addr.is_unspecified();
@@ -101,7 +106,7 @@ fn finding(limit: &LimitRule, ports: &[u16], missing: bool, rule: Option<String>
 }
 
 /// The same limit for the clients of the other family; `None` where its form cannot be kept.
-fn rule_for(limit: &LimitRule, missing: bool) -> Option<String> {
+pub(super) fn rule_for(limit: &LimitRule, missing: bool) -> Option<String> {
     let Match { others, asked, interfaces, sources, destinations, .. } = &limit.matches;
     // Addresses of one family say nothing of the other.
     let is_plain = others.is_empty() && !limit.matches.is_rated && asked.is_all();

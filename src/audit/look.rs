@@ -10,6 +10,7 @@ use super::asked::Answered;
 use super::classes::Class;
 use super::figures::Figures;
 use super::fronts::{Front, fronts};
+use super::guests::Guests;
 use super::plays::Plays;
 use super::processes::Owners;
 use super::ways::Ways;
@@ -68,6 +69,8 @@ pub struct Seen {
     pub asked: Option<Vec<Answered>>,
     /// Local addresses of other namespaces whose sockets were looked at.
     pub behind: HashSet<IpAddr>,
+    /// What listens there.
+    pub guests: Guests,
     /// How many namespaces those are.
     pub namespaces: usize,
     /// How many could not be looked into.
@@ -121,6 +124,8 @@ impl Seen {
         let arrivals = arrivals(&rules, snapshot.views.iter(), &behind)?;
         let fronts = fronts(snapshot.views.iter(), &behind)?;
         let outgoing = Survey::look(&mut tables, &scope, policy)?;
+        let links = links()?;
+        let guests = Guests::look(&mut tables.sockets, &links)?;
         let seen = Self {
             netns: if netns.is_empty() { own_namespace() } else { netns.to_owned() },
             kernel: nix::sys::utsname::uname()
@@ -134,13 +139,14 @@ impl Seen {
             limiter,
             rules,
             arrivals,
-            links: links()?,
+            links,
             fronts,
             figures: Some(Figures::read(&mut tables.conntrack)?),
             owners,
             told: Some(instance::ask("ctkeep")),
             asked: None,
             behind,
+            guests,
             namespaces: tables.sockets.members().len(),
             unseen,
             has_ipv6: has_global_ipv6(),

@@ -9,6 +9,7 @@ pub mod families;
 pub mod figures;
 pub mod finding;
 pub mod fronts;
+pub mod guests;
 
 pub mod judge;
 pub mod layers;
@@ -16,6 +17,7 @@ pub mod loads;
 pub mod look;
 pub mod plays;
 pub mod processes;
+pub mod proxies;
 pub mod report;
 pub mod saved;
 pub mod sources;

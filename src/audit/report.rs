@@ -21,6 +21,7 @@ use super::layers::{Inputs, Layers};
 use super::loads::loads;
 use super::look::Seen;
 use super::processes::Holder;
+use super::proxies::{self, Led};
 use super::sources::{Measure, Source, sources};
 use crate::conntrack::TcpState;
 use crate::firewall::limits::LimitRule;
@@ -134,6 +135,7 @@ impl Report {
             left_out: &left_out,
             is_limit_named: request.limit.is_some(),
             listeners: &listeners,
+            guests: &seen.guests,
             views: &snapshot.views,
             unlimited: &unlimited,
             proxied: &seen.proxied,
@@ -246,7 +248,10 @@ impl Report {
                 .filter_map(|(port, ipv4)| ipv4.then_some(port))
                 .collect(),
         };
-        layers.limiter.extend(families::one_sided(limiter, plays.player(), &listeners, &reached));
+        let player = plays.player();
+        layers.limiter.extend(families::one_sided(limiter, player, &listeners, &reached));
+        let guests = (&seen.guests, &led(snapshot.views.iter()));
+        layers.limiter.extend(proxies::passing(limiter, player, &listeners, guests, &reached));
         Self {
             limit: request.limit.map(|limit| (limit, worst(&of_named))),
             mask: measure.mask,
@@ -331,6 +336,15 @@ fn against_named(limit: u32, sources: &[Source], lost: &HashSet<IpNet>) -> Vec<F
 /// The local port of a connection, and whether it is of IPv4.
 fn family(connection: Connection) -> (u16, bool) {
     (connection.local.port(), connection.local.addr().is_ipv4())
+}
+
+/// Where ports lead to, as entries show.
+fn led(views: impl Iterator<Item = View>) -> Led {
+    let mut all = Led::new();
+    for entry in views.filter_map(|view| view.entry).filter(|it| it.orig.dst != it.reply.src) {
+        all.entry(entry.orig.dst.port()).or_default().insert(entry.reply.src);
+    }
+    all
 }
 
 fn is_global_ipv6(connection: Connection) -> bool {

@@ -71,8 +71,8 @@ pub(super) fn flags(mask: u8, set: u8, is: bool) -> Test {
 }
 
 /// The device, or all whose names begin so.
-pub(super) fn interface(name: &str, is: bool) -> Test {
-    let value = Operand::plain(Field::InterfaceName, 16);
+pub(super) fn interface(field: Field, name: &str, is: bool) -> Test {
+    let value = Operand::plain(field, 16);
     let with = match name.strip_suffix('+') {
         Some(start) => Bits::of(start.as_bytes()),
         None => padded(name),

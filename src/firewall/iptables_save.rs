@@ -1,6 +1,6 @@
 //! Reads what `iptables-legacy-save` prints. Pure.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use super::ask::{self, Side, asks};
 use super::rule::{Counting, Threshold};
@@ -94,7 +94,7 @@ impl<'w> Line<'w> {
     }
 
     fn steps(mut self) -> Vec<Step> {
-        let mut not = false;
+        let (mut not, mut leads) = (false, None);
         while !self.words.is_empty() {
             let word = self.next();
             let is = !std::mem::take(&mut not);
@@ -106,6 +106,9 @@ impl<'w> Line<'w> {
                         "--notrack" => self.end = Some(Step::Notrack),
                         "tcp-reset" => self.end = Some(Step::Verdict(Outcome::Reset)),
                         _ => {}
+                    }
+                    if word == "--to-destination" {
+                        leads = to(self.next());
                     }
                     if word == "--zone" || word == "--zone-orig" {
                         self.end = Some(Step::SetZone(self.next().parse().ok()));
@@ -120,6 +123,7 @@ impl<'w> Line<'w> {
             self.steps.insert(at, Step::Count(Counting { limit, by }));
         }
         self.steps.extend(self.end);
+        self.steps.extend(leads.map(Step::Leads));
         self.steps
     }
 
@@ -143,19 +147,16 @@ impl<'w> Line<'w> {
                 "all" => {}
                 name => self.ask(Some(ask::protocol(protocol(name), is))),
             },
-            "-i" => {
+            "-i" | "-o" => {
+                let field = if word == "-i" { Field::InterfaceName } else { Field::OutName };
                 let name = self.next();
-                self.ask(Some(ask::interface(name, is)));
+                self.ask(Some(ask::interface(field, name, is)));
             }
             "-s" | "-d" => {
                 let side = if word == "-s" { Side::Source } else { Side::Destination };
                 let value = side.address(self.ipv4);
                 let test = network(value, self.next());
                 self.ask(test.map(|test| test.not_if(!is)));
-            }
-            "-o" => {
-                self.next();
-                self.ask(Some(Test::Unclear("output interface".to_owned())));
             }
             // Conntrack puts fragments together before any of these rules.
             "-f" if is => self.ask(Some(Test::Never)),
@@ -349,6 +350,12 @@ fn network(value: Operand, text: &str) -> Option<Test> {
     }
     let value = if mask == all { value } else { value.masked(mask) };
     Some(Test::equals(value, with.masked(mask, 0)))
+}
+
+/// The port of `10.0.0.2:80`, or none of `10.0.0.2`; of ranges it cannot be told.
+fn to(destination: &str) -> Option<Option<u16>> {
+    let whole = destination.parse::<SocketAddr>().map(|it| Some(it.port()));
+    whole.or_else(|_| destination.parse::<IpAddr>().map(|_| None)).ok()
 }
 
 fn ports(list: &str) -> Vec<(u16, u16)> {

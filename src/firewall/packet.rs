@@ -58,6 +58,8 @@ pub struct Syn {
     pub destination: Endpoint,
     /// The device that it comes in by.
     pub interface: Interface,
+    /// The device that it leaves by, where it is forwarded.
+    pub leaves: Interface,
     /// Its socket is in another namespace or host: it is forwarded.
     pub is_forwarded: bool,
     /// A helper has expected it (FTP's data): conntrack calls it RELATED, not NEW.
@@ -76,6 +78,7 @@ impl Syn {
             asked: Some(destination),
             destination,
             interface: if is_local { Interface::loopback() } else { Interface::NotLoopback },
+            leaves: Interface::Unknown,
             is_forwarded: false,
             is_expected: false,
             is_taken_up: false,
@@ -147,14 +150,10 @@ impl<'s> Packet<'s> {
             Field::L4Proto => Bits::number(TCP.into(), length),
             Field::NfProto => by_family(NFPROTO_IPV4, NFPROTO_IPV6),
             Field::EtherType => by_family(ETH_P_IP, ETH_P_IPV6),
-            Field::InterfaceName => match &self.syn.interface {
-                Interface::Known(name, _) => padded(name).first(length),
-                _ => Bits::unknown(length),
-            },
-            Field::InterfaceIndex => match &self.syn.interface {
-                Interface::Known(_, index) => native(*index),
-                _ => Bits::unknown(length),
-            },
+            Field::InterfaceName => name_of(&self.syn.interface, length),
+            Field::InterfaceIndex => index_of(&self.syn.interface, length),
+            Field::OutName => name_of(&self.syn.leaves, length),
+            Field::OutIndex => index_of(&self.syn.leaves, length),
             Field::Mark => self.mark,
             Field::CtMark => self.ct_mark,
             Field::CtState => {
@@ -260,6 +259,20 @@ impl<'s> Packet<'s> {
         }
         set(&mut value, &mut known, 13, &[SYN]);
         part(&value, &known, 20, offset, length)
+    }
+}
+
+fn name_of(interface: &Interface, length: u32) -> Bits {
+    match interface {
+        Interface::Known(name, _) => padded(name).first(length),
+        _ => Bits::unknown(length),
+    }
+}
+
+fn index_of(interface: &Interface, length: u32) -> Bits {
+    match interface {
+        Interface::Known(_, index) => native(*index),
+        _ => Bits::unknown(length),
     }
 }
 

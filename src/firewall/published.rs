@@ -1,6 +1,10 @@
 //! Ports of this host that its rules lead elsewhere. Pure.
 
-use super::{Chain, Match, Ruleset, Step};
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::limits::reached;
+use super::play::Player;
+use super::{Chain, Hook, Match, Ruleset, Step};
 
 /// Whether a table that translates addresses names this port: containers are published so.
 pub fn is_published(rules: &Ruleset, port: u16) -> bool {
@@ -14,6 +18,54 @@ pub fn are_several(rules: &Ruleset, ipv4: bool) -> bool {
     let chains = rules.chains.iter().filter(of_it);
     let steps = chains.flat_map(|chain| chain.rules.iter()).flat_map(|rule| &rule.steps);
     steps.flat_map(|step| named(step, &|_| true)).nth(1).is_some()
+}
+
+/// So many ports are named one by one.
+const NAMED: usize = 4096;
+
+/// Ports that rules lead elsewhere as clients come in, each with those that it leads to; without any where that cannot
+/// be told.
+pub type Published = BTreeMap<u16, BTreeSet<u16>>;
+
+/// Those of clients of one family; `None` where they are too many to be named, or a map of them could not be read.
+pub fn published(player: &Player<'_>, ipv4: bool) -> Option<Published> {
+    let chains = &player.ruleset().chains;
+    let is_way_in = |chain: &Chain| {
+        chain.base.as_ref().is_some_and(|it| it.is_nat && it.hook == Hook::Prerouting)
+    };
+    let bases = chains.iter().enumerate().filter(|(_, chain)| is_way_in(chain));
+    let bases: Vec<usize> = bases.map(|(at, _)| at).collect();
+    let mut found = Published::new();
+    let reached = reached(player, &bases).into_iter().filter_map(|at| chains.get(at));
+    for rule in reached.filter(|it| it.family.covers(ipv4)).flat_map(|it| it.rules.iter()) {
+        let mut named = Vec::new();
+        let mut all = Match::default();
+        for step in &rule.steps {
+            match step {
+                Step::Test(test) => all = all.and(&Match::of(test)),
+                Step::Map(_, set) if set.unread.is_some() => return None,
+                Step::Map(values, set) => {
+                    let each = set.keyed().iter();
+                    named.extend(each.map(|element| Match::of_element(values, element).ports));
+                }
+                _ => {}
+            }
+        }
+        named.push(all.ports);
+        let to = rule.steps.iter().find_map(|step| match step {
+            Step::Leads(port) => Some(*port),
+            _ => None,
+        });
+        let named = named.iter().filter(|ports| !ports.is_all());
+        let named = named.flat_map(|of| (0..=u16::MAX).filter(|port| of.contains(*port)));
+        for port in named.take(NAMED + 1) {
+            found.entry(port).or_default().extend(to.map(|to| to.unwrap_or(port)));
+        }
+        if found.len() > NAMED {
+            return None;
+        }
+    }
+    Some(found)
 }
 
 /// A rule of a table that translates addresses, for some port.
@@ -70,6 +122,10 @@ mod tests {
         let rules = Ruleset { chains: parse_saved(text, Family::Ip), unread: Vec::new() };
         let published = [22, 80, 90, 95, 8001].map(|port| is_published(&rules, port));
         assert_eq!(published, [false, false, true, true, true]);
+        let led = |ipv4| super::published(&Player::new(&rules), ipv4).map(Vec::from_iter);
+        let to = |port| BTreeSet::from([port]);
+        assert_eq!(led(true), Some(vec![(90, to(90)), (95, to(95)), (8001, to(80))]));
+        assert_eq!(led(false), Some(vec![]));
         assert_eq!(any(&rules).as_deref(), Some("ip nat DOCKER rule 1"));
         assert_eq!([true, false].map(|ipv4| are_several(&rules, ipv4)), [true, false]);
         let filter = Ruleset { chains: rules.chains.into_iter().skip(2).collect(), ..rules };

@@ -169,6 +169,9 @@ pub enum Step {
     Note(Cow<'static, str>),
     /// The end of the rule.
     Verdict(Outcome),
+    /// Behind the end of one that translates the destination: the port that it leads to, or the one that was asked
+    /// for. Without that it cannot be told.
+    Leads(Option<u16>),
 }
 
 impl Step {

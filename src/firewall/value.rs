@@ -179,6 +179,10 @@ pub enum Field {
     InterfaceName,
     /// `iif`
     InterfaceIndex,
+    /// `oifname`
+    OutName,
+    /// `oif`
+    OutIndex,
     /// `meta mark`
     Mark,
     /// `ct mark`

@@ -60,7 +60,22 @@ pub(super) fn target(name: &str, info: &[u8], ipv4: bool) -> Vec<Step> {
         return vec![Step::SetZone(Some(zone).filter(|_| flags & ZONE_BY_MARK == 0))];
     }
     let is_notrack = name == "CT" && flags & XT_CT_NOTRACK != 0;
-    named_target(if is_notrack { "NOTRACK" } else { name }).into_iter().collect()
+    let leads = (name == "DNAT").then(|| leads(info)).flatten();
+    let end = named_target(if is_notrack { "NOTRACK" } else { name });
+    end.into_iter().chain(leads.map(Step::Leads)).collect()
+}
+
+/// Where DNAT leads to. `struct nf_nat_ipv4_multi_range_compat { rangesize, flags, min_ip, max_ip, min, max }` of
+/// revision 0, else `struct nf_nat_range2 { flags, min_addr[16], max_addr[16], min_proto, max_proto, base_proto }`.
+fn leads(info: &[u8]) -> Option<Option<u16>> {
+    const NF_NAT_RANGE_PROTO_SPECIFIED: u32 = 1 << 1;
+    let (flags, from) = if info.len() < 40 { (word(info, 4)?, 16) } else { (word(info, 0)?, 36) };
+    if flags & NF_NAT_RANGE_PROTO_SPECIFIED == 0 {
+        return Some(None);
+    }
+    let port = |at: usize| info.get(at..at + 2)?.try_into().ok().map(u16::from_be_bytes);
+    let (from, to) = (port(from)?, port(from + 2)?);
+    (from == to).then_some(Some(from))
 }
 
 /// Whether a target gives connections a policy of timeouts by its name (`CT --timeout`).

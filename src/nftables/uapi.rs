@@ -114,6 +114,7 @@ pub(crate) const NFTA_META_SREG: u16 = 3;
 pub(crate) const NFT_META_PROTOCOL: u32 = 1;
 pub(crate) const NFT_META_MARK: u32 = 3;
 pub(crate) const NFT_META_IIF: u32 = 4;
+pub(crate) const NFT_META_OIF: u32 = 5;
 pub(crate) const NFT_META_IIFNAME: u32 = 6;
 pub(crate) const NFT_META_OIFNAME: u32 = 7;
 pub(crate) const NFT_META_NFTRACE: u32 = 12;
@@ -182,6 +183,10 @@ pub(crate) const NFTA_LOOKUP_FLAGS: u16 = 5;
 pub(crate) const NFT_LOOKUP_F_INV: u32 = 0x1;
 
 pub(crate) const NFTA_DYNSET_SET_NAME: u16 = 1;
+pub(crate) const NFTA_NAT_TYPE: u16 = 1;
+pub(crate) const NFTA_NAT_REG_PROTO_MIN: u16 = 5;
+pub(crate) const NFTA_NAT_REG_PROTO_MAX: u16 = 6;
+pub(crate) const NFT_NAT_DNAT: u32 = 1;
 pub(crate) const NFTA_REJECT_TYPE: u16 = 1;
 pub(crate) const NFT_REJECT_TCP_RST: u32 = 1;
 

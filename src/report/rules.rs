@@ -84,6 +84,7 @@ enum StepLine {
     Log,
     Note(String),
     Verdict(Outcome),
+    Leads(Option<u16>),
 }
 
 /// The lines of a rule set.
@@ -171,6 +172,7 @@ fn step_line(step: &Step, number: &impl Fn(&Arc<Set>) -> usize) -> StepLine {
         Step::Log => StepLine::Log,
         Step::Note(what) => StepLine::Note(what.into_owned()),
         Step::Verdict(outcome) => StepLine::Verdict(outcome),
+        Step::Leads(port) => StepLine::Leads(port),
     }
 }
 
@@ -263,6 +265,7 @@ fn step(line: StepLine, sets: &[Arc<Set>]) -> Option<Step> {
         StepLine::Log => Step::Log,
         StepLine::Note(what) => Step::Note(what.into()),
         StepLine::Verdict(outcome) => Step::Verdict(outcome),
+        StepLine::Leads(port) => Step::Leads(port),
     })
 }
 

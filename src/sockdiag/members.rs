@@ -151,6 +151,18 @@ impl<T: Transport> Members<T> {
         Ok(all)
     }
 
+    /// What listens in each, with the addresses that it is known to have.
+    pub(super) fn served(&mut self) -> Result<Vec<(Socket, Vec<IpAddr>)>> {
+        let mut all = Vec::new();
+        for member in &mut self.all {
+            let found = member.list(States::from_iter([State::Listen]))?;
+            let homes = self.homes.iter().filter(|(_, ids)| ids.contains(&member.id));
+            let own: Vec<IpAddr> = homes.map(|(addr, _)| *addr).collect();
+            all.extend(found.into_iter().map(|socket| (socket, own.clone())));
+        }
+        Ok(all)
+    }
+
     /// Has those of these connections asked about of which nothing is known yet, in the namespaces
     /// that have their addresses, and in all where none is known to.
     pub(super) fn ask<A: Copy>(

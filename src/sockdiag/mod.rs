@@ -154,6 +154,14 @@ impl<T: Transport> SockDiag<T> {
         self.sockets(States::from_iter([State::Listen]))
     }
 
+    /// What listens in the other namespaces, with the addresses that each is known to have.
+    ///
+    /// # Errors
+    /// As [`SockDiag::sockets`].
+    pub fn served_by_members(&mut self) -> Result<Vec<(Socket, Vec<IpAddr>)>> {
+        self.members.served()
+    }
+
     /// The same as of late: of other namespaces that have been there for a while only some are asked at
     /// one call, in turn.
     ///

@@ -264,6 +264,50 @@ fn a_limit_for_any_port_is_said_not_to_see_what_goes_to_containers() {
     }
 }
 
+/// A limit for what is forwarded to a container: whether it refuses anybody is said before anybody is at it.
+#[test]
+fn a_limit_for_containers_that_refuses_nobody_is_said_to() {
+    const ABOVE: &str = "--dport 8080 -m connlimit --connlimit-above 3 -j X";
+    const ASKED: &str = "-m conntrack --ctorigdstport 8001 -m connlimit --connlimit-above 3 -j X";
+    const UPTO: &str = "--dport 8080 -m connlimit --connlimit-upto 3 -j ACCEPT";
+    const LOG: &str = "-A X -j LOG\n";
+    // As Docker has it: what is not published is dropped, before and behind.
+    const DOCKER: &str = ":DOCKER - [0:0]\n-A FORWARD -o guest1 -m conntrack --ctstate ESTABLISHED -j ACCEPT\n\
+        -A FORWARD -o guest1 -j DOCKER\n-A FORWARD -i guest1 ! -o guest1 -j ACCEPT\n\
+        -A DOCKER -d 10.1.1.2/32 ! -i guest1 -o guest1 -p tcp -m tcp --dport 8080 -j ACCEPT\n\
+        -A DOCKER ! -i guest1 -o guest1 -j DROP\n\
+        COMMIT\n*raw\n-A PREROUTING -d 10.1.1.2/32 ! -i guest1 -j DROP\n";
+    for (policy, limit, behind, verdict) in [
+        ("ACCEPT", ABOVE, LOG, Some("ok")),
+        ("ACCEPT", ASKED, LOG, Some("ok")),
+        ("ACCEPT", UPTO, "", Some("bad")),
+        ("DROP", ABOVE, &format!("{LOG}{DOCKER}"), Some("ok")),
+        ("DROP", ASKED, &format!("{LOG}{DOCKER}"), Some("ok")),
+        // The controls.
+        ("ACCEPT", ABOVE, "-A X -j DROP\n", None),
+        ("ACCEPT", ASKED, "-A X -o guest1 -j DROP\n", None),
+        ("ACCEPT", UPTO, "-A FORWARD -p tcp --syn -o guest1 -j DROP\n", None),
+        ("DROP", ASKED, &format!("-A X -j DROP\n{DOCKER}"), None),
+    ] {
+        let text = format!(
+            "*filter\n:FORWARD {policy} [0:0]\n:X - [0:0]\n-A FORWARD -p tcp --syn {limit}\n{behind}COMMIT\n"
+        );
+        for tool in ["iptables-nft-restore", "iptables-legacy-restore"] {
+            let Some(lab) = Lab::new() else { return };
+            lab.server.sysctl("net/ipv4/ip_forward", "1");
+            let guest = Guest::start(&lab, 1);
+            lab.server.feed(tool, &text);
+            let (code, noted) = audit(&lab, "limit-notes");
+            let verdicts: Vec<_> = noted.iter().map(|it| it["verdict"].as_str().unwrap()).collect();
+            let wanted = (i32::from(verdict == Some("bad")), verdict.into_iter().collect());
+            assert_eq!((code, verdicts), wanted, "{tool}: {text}");
+            let admitted = lab.peer(CLIENT).admitted(guest.port, 5);
+            let open = if verdict.is_some() { 5 } else { 3 };
+            assert_eq!(admitted, open, "{tool}: the truth: {text}");
+        }
+    }
+}
+
 /// A limit counts two ports together, of which one alone is looked at.
 #[test]
 fn what_a_limit_counts_of_ports_that_are_not_looked_at_is_said() {

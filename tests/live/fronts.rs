@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use crate::lab::guests::{Guest, INSIDE, LIMIT};
-use crate::lab::{Lab, Namespace, wait_for};
+use crate::lab::{Lab, Namespace, Server, wait_for};
 use crate::scene::CTKEEP;
 
 const SOON: Duration = Duration::from_secs(15);
@@ -18,8 +18,12 @@ struct Proxy(Child);
 
 impl Proxy {
     fn start(lab: &Lab, port: u16, guest: &Guest) -> Self {
+        Self::start_for("AF_INET", lab, port, guest)
+    }
+
+    fn start_for(family: &str, lab: &Lab, port: u16, guest: &Guest) -> Self {
         let script = format!(
-            "import socket\ns = socket.create_server(('', {port}), backlog=100)\nh = []\n\
+            "import socket\ns = socket.create_server(('', {port}), family=socket.{family}, backlog=100)\nh = []\n\
              while True: h.append((s.accept(), socket.create_connection(('{}', {INSIDE}))))\n",
             guest.address
         );
@@ -127,5 +131,76 @@ fn behind_a_hairpin_the_container_sees_one_client_and_the_host_sees_each() {
             0,
             "the limit in FORWARD is for each of them"
         );
+    }
+}
+
+/// What `audit` says of ports that are limited for one family alone, with its advice; `doctor` says the same.
+fn one_family(lab: &Lab) -> Vec<(String, String)> {
+    let (_, out, err) = lab.ctkeep(CTKEEP, &["audit", "--format", "json"]);
+    let report: serde_json::Value = serde_json::from_str(&out).expect(&err);
+    let all = report.pointer("/layers/limiter/findings").and_then(|all| all.as_array());
+    let text = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned();
+    let ours = all.expect("findings").iter().filter(|it| it["id"] == "limit-one-family");
+    let said: Vec<_> = ours.map(|it| (text(&it["what"]), text(&it["advice"]))).collect();
+    let (_, doctor, err) = lab.ctkeep(CTKEEP, &["doctor"]);
+    assert_eq!(doctor.matches("limit-one-family").count(), said.len(), "{doctor}{err}");
+    said
+}
+
+/// Rules publish a port for clients of IPv4 alone, whom a limit in FORWARD counts; those of IPv6 come to a proxy of
+/// the host.
+#[test]
+fn clients_of_ipv6_that_a_proxy_takes_are_said_to_pass_a_limit_in_forward() {
+    let Some(lab) = Lab::new() else { return };
+    guests::limit(&lab);
+    let guest = Guest::start(&lab, 1);
+    assert_eq!(one_family(&lab), [], "nothing listens for IPv6");
+    let proxy = Proxy::start_for("AF_INET6", &lab, guest.port, &guest);
+    let (ipv4, ipv6) = (lab.peer("198.51.100.7"), lab.peer("2001:db8:1::7"));
+    let mut all = Vec::new();
+    for held in [0, LIMIT] {
+        all.extend(ipv4.hold(guest.port, held));
+        all.extend(ipv6.hold(guest.port, 2 * held));
+        let said = one_family(&lab);
+        let [(what, advice)] = said.as_slice() else { panic!("{held} held: {said:?}") };
+        assert!(what.starts_with("port 8001 is limited for IPv4 clients, whom rules"), "{what}");
+        let rule = "ip6tables -I INPUT -p tcp --syn --dport 8001 -m connlimit --connlimit-above 3 \
+                    --connlimit-mask 64 -j DROP";
+        assert_eq!(advice, rule);
+    }
+    let admitted = [ipv4.admitted(guest.port, 1), ipv6.admitted(guest.port, 1)];
+    assert_eq!(admitted, [0, 1], "the truth");
+
+    let (_, advice) = one_family(&lab).remove(0);
+    lab.server.run(&advice);
+    assert_eq!(one_family(&lab), [], "limited for both");
+    // The list is new: what is open already is not on it.
+    all.extend(ipv6.hold(guest.port, LIMIT));
+    assert_eq!(ipv6.admitted(guest.port, 1), 0, "the truth");
+    drop((all, proxy));
+}
+
+/// The same for one container of two: what is said is said of the port that the limit is for, and where the proxy has
+/// another, nothing is.
+#[test]
+fn a_proxy_of_a_port_that_no_limit_in_forward_is_for_is_not_named() {
+    let legacy = "iptables-legacy -t nat -A PREROUTING -d 192.0.2.1 -p tcp --dport 8002 -j DNAT --to-destination";
+    let native = "nft add rule ip pub c ip daddr 192.0.2.1 tcp dport 8002 dnat to";
+    for publish in [&legacy.replace("-legacy", ""), legacy, native] {
+        let Some(lab) = Lab::new() else { return };
+        guests::limit(&lab);
+        let guest = Guest::start(&lab, 1);
+        let other = guests::attach(&lab, 2);
+        let _server = Server::start(&other, "0.0.0.0:9000");
+        lab.server.run("nft add table ip pub");
+        lab.server.run("nft add chain ip pub c { type nat hook prerouting priority -100 ; }");
+        lab.server.run(&format!("{publish} 10.1.2.2:9000"));
+        let peer = lab.peer("198.51.100.7");
+        assert_eq!(peer.admitted(8002, 2 * LIMIT), 2 * LIMIT, "{publish}: the truth");
+        let _proxy = Proxy::start_for("AF_INET6", &lab, 8002, &guest);
+        assert_eq!(one_family(&lab), [], "{publish}");
+        let _proxy = Proxy::start_for("AF_INET6", &lab, guest.port, &guest);
+        let said = one_family(&lab);
+        assert!(said.len() == 1 && said[0].0.starts_with("port 8001 is limited"), "{said:?}");
     }
 }

@@ -12,6 +12,7 @@ use crate::audit::loads::Load;
 use crate::audit::whose::Whose;
 use crate::firewall::Hook;
 use crate::firewall::limits::{EarlierAccept, LimitRule, SetUse};
+use crate::firewall::published::published;
 use crate::flow::Endpoint;
 use crate::reconcile::snapshot::{View, Views};
 
@@ -303,10 +304,11 @@ pub(super) fn of(inputs: Inputs<'_>) -> Layer<Limits> {
     }
     let of = |index| loads.iter().filter(|load| load.rule == index).collect::<Vec<_>>();
     let rules = limiter.rules.iter().enumerate();
+    let published = [true, false].map(|ipv4| published(inputs.player, ipv4));
     let figures = |(index, rule)| {
         let loads = of(index);
-        let mut figures =
-            LimitFigures::of(rule, &loads, &Beyond::of(rule, inputs.player, inputs.listeners));
+        let beyond = Beyond::of(rule, inputs.player, inputs.listeners, inputs.guests, &published);
+        let mut figures = LimitFigures::of(rule, &loads, &beyond);
         figures.take(judge::reach::device(rule, inputs.links));
         figures.take(judge::reach::partial(rule, inputs.left_out));
         if loads.is_empty() {

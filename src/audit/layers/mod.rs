@@ -10,6 +10,7 @@ use serde::Serialize;
 pub use self::limits::{Full, LimitFigures, Limits};
 use super::figures::{Figures, Table, Tcp};
 use super::finding::{Finding, Verdict, worst};
+use super::guests::Guests;
 use super::judge;
 use super::loads::Load;
 use super::processes::{Holder, Owner, Owners, place};
@@ -163,6 +164,8 @@ pub struct Inputs<'a> {
     pub is_limit_named: bool,
     /// Listeners of the scope.
     pub listeners: &'a [Socket],
+    /// What listens in containers, in the scope or not.
+    pub guests: &'a Guests,
     /// Connections of the scope.
     pub views: &'a Views,
     /// Those to containers that no limit counts.

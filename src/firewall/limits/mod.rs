@@ -12,6 +12,7 @@ use std::net::IpAddr;
 
 pub use self::earlier::EarlierAccept;
 pub use self::key::Key;
+pub(super) use self::unjudged::reached;
 pub use self::unjudged::{Unjudged, Where};
 pub use self::witness::{Sight, Witness};
 use super::play::{CONNTRACK, LimitAt, NAT_DST, Player};

@@ -82,7 +82,7 @@ fn is_for_new(rule: &Rule) -> bool {
 }
 
 /// The chains that these lead to, with themselves.
-pub(super) fn reached(player: &Player<'_>, from: &[usize]) -> HashSet<usize> {
+pub(in crate::firewall) fn reached(player: &Player<'_>, from: &[usize]) -> HashSet<usize> {
     let mut seen: HashSet<usize> = from.iter().copied().collect();
     let mut next = from.to_vec();
     while let Some(at) = next.pop() {

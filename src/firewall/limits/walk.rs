@@ -91,7 +91,7 @@ struct Walk<'p, 'r, 'f> {
 /// Whether no packet leaves a chain by its end or is sent back: it ends in a verdict on all.
 fn keeps_all(chain: &Chain) -> bool {
     let is_end = |rule: &Rule| match rule.steps.as_slice() {
-        [Step::Verdict(outcome)] => {
+        [Step::Verdict(outcome), ..] => {
             matches!(outcome, Outcome::Accept | Outcome::Drop | Outcome::Reject | Outcome::Reset)
         }
         _ => false,
@@ -211,7 +211,8 @@ impl<'r> Walk<'_, 'r, '_> {
                 | Step::SetMark(_)
                 | Step::SetCtMark(_)
                 | Step::Write(_)
-                | Step::SetZone(_) => {}
+                | Step::SetZone(_)
+                | Step::Leads(_) => {}
             }
         }
         false

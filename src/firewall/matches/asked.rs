@@ -124,6 +124,10 @@ fn within(value: &Operand, from: Bits, to: Bits, is: bool) -> Match {
                 false => other(format!("not by {name}")),
             }
         }
+        (Field::OutName | Field::OutIndex, _) if value.is_plain() && from == to => {
+            let not = if is { "" } else { "not " };
+            other(format!("{not}on to {}", interface(value.field, from)))
+        }
         (Field::Ip(_), _) if from == to => match network(value, from) {
             Some((net, true)) => Match { sources: vec![(net, is)], ..Match::default() },
             Some((net, false)) => Match { destinations: vec![(net, is)], ..Match::default() },
@@ -271,7 +275,7 @@ fn network_of(value: &Operand, from: Bits, to: Bits) -> Option<(IpNet, bool)> {
 /// The name of an interface; one without its NUL is the beginning of names.
 fn interface(field: Field, value: Bits) -> String {
     let bytes = value.bytes().unwrap_or_default();
-    if field == Field::InterfaceIndex {
+    if matches!(field, Field::InterfaceIndex | Field::OutIndex) {
         return match <[u8; 4]>::try_from(bytes.as_slice()).map(u32::from_ne_bytes) {
             Ok(LOOPBACK_IFINDEX) => "lo".to_owned(),
             Ok(index) => format!("interface {index}"),

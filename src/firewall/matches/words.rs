@@ -14,6 +14,7 @@ pub(in crate::firewall) fn words(value: &Operand) -> String {
         (Field::CtDestinationPort(true), 2) => "asked port",
         (Field::L4Proto, _) => "protocol",
         (Field::InterfaceName | Field::InterfaceIndex, _) => "interface",
+        (Field::OutName | Field::OutIndex, _) => "output interface",
         (Field::Mark, _) => "mark",
         (Field::CtMark, _) => "ct mark",
         (Field::CtState | Field::XtState, _) => "ct state",

@@ -63,7 +63,8 @@ impl<T: Transport> Machine<'_, T> {
             "notrack" => self.steps.push(Step::Notrack),
             "synproxy" => self.ends(Outcome::Synproxy),
             "queue" => self.ends(Outcome::Queue),
-            "nat" | "masq" | "redir" => self.ends(Outcome::Accept),
+            "nat" => self.nat(data),
+            "masq" | "redir" => self.ends(Outcome::Accept),
             "limit" | "quota" => self.ask(Test::Rate(name)),
             "log" => self.steps.push(Step::Log),
             "counter" | "dup" | "last" | "tproxy" | "flow_offload" => {}
@@ -133,6 +134,24 @@ impl<T: Transport> Machine<'_, T> {
         all
     }
 
+    fn nat(&mut self, data: Attributes<'_>) {
+        self.ends(Outcome::Accept);
+        if data.number(NFTA_NAT_TYPE) != Some(NFT_NAT_DNAT) {
+            return;
+        }
+        let (from, to) = (data.number(NFTA_NAT_REG_PROTO_MIN), data.number(NFTA_NAT_REG_PROTO_MAX));
+        let port = match self.value(from, 2) {
+            _ if from.is_none() => Some(None),
+            Operand { field: Field::Constant(port), length: 2, changes }
+                if changes.is_empty() && to.is_none_or(|to| Some(to) == from) =>
+            {
+                u16::try_from(port).ok().map(Some)
+            }
+            _ => None,
+        };
+        self.steps.extend(port.map(Step::Leads));
+    }
+
     fn meta(&mut self, data: Attributes<'_>) {
         let key = data.number(NFTA_META_KEY);
         if data.number(NFTA_META_SREG).is_some() {
@@ -147,7 +166,8 @@ impl<T: Transport> Machine<'_, T> {
             Some(NFT_META_MARK) => Operand::plain(Field::Mark, 4),
             Some(NFT_META_IIF) => Operand::plain(Field::InterfaceIndex, 4),
             Some(NFT_META_IIFNAME) => Operand::plain(Field::InterfaceName, 16),
-            Some(NFT_META_OIFNAME) => unknown(16),
+            Some(NFT_META_OIF) => Operand::plain(Field::OutIndex, 4),
+            Some(NFT_META_OIFNAME) => Operand::plain(Field::OutName, 16),
             Some(NFT_META_NFPROTO) => Operand::plain(Field::NfProto, 1),
             Some(NFT_META_L4PROTO) => Operand::plain(Field::L4Proto, 1),
             // PACKET_HOST: what is for this host, or routed by it.

@@ -187,7 +187,9 @@ impl<'r> Player<'r> {
                         let verdicts = set.elements().iter().filter_map(|e| e.verdict.as_ref());
                         (set.has_limits(), verdicts.collect())
                     }
-                    Step::Test(_) | Step::Log | Step::Note(_) => (false, Vec::new()),
+                    Step::Test(_) | Step::Log | Step::Note(_) | Step::Leads(_) => {
+                        (false, Vec::new())
+                    }
                 };
                 if is_telling {
                     return true;

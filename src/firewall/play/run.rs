@@ -249,7 +249,7 @@ impl<'r> Run<'_, 'r, '_, '_> {
                     self.notrack(chain, index, reach.and(passed));
                     Answer::Yes
                 }
-                Step::Log | Step::Note(_) => Answer::Yes,
+                Step::Log | Step::Note(_) | Step::Leads(_) => Answer::Yes,
                 Step::Verdict(outcome) => return vec![(passed, outcome.clone())],
             };
             passed = passed.and(answer);
