@@ -264,6 +264,24 @@ fn a_limit_for_any_port_is_said_not_to_see_what_goes_to_containers() {
     }
 }
 
+/// A port that rules close to everybody is none at which a limit refuses.
+#[test]
+fn a_port_that_is_closed_in_any_case_hides_no_limit_that_refuses_nobody() {
+    for (drop, admitted) in [("", 5), ("-A X -j DROP\n", 3)] {
+        let text = format!(
+            "*filter\n:X - [0:0]\n-A X -j LOG\n{drop}\
+             -A INPUT -p tcp --syn -m connlimit --connlimit-above 3 -j X\n\
+             -A INPUT -p tcp --dport 22 -j DROP\nCOMMIT\n"
+        );
+        let Some((lab, _server, peer)) = host("iptables-restore", &text) else { return };
+        let _shut = lab.serve("0.0.0.0:22");
+        let noted = audit(&lab, "limit-notes").1;
+        assert_eq!(noted.len(), usize::from(drop.is_empty()), "{text}: {noted:?}");
+        let truth = (peer.admitted(80, 5), peer.admitted(22, 1));
+        assert_eq!(truth, (admitted, 0), "{text}: the truth");
+    }
+}
+
 /// A limit for what is forwarded to a container: whether it refuses anybody is said before anybody is at it.
 #[test]
 fn a_limit_for_containers_that_refuses_nobody_is_said_to() {
