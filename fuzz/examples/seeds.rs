@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use ctkeep::Op;
 use ctkeep::firewall::nft_chains;
-use ctkeep::netlink::{Connection, KernelSocket, Request, Transport};
+use ctkeep::netlink::{Conversation, KernelSocket, Request, Transport};
 use ctkeep_fuzz::played::{NLMSG_DONE, attribute, hex, messages, u16_at};
 
 const NETLINK_NETFILTER: isize = 12;
@@ -78,10 +78,10 @@ impl Transport for Recorder {
     }
 }
 
-fn recorder() -> (Connection<Recorder>, Rc<RefCell<Vec<u8>>>) {
+fn recorder() -> (Conversation<Recorder>, Rc<RefCell<Vec<u8>>>) {
     let socket = KernelSocket::open(Op::new("capture"), NETLINK_NETFILTER).unwrap();
     let datagrams = Rc::<RefCell<Vec<u8>>>::default();
-    (Connection::new(Recorder { socket, datagrams: datagrams.clone() }), datagrams)
+    (Conversation::new(Recorder { socket, datagrams: datagrams.clone() }), datagrams)
 }
 
 fn feed(tool: &str, input: &str) {
@@ -125,8 +125,8 @@ fn rules() {
     ] {
         feed("nft -f -", "flush ruleset\n");
         feed(tool, text);
-        let (mut connection, datagrams) = recorder();
-        let chains = nft_chains(&mut connection).unwrap();
+        let (mut conversation, datagrams) = recorder();
+        let chains = nft_chains(&mut conversation).unwrap();
         assert!(!chains.is_empty());
         write("ruleset", name, &datagrams.borrow());
         if name != "nft" {
@@ -148,14 +148,14 @@ fn logged() {
         ),
     );
     let op = Op::new("capture");
-    let (mut connection, datagrams) = recorder();
+    let (mut conversation, datagrams) = recorder();
     // NFULNL_MSG_CONFIG: bind the group, and each packet at once.
     for attributes in [attribute(1, &[1]), attribute(5, &1_u32.to_be_bytes())] {
         let mut body = vec![0, 0];
         body.extend(GROUP.to_be_bytes());
         body.extend(attributes);
         let bind = Request { op, kind: 4 << 8 | 1, flags: 0, body, joined: false };
-        connection.execute(&bind).unwrap();
+        conversation.execute(&bind).unwrap();
     }
     for (name, address) in [("ipv4", "127.0.0.1:0"), ("ipv6", "[::1]:0")] {
         datagrams.borrow_mut().clear();
@@ -163,11 +163,11 @@ fn logged() {
         drop(TcpStream::connect(listener.local_addr().unwrap()).unwrap());
         std::thread::sleep(Duration::from_millis(100));
         // Any request that the kernel answers behind them.
-        let mut transport = connection.into_transport();
+        let mut transport = conversation.into_transport();
         for _ in 0..3 {
             transport.recv(&mut Vec::new()).unwrap();
         }
-        connection = Connection::new(transport);
+        conversation = Conversation::new(transport);
         write("nflog", name, &datagrams.borrow());
     }
     feed("nft -f -", "flush ruleset\n");

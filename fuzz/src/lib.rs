@@ -36,7 +36,7 @@ pub fn played_through(ruleset: &Ruleset) {
         let syn = Syn::new(source, Endpoint::new(server, 80));
         let limits = player.limits(&syn);
         let whole = player.play(&syn, &mut |hit| Some(hit.limit.count == 0));
-        assert!(whole.admitted == Some(false) || whole.hits.len() >= limits.hits.len());
+        assert!(whole.admitted() == Some(false) || whole.hits.len() >= limits.hits.len());
     }
 }
 
