@@ -12,7 +12,8 @@
 //!   the tuple is remembered for a while.
 //! - TCP answers an ACK of what it has never sent, in a handshake, by an RST of its own, and goes on to wait
 //!   for the right one; conntrack closes the entry. So RSTs of the server that answer an ACK are logged,
-//!   too, behind conntrack again.
+//!   too, behind conntrack again. So is what a rule that rejects with a reset answers to a packet of an open
+//!   connection: it closes the entry, and TCP never gets that packet.
 //! - An RST without a FIN before it waits in the kernel for others, up to [`QUEUE`] of them or some
 //!   ten milliseconds: each would else wake the daemon, for every connection that its client resets
 //!   (0.72 of the connections a second). Where RSTs wait, the next SYN sends them off: a limiter
@@ -112,6 +113,7 @@ const NFPROTO_IPV4: u8 = 2;
 const NFPROTO_IPV6: u8 = 10;
 const TCP_SOURCE_PORT: u32 = 0;
 const TCP_DESTINATION_PORT: u32 = 2;
+const TCP_SEQUENCE: u32 = 4;
 const TCP_FLAGS: u32 = 13;
 const FIN: u8 = 0x01;
 const SYN: u8 = 0x02;
@@ -125,6 +127,7 @@ const TRACKED: u32 = 1 << 1 | 1 << 2;
 const WITH_ENTRY: u32 = TRACKED | NEW;
 const NEW: u32 = 1 << 3;
 /// `enum ip_conntrack_status`
+const IPS_CONFIRMED: u32 = 1 << 3;
 const IPS_DST_NAT: u32 = 1 << 5;
 /// Of either side; a source is translated on its way in, too (nat INPUT).
 const IPS_NAT_MASK: u32 = 1 << 4 | IPS_DST_NAT;
@@ -183,7 +186,7 @@ pub(super) fn layout(watched: Watched<'_>) -> TableSpec {
             vec![rule(&[&any_flag(SYN), &[Expr::Jump(SYNS)]])],
             vec![rule(&[&ct(Expr::CtState, WITH_ENTRY, false), &[Expr::Accept]])],
             if knows_own { vec![spoofed(group)] } else { Vec::new() },
-            answered(group).to_vec(),
+            answered(group),
             vec![vec![port(), Expr::NotIn(PORTS), Expr::Jump(UNGUARDED)]],
             if has_labels { vec![known_by_label()] } else { Vec::new() },
             known_by_tuple(|family| family.held),
@@ -199,7 +202,7 @@ pub(super) fn layout(watched: Watched<'_>) -> TableSpec {
         name: "answers",
         hook: Hook::Output,
         priority: PRIORITY,
-        rules: answered(group).to_vec(),
+        rules: [vec![rule(&[&no_flag(RST), &[Expr::Accept]])], answered(group)].concat(),
     };
     let impostors = if knows_own { vec![spoofed_syn_ack(group)] } else { Vec::new() };
     let regular = [
@@ -260,19 +263,25 @@ fn spoofed_syn_ack(group: u16) -> Vec<Expr> {
     rule(&[&flags(SYN | ACK, SYN | ACK), &spoofed(group)])
 }
 
-/// RSTs of the server, or of a container's, that answer an ACK: those that end a connection have an ACK
-/// themselves (RFC 9293, 3.5.2). They wait as RSTs of peers do.
-fn answered(group: u16) -> [Vec<Expr>; 2] {
-    let port = [Expr::transport(TCP_SOURCE_PORT, 2), Expr::In(PORTS)];
-    let one = [
-        &flags(RST | ACK, RST)[..],
-        &[Expr::L4Proto, Expr::Equals(vec![IPPROTO_TCP])],
+/// RSTs that answer an ACK, of the server or of a container's; and those that answer a SYN of a connection that
+/// is there already: a rule's (REJECT with a reset), which closes the entry of what TCP never gets. Those that end
+/// a connection have an ACK and a sequence number (RFC 9293, 3.5.2). They wait as RSTs of peers do.
+fn answered(group: u16) -> Vec<Vec<Expr>> {
+    let of_server = [
+        &[Expr::L4Proto, Expr::Equals(vec![IPPROTO_TCP])][..],
         &[Expr::CtDirection, Expr::Equals(vec![IP_CT_DIR_REPLY])],
-        &port,
+        &[Expr::transport(TCP_SOURCE_PORT, 2), Expr::In(PORTS)],
     ]
     .concat();
+    let to_ack = flags(RST | ACK, RST).to_vec();
+    let no_number = [Expr::transport(TCP_SEQUENCE, 4), Expr::Equals(vec![0; 4])];
+    let is_known = ct(Expr::CtStatus, IPS_CONFIRMED, true);
+    let to_syn = [&flags(RST | ACK, RST | ACK)[..], &no_number, &is_known].concat();
     let wait = [RESETS, log(group, Some(ANSWERED), QUEUE), Expr::Accept];
-    [rule(&[&one, &[Expr::Add(RESET)]]), rule(&[&one, &wait])]
+    let one = |kind: &[Expr]| {
+        [rule(&[kind, &of_server, &[Expr::Add(RESET)]]), rule(&[kind, &of_server, &wait])]
+    };
+    [one(&to_ack), one(&to_syn)].concat()
 }
 
 /// Packets to no port of the scope leave, unless their port is translated into one.

@@ -12,6 +12,7 @@ mod fins;
 mod forgotten;
 mod handshake;
 mod late;
+mod refused;
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
