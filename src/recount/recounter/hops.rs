@@ -1,8 +1,10 @@
 //! Where the packets of clients come in, as routes and neighbours show it.
 
+use std::collections::HashMap;
 use std::net::IpAddr;
 
 use super::{Hop, REMEMBERED, Recounter};
+use crate::conntrack::Entry;
 use crate::error::Result;
 use crate::recount::ingress::Entrance;
 use crate::rtnetlink::route::Destination;
@@ -41,10 +43,29 @@ impl Recounter {
         if !is_link_local || device == 0 {
             return;
         }
-        if self.devices.len() >= REMEMBERED {
-            self.devices.clear();
+        self.note(|this| &mut this.devices, client, server, device);
+    }
+
+    pub(super) fn note_mark(&mut self, entry: &Entry) {
+        // One that was put back by itself has none; its siblings had.
+        let Some(mark) = entry.mark.filter(|mark| *mark != 0) else { return };
+        let (client, server) = (entry.orig.src.addr(), entry.orig.dst.addr());
+        self.note(|this| &mut this.connmarks, client, server, mark);
+    }
+
+    /// By another value the way is another one.
+    fn note(
+        &mut self,
+        known: fn(&mut Self) -> &mut HashMap<(IpAddr, IpAddr), u32>,
+        client: IpAddr,
+        server: IpAddr,
+        value: u32,
+    ) {
+        let known = known(self);
+        if known.len() >= REMEMBERED {
+            known.clear();
         }
-        if self.devices.insert((client, server), device) != Some(device) {
+        if known.insert((client, server), value) != Some(value) {
             self.remembered.remove(&(client, Some(server)));
         }
     }

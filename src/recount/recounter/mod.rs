@@ -270,15 +270,7 @@ impl Recount for Recounter {
     }
 
     fn know_mark(&mut self, entry: &Entry) {
-        // One that was put back by itself has none; its siblings had.
-        let Some(mark) = entry.mark.filter(|mark| *mark != 0) else { return };
-        let (client, server) = (entry.orig.src.addr(), entry.orig.dst.addr());
-        if self.connmarks.len() >= REMEMBERED {
-            self.connmarks.clear();
-        }
-        if self.connmarks.insert((client, server), mark) != Some(mark) {
-            self.remembered.remove(&(client, Some(server)));
-        }
+        self.note_mark(entry);
     }
 
     fn know_device(&mut self, client: IpAddr, server: IpAddr, device: u32) {
