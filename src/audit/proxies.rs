@@ -9,7 +9,7 @@ use super::guests::{self, Guests};
 use crate::firewall::limits::{LimitRule, Limiter};
 use crate::firewall::packet::{Interface, Syn};
 use crate::firewall::play::{Certainty, Player};
-use crate::firewall::published::published;
+use crate::firewall::published::Published;
 use crate::firewall::{Match, Ports};
 use crate::flow::Endpoint;
 use crate::sockdiag::Socket;
@@ -22,15 +22,14 @@ pub fn passing(
     limiter: &Limiter,
     player: &Player<'_>,
     listeners: &[Socket],
+    published: &[Option<Published>; 2],
     (guests, led): (&Guests, &Led),
     reached: &Reached,
 ) -> Vec<Finding> {
     if !limiter.unread.is_empty() || limiter.rules.is_empty() || guests.served.is_empty() {
         return Vec::new();
     }
-    let Some((ipv4, ipv6)) = published(player, true).zip(published(player, false)) else {
-        return Vec::new();
-    };
+    let [Some(ipv4), Some(ipv6)] = published else { return Vec::new() };
     let own = listeners.iter().filter(|socket| !guests.have(socket));
     let own: Vec<Endpoint> = own.map(|socket| socket.local).collect();
     let limit_of = |syn: &Syn| {
@@ -57,7 +56,7 @@ pub fn passing(
         };
         let places = guests.served.iter().filter(leads);
         let limits = places.filter_map(|(place, leaves)| {
-            let mut all = guests::asked(&ipv4, *place);
+            let mut all = guests::asked(ipv4, *place);
             let asked = all.find(|asked| asked.port() == *port)?;
             let syn = guests.syn(stranger(true), *place, leaves);
             Some(limit_of(&Syn { asked: Some(asked), ..syn }))

@@ -17,7 +17,7 @@ use super::finding::{Finding, Verdict, worst};
 use super::fronts::Front;
 use super::judge;
 use super::judge::sockets::WithoutEntry;
-use super::layers::{Inputs, Layers};
+use super::layers::{Inputs, Layers, seems_to_be_for_containers};
 use super::loads::loads;
 use super::look::Seen;
 use super::processes::Holder;
@@ -25,6 +25,7 @@ use super::proxies::{self, Led};
 use super::sources::{Measure, Source, sources};
 use crate::conntrack::TcpState;
 use crate::firewall::limits::LimitRule;
+use crate::firewall::published::published;
 use crate::firewall::{Hook, Ruleset};
 use crate::flow::Connection;
 use crate::reconcile::outgoing::Survey;
@@ -118,14 +119,16 @@ impl Report {
         let left_out = others.filter(|socket| !socket.local.addr().is_loopback());
         let left_out = left_out.map(|socket| socket.local.port()).collect();
         let mut unlimited = Vec::new();
-        for view in
-            snapshot.views.iter().filter(|view| view.socket.is_some_and(|it| it.takes_a_slot()))
-        {
-            let is_forwarded = seen.behind.contains(&view.connection.local.addr());
-            if is_forwarded && !view.is_outgoing() && !plays.is_limited(&view) {
-                unlimited.push(view);
-            }
+        if limiter.rules.iter().any(seems_to_be_for_containers) {
+            let is_open = |view: &View| view.socket.is_some_and(|it| it.takes_a_slot());
+            let is_forwarded = |view: &View| seen.behind.contains(&view.connection.local.addr());
+            let held = snapshot.views.iter().filter(|view| is_open(view) && is_forwarded(view));
+            unlimited.extend(held.filter(|view| !view.is_outgoing() && !plays.is_limited(view)));
         }
+        let published = match limiter.rules.is_empty() {
+            true => [None, None],
+            false => [true, false].map(|ipv4| published(plays.player(), ipv4)),
+        };
         let mut layers = Layers::of(Inputs {
             figures: seen.figures.as_ref(),
             player: plays.player(),
@@ -136,6 +139,7 @@ impl Report {
             is_limit_named: request.limit.is_some(),
             listeners: &listeners,
             guests: &seen.guests,
+            published: &published,
             views: &snapshot.views,
             unlimited: &unlimited,
             proxied: &seen.proxied,
@@ -251,7 +255,9 @@ impl Report {
         let player = plays.player();
         layers.limiter.extend(families::one_sided(limiter, player, &listeners, &reached));
         let guests = (&seen.guests, &led(snapshot.views.iter()));
-        layers.limiter.extend(proxies::passing(limiter, player, &listeners, guests, &reached));
+        layers
+            .limiter
+            .extend(proxies::passing(limiter, player, &listeners, &published, guests, &reached));
         Self {
             limit: request.limit.map(|limit| (limit, worst(&of_named))),
             mask: measure.mask,

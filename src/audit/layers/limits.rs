@@ -12,7 +12,6 @@ use crate::audit::loads::Load;
 use crate::audit::whose::Whose;
 use crate::firewall::Hook;
 use crate::firewall::limits::{EarlierAccept, LimitRule, SetUse};
-use crate::firewall::published::published;
 use crate::flow::Endpoint;
 use crate::reconcile::snapshot::{View, Views};
 
@@ -213,10 +212,15 @@ fn passed_by(rule: &LimitRule, views: &Views) -> Option<Finding> {
     Some(judge::reach::translated(rule, first.port(), local, others + 1))
 }
 
-/// What clients have opened to containers by ports of this host, past a limit of INPUT for any port.
-fn passed_to_containers(rule: &LimitRule, unlimited: &[View]) -> Option<Finding> {
+/// Whether it is a limit of INPUT for all that this host has, and so seems to be for what it forwards.
+pub(in crate::audit) fn seems_to_be_for_containers(rule: &LimitRule) -> bool {
     let matches = &rule.matches;
-    if rule.hook != Hook::Input || !matches.ports.is_all() || !matches.destinations.is_empty() {
+    rule.hook == Hook::Input && matches.ports.is_all() && matches.destinations.is_empty()
+}
+
+/// What clients have opened to containers by ports of this host, past such a limit.
+fn passed_to_containers(rule: &LimitRule, unlimited: &[View]) -> Option<Finding> {
+    if !seems_to_be_for_containers(rule) {
         return None;
     }
     let asked = |view: &View| {
@@ -304,10 +308,10 @@ pub(super) fn of(inputs: Inputs<'_>) -> Layer<Limits> {
     }
     let of = |index| loads.iter().filter(|load| load.rule == index).collect::<Vec<_>>();
     let rules = limiter.rules.iter().enumerate();
-    let published = [true, false].map(|ipv4| published(inputs.player, ipv4));
     let figures = |(index, rule)| {
         let loads = of(index);
-        let beyond = Beyond::of(rule, inputs.player, inputs.listeners, inputs.guests, &published);
+        let beyond =
+            Beyond::of(rule, inputs.player, inputs.listeners, inputs.guests, inputs.published);
         let mut figures = LimitFigures::of(rule, &loads, &beyond);
         figures.take(judge::reach::device(rule, inputs.links));
         figures.take(judge::reach::partial(rule, inputs.left_out));

@@ -7,6 +7,7 @@ use std::fmt;
 
 use serde::Serialize;
 
+pub(super) use self::limits::seems_to_be_for_containers;
 pub use self::limits::{Full, LimitFigures, Limits};
 use super::figures::{Figures, Table, Tcp};
 use super::finding::{Finding, Verdict, worst};
@@ -16,6 +17,7 @@ use super::loads::Load;
 use super::processes::{Holder, Owner, Owners, place};
 use crate::firewall::limits::Limiter;
 use crate::firewall::play::Player;
+use crate::firewall::published::Published;
 use crate::flow::{Connection, Endpoint};
 use crate::reconcile::snapshot::{View, Views};
 use crate::rtnetlink::link::Link;
@@ -166,6 +168,8 @@ pub struct Inputs<'a> {
     pub listeners: &'a [Socket],
     /// What listens in containers, in the scope or not.
     pub guests: &'a Guests,
+    /// Ports of IPv4 and of IPv6 that rules lead elsewhere; `None` where they are not known.
+    pub published: &'a [Option<Published>; 2],
     /// Connections of the scope.
     pub views: &'a Views,
     /// Those to containers that no limit counts.
